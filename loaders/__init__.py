@@ -1,0 +1,16 @@
+"""Reading checkpoints from disk: configuration, mapped tensors, tokenizer, chat template."""
+
+from losart.loaders.chat_template import ChatTemplate
+from losart.loaders.checkpoint import Checkpoint, open_checkpoint
+from losart.loaders.families import SUPPORTED_MODEL_TYPES
+from losart.loaders.safetensors_files import MappedTensor
+from losart.loaders.tokenizer import Tokenizer
+
+__all__ = [
+    "SUPPORTED_MODEL_TYPES",
+    "ChatTemplate",
+    "Checkpoint",
+    "MappedTensor",
+    "Tokenizer",
+    "open_checkpoint",
+]

@@ -1,0 +1,108 @@
+"""A checkpoint, opened and verified: the one entry to this package."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from losart.config import DTYPES, ModelConfig
+from losart.errors import TensorError
+from losart.loaders.chat_template import ChatTemplate, read_chat_template
+from losart.loaders.families import family_of
+from losart.loaders.hub import checkpoint_directory
+from losart.loaders.model_config import read_model_config
+from losart.loaders.safetensors_files import MappedTensor, map_tensors
+from losart.loaders.tokenizer import Tokenizer, read_tokenizer
+
+_NAMES_IN_AN_ERROR = 3
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose configuration and tensors are known to fit each other.
+
+    Attributes
+    ----------
+    path : Path
+        Its directory.
+    config : ModelConfig
+    tensors : dict of str to MappedTensor
+        By canonical name (see `losart.loaders.families`); nothing is read yet.
+    tokenizer : Tokenizer or None
+        None where the checkpoint has none.
+    chat_template : ChatTemplate or None
+        None where the checkpoint has none.
+    """
+
+    path: Path
+    config: ModelConfig
+    tensors: dict[str, MappedTensor] = field(repr=False)
+    tokenizer: Tokenizer | None
+    chat_template: ChatTemplate | None
+
+
+def open_checkpoint(model: str | os.PathLike[str]) -> Checkpoint:
+    """Open a checkpoint without reading its weights.
+
+    Parameters
+    ----------
+    model : str or path
+        A directory, or a hub id ("org/name").
+
+    Raises
+    ------
+    CheckpointError
+        If the directory or a file is missing, unreadable or corrupt.
+    ConfigError
+        If the configuration is impossible or not supported.
+    TensorError
+        If a tensor is missing, unknown, or of the wrong shape or dtype.
+    """
+    directory = checkpoint_directory(model)
+    tokenizer = read_tokenizer(directory)
+    config = read_model_config(directory, tokenizer)
+    tensors = _canonical_tensors(directory, config, map_tensors(directory))
+    special_tokens = {} if tokenizer is None else tokenizer.special_tokens
+    return Checkpoint(directory, config, tensors, tokenizer, read_chat_template(directory, special_tokens))
+
+
+def _canonical_tensors(
+    directory: Path, config: ModelConfig, found: Mapping[str, MappedTensor]
+) -> dict[str, MappedTensor]:
+    family = family_of(config.model_type)
+    tensors: dict[str, MappedTensor] = {}
+    missing: list[str] = []
+    for expected in family.expected_tensors(config):
+        tensor = found.get(expected.source)
+        if tensor is None:
+            missing.append(expected.source)
+            # A configuration may ask for any number of layers: the first few names are enough.
+            if len(missing) > _NAMES_IN_AN_ERROR:
+                break
+            continue
+        if tensor.shape != expected.shape:
+            raise TensorError(
+                f"{tensor.file}: tensor {tensor.name!r} has the shape {list(tensor.shape)}; "
+                f"config.json asks for {list(expected.shape)}"
+            )
+        if tensor.dtype not in DTYPES:
+            raise TensorError(
+                f"{tensor.file}: tensor {tensor.name!r} has the dtype {tensor.dtype}; "
+                f"supported: {', '.join(DTYPES)}"
+            )
+        tensors[expected.name] = tensor
+    if missing:
+        raise TensorError(f"{directory}: missing tensors: {_names(missing)}")
+
+    used = {tensor.name for tensor in tensors.values()}
+    unknown = [name for name in found if name not in used and not family.is_harmless(name, config)]
+    if unknown:
+        raise TensorError(f"{directory}: unknown tensors: {_names(unknown)}")
+    return tensors
+
+
+def _names(names: list[str]) -> str:
+    more = ", ..." if len(names) > _NAMES_IN_AN_ERROR else ""
+    return ", ".join(repr(name) for name in names[:_NAMES_IN_AN_ERROR]) + more

@@ -1,0 +1,69 @@
+"""A model's name to the directory that holds it, by way of the Hugging Face hub if need be."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from losart.errors import CheckpointError
+
+# Two names around one slash; the hub's own rules for each.
+_HUB_ID = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+_FILES = [
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "model.safetensors.index.json",
+    "model*.safetensors",
+]
+
+
+def checkpoint_directory(model: str | os.PathLike[str]) -> Path:
+    """The directory of a checkpoint.
+
+    Parameters
+    ----------
+    model : str or path
+        A directory, or else a hub id ("org/name"), which is fetched into the hub's cache.
+
+    Raises
+    ------
+    CheckpointError
+        If there is no such directory, or the hub has no such model or cannot be reached.
+    """
+    if os.path.isdir(model):
+        return Path(model)
+    if os.path.exists(model):
+        raise CheckpointError(f"{model}: a checkpoint is a directory, and this is a file")
+    if not isinstance(model, str) or not _HUB_ID.fullmatch(model):
+        raise CheckpointError(f"{model}: no such directory")
+    return _fetch(model)
+
+
+def _fetch(hub_id: str) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import RepositoryNotFoundError
+    except ImportError as error:
+        raise CheckpointError(
+            f"{hub_id}: no such directory, and fetching it from the hub needs huggingface_hub: {error}"
+        ) from error
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=_FILES))
+    except RepositoryNotFoundError as error:
+        raise CheckpointError(
+            f"{hub_id}: no such directory, and no such model on the hub (or no access to it): {error}"
+        ) from error
+    except Exception as error:  # the network's errors have no common base
+        reason = error
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=_FILES, local_files_only=True))
+    except Exception:
+        raise CheckpointError(
+            f"{hub_id}: no such directory, and it cannot be fetched from the hub: {reason}"
+        ) from reason

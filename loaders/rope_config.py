@@ -1,0 +1,90 @@
+"""The rotary embedding of config.json, in the style of transformers 4 or 5, to a RopeConfig."""
+
+from __future__ import annotations
+
+from losart.config import RopeConfig
+from losart.errors import ConfigError
+from losart.loaders.json_files import JsonObject, errors_naming
+
+DEFAULT_THETA = 10000.0
+_KEYS = {
+    "type",
+    "rope_type",
+    "rope_theta",
+    "factor",
+    "original_max_position_embeddings",
+    "partial_rotary_factor",
+    "attention_factor",
+    "beta_fast",
+    "beta_slow",
+    "mscale",
+    "mscale_all_dim",
+    "truncate",
+    "low_freq_factor",
+    "high_freq_factor",
+}
+
+
+def rope_config(config: JsonObject, max_positions: int) -> RopeConfig:
+    """The rotary embedding that config.json describes.
+
+    transformers 4 writes `rope_theta` and `rope_scaling`, transformers 5 `rope_parameters`, which
+    may hold one object per kind of layer.
+
+    Raises
+    ------
+    ConfigError
+        For a kind, key or number that is not supported.
+    """
+    scaling = config.optional_object("rope_scaling") or config.optional_object("rope_parameters")
+    if scaling is None:
+        scaling = JsonObject(config.file, {}, "rope_parameters.")
+    scaling = scaling.optional_object("full_attention") or scaling
+
+    unknown = sorted(set(scaling.values) - _KEYS)
+    if unknown:
+        raise ConfigError(f"{config.file}: {scaling.prefix}{unknown[0]} is not a supported rope parameter")
+    for place in (config, scaling):
+        if place.optional_number("partial_rotary_factor") not in (None, 1.0):
+            raise place.error("partial_rotary_factor", place.get("partial_rotary_factor"), "1.0")
+
+    kind = scaling.optional_text("rope_type") or scaling.optional_text("type") or "default"
+    theta = _first(scaling.optional_number("rope_theta"), config.optional_number("rope_theta"), DEFAULT_THETA)
+    if theta <= 1:
+        raise scaling.error("rope_theta", theta, "larger than 1")
+    # Where both are given, transformers lets the one outside the rope parameters win.
+    original = config.optional_integer("original_max_position_embeddings") or scaling.optional_integer(
+        "original_max_position_embeddings"
+    )
+    factor = scaling.optional_number("factor")
+    if factor is None and kind == "yarn" and original is not None:
+        factor = max_positions / original
+    if factor is None and kind != "default":
+        raise ConfigError(f"{config.file}: missing key {scaling.prefix + 'factor'!r} of rope type {kind!r}")
+    if kind == "llama3":
+        for key in ("low_freq_factor", "high_freq_factor"):
+            if scaling.get(key) is None:
+                raise ConfigError(
+                    f"{config.file}: missing key {scaling.prefix + key!r} of rope type 'llama3'"
+                )
+
+    with errors_naming(config.file):
+        return RopeConfig(
+            theta=theta,
+            kind=kind,
+            factor=_first(factor, 1.0),
+            original_max_positions=(original or max_positions) if kind in ("yarn", "llama3") else None,
+            attention_factor=scaling.optional_number("attention_factor"),
+            # transformers takes 0 for absent here.
+            beta_fast=scaling.optional_number("beta_fast") or RopeConfig.beta_fast,
+            beta_slow=scaling.optional_number("beta_slow") or RopeConfig.beta_slow,
+            mscale=scaling.optional_number("mscale"),
+            mscale_all_dim=scaling.optional_number("mscale_all_dim"),
+            truncate=scaling.boolean("truncate", True),
+            low_freq_factor=_first(scaling.optional_number("low_freq_factor"), RopeConfig.low_freq_factor),
+            high_freq_factor=_first(scaling.optional_number("high_freq_factor"), RopeConfig.high_freq_factor),
+        )
+
+
+def _first(*values: float | None) -> float:
+    return next(value for value in values if value is not None)

@@ -1,0 +1,183 @@
+"""Tensors of a checkpoint's safetensors files, mapped into memory and not read."""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+import numpy as np
+import safetensors
+
+from losart.errors import CheckpointError, TensorError
+from losart.loaders.json_files import read_json_object
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+# safetensors' name: our name and the NumPy dtype of its bits; NumPy has no bfloat16.
+_DTYPES = {
+    "F32": ("float32", np.dtype("<f4")),
+    "BF16": ("bfloat16", np.dtype("<u2")),
+    "F16": ("float16", np.dtype("<f2")),
+}
+
+
+@dataclass(frozen=True)
+class MappedTensor:
+    """A tensor that lies in a mapped file.
+
+    Attributes
+    ----------
+    name : str
+        As in the file.
+    file : Path
+    shape : tuple of int
+    dtype : {"float32", "bfloat16", "float16"}
+        Or safetensors' name of another dtype; such a tensor has no `array`.
+    """
+
+    name: str
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+    _bits: np.dtype | None = field(repr=False)
+    _mapping: mmap.mmap = field(repr=False)
+    _offset: int = field(repr=False)
+    _nbytes: int = field(repr=False)
+
+    def array(self) -> np.ndarray:
+        """The values, read-only, without a copy: float32, float16, or uint16 bits of bfloat16.
+
+        The array may be used after `release`; its pages are then read from the file again.
+
+        Raises
+        ------
+        TensorError
+            If the dtype is not one of the three.
+        """
+        if self._bits is None:
+            raise TensorError(f"{self.file}: tensor {self.name!r} has the unsupported dtype {self.dtype}")
+        count = math.prod(self.shape)
+        array = np.frombuffer(self._mapping, self._bits, count, self._offset).reshape(self.shape)
+        if self._offset % self._bits.itemsize:
+            # Compiled code may not read a misaligned value.
+            array = array.copy()
+            array.flags.writeable = False
+        return array
+
+    def release(self) -> None:
+        """Give the tensor's pages back to the system, where it allows that."""
+        if not hasattr(mmap, "MADV_DONTNEED") or not self._nbytes:
+            return
+        # The outermost pages may belong to a neighbour too; nothing is lost, since they are clean.
+        start = self._offset - self._offset % mmap.PAGESIZE
+        self._mapping.madvise(mmap.MADV_DONTNEED, start, self._offset + self._nbytes - start)
+
+
+def map_tensors(directory: Path) -> dict[str, MappedTensor]:
+    """Map every tensor of the checkpoint in `directory`.
+
+    Parameters
+    ----------
+    directory : Path
+        Holds model.safetensors, or many files and model.safetensors.index.json.
+
+    Returns
+    -------
+    dict of str to MappedTensor
+        By the name in the files.
+
+    Raises
+    ------
+    CheckpointError
+        If a file is missing, truncated or corrupt, or the index names one outside the directory.
+    TensorError
+        If a tensor of the index is not in its file, or a tensor is in two files.
+    """
+    if (directory / SINGLE_FILE).exists():
+        return map_file(directory / SINGLE_FILE)
+    if not (directory / INDEX_FILE).exists():
+        raise CheckpointError(f"{directory}: {_what_is_missing(directory)}")
+
+    weight_map = _read_weight_map(directory / INDEX_FILE)
+    tensors: dict[str, MappedTensor] = {}
+    for file_name in dict.fromkeys(weight_map.values()):
+        for name, tensor in map_file(directory / file_name).items():
+            if name in tensors:
+                raise TensorError(f"tensor {name!r} is both in {tensors[name].file} and in {tensor.file}")
+            tensors[name] = tensor
+    for name, file_name in weight_map.items():
+        file = directory / file_name
+        if name not in tensors or tensors[name].file != file:
+            raise TensorError(f"{file}: tensor {name!r} is missing, which {INDEX_FILE} says is there")
+    return tensors
+
+
+def map_file(file: Path) -> dict[str, MappedTensor]:
+    """Map every tensor of one safetensors file, by name.
+
+    Raises
+    ------
+    CheckpointError
+        If the file is missing, truncated or corrupt.
+    """
+    if not file.exists():
+        raise CheckpointError(f"{file}: no such file")
+    try:
+        # Checks that the header is sound and that the tensors fill the file without gap or overlap.
+        with safetensors.safe_open(file, framework="numpy"):
+            pass
+        with file.open("rb") as stream:
+            mapping = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        data_start = 8 + int.from_bytes(mapping[:8], "little")
+        header = json.loads(mapping[8:data_start])
+        header.pop("__metadata__", None)
+        tensors = {}
+        for name, entry in header.items():
+            start, end = entry["data_offsets"]
+            shape = tuple(entry["shape"])
+            dtype, bits = _DTYPES.get(entry["dtype"], (entry["dtype"], None))
+            # A second look, since a wrong size would make NumPy or the kernel read past the file.
+            if data_start + end > len(mapping) or (bits and end - start != math.prod(shape) * bits.itemsize):
+                raise CheckpointError(f"{file}: tensor {name!r} does not fit its place in the file")
+            tensors[name] = MappedTensor(
+                name, file, shape, dtype, bits, mapping, data_start + start, end - start
+            )
+        return tensors
+    except (safetensors.SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{file}: not a sound safetensors file: {error}") from error
+    except CheckpointError:
+        raise
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read: {error}") from error
+
+
+def _read_weight_map(index: Path) -> dict[str, str]:
+    weight_map = read_json_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: weight_map must be an object of tensor names and file names")
+    for name, file_name in weight_map.items():
+        # Judged by name alone: in the hub's cache every file is a link to somewhere else.
+        if not isinstance(file_name, str) or not _is_inside(file_name):
+            raise CheckpointError(
+                f"{index}: tensor {name!r} is in {file_name!r}, which is not a file of this directory"
+            )
+    return weight_map
+
+
+def _is_inside(file_name: str) -> bool:
+    for path in (PurePosixPath(file_name), PureWindowsPath(file_name)):
+        if path.anchor or ".." in path.parts or not path.parts:
+            return False
+    return "\0" not in file_name
+
+
+def _what_is_missing(directory: Path) -> str:
+    if any(directory.glob("*.bin")) or any(directory.glob("*.bin.index.json")):
+        return "only safetensors checkpoints are supported; this one has PyTorch .bin files"
+    if any(directory.glob("*.safetensors")):
+        return f"several safetensors files need {INDEX_FILE}, which is missing"
+    return f"neither {SINGLE_FILE} nor {INDEX_FILE} is there"

@@ -1,0 +1,189 @@
+"""The tokenizer of a checkpoint: tokenizer.json and the special tokens declared beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from losart.errors import CheckpointError, PromptError
+from losart.loaders.json_files import JsonObject, read_optional_json_object, read_text
+
+if TYPE_CHECKING:
+    import tokenizers
+
+SPECIAL_TOKEN_KEYS = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+)
+# SDAR's mask token; some of its checkpoints add it without declaring it as the mask token.
+UNDECLARED_MASK_TOKEN = "<|MASK|>"
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """Text to token ids and back.
+
+    Attributes
+    ----------
+    backend : tokenizers.Tokenizer
+    special_tokens : mapping of str to str
+        Content by role: "eos_token", "mask_token" and so on, only those that are declared.
+    """
+
+    backend: tokenizers.Tokenizer = field(repr=False)
+    special_tokens: Mapping[str, str]
+
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        """Token ids of `text`.
+
+        Parameters
+        ----------
+        text : str
+            Special tokens written out in it become their ids.
+        special : bool
+            Whether to add the tokens that the tokenizer puts around every text.
+
+        Raises
+        ------
+        PromptError
+            If `text` is not a string of valid Unicode.
+        """
+        if not isinstance(text, str):
+            raise PromptError(f"cannot tokenize {type(text).__name__}; expected a string")
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise PromptError(f"cannot tokenize text that is not valid Unicode: {error}") from error
+        return self.backend.encode(text, add_special_tokens=special).ids
+
+    def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
+        """Text of token ids; ids without a token give nothing, partial UTF-8 gives U+FFFD."""
+        return self.backend.decode(list(ids), skip_special_tokens=skip_special)
+
+    def token_to_id(self, token: str) -> int | None:
+        """Id of a token by its content, None where there is no such token."""
+        return self.backend.token_to_id(token)
+
+    @property
+    def mask_token_id(self) -> int | None:
+        """Id of the mask token, None where the tokenizer has none."""
+        return self._special_token_id("mask_token")
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """Id of the end-of-sequence token, None where the tokenizer has none."""
+        return self._special_token_id("eos_token")
+
+    def _special_token_id(self, role: str) -> int | None:
+        token = self.special_tokens.get(role)
+        return None if token is None else self.token_to_id(token)
+
+
+def read_tokenizer(directory: Path) -> Tokenizer | None:
+    """The tokenizer of the checkpoint in `directory`, None where there is no tokenizer.json.
+
+    Tokens that only tokenizer_config.json or special_tokens_map.json declare are added, as
+    transformers does.
+
+    Raises
+    ------
+    CheckpointError
+        If a file is corrupt, or an added token cannot get the id it claims.
+    """
+    file = directory / "tokenizer.json"
+    if not file.exists():
+        return None
+    backend = _parse(file)
+    # A saved limit on the length would silently cut prompts.
+    backend.no_truncation()
+    backend.no_padding()
+
+    config = read_optional_json_object(directory / "tokenizer_config.json")
+    special_tokens_map = read_optional_json_object(directory / "special_tokens_map.json")
+    _add_numbered_tokens(backend, config)
+    special_tokens: dict[str, str] = {}
+    for place in (config, special_tokens_map):
+        for role in SPECIAL_TOKEN_KEYS:
+            if place.get(role) is not None:
+                special_tokens.setdefault(role, _content(place, role, place.get(role)))
+        for key in ("additional_special_tokens", "extra_special_tokens"):
+            _add_special_tokens(backend, _contents(place, key))
+    _add_special_tokens(backend, special_tokens.values())
+
+    added = {token.content for token in backend.get_added_tokens_decoder().values()}
+    if UNDECLARED_MASK_TOKEN in added:
+        special_tokens.setdefault("mask_token", UNDECLARED_MASK_TOKEN)
+    return Tokenizer(backend, special_tokens)
+
+
+def _parse(file: Path) -> tokenizers.Tokenizer:
+    import tokenizers
+
+    text = read_text(file)
+    try:
+        return tokenizers.Tokenizer.from_str(text)
+    except BaseException as error:
+        # A panic inside the library is not an Exception; an interrupt of the user has to pass.
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise CheckpointError(f"{file}: not a sound tokenizer: {error}") from error
+        raise
+
+
+def _add_numbered_tokens(backend: tokenizers.Tokenizer, config: JsonObject) -> None:
+    """Add the tokens of tokenizer_config.json's added_tokens_decoder, each with its id."""
+    import tokenizers
+
+    decoder = config.get("added_tokens_decoder") or {}
+    if not isinstance(decoder, dict) or not all(key.isdecimal() and len(key) < 11 for key in decoder):
+        raise CheckpointError(f"{config.file}: added_tokens_decoder must be an object of tokens by id")
+    known = {token.content for token in backend.get_added_tokens_decoder().values()}
+    for key, entry in sorted(decoder.items(), key=lambda item: int(item[0])):
+        content = _content(config, f"added_tokens_decoder.{key}", entry)
+        if content not in known:
+            flags = entry if isinstance(entry, dict) else {"special": True}
+            token = tokenizers.AddedToken(
+                content,
+                single_word=bool(flags.get("single_word", False)),
+                lstrip=bool(flags.get("lstrip", False)),
+                rstrip=bool(flags.get("rstrip", False)),
+                special=bool(flags.get("special", False)),
+                normalized=bool(flags.get("normalized", not flags.get("special", False))),
+            )
+            backend.add_tokens([token])
+        if backend.token_to_id(content) != int(key):
+            raise CheckpointError(
+                f"{config.file}: added token {content!r} should have the id {key}, but tokenizer.json "
+                f"gives it {backend.token_to_id(content)}"
+            )
+
+
+def _add_special_tokens(backend: tokenizers.Tokenizer, contents: Iterable[str]) -> None:
+    import tokenizers
+
+    known = {token.content for token in backend.get_added_tokens_decoder().values()}
+    new = dict.fromkeys(content for content in contents if content not in known)
+    backend.add_special_tokens([tokenizers.AddedToken(content, special=True) for content in new])
+
+
+def _contents(place: JsonObject, key: str) -> list[str]:
+    entries = place.get(key) or []
+    if isinstance(entries, dict):  # transformers 4.5x: content by role
+        entries = list(entries.values())
+    if not isinstance(entries, list):
+        raise CheckpointError(f"{place.file}: {key} must be a list of tokens")
+    return [_content(place, key, entry) for entry in entries]
+
+
+def _content(place: JsonObject, key: str, entry: Any) -> str:
+    """A token is written as its content or as an object that holds it."""
+    content = entry.get("content") if isinstance(entry, dict) else entry
+    if not isinstance(content, str) or not content:
+        raise CheckpointError(f"{place.file}: {key} must be a token, a string or an object with its content")
+    return content

@@ -1,0 +1,44 @@
+"""losart: a small runtime for block-wise diffusion language models.
+
+    import losart
+
+    model = losart.load("path/to/SDAR-1.7B-Chat")
+    print(model.generate("Why is the sky blue?", attention="losa"))
+"""
+
+from losart.config import AttentionConfig, GenerationConfig, ModelConfig
+from losart.errors import (
+    CheckpointError,
+    ConfigError,
+    DeviceError,
+    LosartError,
+    NumericalError,
+    OptionError,
+    OutOfMemoryError,
+    PromptError,
+    TensorError,
+)
+from losart.model import GenerationResult, Model, Stats, Step, generate, load
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AttentionConfig",
+    "CheckpointError",
+    "ConfigError",
+    "DeviceError",
+    "GenerationConfig",
+    "GenerationResult",
+    "LosartError",
+    "Model",
+    "ModelConfig",
+    "NumericalError",
+    "OptionError",
+    "OutOfMemoryError",
+    "PromptError",
+    "Stats",
+    "Step",
+    "TensorError",
+    "generate",
+    "load",
+]

@@ -1,0 +1,29 @@
+"""Attention policies, one file each, and their registry."""
+
+from losart.attention.base import AttentionPolicy
+from losart.attention.dense import DensePolicy
+from losart.attention.losa import LosaPolicy
+from losart.attention.quest import QuestPolicy
+from losart.attention.sparsed import SparsedPolicy
+from losart.config import AttentionConfig, ModelConfig
+from losart.errors import OptionError
+
+POLICIES: dict[str, type[AttentionPolicy]] = {
+    "dense": DensePolicy,
+    "losa": LosaPolicy,
+    "quest": QuestPolicy,
+    "sparsed": SparsedPolicy,
+}
+
+
+def make_policy(config: AttentionConfig, model: ModelConfig, block_length: int) -> AttentionPolicy:
+    """A fresh policy for one generation.
+
+    Raises
+    ------
+    OptionError
+        When `config.method` names none.
+    """
+    if config.method not in POLICIES:
+        raise OptionError(f"attention must be one of {', '.join(POLICIES)}, not {config.method!r}")
+    return POLICIES[config.method](config, model, block_length)

@@ -1,0 +1,94 @@
+"""What an attention policy is: how each layer of each pass reads the prefix."""
+
+from __future__ import annotations
+
+import enum
+from abc import ABC, abstractmethod
+from typing import Any
+
+from losart.attention.reads import ReadLog
+from losart.cache import PagedKVCache
+from losart.config import AttentionConfig, ModelConfig
+
+
+class PassKind(enum.Enum):
+    """The passes over a block, in their order."""
+
+    FIRST = "first"
+    LATER = "later"
+    COMMIT = "commit"
+
+
+class AttentionPolicy(ABC):
+    """Attention of one generation's blocks; made anew for each generation.
+
+    A pass is dense, whatever the method, in the first `dense_layers` layers and when it commits a
+    block with `commit="dense"`. All other prefix attention is the method's own: `prefix`.
+
+    Parameters
+    ----------
+    config : AttentionConfig
+    model : ModelConfig
+    block_length : int
+
+    Attributes
+    ----------
+    reads : ReadLog
+        What the passes have read so far.
+    """
+
+    dense_first_pass = False
+
+    def __init__(self, config: AttentionConfig, model: ModelConfig, block_length: int) -> None:
+        self.config = config
+        self.model = model
+        self.block_length = block_length
+        self.kind = PassKind.FIRST
+        self.reads = ReadLog(model.num_kv_heads, block_length)
+
+    def begin_block(self) -> None:
+        """A new block: nothing stored of an earlier one is valid."""
+        self.kind = PassKind.FIRST
+
+    def begin_pass(self, kind: PassKind) -> None:
+        """A pass over all layers begins."""
+        self.kind = kind
+        self.reads.begin_pass(sparse=not self._dense_pass())
+
+    def _dense_pass(self) -> bool:
+        if self.kind is PassKind.COMMIT:
+            return self.config.commit == "dense"
+        return self.kind is PassKind.FIRST and self.dense_first_pass
+
+    def attend(self, backend: Any, layer: int, q: Any, k: Any, v: Any, cache: PagedKVCache) -> Any:
+        """Attention of the block's tokens over prefix and block.
+
+        Parameters
+        ----------
+        backend : Backend
+        layer : int
+        q : [tokens, heads, head_dim]
+        k, v : [tokens, kv_heads, head_dim]
+            Of the block itself.
+        cache : PagedKVCache
+            The prefix.
+
+        Returns
+        -------
+        [tokens, heads, head_dim]
+        """
+        dense_commit = self.kind is PassKind.COMMIT and self.config.commit == "dense"
+        if dense_commit or layer < self.config.dense_layers:
+            o, lse = self.dense_prefix(backend, layer, q, cache)
+        else:
+            o, lse = self.prefix(backend, layer, q, cache)
+        return backend.merge(o, lse, *backend.block_attention(q, k, v))
+
+    def dense_prefix(self, backend: Any, layer: int, q: Any, cache: PagedKVCache) -> tuple[Any, Any]:
+        """Dense prefix attention, noted in `reads`."""
+        self.reads.dense(cache.length)
+        return backend.prefix_attention(q, cache, layer)
+
+    @abstractmethod
+    def prefix(self, backend: Any, layer: int, q: Any, cache: PagedKVCache) -> tuple[Any, Any]:
+        """The method's prefix attention: o [tokens, heads, head_dim], log-sum-exp [tokens, heads]."""

@@ -1,0 +1,18 @@
+"""Dense attention: every pass reads the whole prefix."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from losart.attention.base import AttentionPolicy
+from losart.cache import PagedKVCache
+
+
+class DensePolicy(AttentionPolicy):
+    """Reads the whole prefix in every layer and pass."""
+
+    def _dense_pass(self) -> bool:
+        return True
+
+    def prefix(self, backend: Any, layer: int, q: Any, cache: PagedKVCache) -> tuple[Any, Any]:
+        return self.dense_prefix(backend, layer, q, cache)

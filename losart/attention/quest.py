@@ -1,0 +1,20 @@
+"""QUEST (arXiv 2406.10774) for a block: the pages of all its queries, united per kv head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from losart.attention.base import AttentionPolicy
+from losart.cache import PagedKVCache
+
+
+class QuestPolicy(AttentionPolicy):
+    """Every token selects its pages anew in every layer and pass, the first included."""
+
+    def prefix(self, backend: Any, layer: int, q: Any, cache: PagedKVCache) -> tuple[Any, Any]:
+        tokens = np.arange(self.block_length, dtype=np.int32)
+        pages = backend.select_pages(q, tokens, cache, layer, self.config.pages_per_query)
+        self.reads.sparse(pages.positions, cache.length, len(tokens))
+        return backend.sparse_prefix_attention(q, tokens, pages, cache, layer)

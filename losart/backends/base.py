@@ -1,0 +1,112 @@
+"""What a backend must offer: the one place where machines differ.
+
+Arrays are the backend's own. The block that a pass works on begins at `cache.length`; a backend
+takes positions and the length of the prefix from the cache, never from the caller.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+
+from losart.cache import PagedKVCache, PageList
+from losart.config import GenerationConfig
+from losart.sampling import Proposals
+
+Array = Any
+Matrix = Any  # a weight [out, in], or several joined along `out`, as the backend holds them
+
+
+class Backend(Protocol):
+    """Operations of the transformer, of the attention policies and of sampling."""
+
+    name: str
+    dtype: str
+
+    # -- weights and cache
+
+    def upload(self, tensor: Any) -> Array:
+        """A checkpoint's tensor as a weight of this backend, in its dtype."""
+
+    def upload_vector(self, *tensors: Any) -> Array:
+        """A norm gain or a bias in float32; several tensors one after the other."""
+
+    def join(self, *weights: Array) -> Matrix:
+        """Weights [out_i, in] as one matrix [sum of out_i, in]."""
+
+    def new_cache(self, page_size: int) -> PagedKVCache:
+        """An empty KV cache."""
+
+    # -- transformer
+
+    def embed(self, table: Array, ids: np.ndarray) -> Array:
+        """Rows of the embedding table: float32 [tokens, hidden]."""
+
+    def linear(self, x: Array, matrix: Matrix, bias: Array | None = None) -> Array:
+        """x [tokens, in] times the matrix: float32 [tokens, out]."""
+
+    def add_rms_norm(self, x: Array, delta: Array | None, gain: Array) -> tuple[Array, Array]:
+        """The residual stream x + delta, and its RMS norm times gain."""
+
+    def split_heads(
+        self, qkv: Array, q_norm: Array, k_norm: Array, cache: PagedKVCache
+    ) -> tuple[Array, Array, Array]:
+        """q [tokens, heads, head_dim], k and v [tokens, kv_heads, head_dim] from joined projections.
+
+        q and k are RMS-normed per head and rotated to the positions of the block.
+        """
+
+    def silu_gate(self, gate_up: Array) -> Array:
+        """silu(gate) * up from the joined projections [tokens, 2 * ffn]."""
+
+    # -- attention
+
+    def causal_attention(self, q: Array, cache: PagedKVCache, layer: int, block_length: int) -> Array:
+        """Block-causal attention of a piece of the prompt, whose K/V were just written: [tokens, heads, dim]."""
+
+    def prefix_attention(self, q: Array, cache: PagedKVCache, layer: int) -> tuple[Array, Array]:
+        """Dense attention over the prefix: o [tokens, heads, head_dim] and log-sum-exp [tokens, heads]."""
+
+    def prefix_attention_and_masses(
+        self, q: Array, cache: PagedKVCache, layer: int
+    ) -> tuple[Array, Array, Array]:
+        """As `prefix_attention`, and each page's probability mass [kv_heads, tokens, group, pages]."""
+
+    def sparse_prefix_attention(
+        self,
+        q: Array,
+        tokens: Array,
+        pages: PageList,
+        cache: PagedKVCache,
+        layer: int,
+        into: tuple[Array, Array] | None = None,
+    ) -> tuple[Array, Array]:
+        """Attention of some tokens over listed pages: their rows of o and log-sum-exp.
+
+        Written into the arrays `into`, whose other rows stay as they are.
+        """
+
+    def block_attention(self, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
+        """Attention of the block's tokens over the block: o and log-sum-exp."""
+
+    def merge(self, o_prefix: Array, lse_prefix: Array, o_block: Array, lse_block: Array) -> Array:
+        """The attention over prefix and block from the two parts."""
+
+    # -- selection
+
+    def select_active(self, q: Array, previous: Array, count: int) -> Array:
+        """The `count` tokens whose queries changed most, rising."""
+
+    def select_pages(self, q: Array, tokens: Array, cache: PagedKVCache, layer: int, count: int) -> PageList:
+        """Top `count` pages of each query of `tokens` by QUEST's bound, united per kv head."""
+
+    def select_pages_by_score(self, scores: Array, cache: PagedKVCache, count: int) -> PageList:
+        """Top `count` pages of each row of scores [kv_heads, rows, pages], united per kv head."""
+
+    # -- sampling
+
+    def propose(
+        self, hidden: Array, rows: np.ndarray, head: Matrix, uniforms: np.ndarray, config: GenerationConfig
+    ) -> Proposals:
+        """A token for each of the given rows of hidden [tokens, hidden], with its confidence."""

@@ -1,0 +1,282 @@
+"""The CPU backend: NumPy and its BLAS, and our own attention kernels. Arithmetic is float32.
+
+`dtype` is how weights, keys and values are held. bfloat16 is held as its bits in uint16.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from losart._active_set import query_change, select_active
+from losart._kv_index import positions_in, union_of_top_pages
+from losart.backends import _cpu_kernels as kernels
+from losart.cache import PagedKVCache, PageList
+from losart.config import GenerationConfig, ModelConfig
+from losart.rope import inverse_frequencies
+from losart.sampling import Proposals, propose
+
+HELD_AS = {"float32": np.float32, "bfloat16": np.uint16, "float16": np.float16}
+WIDEN_FLOATS = 1 << 20  # weights widened at a time: 4 MB, within a core's share of the cache
+
+
+def widen(values: np.ndarray) -> np.ndarray:
+    """Any held array as float32; float32 as it is."""
+    if values.dtype == np.float32:
+        return values
+    out = np.empty(values.shape, np.float32)
+    _widen_into(values, out)
+    return out
+
+
+def _widen_into(values: np.ndarray, out: np.ndarray) -> None:
+    dtype = "bfloat16" if values.dtype == np.uint16 else "float16"
+    kernels.widen_into(values.reshape(-1).view(np.uint16), out.reshape(-1), dtype)
+
+
+def narrow(values: np.ndarray, dtype: str) -> np.ndarray:
+    """float32 as it is held in `dtype`, rounded to the nearest, ties to even."""
+    if dtype != "bfloat16":
+        with np.errstate(over="ignore"):
+            return values.astype(HELD_AS[dtype], copy=False)
+    bits = values.view(np.uint32)
+    rounded = ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
+    return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
+
+
+class CpuBackend:
+    """Implements `losart.backends.base.Backend`.
+
+    Parameters
+    ----------
+    config : ModelConfig
+    dtype : {"float32", "bfloat16", "float16"}
+        In which weights, keys and values are held.
+    """
+
+    name = "cpu"
+
+    def __init__(self, config: ModelConfig, dtype: str) -> None:
+        self.config = config
+        self.dtype = dtype
+        frequencies, self._rope_factor = inverse_frequencies(config.rope, config.head_dim)
+        self._frequencies = frequencies
+        self._rotation: tuple[tuple[int, int], np.ndarray, np.ndarray] | None = None
+
+    # -- weights and cache
+
+    def upload(self, tensor: Any) -> np.ndarray:
+        if tensor.dtype == self.dtype:
+            return tensor.array()
+        held = np.empty(tensor.shape, HELD_AS[self.dtype])
+        source, out = tensor.array().reshape(-1), held.reshape(-1)
+        for start in range(0, out.size, WIDEN_FLOATS):
+            piece = slice(start, start + WIDEN_FLOATS)
+            out[piece] = narrow(widen(source[piece]), self.dtype)
+        del source
+        tensor.release()
+        return held
+
+    def upload_vector(self, *tensors: Any) -> np.ndarray:
+        return np.concatenate([widen(tensor.array()) for tensor in tensors])
+
+    def join(self, *weights: np.ndarray) -> tuple[np.ndarray, ...]:
+        return weights
+
+    def new_cache(self, page_size: int) -> PagedKVCache:
+        return PagedKVCache(
+            self.config, page_size, self.dtype, lambda shape, dtype: np.zeros(shape, HELD_AS[dtype])
+        )
+
+    # -- transformer
+
+    def embed(self, table: np.ndarray, ids: np.ndarray) -> np.ndarray:
+        return widen(table[ids])
+
+    def linear(
+        self, x: np.ndarray, matrix: tuple[np.ndarray, ...], bias: np.ndarray | None = None
+    ) -> np.ndarray:
+        # W @ x.T: for few rows BLAS is a third faster so than the other way round.
+        out = np.empty((sum(len(weight) for weight in matrix), len(x)), np.float32)
+        start = 0
+        for weight in matrix:
+            _multiply(weight, x.T, out[start : start + len(weight)])
+            start += len(weight)
+        y = np.ascontiguousarray(out.T)
+        if bias is not None:
+            y += bias
+        return y
+
+    def add_rms_norm(
+        self, x: np.ndarray, delta: np.ndarray | None, gain: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        if delta is not None:
+            x = x + delta
+        return x, self._rms_norm(x, gain)
+
+    def _rms_norm(self, x: np.ndarray, gain: np.ndarray) -> np.ndarray:
+        mean_square = np.einsum("...d,...d->...", x, x)[..., None] / np.float32(x.shape[-1])
+        y = x * (1.0 / np.sqrt(mean_square + np.float32(self.config.rms_norm_eps)))
+        y *= gain
+        return y
+
+    def split_heads(
+        self, qkv: np.ndarray, q_norm: np.ndarray, k_norm: np.ndarray, cache: PagedKVCache
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        c, tokens = self.config, len(qkv)
+        q, k, v = np.split(
+            qkv.reshape(tokens, -1, c.head_dim), [c.num_heads, c.num_heads + c.num_kv_heads], axis=1
+        )
+        cos, sin = self._rotation_of(cache.length, tokens)
+        return (
+            _rotate(self._rms_norm(q, q_norm), cos, sin),
+            _rotate(self._rms_norm(k, k_norm), cos, sin),
+            np.ascontiguousarray(v),
+        )
+
+    def _rotation_of(self, start: int, tokens: int) -> tuple[np.ndarray, np.ndarray]:
+        # All layers of a pass ask for the same rows.
+        if self._rotation is None or self._rotation[0] != (start, tokens):
+            angles = np.arange(start, start + tokens)[:, None, None] * self._frequencies
+            cos, sin = (np.float32(self._rope_factor * f(angles)) for f in (np.cos, np.sin))
+            self._rotation = ((start, tokens), cos, sin)
+        return self._rotation[1:]
+
+    def silu_gate(self, gate_up: np.ndarray) -> np.ndarray:
+        gate, up = np.split(gate_up, 2, axis=1)
+        with np.errstate(over="ignore"):  # exp(-gate) = inf gives the right zero
+            y = np.exp(-gate)
+        y += 1.0
+        np.divide(gate, y, out=y)
+        y *= up
+        return y
+
+    # -- attention
+
+    def causal_attention(
+        self, q: np.ndarray, cache: PagedKVCache, layer: int, block_length: int
+    ) -> np.ndarray:
+        o = np.empty_like(q)
+        kernels.attend_causal_blocks(cache.table, layer, q, cache.length, block_length, o)
+        return o
+
+    def prefix_attention(
+        self, q: np.ndarray, cache: PagedKVCache, layer: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        o, lse = _new_result(q)
+        kernels.attend_pages(cache.table, layer, q, _all_tokens(q), None, cache.length, o, lse)
+        return o, lse
+
+    def prefix_attention_and_masses(
+        self, q: np.ndarray, cache: PagedKVCache, layer: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        o, lse = _new_result(q)
+        kv_heads, group = self.config.num_kv_heads, self.config.group_size
+        page_slabs = cache.page_size // kernels.SLAB_POSITIONS
+        slabs = cache.pages * page_slabs
+        tiles = -(-slabs * kernels.SLAB_POSITIONS // kernels.TILE_POSITIONS)
+        sums = np.zeros((kv_heads, len(q) * group, slabs), np.float32)
+        tops = np.zeros((kv_heads, len(q) * group, tiles), np.float32)
+        kernels.attend_pages(
+            cache.table, layer, q, _all_tokens(q), None, cache.length, o, lse, slab_sums=sums, tile_tops=tops
+        )
+        # A slab's sum is relative to its tile's maximum: bring it to the row's log-sum-exp.
+        row_lse = lse.reshape(len(q), kv_heads, group).transpose(1, 0, 2).reshape(kv_heads, -1, 1)
+        factor = np.exp(tops - row_lse)
+        sums *= np.repeat(factor, kernels.TILE_POSITIONS // kernels.SLAB_POSITIONS, axis=2)[:, :, :slabs]
+        masses = sums.reshape(kv_heads, len(q), group, cache.pages, page_slabs).sum(axis=-1)
+        return o, lse, masses
+
+    def sparse_prefix_attention(
+        self,
+        q: np.ndarray,
+        tokens: np.ndarray,
+        pages: PageList,
+        cache: PagedKVCache,
+        layer: int,
+        into: tuple[np.ndarray, np.ndarray] | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        o, lse = into or _new_result(q)
+        kernels.attend_pages(cache.table, layer, q, tokens, (pages.ids, pages.counts), cache.length, o, lse)
+        return o, lse
+
+    def block_attention(
+        self, q: np.ndarray, k: np.ndarray, v: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        o, lse = _new_result(q)
+        kernels.attend_block(q, k, v, o, lse)
+        return o, lse
+
+    def merge(
+        self, o_prefix: np.ndarray, lse_prefix: np.ndarray, o_block: np.ndarray, lse_block: np.ndarray
+    ) -> np.ndarray:
+        # The block is never empty, so its log-sum-exp is finite; the prefix's may be -inf.
+        weight = np.exp(lse_prefix - np.maximum(lse_prefix, lse_block))
+        weight /= weight + np.exp(lse_block - np.maximum(lse_prefix, lse_block))
+        o = o_prefix - o_block
+        o *= weight[..., None]
+        o += o_block
+        return o
+
+    # -- selection
+
+    def select_active(self, q: np.ndarray, previous: np.ndarray, count: int) -> np.ndarray:
+        return select_active(query_change(q, previous), count)
+
+    def select_pages(
+        self, q: np.ndarray, tokens: np.ndarray, cache: PagedKVCache, layer: int, count: int
+    ) -> PageList:
+        scores = kernels.bound_scores(cache.table, layer, q, tokens, cache.length)
+        return self.select_pages_by_score(scores, cache, count)
+
+    def select_pages_by_score(self, scores: np.ndarray, cache: PagedKVCache, count: int) -> PageList:
+        ids, counts = union_of_top_pages(scores, cache.pages, count)
+        return PageList(ids, counts, positions_in(ids, counts, cache.page_size, cache.length))
+
+    # -- sampling
+
+    def propose(
+        self,
+        hidden: np.ndarray,
+        rows: np.ndarray,
+        head: tuple[np.ndarray, ...],
+        uniforms: np.ndarray,
+        config: GenerationConfig,
+    ) -> Proposals:
+        logits = self.linear(hidden[rows], head)
+        logits[:, config.mask_token_id] = -np.inf
+        return propose(
+            logits,
+            uniforms,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            with_entropy=config.remasking == "entropy_bounded",
+        )
+
+
+def _multiply(weight: np.ndarray, columns: np.ndarray, out: np.ndarray) -> None:
+    if weight.dtype == np.float32:
+        np.matmul(weight, columns, out=out)
+        return
+    step = max(1, WIDEN_FLOATS // weight.shape[1])
+    wide = np.empty((min(step, len(weight)), weight.shape[1]), np.float32)
+    for start in range(0, len(weight), step):
+        piece = weight[start : start + step]
+        _widen_into(piece, wide[: len(piece)])
+        np.matmul(wide[: len(piece)], columns, out=out[start : start + step])
+
+
+def _rotate(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
+    # Halves, not pairs: channel d turns with channel d + head_dim / 2.
+    first, second = np.split(x, 2, axis=-1)
+    return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def _new_result(q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return np.empty_like(q), np.empty(q.shape[:2], np.float32)
+
+
+def _all_tokens(q: np.ndarray) -> np.ndarray:
+    return np.arange(len(q), dtype=np.int32)

@@ -1,0 +1,12 @@
+from libc.stdint cimport uint16_t
+
+cdef extern from "simd.h" nogil:
+    void slab_scores(const float *q, long rows, long dim, const float *k, float *s, long s_stride)
+    void slabs_accumulate(const float *p, long p_stride, long rows, const float *const *v, long slabs,
+                          long dim, float *o)
+    float softmax_step(float *s, long slabs, float *top, float *total, float *slab_sums)
+    void scale(float *x, long count, float factor)
+    void widen_bfloat16(const uint16_t *source, float *to, long count)
+    void widen_float16(const uint16_t *source, float *to, long count)
+    uint16_t narrow_bfloat16(float x)
+    uint16_t narrow_float16(float x)

@@ -1,0 +1,117 @@
+"""The paged KV cache of one sequence."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from losart._kv_index import PageTable
+from losart.config import ModelConfig
+from losart.errors import OutOfMemoryError
+
+CHUNK_POSITIONS = 1024
+GROUP_PAGES = 16  # page bounds are laid out in groups of this many pages
+
+
+@dataclass(frozen=True)
+class PageList:
+    """Pages that each kv head reads.
+
+    Attributes
+    ----------
+    ids : int32 [kv_heads, capacity]
+        Rising page ids, valid up to the head's count.
+    counts : int32 [kv_heads]
+    positions : int
+        Positions in all listed pages, summed over kv heads.
+    """
+
+    ids: Any
+    counts: Any
+    positions: int
+
+
+class PagedKVCache:
+    """Keys, values and page key bounds of the committed prefix, allocated in chunks as it grows.
+
+    Parameters
+    ----------
+    model : ModelConfig
+    page_size : int
+        Positions of a page.
+    dtype : {"float32", "bfloat16", "float16"}
+        In which keys and values are held.
+    allocate : callable
+        (shape, dtype) -> an array of zeros.
+
+    Attributes
+    ----------
+    length : int
+        Committed positions. The block being denoised begins here.
+    table : PageTable
+        Where the pages lie.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        page_size: int,
+        dtype: str,
+        allocate: Callable[[tuple[int, ...], str], Any],
+    ) -> None:
+        group = GROUP_PAGES * page_size
+        self.table = PageTable(
+            model.num_layers,
+            model.num_kv_heads,
+            model.head_dim,
+            page_size,
+            math.ceil(CHUNK_POSITIONS / group) * group,
+            dtype,
+        )
+        self.length = 0
+        self._allocate = allocate
+
+    @property
+    def page_size(self) -> int:
+        """Positions of a page."""
+        return self.table.page_size
+
+    @property
+    def pages(self) -> int:
+        """Pages of the prefix, the last one perhaps part full."""
+        return -(-self.length // self.page_size)
+
+    def reserve(self, positions: int) -> None:
+        """Make room for this many positions in all.
+
+        Raises
+        ------
+        OutOfMemoryError
+            When a chunk cannot be allocated; what the cache holds stays valid.
+        """
+        while self.table.capacity < positions:
+            try:
+                chunk = (
+                    self._allocate(self.table.kv_shape, self.table.dtype),
+                    self._allocate(self.table.bounds_shape, "float32"),
+                )
+            except MemoryError as error:
+                raise OutOfMemoryError(
+                    f"no memory for {positions} positions of the KV cache; "
+                    f"there is room for {self.table.capacity}"
+                ) from error
+            self.table.add_chunk(*chunk)
+
+    def write(self, layer: int, k: Any, v: Any) -> None:
+        """Write one layer's keys and values, [tokens, kv_heads, head_dim], after the prefix.
+
+        They join the prefix when `advance` is called, once all layers are written.
+        """
+        self.reserve(self.length + len(k))
+        self.table.write(layer, self.length, k, v)
+
+    def advance(self, tokens: int) -> None:
+        """Take the `tokens` positions last written into the prefix."""
+        self.length += tokens

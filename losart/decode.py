@@ -1,0 +1,163 @@
+"""The block-diffusion loop: prefill, denoising passes, commit."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from losart.attention import AttentionPolicy
+from losart.attention.base import PassKind
+from losart.cache import PagedKVCache
+from losart.config import GenerationConfig
+from losart.output import Output
+from losart.remasking import strategy, transfer_counts
+from losart.transformer import Transformer
+
+PREFILL_TOKENS = 512  # of the prompt that go through the model at a time
+
+Progress = Callable[[int, int], None]  # prompt tokens done, prompt tokens in all
+
+
+@dataclass(frozen=True)
+class DenoisingPass:
+    """What one denoising pass did.
+
+    Attributes
+    ----------
+    block_start : int
+        Position in the sequence of the block's first token.
+    ids : int64 [block_length]
+        The block after the pass; masked positions hold the mask token.
+    masked : bool [block_length]
+        Positions that are still masked.
+    fixed : int64 [any]
+        Positions within the block that this pass fixed, rising.
+    """
+
+    block_start: int
+    ids: np.ndarray
+    masked: np.ndarray
+    fixed: np.ndarray
+
+
+class BlockDecoder:
+    """One generation by block diffusion (SDAR, arXiv 2510.06303).
+
+    Parameters
+    ----------
+    transformer : Transformer
+    config : GenerationConfig
+    policy : AttentionPolicy
+    cache : PagedKVCache
+        Holds what comes before the prompt: nothing, or whole blocks.
+    output : Output
+        Takes the new tokens that are known without a gap, and says when they end.
+
+    Attributes
+    ----------
+    denoising_passes, commit_passes : int
+    prefill_seconds, decode_seconds : float
+    """
+
+    def __init__(
+        self,
+        transformer: Transformer,
+        config: GenerationConfig,
+        policy: AttentionPolicy,
+        cache: PagedKVCache,
+        output: Output,
+    ) -> None:
+        self.transformer = transformer
+        self.config = config
+        self.policy = policy
+        self.cache = cache
+        self.output = output
+        self.denoising_passes = 0
+        self.commit_passes = 0
+        self.prefill_seconds = 0.0
+        self.decode_seconds = 0.0
+        self._select = strategy(config.remasking)
+        self._rng = np.random.default_rng(config.seed)
+
+    def run(self, prompt: Sequence[int], progress: Progress | None = None) -> Iterator[DenoisingPass]:
+        """Decode until the output ends; one event per denoising pass.
+
+        Parameters
+        ----------
+        prompt : sequence of int
+            At least one token. Its whole blocks are prefilled; the rest is the known head of the
+            first decoded block.
+        progress : callable, optional
+            Called after each prefilled piece with prompt tokens done and in all.
+        """
+        length = self.config.block_length
+        whole = len(prompt) - len(prompt) % length
+        self._prefill(np.asarray(prompt[:whole], np.int64), progress)
+        known = np.asarray(prompt[whole:], np.int64)
+        while self.output.finish_reason is None:
+            yield from self._decode_block(known)
+            known = known[:0]
+
+    def _prefill(self, ids: np.ndarray, progress: Progress | None) -> None:
+        began = time.perf_counter()
+        length = self.config.block_length
+        step = -(-PREFILL_TOKENS // length) * length
+        for start in range(0, len(ids), step):
+            self.transformer.prefill(ids[start : start + step], self.cache, length)
+            if progress is not None:
+                progress(min(start + step, len(ids)), len(ids))
+        self.prefill_seconds += time.perf_counter() - began
+
+    def _decode_block(self, known: np.ndarray) -> Iterator[DenoisingPass]:
+        """Fix the masked positions after the known head pass by pass, then commit the block.
+
+        When the output ends within the block the rest is left as it is: nothing would read it.
+        """
+        length, start = self.config.block_length, self.cache.length
+        ids = np.full(length, self.config.mask_token_id, np.int64)
+        ids[: len(known)] = known
+        masked = np.arange(length) >= len(known)
+        handed_on = len(known)
+        self.policy.begin_block()
+        counts = transfer_counts(length, self.config.denoising_steps)
+        for step, count in enumerate(counts):
+            began = time.perf_counter()
+            self.policy.begin_pass(PassKind.LATER if step else PassKind.FIRST)
+            # The last pass that is allowed leaves nothing masked.
+            fixed = self._denoise(ids, masked, None if step == len(counts) - 1 else count)
+            gap = int(masked.argmax()) if masked.any() else length
+            self.output.extend(ids[handed_on:gap].tolist())
+            handed_on = gap
+            if gap == length and self.output.finish_reason is None:
+                self._commit(ids)
+            self.decode_seconds += time.perf_counter() - began
+            yield DenoisingPass(start, ids.copy(), masked.copy(), fixed)
+            if gap == length or self.output.finish_reason is not None:
+                return
+
+    def _denoise(self, ids: np.ndarray, masked: np.ndarray, count: int | None) -> np.ndarray:
+        """One pass: fix `count` of the masked positions or what the strategy says, None: all of them.
+
+        Returns those positions, rising.
+        """
+        hidden = self.transformer.denoise(ids, self.cache, self.policy)
+        rows = np.flatnonzero(masked)
+        # One number a position and pass, so that a draw does not depend on what else is masked.
+        uniforms = self._rng.random(len(ids))[rows]
+        proposals = self.transformer.propose(hidden, rows, uniforms, self.config)
+        chosen = np.arange(len(rows))
+        if count is not None:
+            chosen = np.sort(self._select(proposals, count, self.config))
+        fixed = rows[chosen]
+        ids[fixed] = proposals.tokens[chosen]
+        masked[fixed] = False
+        self.denoising_passes += 1
+        return fixed
+
+    def _commit(self, ids: np.ndarray) -> None:
+        self.policy.begin_pass(PassKind.COMMIT)
+        self.transformer.commit(ids, self.cache, self.policy)
+        self.commit_passes += 1

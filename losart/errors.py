@@ -1,0 +1,37 @@
+"""The exceptions of losart: one base class, each also the built-in that fits."""
+
+
+class LosartError(Exception):
+    """Base class of every error that losart raises on purpose."""
+
+
+class CheckpointError(LosartError, OSError):
+    """A checkpoint's file is missing, unreadable, truncated or corrupt."""
+
+
+class TensorError(CheckpointError, ValueError):
+    """A tensor is missing, unknown, or of the wrong shape or dtype."""
+
+
+class ConfigError(LosartError, ValueError):
+    """A checkpoint's configuration is impossible or not supported."""
+
+
+class OptionError(LosartError, ValueError):
+    """An option of the caller is unknown or out of range."""
+
+
+class PromptError(LosartError, ValueError):
+    """A prompt is empty, too long, out of the vocabulary, or cannot be tokenized."""
+
+
+class DeviceError(LosartError, RuntimeError):
+    """The asked-for device or its software is missing."""
+
+
+class OutOfMemoryError(LosartError, MemoryError):
+    """A model or a generation does not fit into the device's memory."""
+
+
+class NumericalError(LosartError, RuntimeError):
+    """The model produced values that are not numbers."""

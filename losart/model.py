@@ -1,0 +1,357 @@
+"""A loaded model, and what a user calls on it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from losart.attention import make_policy
+from losart.backends import make_backend
+from losart.config import DTYPES, GenerationConfig, ModelConfig, generation_config
+from losart.decode import BlockDecoder, Progress
+from losart.errors import OptionError, PromptError
+from losart.loaders import ChatTemplate, Checkpoint, Tokenizer, open_checkpoint
+from losart.output import Output
+from losart.remasking import strategy
+from losart.transformer import Transformer
+
+Prompt = str | Sequence[int] | Sequence[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Figures of one generation.
+
+    Attributes
+    ----------
+    prompt_tokens, new_tokens : int
+    denoising_passes, commit_passes : int
+        Forward passes over a block; those of prefill are not among them.
+    prefill_seconds, decode_seconds : float
+    active_fraction : float or None
+        Mean share of a block's tokens recomputed in sparse prefix attention.
+    sparse_density : float or None
+        Mean share of the prefix that was read, per kv head, layer and pass, over the passes that
+        the attention method reads sparsely (arXiv 2604.12056); None without such a pass.
+    density : float or None
+        The same over all passes; None when the prefix was always empty.
+    """
+
+    prompt_tokens: int
+    new_tokens: int
+    denoising_passes: int
+    commit_passes: int
+    prefill_seconds: float
+    decode_seconds: float
+    active_fraction: float | None
+    sparse_density: float | None
+    density: float | None
+
+    @property
+    def forward_passes(self) -> int:
+        """Denoising and commit passes."""
+        return self.denoising_passes + self.commit_passes
+
+    @property
+    def tokens_per_second(self) -> float:
+        """New tokens over the seconds of decoding."""
+        return self.new_tokens / self.decode_seconds if self.decode_seconds else 0.0
+
+
+@dataclass(frozen=True)
+class GenerationResult:
+    """What a generation gave.
+
+    Attributes
+    ----------
+    text : str
+        The new text, without special tokens, cut before a stop string. Empty for a checkpoint
+        without a tokenizer.
+    token_ids : list of int
+        The new tokens, up to and including the one that stopped.
+    finish_reason : {"stop", "length"}
+        Ended by an end token or stop string, or by the number of tokens.
+    stats : Stats
+    """
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    stats: Stats
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True)
+class Step:
+    """One denoising pass of a stream.
+
+    Attributes
+    ----------
+    block_start : int
+        Position of the block in the sequence, prompt included.
+    block : list of int or None
+        Tokens of the block after this pass; None where still masked.
+    positions : list of int
+        Positions within the block that this pass fixed, rising.
+    text : str
+        The new text so far, up to the first masked position.
+    result : GenerationResult or None
+        In the last step.
+    """
+
+    block_start: int
+    block: list[int | None]
+    positions: list[int]
+    text: str
+    result: GenerationResult | None = None
+
+
+class Model:
+    """A checkpoint on a device. Made by :func:`losart.load`.
+
+    Attributes
+    ----------
+    config : ModelConfig
+    tokenizer : Tokenizer or None
+    chat_template : ChatTemplate or None
+    device : str
+        "cpu" or "cuda".
+    dtype : str
+        In which weights, keys and values are held.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, device: str = "auto", dtype: str = "auto") -> None:
+        if dtype not in ("auto", *DTYPES):
+            raise OptionError(f"dtype must be auto, {', '.join(DTYPES)}, not {dtype!r}")
+        self.config: ModelConfig = checkpoint.config
+        self.tokenizer: Tokenizer | None = checkpoint.tokenizer
+        self.chat_template: ChatTemplate | None = checkpoint.chat_template
+        self.dtype = self.config.dtype if dtype == "auto" else dtype
+        backend = make_backend(device, self.config, self.dtype)
+        self.device = backend.name
+        self._transformer = Transformer(self.config, checkpoint.tensors, backend)
+
+    def generate(
+        self, prompt: Prompt | Sequence[Prompt], *, progress: Progress | None = None, **options: Any
+    ) -> GenerationResult | list[GenerationResult]:
+        """Generate from a prompt, or from each of a list of prompts.
+
+        Parameters
+        ----------
+        prompt : str, list of dict, list of int, or a list of these
+            Text; chat messages ({"role": ..., "content": ...}), rendered by the checkpoint's chat
+            template; or token ids.
+        progress : callable, optional
+            Called during prefill with the prompt tokens done and in all.
+        max_new_tokens : int, default 128
+            New tokens at most; the model's positions limit them too.
+        block_length : int
+            Tokens of a block. Default: the checkpoint's, else 4.
+        denoising_steps : int
+            Passes over a block at most. Default: the block length.
+        remasking : str, default "low_confidence_dynamic"
+            What a pass fixes: "sequential", "low_confidence_static", "low_confidence_dynamic" or
+            "entropy_bounded".
+        confidence_threshold : float, default 0.85
+            For "low_confidence_dynamic".
+        eb_threshold : float, default 0.35
+            For "entropy_bounded", in nats.
+        temperature : float, default 0.0
+            0 is greedy.
+        top_k : int, default 0
+            Sample from this many most probable tokens; 0 from all.
+        top_p : float, default 1.0
+            Sample from the most probable tokens that reach this probability together.
+        seed : int, optional
+            Same seed, same output.
+        stop : str or list of str
+            Ends the generation; the text is cut before it.
+        stop_token_ids : list of int
+            Ends the generation. Default: the checkpoint's end tokens; [] for none.
+        mask_token_id : int
+            Default: the checkpoint's.
+        attention : str, default "dense"
+            How denoising passes read the prefix: "dense", "losa", "quest" or "sparsed".
+        budget : int, default 512
+            Prefix positions that each query selects.
+        active : int or float, default 5
+            losa: recomputed tokens of a block, a count or a fraction; 0 reuses all results.
+        page_size : int, default 16
+            Positions selected together, a multiple of 16.
+        dense_layers : int, default 0
+            This many first layers stay dense.
+        commit : {"dense", "sparse"}, default "dense"
+            How the pass that commits a finished block reads the prefix.
+
+        Returns
+        -------
+        GenerationResult, or a list of them for a list of prompts
+
+        Raises
+        ------
+        OptionError
+            An option is unknown or out of range.
+        PromptError
+            The prompt is empty, too long, out of the vocabulary, or needs a tokenizer or a chat
+            template that the checkpoint has not.
+        NumericalError
+            The logits are not finite.
+        OutOfMemoryError
+            The KV cache does not fit.
+        """
+        if _is_batch(prompt):
+            return [self._generate(one, progress, options) for one in prompt]
+        return self._generate(prompt, progress, options)
+
+    def _generate(self, prompt: Any, progress: Progress | None, options: dict[str, Any]) -> GenerationResult:
+        for step in self.stream(prompt, progress=progress, **options):
+            result = step.result
+        assert result is not None
+        return result
+
+    def stream(self, prompt: Prompt, *, progress: Progress | None = None, **options: Any) -> Iterator[Step]:
+        """Generate from one prompt, giving a `Step` after each denoising pass.
+
+        Options and errors are those of `generate`; errors of the options and the prompt are raised
+        at once, before the first step is asked for.
+        """
+        if _is_batch(prompt):
+            raise PromptError("stream takes one prompt, not a list of prompts")
+        config = generation_config(self.config, options)
+        strategy(config.remasking)
+        policy = make_policy(config.attention, self.config, config.block_length)
+        if config.stop and self.tokenizer is None:
+            raise OptionError("stop: the checkpoint has no tokenizer; give stop_token_ids")
+        ids = self._prompt_ids(prompt)
+        output = Output(
+            min(config.max_new_tokens, self.config.max_positions - len(ids)),
+            config.stop_token_ids,
+            config.stop,
+            self.tokenizer.decode if self.tokenizer else None,
+        )
+        cache = self._transformer.backend.new_cache(config.attention.page_size)
+        decoder = BlockDecoder(self._transformer, config, policy, cache, output)
+        return self._steps(decoder, ids, progress)
+
+    def _steps(self, decoder: BlockDecoder, ids: list[int], progress: Progress | None) -> Iterator[Step]:
+        output = decoder.output
+        for event in decoder.run(ids, progress):
+            block = [
+                None if masked else token
+                for token, masked in zip(event.ids.tolist(), event.masked.tolist(), strict=True)
+            ]
+            result = _result(decoder, len(ids)) if output.finish_reason else None
+            yield Step(event.block_start, block, event.fixed.tolist(), output.text, result)
+
+    def _prompt_ids(self, prompt: Any) -> list[int]:
+        if isinstance(prompt, str):
+            ids = self._tokenizer_for("a string").encode(prompt)
+        elif _is_messages(prompt):
+            tokenizer = self._tokenizer_for("chat messages")
+            if self.chat_template is None:
+                raise PromptError("the checkpoint has no chat template; give a string or token ids")
+            ids = tokenizer.encode(self.chat_template.render(prompt), special=False)
+        else:
+            ids = _token_ids(prompt)
+        if not ids:
+            raise PromptError("the prompt is empty")
+        vocab_size, positions = self.config.vocab_size, self.config.max_positions
+        for place, token in enumerate(ids):
+            if not 0 <= token < vocab_size:
+                raise PromptError(
+                    f"token id {token} at place {place} of the prompt is outside the vocabulary of {vocab_size}"
+                )
+        if len(ids) >= positions:
+            raise PromptError(
+                f"the prompt has {len(ids)} tokens; the model has {positions} positions for it and the answer"
+            )
+        return ids
+
+    def _tokenizer_for(self, what: str) -> Tokenizer:
+        if self.tokenizer is None:
+            raise PromptError(f"the checkpoint has no tokenizer.json for {what}; give token ids")
+        return self.tokenizer
+
+
+def _result(decoder: BlockDecoder, prompt_tokens: int) -> GenerationResult:
+    output, reads = decoder.output, decoder.policy.reads
+    assert output.finish_reason is not None
+    stats = Stats(
+        prompt_tokens=prompt_tokens,
+        new_tokens=len(output.tokens),
+        denoising_passes=decoder.denoising_passes,
+        commit_passes=decoder.commit_passes,
+        prefill_seconds=decoder.prefill_seconds,
+        decode_seconds=decoder.decode_seconds,
+        active_fraction=reads.active_fraction,
+        sparse_density=reads.sparse_density,
+        density=reads.density,
+    )
+    return GenerationResult(output.text, list(output.tokens), output.finish_reason, stats)
+
+
+def _is_id(value: object) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, (list, tuple, np.ndarray))
+
+
+def _is_messages(prompt: Any) -> bool:
+    return _is_list(prompt) and len(prompt) > 0 and all(isinstance(item, dict) for item in prompt)
+
+
+def _is_batch(prompt: Any) -> bool:
+    return _is_list(prompt) and len(prompt) > 0 and all(isinstance(item, str) or _is_list(item) for item in prompt)
+
+
+def _token_ids(prompt: Any) -> list[int]:
+    if not _is_list(prompt) or not all(_is_id(token) for token in prompt):
+        raise PromptError("a prompt is a string, a list of chat messages, or a list of token ids")
+    return [int(token) for token in prompt]
+
+
+def load(model: str | os.PathLike[str], device: str = "auto", dtype: str = "auto") -> Model:
+    """Load a checkpoint.
+
+    Parameters
+    ----------
+    model : str or path
+        A checkpoint directory, or a hub id ("org/name"; works offline from the hub's cache).
+    device : {"auto", "cpu", "cuda"}
+        "auto" takes CUDA where it works, else the CPU.
+    dtype : {"auto", "float32", "bfloat16", "float16"}
+        In which weights, keys and values are held; "auto" is the checkpoint's own. Arithmetic is
+        float32 on the CPU.
+
+    Raises
+    ------
+    CheckpointError, TensorError, ConfigError
+        See `losart.errors`: the message names the file, the tensor or the key.
+    DeviceError
+        The device is not there.
+    """
+    return Model(open_checkpoint(model), device, dtype)
+
+
+def generate(
+    model: str | os.PathLike[str] | Model,
+    prompt: Prompt | Sequence[Prompt],
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    **options: Any,
+) -> GenerationResult | list[GenerationResult]:
+    """Load a checkpoint and generate from it: `load` and `Model.generate` in one.
+
+    To generate more than once, load the model once and call its `generate`.
+    """
+    loaded = model if isinstance(model, Model) else load(model, device, dtype)
+    return loaded.generate(prompt, **options)

@@ -1,0 +1,105 @@
+"""The new tokens of a generation: their text as it grows, and where they end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+Decode = Callable[[Sequence[int]], str]
+
+TAIL_TOKENS = 64  # decoded anew whenever tokens come
+CONTEXT_TOKENS = 8  # decoded with the tail, so that what depends on neighbours comes out right
+INCOMPLETE = "\ufffd"  # what a token that ends within a character decodes to
+
+
+class Output:
+    """Collects new tokens until a stop.
+
+    Parameters
+    ----------
+    limit : int
+        New tokens at most.
+    stop_token_ids : sequence of int
+        Each ends the generation and is the last token kept.
+    stop_strings : sequence of str
+        Each ends the generation: the text is cut before it, the tokens after the one that
+        completes it.
+    decode : callable or None
+        Token ids to text; without it there is no text, and no stop string is found.
+
+    Attributes
+    ----------
+    tokens : list of int
+        Kept so far.
+    finish_reason : {"stop", "length"} or None
+        None while the generation goes on.
+    """
+
+    def __init__(
+        self,
+        limit: int,
+        stop_token_ids: Sequence[int] = (),
+        stop_strings: Sequence[str] = (),
+        decode: Decode | None = None,
+    ) -> None:
+        self.tokens: list[int] = []
+        self.finish_reason: str | None = None
+        self._limit = limit
+        self._stop_token_ids = frozenset(stop_token_ids)
+        self._stop_strings = tuple(stop_strings)
+        self._decode = decode
+        self._text = ""
+        self._settled_tokens = 0
+        self._settled_text = ""
+
+    @property
+    def text(self) -> str:
+        """Text of the tokens; while there are more to come, without a character cut in two."""
+        return self._text if self.finish_reason else self._text.rstrip(INCOMPLETE)
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        """Take the next tokens, up to a stop; sets `finish_reason` at one."""
+        for token in tokens:
+            if self.finish_reason is not None:
+                break
+            self.tokens.append(token)
+            if token in self._stop_token_ids:
+                self.finish_reason = "stop"
+            elif len(self.tokens) == self._limit:
+                self.finish_reason = "length"
+        if self._decode is None or not tokens:
+            return
+        searched = len(self._text)
+        self._update_text(self._decode)
+        if self._stop_strings:
+            self._stop_at_string(self._decode, searched)
+
+    def _update_text(self, decode: Decode) -> None:
+        if self.finish_reason is not None:
+            self._text = decode(self.tokens)
+            return
+        context = max(0, self._settled_tokens - CONTEXT_TOKENS)
+        known = decode(self.tokens[context : self._settled_tokens])
+        self._text = self._settled_text + decode(self.tokens[context:])[len(known) :]
+        if len(self.tokens) - self._settled_tokens >= TAIL_TOKENS and not self._text.endswith(INCOMPLETE):
+            self._settled_tokens, self._settled_text = len(self.tokens), self._text
+
+    def _stop_at_string(self, decode: Decode, searched: int) -> None:
+        overlap = max(map(len, self._stop_strings))
+        if self._find_stop(self._text, searched - overlap) is None:
+            return
+        # The fewest tokens whose text holds a stop string.
+        low, high = 1, len(self.tokens)
+        while low < high:
+            middle = (low + high) // 2
+            if self._find_stop(decode(self.tokens[:middle])) is None:
+                low = middle + 1
+            else:
+                high = middle
+        self.tokens = self.tokens[:low]
+        text = decode(self.tokens)
+        self._text = text[: self._find_stop(text)]
+        self.finish_reason = "stop"
+
+    def _find_stop(self, text: str, start: int = 0) -> int | None:
+        places = [place for stop in self._stop_strings if (place := text.find(stop, max(0, start))) >= 0]
+        return min(places, default=None)

@@ -1,0 +1,99 @@
+"""From rows of logits to proposed tokens, their confidence and entropy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from losart.errors import NumericalError
+
+
+@dataclass(frozen=True)
+class Proposals:
+    """What a pass proposes for the masked positions.
+
+    Attributes
+    ----------
+    tokens : int64 [rows]
+    confidence : float32 [rows]
+        Probability of the token under the distribution it was taken from.
+    entropy : float32 [rows]
+        Of the model's whole distribution at the temperature, in nats.
+    """
+
+    tokens: np.ndarray
+    confidence: np.ndarray
+    entropy: np.ndarray
+
+
+def propose(
+    logits: np.ndarray,
+    uniforms: np.ndarray,
+    *,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    with_entropy: bool,
+) -> Proposals:
+    """Take one token from each row of logits.
+
+    Parameters
+    ----------
+    logits : float32 [rows, vocab]
+        The mask token's column is -inf already. Overwritten.
+    uniforms : float64 [rows]
+        Random numbers in [0, 1), one a row; not used when greedy.
+    temperature : float
+        0 takes the most probable token; `top_k` and `top_p` do not matter then.
+    top_k : int
+        Keep this many highest logits, and what ties with the last; 0 keeps all.
+    top_p : float
+        Keep the most probable tokens up to and including the one that takes their sum above this.
+    with_entropy : bool
+        Otherwise entropy is zero, and not computed.
+
+    Raises
+    ------
+    NumericalError
+        When a row has a NaN or an infinite maximum.
+    """
+    top = logits.max(axis=1, keepdims=True)
+    if not np.isfinite(top).all():
+        raise NumericalError(
+            "the logits are not finite: the checkpoint holds NaN or infinite weights, "
+            "or its values overflow in this dtype"
+        )
+    tokens = logits.argmax(axis=1)
+    logits -= top
+    if temperature > 0:
+        logits /= temperature
+    weights = np.exp(logits)
+    total = weights.sum(axis=1)
+    entropy = np.zeros(len(logits), np.float32)
+    if with_entropy:
+        # -sum p log p = log Z - sum p x; a token of probability zero may have x = -inf.
+        np.maximum(logits, np.finfo(np.float32).min, out=logits)
+        entropy = np.log(total) - np.einsum("rv,rv->r", weights, logits) / total
+    if temperature == 0:
+        return Proposals(tokens, 1.0 / total, entropy)
+
+    if 0 < top_k < logits.shape[1]:
+        lowest = np.partition(weights, -top_k, axis=1)[:, -top_k, None]
+        weights[weights < lowest] = 0.0
+    if top_p < 1.0:
+        _keep_top_p(weights, top_p)
+    cumulative = np.cumsum(weights, axis=1, dtype=np.float64)
+    drawn = uniforms[:, None] * cumulative[:, -1:]
+    # The first token whose cumulative weight is above the draw: one of weight zero is never it.
+    tokens = (cumulative > drawn).argmax(axis=1)
+    chosen = np.take_along_axis(weights, tokens[:, None], axis=1)[:, 0]
+    return Proposals(tokens, (chosen / cumulative[:, -1]).astype(np.float32), entropy)
+
+
+def _keep_top_p(weights: np.ndarray, top_p: float) -> None:
+    order = np.argsort(-weights, axis=1, kind="stable")
+    ranked = np.take_along_axis(weights, order, axis=1).astype(np.float64)
+    before = np.cumsum(ranked, axis=1) - ranked
+    ranked[before > top_p * ranked.sum(axis=1, keepdims=True)] = 0.0
+    np.put_along_axis(weights, order, ranked.astype(np.float32), axis=1)

@@ -1,0 +1,133 @@
+"""The layer stack of the Qwen3 architecture, written once in terms of a backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from losart.attention.base import AttentionPolicy
+from losart.backends.base import Array, Backend, Matrix
+from losart.cache import PagedKVCache
+from losart.config import GenerationConfig, ModelConfig
+from losart.sampling import Proposals
+
+Attend = Callable[[int, Array, Array, Array], Array]  # layer, q, k, v -> o
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """One layer's weights as the backend holds them."""
+
+    input_norm: Array
+    qkv: Matrix
+    qkv_bias: Array | None
+    q_norm: Array
+    k_norm: Array
+    o: Matrix
+    o_bias: Array | None
+    post_norm: Array
+    gate_up: Matrix
+    down: Matrix
+
+
+class Transformer:
+    """A block-diffusion transformer on one backend.
+
+    Parameters
+    ----------
+    config : ModelConfig
+    tensors : mapping
+        The checkpoint's tensors by canonical name (`losart.loaders`).
+    backend : Backend
+    """
+
+    def __init__(self, config: ModelConfig, tensors: Mapping[str, Any], backend: Backend) -> None:
+        self.config = config
+        self.backend = backend
+        self.embedding = backend.upload(tensors["embed"])
+        self.layers = [self._load_layer(tensors, f"layers.{i}.") for i in range(config.num_layers)]
+        self.final_norm = backend.upload_vector(tensors["final_norm"])
+        self.head = backend.join(
+            self.embedding if config.tie_embeddings else backend.upload(tensors["head"])
+        )
+
+    def _load_layer(self, tensors: Mapping[str, Any], prefix: str) -> LayerWeights:
+        backend = self.backend
+
+        def matrix(*names: str) -> Matrix:
+            return backend.join(*(backend.upload(tensors[prefix + name]) for name in names))
+
+        def vector(*names: str) -> Array:
+            return backend.upload_vector(*(tensors[prefix + name] for name in names))
+
+        bias = self.config.attention_bias
+        return LayerWeights(
+            input_norm=vector("input_norm"),
+            qkv=matrix("q", "k", "v"),
+            qkv_bias=vector("q_bias", "k_bias", "v_bias") if bias else None,
+            q_norm=vector("q_norm"),
+            k_norm=vector("k_norm"),
+            o=matrix("o"),
+            o_bias=vector("o_bias") if bias else None,
+            post_norm=vector("post_norm"),
+            gate_up=matrix("gate", "up"),
+            down=matrix("down"),
+        )
+
+    def _forward(self, ids: np.ndarray, cache: PagedKVCache, attend: Attend) -> Array:
+        backend = self.backend
+        x, delta = backend.embed(self.embedding, ids), None
+        for index, layer in enumerate(self.layers):
+            x, h = backend.add_rms_norm(x, delta, layer.input_norm)
+            qkv = backend.linear(h, layer.qkv, layer.qkv_bias)
+            q, k, v = backend.split_heads(qkv, layer.q_norm, layer.k_norm, cache)
+            o = attend(index, q, k, v)
+            delta = backend.linear(o.reshape(len(ids), -1), layer.o, layer.o_bias)
+            x, h = backend.add_rms_norm(x, delta, layer.post_norm)
+            delta = backend.linear(backend.silu_gate(backend.linear(h, layer.gate_up)), layer.down)
+        return backend.add_rms_norm(x, delta, self.final_norm)[1]
+
+    def prefill(self, ids: np.ndarray, cache: PagedKVCache, block_length: int) -> None:
+        """Take whole blocks of known tokens into the cache.
+
+        Parameters
+        ----------
+        ids : int [tokens]
+            A multiple of `block_length`.
+        cache : PagedKVCache
+            Its length is a multiple of `block_length`, and grows by the tokens.
+        block_length : int
+        """
+
+        def attend(layer: int, q: Array, k: Array, v: Array) -> Array:
+            cache.write(layer, k, v)
+            return self.backend.causal_attention(q, cache, layer, block_length)
+
+        self._forward(ids, cache, attend)
+        cache.advance(len(ids))
+
+    def denoise(self, ids: np.ndarray, cache: PagedKVCache, policy: AttentionPolicy) -> Array:
+        """The final hidden states, [tokens, hidden], of the block after the cache's prefix."""
+        return self._forward(
+            ids, cache, lambda layer, q, k, v: policy.attend(self.backend, layer, q, k, v, cache)
+        )
+
+    def commit(self, ids: np.ndarray, cache: PagedKVCache, policy: AttentionPolicy) -> None:
+        """Take a finished block into the cache."""
+
+        def attend(layer: int, q: Array, k: Array, v: Array) -> Array:
+            o = policy.attend(self.backend, layer, q, k, v, cache)
+            cache.write(layer, k, v)
+            return o
+
+        self._forward(ids, cache, attend)
+        cache.advance(len(ids))
+
+    def propose(
+        self, hidden: Array, rows: np.ndarray, uniforms: np.ndarray, config: GenerationConfig
+    ) -> Proposals:
+        """A token for each of the given rows of the block, from `denoise`'s hidden states."""
+        return self.backend.propose(hidden, rows, self.head, uniforms, config)

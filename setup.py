@@ -1,0 +1,74 @@
+"""Builds the Cython modules; everything else about the package is in pyproject.toml."""
+
+import os
+import subprocess
+import sys
+import tempfile
+
+import numpy
+from Cython.Build import cythonize
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+OPENMP_PROBE = "#include <omp.h>\nint main(void) { return omp_get_max_threads() < 1; }\n"
+CLONES_PROBE = """
+__attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+int twice(int x) { return 2 * x; }
+int main(void) { return twice(1) != 2; }
+"""
+
+
+class BuildExtensions(build_ext):
+    """Adds what the compiler at hand can do: OpenMP, and one build for several CPU generations."""
+
+    def build_extensions(self):
+        compile_args, link_args, macros = ["-O3", "-std=gnu11", "-ffp-contract=fast"], [], []
+        if self.compiles(OPENMP_PROBE, ["-fopenmp"]):
+            compile_args.append("-fopenmp")
+            link_args.append("-fopenmp")
+        else:
+            print("losart: no OpenMP, the CPU kernels will use one thread", file=sys.stderr)
+        if self.compiles(CLONES_PROBE, []):
+            macros.append(("LOSART_TARGET_CLONES", "1"))
+        for extension in self.extensions:
+            extension.extra_compile_args += compile_args
+            extension.extra_link_args += link_args
+            extension.define_macros += macros
+        super().build_extensions()
+
+    def compiles(self, source, flags):
+        if self.compiler.compiler_type != "unix":
+            return False
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "probe.c")
+            with open(path, "w") as file:
+                file.write(source)
+            command = [*self.compiler.compiler, *flags, path, "-o", os.path.join(folder, "probe")]
+            return subprocess.run(command, capture_output=True).returncode == 0
+
+
+def extension(module):
+    return Extension(
+        module,
+        [module.replace(".", "/") + ".pyx"],
+        include_dirs=[numpy.get_include(), "losart/backends"],
+        define_macros=[("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION")],
+        depends=["losart/backends/simd.h", "losart/backends/simd.pxd"],
+    )
+
+
+setup(
+    packages=[*find_packages(include=["losart", "losart.*"]), "losart.loaders", "losart.kernels_cu"],
+    package_dir={"losart.loaders": "loaders", "losart.kernels_cu": "kernels_cu"},
+    ext_modules=cythonize(
+        [extension(m) for m in ("losart._active_set", "losart._kv_index", "losart.backends._cpu_kernels")],
+        compiler_directives={
+            "language_level": 3,
+            "boundscheck": False,
+            "wraparound": False,
+            "cdivision": True,
+            "initializedcheck": False,
+        },
+    ),
+    cmdclass={"build_ext": BuildExtensions},
+)
