@@ -34,7 +34,7 @@ class _GenerationTag(jinja2.ext.Extension):
 
 
 class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """Templates come with the checkpoint and are not trusted, neither with objects nor with memory."""
+    """Templates come with the checkpoint and are not trusted; this also bars the crudest memory bombs."""
 
     intercepted_binops = frozenset(["*", "**"])
 

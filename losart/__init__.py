@@ -1,12 +1,12 @@
 """losart: a small runtime for block-wise diffusion language models.
 
-    import losart
+import losart
 
-    model = losart.load("path/to/SDAR-1.7B-Chat")
-    print(model.generate("Why is the sky blue?", attention="losa"))
+model = losart.load("path/to/SDAR-1.7B-Chat")
+print(model.generate("Why is the sky blue?", attention="losa"))
 """
 
-from losart.config import AttentionConfig, GenerationConfig, ModelConfig
+from losart.config import ModelConfig
 from losart.errors import (
     CheckpointError,
     ConfigError,
@@ -18,7 +18,9 @@ from losart.errors import (
     PromptError,
     TensorError,
 )
-from losart.model import GenerationResult, Model, Stats, Step, generate, load
+from losart.model import Model, generate, load
+from losart.options import AttentionConfig, GenerationConfig
+from losart.results import GenerationResult, Stats, Step
 
 __version__ = "0.1.0"
 

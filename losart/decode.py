@@ -11,7 +11,7 @@ import numpy as np
 from losart.attention import AttentionPolicy
 from losart.attention.base import PassKind
 from losart.cache import PagedKVCache
-from losart.config import GenerationConfig
+from losart.options import GenerationConfig
 from losart.output import Output
 from losart.remasking import strategy, transfer_counts
 from losart.transformer import Transformer

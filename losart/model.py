@@ -4,112 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
 
 from losart.attention import make_policy
 from losart.backends import make_backend
-from losart.config import DTYPES, GenerationConfig, ModelConfig, generation_config
+from losart.config import DTYPES, ModelConfig
 from losart.decode import BlockDecoder, Progress
 from losart.errors import OptionError, PromptError
 from losart.loaders import ChatTemplate, Checkpoint, Tokenizer, open_checkpoint
+from losart.options import generation_config
 from losart.output import Output
+from losart.prompts import Prompt, is_batch, prompt_ids
 from losart.remasking import strategy
+from losart.results import GenerationResult, Stats, Step
 from losart.transformer import Transformer
-
-Prompt = str | Sequence[int] | Sequence[dict[str, str]]
-
-
-@dataclass(frozen=True)
-class Stats:
-    """Figures of one generation.
-
-    Attributes
-    ----------
-    prompt_tokens, new_tokens : int
-    denoising_passes, commit_passes : int
-        Forward passes over a block; those of prefill are not among them.
-    prefill_seconds, decode_seconds : float
-    active_fraction : float or None
-        Mean share of a block's tokens recomputed in sparse prefix attention.
-    sparse_density : float or None
-        Mean share of the prefix that was read, per kv head, layer and pass, over the passes that
-        the attention method reads sparsely (arXiv 2604.12056); None without such a pass.
-    density : float or None
-        The same over all passes; None when the prefix was always empty.
-    """
-
-    prompt_tokens: int
-    new_tokens: int
-    denoising_passes: int
-    commit_passes: int
-    prefill_seconds: float
-    decode_seconds: float
-    active_fraction: float | None
-    sparse_density: float | None
-    density: float | None
-
-    @property
-    def forward_passes(self) -> int:
-        """Denoising and commit passes."""
-        return self.denoising_passes + self.commit_passes
-
-    @property
-    def tokens_per_second(self) -> float:
-        """New tokens over the seconds of decoding."""
-        return self.new_tokens / self.decode_seconds if self.decode_seconds else 0.0
-
-
-@dataclass(frozen=True)
-class GenerationResult:
-    """What a generation gave.
-
-    Attributes
-    ----------
-    text : str
-        The new text, without special tokens, cut before a stop string. Empty for a checkpoint
-        without a tokenizer.
-    token_ids : list of int
-        The new tokens, up to and including the one that stopped.
-    finish_reason : {"stop", "length"}
-        Ended by an end token or stop string, or by the number of tokens.
-    stats : Stats
-    """
-
-    text: str
-    token_ids: list[int]
-    finish_reason: str
-    stats: Stats
-
-    def __str__(self) -> str:
-        return self.text
-
-
-@dataclass(frozen=True)
-class Step:
-    """One denoising pass of a stream.
-
-    Attributes
-    ----------
-    block_start : int
-        Position of the block in the sequence, prompt included.
-    block : list of int or None
-        Tokens of the block after this pass; None where still masked.
-    positions : list of int
-        Positions within the block that this pass fixed, rising.
-    text : str
-        The new text so far, up to the first masked position.
-    result : GenerationResult or None
-        In the last step.
-    """
-
-    block_start: int
-    block: list[int | None]
-    positions: list[int]
-    text: str
-    result: GenerationResult | None = None
 
 
 class Model:
@@ -205,7 +113,7 @@ class Model:
         OutOfMemoryError
             The KV cache does not fit.
         """
-        if _is_batch(prompt):
+        if is_batch(prompt):
             return [self._generate(one, progress, options) for one in prompt]
         return self._generate(prompt, progress, options)
 
@@ -221,14 +129,14 @@ class Model:
         Options and errors are those of `generate`; errors of the options and the prompt are raised
         at once, before the first step is asked for.
         """
-        if _is_batch(prompt):
+        if is_batch(prompt):
             raise PromptError("stream takes one prompt, not a list of prompts")
         config = generation_config(self.config, options)
         strategy(config.remasking)
         policy = make_policy(config.attention, self.config, config.block_length)
         if config.stop and self.tokenizer is None:
             raise OptionError("stop: the checkpoint has no tokenizer; give stop_token_ids")
-        ids = self._prompt_ids(prompt)
+        ids = prompt_ids(prompt, self.config, self.tokenizer, self.chat_template)
         output = Output(
             min(config.max_new_tokens, self.config.max_positions - len(ids)),
             config.stop_token_ids,
@@ -249,35 +157,6 @@ class Model:
             result = _result(decoder, len(ids)) if output.finish_reason else None
             yield Step(event.block_start, block, event.fixed.tolist(), output.text, result)
 
-    def _prompt_ids(self, prompt: Any) -> list[int]:
-        if isinstance(prompt, str):
-            ids = self._tokenizer_for("a string").encode(prompt)
-        elif _is_messages(prompt):
-            tokenizer = self._tokenizer_for("chat messages")
-            if self.chat_template is None:
-                raise PromptError("the checkpoint has no chat template; give a string or token ids")
-            ids = tokenizer.encode(self.chat_template.render(prompt), special=False)
-        else:
-            ids = _token_ids(prompt)
-        if not ids:
-            raise PromptError("the prompt is empty")
-        vocab_size, positions = self.config.vocab_size, self.config.max_positions
-        for place, token in enumerate(ids):
-            if not 0 <= token < vocab_size:
-                raise PromptError(
-                    f"token id {token} at place {place} of the prompt is outside the vocabulary of {vocab_size}"
-                )
-        if len(ids) >= positions:
-            raise PromptError(
-                f"the prompt has {len(ids)} tokens; the model has {positions} positions for it and the answer"
-            )
-        return ids
-
-    def _tokenizer_for(self, what: str) -> Tokenizer:
-        if self.tokenizer is None:
-            raise PromptError(f"the checkpoint has no tokenizer.json for {what}; give token ids")
-        return self.tokenizer
-
 
 def _result(decoder: BlockDecoder, prompt_tokens: int) -> GenerationResult:
     output, reads = decoder.output, decoder.policy.reads
@@ -294,28 +173,6 @@ def _result(decoder: BlockDecoder, prompt_tokens: int) -> GenerationResult:
         density=reads.density,
     )
     return GenerationResult(output.text, list(output.tokens), output.finish_reason, stats)
-
-
-def _is_id(value: object) -> bool:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-
-
-def _is_list(value: object) -> bool:
-    return isinstance(value, (list, tuple, np.ndarray))
-
-
-def _is_messages(prompt: Any) -> bool:
-    return _is_list(prompt) and len(prompt) > 0 and all(isinstance(item, dict) for item in prompt)
-
-
-def _is_batch(prompt: Any) -> bool:
-    return _is_list(prompt) and len(prompt) > 0 and all(isinstance(item, str) or _is_list(item) for item in prompt)
-
-
-def _token_ids(prompt: Any) -> list[int]:
-    if not _is_list(prompt) or not all(_is_id(token) for token in prompt):
-        raise PromptError("a prompt is a string, a list of chat messages, or a list of token ids")
-    return [int(token) for token in prompt]
 
 
 def load(model: str | os.PathLike[str], device: str = "auto", dtype: str = "auto") -> Model:

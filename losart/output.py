@@ -53,8 +53,15 @@ class Output:
 
     @property
     def text(self) -> str:
-        """Text of the tokens; while there are more to come, without a character cut in two."""
-        return self._text if self.finish_reason else self._text.rstrip(INCOMPLETE)
+        """Text of the tokens.
+
+        While there are more to come it only grows: a character cut in two, and the beginning of
+        what may become a stop string, are held back.
+        """
+        if self.finish_reason is not None:
+            return self._text
+        text = self._text.rstrip(INCOMPLETE)
+        return text[: len(text) - max((_overlap(text, stop) for stop in self._stop_strings), default=0)]
 
     def extend(self, tokens: Sequence[int]) -> None:
         """Take the next tokens, up to a stop; sets `finish_reason` at one."""
@@ -103,3 +110,8 @@ class Output:
     def _find_stop(self, text: str, start: int = 0) -> int | None:
         places = [place for stop in self._stop_strings if (place := text.find(stop, max(0, start))) >= 0]
         return min(places, default=None)
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop`."""
+    return next((n for n in range(len(stop) - 1, 0, -1) if text.endswith(stop[:n])), 0)

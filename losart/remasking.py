@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from losart.config import GenerationConfig
 from losart.errors import OptionError
+from losart.options import GenerationConfig
 from losart.sampling import Proposals
 
 Strategy = Callable[[Proposals, int, GenerationConfig], np.ndarray]

@@ -11,7 +11,8 @@ import numpy as np
 from losart.attention.base import AttentionPolicy
 from losart.backends.base import Array, Backend, Matrix
 from losart.cache import PagedKVCache
-from losart.config import GenerationConfig, ModelConfig
+from losart.config import ModelConfig
+from losart.options import GenerationConfig
 from losart.sampling import Proposals
 
 Attend = Callable[[int, Array, Array, Array], Array]  # layer, q, k, v -> o
@@ -50,9 +51,7 @@ class Transformer:
         self.embedding = backend.upload(tensors["embed"])
         self.layers = [self._load_layer(tensors, f"layers.{i}.") for i in range(config.num_layers)]
         self.final_norm = backend.upload_vector(tensors["final_norm"])
-        self.head = backend.join(
-            self.embedding if config.tie_embeddings else backend.upload(tensors["head"])
-        )
+        self.head = backend.join(self.embedding if config.tie_embeddings else backend.upload(tensors["head"]))
 
     def _load_layer(self, tensors: Mapping[str, Any], prefix: str) -> LayerWeights:
         backend = self.backend

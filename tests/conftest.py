@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from random_checkpoint import write_checkpoint
+from released_config import SDAR_1_7B
+
+from losart.config import ModelConfig
+from losart.loaders.model_config import read_model_config
 
 
 @pytest.fixture(scope="session")
@@ -24,3 +30,17 @@ def make_checkpoint(tmp_path: Path) -> Callable[..., Path]:
         return write_checkpoint(tmp_path / name, **small | options)
 
     return make
+
+
+@pytest.fixture
+def read_config(tmp_path: Path) -> Callable[..., ModelConfig]:
+    """Read SDAR-1.7B's configuration with keys changed; `...` deletes one."""
+
+    def read(generation: dict[str, Any] | None = None, tokenizer: Any = None, **changes: Any) -> ModelConfig:
+        keys = {key: value for key, value in (SDAR_1_7B | changes).items() if value is not ...}
+        (tmp_path / "config.json").write_text(json.dumps(keys))
+        if generation is not None:
+            (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+        return read_model_config(tmp_path, tokenizer)
+
+    return read

@@ -107,7 +107,7 @@ def test_template_that_reaches_out_of_the_sandbox(source):
     [
         "{{ 'a' * 10**12 }}",
         "{{ 10**12 * [0] }}",
-        "{{ 9**9**9 }}",
+        "{{ 9 ** (9**9) }}",
         "{% for i in range(10**12) %}{% endfor %}",
         "{% for i in range(9999) %}{% for i in range(9999) %}0123456789{% endfor %}{% endfor %}",
         "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",

@@ -5,8 +5,9 @@ from losart.attention.dense import DensePolicy
 from losart.attention.losa import LosaPolicy
 from losart.attention.quest import QuestPolicy
 from losart.attention.sparsed import SparsedPolicy
-from losart.config import AttentionConfig, ModelConfig
+from losart.config import ModelConfig
 from losart.errors import OptionError
+from losart.options import AttentionConfig
 
 POLICIES: dict[str, type[AttentionPolicy]] = {
     "dense": DensePolicy,

@@ -8,7 +8,8 @@ from typing import Any
 
 from losart.attention.reads import ReadLog
 from losart.cache import PagedKVCache
-from losart.config import AttentionConfig, ModelConfig
+from losart.config import ModelConfig
+from losart.options import AttentionConfig
 
 
 class PassKind(enum.Enum):

@@ -33,6 +33,9 @@ cdef enum:
     PART = 64            # slabs of a part, whole tiles
     CAUSAL_ROWS = 64     # query rows of a prefill work item, about
     BOUND_GROUPS = 8     # groups of 16 pages of a work item
+    # Multiply-adds from which a second thread pays, about 20 us: waking one costs a few, and far
+    # more on a machine that is busy with other things.
+    WORTH_THREADS = 1 << 20
 
 SLAB_POSITIONS = LANES
 TILE_POSITIONS = TILE * LANES
@@ -167,17 +170,20 @@ cdef void merge_parts(const Work *work, Py_ssize_t head, Py_ssize_t row, float *
 cdef int run(Work *work, Py_ssize_t kv_heads, Py_ssize_t group, const int32_t *tokens,
              float[:, :, ::1] o, float[:, ::1] lse) except -1:
     # All parts, then every row's merge into row tokens[row // group] of o and lse.
-    cdef Py_ssize_t item, head, row, rows = work.rows, failed = 0
+    cdef Py_ssize_t item, head, row, rows = work.rows, failed = 0, positions = 0
+    for head in range(kv_heads):
+        positions += work.slabs[head] * LANES
+    cdef bint threads = 2 * rows * work.dim * positions > WORTH_THREADS
     buffer = np.empty(kv_heads * work.parts * rows * (work.dim + 2), np.float32)
     cdef float[::1] view = buffer
     work.o = &view[0]
     work.tops = work.o + kv_heads * work.parts * rows * work.dim
     work.totals = work.tops + kv_heads * work.parts * rows
-    for item in prange(kv_heads * work.parts, nogil=True, schedule="dynamic"):
+    for item in prange(kv_heads * work.parts, nogil=True, schedule="dynamic", use_threads_if=threads):
         failed += attend_part(work, item)
     if failed:
         raise MemoryError
-    for item in prange(kv_heads * rows, nogil=True, schedule="static"):
+    for item in prange(kv_heads * rows, nogil=True, schedule="static", use_threads_if=threads and work.parts > 1):
         head = item // rows
         row = item % rows
         merge_parts(work, head, row, &o[tokens[row // group], head * group + row % group, 0],
@@ -373,6 +379,7 @@ def attend_causal_blocks(PageTable table, Py_ssize_t layer, q, Py_ssize_t start,
     """
     cdef Py_ssize_t kv_heads = table.kv_heads, dim = table.head_dim, heads = q.shape[1], group = heads // kv_heads
     cdef Py_ssize_t count = q.shape[0], step = max(1, CAUSAL_ROWS // group), pieces, item, head, first, failed = 0
+    cdef bint threads
     tokens = np.arange(count, dtype=np.int32)
     _check(q, o, np.broadcast_to(np.float32(0), q.shape[:2]), tokens, kv_heads, dim)
     if count == 0:
@@ -383,7 +390,8 @@ def attend_causal_blocks(PageTable table, Py_ssize_t layer, q, Py_ssize_t start,
     cdef float[:, :, ::1] out = o
     pieces = (count + step - 1) // step
     # Later pieces see more: they come first, so that none is left over at the end.
-    for item in prange(pieces * kv_heads, nogil=True, schedule="dynamic"):
+    threads = 2 * heads * count * dim * (start + count) > WORTH_THREADS
+    for item in prange(pieces * kv_heads, nogil=True, schedule="dynamic", use_threads_if=threads):
         head = item % kv_heads
         first = (pieces - 1 - item // kv_heads) * step
         failed += attend_causal_item(table, layer, head, &queries[head, first * group, 0],
@@ -424,7 +432,8 @@ def bound_scores(PageTable table, Py_ssize_t layer, q, tokens, Py_ssize_t length
     cdef float[:, :, ::1] queries = signed
     cdef float[:, :, ::1] out = scores
     works = (groups + BOUND_GROUPS - 1) // BOUND_GROUPS
-    for item in prange(kv_heads * works, nogil=True, schedule="dynamic"):
+    cdef bint threads = kv_heads * rows * 2 * dim * groups * LANES > WORTH_THREADS
+    for item in prange(kv_heads * works, nogil=True, schedule="dynamic", use_threads_if=threads):
         head = item // works
         for g in range(item % works * BOUND_GROUPS, min(groups, (item % works + 1) * BOUND_GROUPS)):
             slab_scores(&queries[head, 0, 0], rows, 2 * dim, table.bound_group(layer, head, g),
@@ -446,5 +455,6 @@ def widen_into(const uint16_t[::1] source, float[::1] to, str dtype):
     cdef int width = BFLOAT16 if dtype == "bfloat16" else 2
     if to.shape[0] != count:
         raise ValueError("source and to must have the same length")
-    for item in prange((count + piece - 1) // piece, nogil=True, schedule="static"):
+    for item in prange((count + piece - 1) // piece, nogil=True, schedule="static",
+                       use_threads_if=count > WORTH_THREADS // 4):
         widen(&source[item * piece], &to[item * piece], min(piece, count - item * piece), width)

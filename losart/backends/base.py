@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from losart.cache import PagedKVCache, PageList
-from losart.config import GenerationConfig
+from losart.options import GenerationConfig
 from losart.sampling import Proposals
 
 Array = Any
@@ -63,7 +63,10 @@ class Backend(Protocol):
     # -- attention
 
     def causal_attention(self, q: Array, cache: PagedKVCache, layer: int, block_length: int) -> Array:
-        """Block-causal attention of a piece of the prompt, whose K/V were just written: [tokens, heads, dim]."""
+        """Block-causal attention of a piece of the prompt whose keys and values were just written.
+
+        Returns o [tokens, heads, head_dim].
+        """
 
     def prefix_attention(self, q: Array, cache: PagedKVCache, layer: int) -> tuple[Array, Array]:
         """Dense attention over the prefix: o [tokens, heads, head_dim] and log-sum-exp [tokens, heads]."""

@@ -13,7 +13,8 @@ from losart._active_set import query_change, select_active
 from losart._kv_index import positions_in, union_of_top_pages
 from losart.backends import _cpu_kernels as kernels
 from losart.cache import PagedKVCache, PageList
-from losart.config import GenerationConfig, ModelConfig
+from losart.config import ModelConfig
+from losart.options import GenerationConfig
 from losart.rope import inverse_frequencies
 from losart.sampling import Proposals, propose
 
@@ -201,9 +202,7 @@ class CpuBackend:
         kernels.attend_pages(cache.table, layer, q, tokens, (pages.ids, pages.counts), cache.length, o, lse)
         return o, lse
 
-    def block_attention(
-        self, q: np.ndarray, k: np.ndarray, v: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def block_attention(self, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         o, lse = _new_result(q)
         kernels.attend_block(q, k, v, o, lse)
         return o, lse

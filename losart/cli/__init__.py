@@ -1,0 +1,5 @@
+"""The command `losart`."""
+
+from losart.cli.main import main
+
+__all__ = ["main"]

@@ -1,0 +1,54 @@
+"""Parses the command line, runs a command, and turns errors into messages and exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+import losart
+from losart.cli import generate
+from losart.errors import LosartError, OptionError
+
+FAILED, USAGE, INTERRUPTED = 1, 2, 130
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's parser; each command sets `run`, a function of the parsed arguments."""
+    top = argparse.ArgumentParser(prog="losart", description="Runs block-wise diffusion language models.")
+    top.add_argument("--version", action="version", version=f"losart {losart.__version__}")
+    commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    generate.add_command(commands)
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns
+    -------
+    int
+        0; 1 when it failed, 2 for a wrong option, 130 when it was interrupted.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    args = parser().parse_args(arguments)
+    try:
+        args.run(args)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("\nlosart: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader has gone. Python flushes once more at exit, and must find somewhere to.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except OptionError as error:
+        print(f"losart: {error}", file=sys.stderr)
+        return USAGE
+    except (LosartError, OSError, MemoryError) as error:
+        print(f"losart: {error or type(error).__name__}", file=sys.stderr)
+        return FAILED
+    return 0

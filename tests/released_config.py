@@ -1,0 +1,28 @@
+"""config.json of a released checkpoint."""
+
+SDAR_1_7B = {
+    "architectures": ["SDARForCausalLM"],
+    "attention_bias": False,
+    "auto_map": {"AutoModel": "modeling_sdar.SDARForCausalLM"},
+    "bos_token_id": 151643,
+    "eos_token_id": 151643,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "mask_token_id": 151669,
+    "max_position_embeddings": 32768,
+    "max_window_layers": 28,
+    "model_type": "sdar",
+    "num_attention_heads": 16,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "sliding_window": None,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
