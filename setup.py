@@ -10,6 +10,13 @@ from Cython.Build import cythonize
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
+MODULES = (
+    "losart._active_set",
+    "losart._kv_index",
+    "losart.backends._cpu_kernels",
+    "losart.backends._skinny_linear",
+)
+
 OPENMP_PROBE = "#include <omp.h>\nint main(void) { return omp_get_max_threads() < 1; }\n"
 CLONES_PROBE = """
 __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
@@ -61,7 +68,7 @@ setup(
     packages=[*find_packages(include=["losart", "losart.*"]), "losart.loaders", "losart.kernels_cu"],
     package_dir={"losart.loaders": "loaders", "losart.kernels_cu": "kernels_cu"},
     ext_modules=cythonize(
-        [extension(m) for m in ("losart._active_set", "losart._kv_index", "losart.backends._cpu_kernels")],
+        [extension(module) for module in MODULES],
         compiler_directives={
             "language_level": 3,
             "boundscheck": False,
