@@ -1,0 +1,227 @@
+"""One denoising pass on the CPU: losart dense and LoSA, beside transformers.
+
+    OMP_NUM_THREADS=2 python benchmarks/cpu_pass.py
+
+Random weights of Qwen3-0.6B's sizes, float32, block 16, greedy. The prefix is white noise in place
+of keys and values, the same for both: dense attention's time does not depend on it, and for LoSA
+it is the worst case, since every query then prefers other pages; the density beside each time says
+how much was read. Without torch and transformers their row is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from random_checkpoint import SIZES, write_checkpoint
+
+import losart
+from losart.attention import make_policy
+from losart.attention.base import AttentionPolicy, PassKind
+from losart.cache import PagedKVCache
+from losart.options import AttentionConfig, generation_config
+
+SIZE = "0.6B"
+VOCABULARY = 150_000  # ids are drawn below this
+BLOCK = 16
+CHANGED = 2  # tokens of the block that differ from pass to pass
+LOSA = AttentionConfig(method="losa", budget=512, active=5)
+SHORT_PREFIX = 4096
+LONG_PREFIX = 16384
+
+
+def median_seconds(run: Callable[[], object], repeats: int) -> float:
+    """Median of several runs after one that does not count."""
+    run()
+    times = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times)
+
+
+class Losart:
+    """A losart model with a cache full of noise."""
+
+    def __init__(self, checkpoint: Path, prefix: int) -> None:
+        self.model = losart.load(checkpoint, device="cpu", dtype="float32")
+        self.config = generation_config(self.model.config, {"block_length": BLOCK})
+        self.transformer = self.model._transformer
+        self.cache: PagedKVCache = self.transformer.backend.new_cache(LOSA.page_size)
+        for layer in range(self.model.config.num_layers):
+            self.cache.write(layer, *noise(prefix, layer))
+        self.cache.advance(prefix)
+        self.rng = np.random.default_rng(0)
+        self.ids = self.rng.integers(0, VOCABULARY, BLOCK)
+
+    def policy(self, attention: AttentionConfig) -> AttentionPolicy:
+        """A policy that has seen the first pass of a block."""
+        policy = make_policy(attention, self.model.config, BLOCK)
+        policy.begin_block()
+        policy.begin_pass(PassKind.FIRST)
+        self.transformer.denoise(self.ids, self.cache, policy)
+        policy.begin_pass(PassKind.LATER)
+        return policy
+
+    def denoising_pass(self, policy: AttentionPolicy) -> None:
+        """A later pass over a block of which a few tokens changed, and proposals for all of it."""
+        self.ids[self.rng.choice(BLOCK, CHANGED, replace=False)] = self.rng.integers(0, VOCABULARY, CHANGED)
+        hidden = self.transformer.denoise(self.ids, self.cache, policy)
+        self.transformer.propose(hidden, np.arange(BLOCK), np.zeros(BLOCK), self.config)
+
+    def prefix_attention(self, policy: AttentionPolicy) -> Callable[[], None]:
+        """Only the prefix attention of all layers, on the queries of two alternating passes."""
+        queries = [self._queries(), self._queries()]
+
+        def run() -> None:
+            queries.reverse()
+            for layer, q in enumerate(queries[0]):
+                policy.prefix(self.transformer.backend, layer, q, self.cache)
+
+        return run
+
+    def _queries(self) -> list[np.ndarray]:
+        queries: list[np.ndarray] = []
+        policy = make_policy(AttentionConfig(), self.model.config, BLOCK)
+        policy.begin_pass(PassKind.FIRST)
+        dense = policy.prefix
+        policy.prefix = lambda backend, layer, q, cache: queries.append(q) or dense(backend, layer, q, cache)
+        self.denoising_pass(policy)
+        return queries
+
+
+def noise(prefix: int, layer: int) -> tuple[np.ndarray, np.ndarray]:
+    """Keys and values of one layer, [prefix, kv_heads, head_dim]."""
+    rng = np.random.default_rng(layer)
+    shape = (prefix, SIZES[SIZE]["num_kv_heads"], SIZES[SIZE]["head_dim"])
+    return rng.standard_normal(shape, np.float32), rng.standard_normal(shape, np.float32)
+
+
+def transformers_pass(checkpoint: Path, prefix: int) -> Callable[[], object] | None:
+    """The same pass by transformers' Qwen3 with SDPA, or None where it is not installed."""
+    try:
+        import torch
+        from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
+    except ImportError:
+        return None
+    torch.set_num_threads(threads())
+    keys = json.loads((checkpoint / "config.json").read_text())
+    config = Qwen3Config(**{key: keys[key] for key in keys if key not in ("model_type", "architectures")})
+    config._attn_implementation = "sdpa"
+    model = Qwen3ForCausalLM(config).float().eval()
+    cache = DynamicCache()
+    for layer in range(config.num_hidden_layers):
+        k, v = (torch.from_numpy(x).transpose(0, 1)[None].contiguous() for x in noise(prefix, layer))
+        cache.update(k, v, layer)
+    ids = torch.randint(0, VOCABULARY, (1, BLOCK))
+    positions = torch.arange(prefix, prefix + BLOCK)[None]
+    mask = torch.zeros(1, 1, BLOCK, prefix + BLOCK)
+
+    def run() -> None:
+        with torch.inference_mode():
+            model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
+        cache.crop(-BLOCK)
+
+    return run
+
+
+def threads() -> int:
+    """Threads that both sides use."""
+    return int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
+
+
+def beside_transformers(checkpoint: Path, prefix: int, repeats: int) -> dict[str, float]:
+    """A dense pass of both, in milliseconds, and their ratio."""
+    ours = Losart(checkpoint, prefix)
+    policy = ours.policy(AttentionConfig())
+    runs = {"losart": lambda: ours.denoising_pass(policy)}
+    rival = transformers_pass(checkpoint, prefix)
+    if rival is not None:
+        runs["transformers"] = rival
+    # In turns, so that a machine that slows down slows both; each settles before the other begins.
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for name, run in list(runs.items()) * 3:
+        time.sleep(0.2)
+        times[name].append(median_seconds(run, repeats))
+    row = {name: 1e3 * statistics.median(seconds) for name, seconds in times.items()}
+    if rival is not None:
+        row["transformers / losart"] = row["transformers"] / row["losart"]
+    return row
+
+
+def losa_beside_dense(checkpoint: Path, prefix: int, repeats: int) -> dict[str, Any]:
+    """Prefix attention alone and the whole pass, in milliseconds, with ratios and density."""
+    ours = Losart(checkpoint, prefix)
+    policies = {"dense": ours.policy(AttentionConfig()), "losa": ours.policy(LOSA)}
+    figures: dict[str, Any] = {}
+    for title, prepare in (
+        (f"prefix attention at {prefix}", ours.prefix_attention),
+        (f"whole pass at {prefix}", lambda policy: lambda: ours.denoising_pass(policy)),
+    ):
+        row = {name: 1e3 * median_seconds(prepare(policy), repeats) for name, policy in policies.items()}
+        row["dense / losa"] = row["dense"] / row["losa"]
+        figures[title] = row
+    figures["density of losa's sparse passes"] = policies["losa"].reads.sparse_density
+    return figures
+
+
+def measure(checkpoint: Path, repeats: int) -> dict[str, Any]:
+    """All figures."""
+    return {
+        "threads": threads(),
+        "cpu": cpu_name(),
+        "losart": losart.__version__,
+        f"dense pass at {SHORT_PREFIX}": beside_transformers(checkpoint, SHORT_PREFIX, repeats),
+        **losa_beside_dense(checkpoint, LONG_PREFIX, repeats),
+    }
+
+
+def cpu_name() -> str:
+    """The processor's name where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next(
+        (line.split(": ", 1)[1] for line in lines if line.startswith("model name")), platform.machine()
+    )
+
+
+def print_table(figures: dict[str, Any]) -> None:
+    """Medians in milliseconds, and ratios."""
+    for title, value in figures.items():
+        if not isinstance(value, dict):
+            print(f"{title}: {value}")
+            continue
+        cells = [f"{name} {x:.2f}x" if "/" in name else f"{name} {x:.1f} ms" for name, x in value.items()]
+        print(f"{title}: {', '.join(cells)}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=7, help="counted runs of each (7)")
+    parser.add_argument("--checkpoint", type=Path, help="a 0.6B checkpoint (default: a random one is made)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = args.checkpoint or write_checkpoint(
+            Path(folder) / "checkpoint", **SIZES[SIZE], dtype="float32", block_length=BLOCK
+        )
+        figures = measure(checkpoint, args.repeats)
+    print_table(figures)
+    if args.json:
+        args.json.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
