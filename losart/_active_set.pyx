@@ -66,6 +66,5 @@ def select_active(const float[::1] change, Py_ssize_t count):
             if rank < count and filled < count:
                 out[filled] = <int32_t>t
                 filled = filled + 1
-    # NaN ranks first everywhere and can leave places; the logits are checked for it later.
-    active[filled:] = np.arange(tokens, dtype=np.int32)[:count - filled]
+    # A NaN ranks first, so all places are filled; the logits are checked for it later.
     return active

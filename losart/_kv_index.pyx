@@ -134,10 +134,11 @@ cdef class PageTable:
                 widen_float16(&bits, &held, 1)
                 (<uint16_t *>key_slab)[d * LANES + lane] = bits
                 (<uint16_t *>value_slab)[lane * self.head_dim + d] = narrow_float16(value[d])
-            # The bound is that of the key as it is held, rounding included.
-            if opens_page or held > largest[d * LANES]:
+            # The bound is that of the key as it is held, rounding included. A NaN stays, so that its
+            # page is read and the NaN shows in the logits.
+            if opens_page or held > largest[d * LANES] or held != held:
                 largest[d * LANES] = held
-            if opens_page or held < smallest[d * LANES]:
+            if opens_page or held < smallest[d * LANES] or held != held:
                 smallest[d * LANES] = held
 
     def write(self, Py_ssize_t layer, Py_ssize_t start, const float[:, :, ::1] k, const float[:, :, ::1] v):
@@ -165,8 +166,11 @@ cdef class PageTable:
 
 
 cdef inline uint32_t rising_key(float x) noexcept nogil:
-    # Orders as the floats do, NaN above all: whole numbers compare safely.
+    # Orders as the floats do, -0.0 as 0.0, NaN of either sign above all: whole numbers compare safely.
     cdef uint32_t bits
+    if x != x:
+        return <uint32_t>0xFFFFFFFF
+    x = x + <float>0.0
     memcpy(&bits, &x, 4)
     return ~bits if bits >> 31 else bits | <uint32_t>0x80000000
 
@@ -216,7 +220,7 @@ def union_of_top_pages(const float[:, :, ::1] scores, Py_ssize_t pages, Py_ssize
     Parameters
     ----------
     scores : float32 [kv_heads, rows, >= pages]
-        Of equal scores, the earlier page is taken.
+        Of equal scores, the earlier page is taken; -0.0 equals 0.0, NaN is above all.
     pages : int
         Pages that exist; later columns are ignored.
     k : int

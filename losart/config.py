@@ -62,7 +62,7 @@ class RopeConfig:
         if self.kind in ("yarn", "llama3"):
             original = self.original_max_positions
             require(
-                is_int(original) and original > 0,
+                original is not None and is_int(original) and original > 0,
                 ConfigError,
                 f"rope type {self.kind!r} needs original_max_position_embeddings, a positive "
                 f"integer, not {original!r}",

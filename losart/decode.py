@@ -122,7 +122,8 @@ class BlockDecoder:
         masked = np.arange(length) >= len(known)
         handed_on = len(known)
         self.policy.begin_block()
-        counts = transfer_counts(length, self.config.denoising_steps)
+        # Each pass fixes one position at least: more passes than positions are never made.
+        counts = transfer_counts(length, min(length, self.config.denoising_steps))
         for step, count in enumerate(counts):
             began = time.perf_counter()
             self.policy.begin_pass(PassKind.LATER if step else PassKind.FIRST)

@@ -125,16 +125,16 @@ class GenerationConfig:
                 OptionError,
                 f"{name} must be an integer, {lowest} or more, not {value!r}",
             )
-        for name, lowest, highest in (
-            ("confidence_threshold", 0.0, 1.0),
-            ("eb_threshold", 0.0, math.inf),
-            ("temperature", 0.0, math.inf),
+        for name, highest in (
+            ("confidence_threshold", 1.0),
+            ("eb_threshold", math.inf),
+            ("temperature", math.inf),
         ):
             value = getattr(self, name)
             require(
-                is_number(value) and lowest <= value <= highest,
+                is_number(value) and 0.0 <= value <= highest,
                 OptionError,
-                f"{name} must be a number from {lowest} to {highest}, not {value!r}",
+                f"{name} must be a number from 0 to {highest}, not {value!r}",
             )
         require(
             is_number(self.top_p) and 0.0 < self.top_p <= 1.0,

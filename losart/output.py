@@ -75,7 +75,7 @@ class Output:
                 self.finish_reason = "length"
         if self._decode is None or not tokens:
             return
-        searched = len(self._text)
+        searched = len(self._text.rstrip(INCOMPLETE))
         self._update_text(self._decode)
         if self._stop_strings:
             self._stop_at_string(self._decode, searched)

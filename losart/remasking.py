@@ -60,6 +60,6 @@ def strategy(name: str) -> Strategy:
     OptionError
         When there is none.
     """
-    if name not in STRATEGIES:
+    if not isinstance(name, str) or name not in STRATEGIES:
         raise OptionError(f"remasking must be one of {', '.join(STRATEGIES)}, not {name!r}")
     return STRATEGIES[name]

@@ -8,6 +8,8 @@ import numpy as np
 
 from losart.errors import NumericalError
 
+SMALLEST_TEMPERATURE = float(np.finfo(np.float32).tiny)  # below it float32 may hold zero
+
 
 @dataclass(frozen=True)
 class Proposals:
@@ -67,7 +69,8 @@ def propose(
     tokens = logits.argmax(axis=1)
     logits -= top
     if temperature > 0:
-        logits /= temperature
+        with np.errstate(over="ignore"):  # -inf is right for what overflows
+            logits /= max(temperature, SMALLEST_TEMPERATURE)
     weights = np.exp(logits)
     total = weights.sum(axis=1)
     entropy = np.zeros(len(logits), np.float32)

@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 
+import losart.backends._cpu_kernels as kernels
+import losart.backends._skinny_linear as skinny_linear
 from losart._active_set import query_change, select_active
 from losart._kv_index import positions_in, union_of_top_pages
-from losart.backends import _cpu_kernels as kernels
-from losart.backends import _skinny_linear
 from losart.cache import PagedKVCache, PageList
 from losart.config import ModelConfig
+from losart.errors import ConfigError
 from losart.options import GenerationConfig
 from losart.rope import inverse_frequencies
 from losart.sampling import Proposals, propose
@@ -61,6 +62,10 @@ class CpuBackend:
     name = "cpu"
 
     def __init__(self, config: ModelConfig, dtype: str) -> None:
+        if config.head_dim % kernels.SLAB_POSITIONS:
+            raise ConfigError(
+                f"head_dim must be a multiple of {kernels.SLAB_POSITIONS} on the CPU, not {config.head_dim}"
+            )
         self.config = config
         self.dtype = dtype
         frequencies, self._rope_factor = inverse_frequencies(config.rope, config.head_dim)
@@ -101,11 +106,11 @@ class CpuBackend:
         self, x: np.ndarray, matrix: tuple[np.ndarray, ...], bias: np.ndarray | None = None
     ) -> np.ndarray:
         y = np.empty((len(x), sum(len(weight) for weight in matrix)), np.float32)
-        slabs = _skinny_linear.to_slabs(x) if len(x) <= SKINNY_ROWS else None
+        slabs = skinny_linear.to_slabs(x) if len(x) <= SKINNY_ROWS else None
         column = 0
         for weight in matrix:
             if slabs is not None:
-                _skinny_linear.multiply(slabs, weight, y, column)
+                skinny_linear.multiply(slabs, weight, y, column)
             else:
                 _blas_multiply(x, weight, y[:, column : column + len(weight)])
             column += len(weight)
@@ -142,11 +147,13 @@ class CpuBackend:
 
     def _rotation_of(self, start: int, tokens: int) -> tuple[np.ndarray, np.ndarray]:
         # All layers of a pass ask for the same rows.
-        if self._rotation is None or self._rotation[0] != (start, tokens):
+        rotation = self._rotation
+        if rotation is None or rotation[0] != (start, tokens):
             angles = np.arange(start, start + tokens)[:, None, None] * self._frequencies
-            cos, sin = (np.float32(self._rope_factor * f(angles)) for f in (np.cos, np.sin))
-            self._rotation = ((start, tokens), cos, sin)
-        return self._rotation[1:]
+            cos = (self._rope_factor * np.cos(angles)).astype(np.float32)
+            sin = (self._rope_factor * np.sin(angles)).astype(np.float32)
+            rotation = self._rotation = ((start, tokens), cos, sin)
+        return rotation[1], rotation[2]
 
     def silu_gate(self, gate_up: np.ndarray) -> np.ndarray:
         gate, up = np.split(gate_up, 2, axis=1)

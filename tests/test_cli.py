@@ -1,0 +1,157 @@
+"""The command line: output, exit codes, messages."""
+
+import io
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import losart
+from losart.cli import main
+
+COMMAND = [sys.executable, "-c", "import sys; from losart.cli import main; sys.exit(main())"]
+PROMPT = "Why is the sky blue?"
+
+
+def test_prints_the_text_of_the_library(tiny_checkpoint, capsys):
+    assert main(["generate", str(tiny_checkpoint), "--prompt", PROMPT, "--max-new-tokens", "20"]) == 0
+    expected = losart.generate(tiny_checkpoint, PROMPT, max_new_tokens=20)
+    assert capsys.readouterr().out == f"{expected}\n"
+
+
+def test_passes_every_option_on(tiny_checkpoint, capsys):
+    arguments = (
+        "--max-new-tokens 20 --block-length 5 --denoising-steps 3 --remasking entropy_bounded "
+        "--confidence-threshold 0.5 --eb-threshold 0.7 --temperature 0.9 --top-k 20 --top-p 0.9 --seed 3 "
+        "--stop zzz --stop-token-ids --attention losa --budget 16 --active 0.4 --page-size 32 "
+        "--dense-layers 1 --commit sparse --device cpu --dtype bfloat16"
+    )
+    assert main(["generate", str(tiny_checkpoint), "--prompt", PROMPT * 9, *arguments.split()]) == 0
+    expected = losart.generate(
+        tiny_checkpoint,
+        PROMPT * 9,
+        device="cpu",
+        dtype="bfloat16",
+        max_new_tokens=20,
+        block_length=5,
+        denoising_steps=3,
+        remasking="entropy_bounded",
+        confidence_threshold=0.5,
+        eb_threshold=0.7,
+        temperature=0.9,
+        top_k=20,
+        top_p=0.9,
+        seed=3,
+        stop=["zzz"],
+        stop_token_ids=[],
+        attention="losa",
+        budget=16,
+        active=0.4,
+        page_size=32,
+        dense_layers=1,
+        commit="sparse",
+    )
+    assert capsys.readouterr().out == f"{expected}\n"
+
+
+def test_stats_go_to_standard_error(tiny_checkpoint, capsys):
+    assert (
+        main(["generate", str(tiny_checkpoint), "--prompt", PROMPT, "--stats", "--max-new-tokens", "8"]) == 0
+    )
+    printed = capsys.readouterr()
+    assert "tokens per second" in printed.err
+    assert "tokens per second" not in printed.out
+
+
+def test_chat_renders_the_template(tiny_checkpoint, capsys):
+    assert (
+        main(["generate", str(tiny_checkpoint), "--chat", "--prompt", PROMPT, "--max-new-tokens", "8"]) == 0
+    )
+    messages = [{"role": "user", "content": PROMPT}]
+    assert capsys.readouterr().out == f"{losart.generate(tiny_checkpoint, messages, max_new_tokens=8)}\n"
+
+
+@pytest.mark.parametrize("option", [[], ["--prompt-file", "-"]])
+def test_reads_standard_input(tiny_checkpoint, capsys, monkeypatch, option):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(PROMPT.encode())))
+    assert main(["generate", str(tiny_checkpoint), "--max-new-tokens", "8", *option]) == 0
+    assert capsys.readouterr().out == f"{losart.generate(tiny_checkpoint, PROMPT, max_new_tokens=8)}\n"
+
+
+def test_reads_a_file(tiny_checkpoint, tmp_path, capsys):
+    file = tmp_path / "prompt.txt"
+    file.write_text(PROMPT)
+    assert main(["generate", str(tiny_checkpoint), "--prompt-file", str(file), "--max-new-tokens", "8"]) == 0
+    assert capsys.readouterr().out == f"{losart.generate(tiny_checkpoint, PROMPT, max_new_tokens=8)}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["no/such/directory", "--prompt", "x"], 1, "no/such/directory"),
+        (["CHECKPOINT", "--prompt", ""], 1, "empty"),
+        (["CHECKPOINT", "--prompt-file", "no-such-file"], 1, "no-such-file"),
+        (["CHECKPOINT", "--prompt-file", "BINARY"], 1, "UTF-8"),
+        (["CHECKPOINT", "--prompt", "x" * 5000], 1, "positions"),
+        (["CHECKPOINT", "--prompt", "x", "--top-p", "2"], 2, "top_p"),
+        (["CHECKPOINT", "--prompt", "x", "--page-size", "7"], 2, "page_size"),
+    ],
+)
+def test_mistakes_give_one_line_and_a_code(tiny_checkpoint, tmp_path, capsys, arguments, code, message):
+    binary = tmp_path / "binary"
+    binary.write_bytes(b"\xff\xfe\x00\x81")
+    names = {"CHECKPOINT": str(tiny_checkpoint), "BINARY": str(binary)}
+    assert main(["generate", *(names.get(argument, argument) for argument in arguments)]) == code
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("losart: ")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [[], ["generate"], ["nonsense"], ["generate", "x", "--remasking", "y"]])
+def test_wrong_usage_exits_with_2(arguments, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    assert exit_.value.code == 2
+    assert "usage: losart" in capsys.readouterr().err
+
+
+def test_help_and_version(capsys):
+    for arguments in (["--help"], ["generate", "--help"], ["--version"]):
+        with pytest.raises(SystemExit) as exit_:
+            main(arguments)
+        assert exit_.value.code == 0
+    printed = capsys.readouterr().out
+    assert "example: losart generate" in printed
+    assert losart.__version__ in printed
+
+
+def endless(checkpoint: Path) -> list[str]:
+    arguments = ["--prompt", PROMPT, "--max-new-tokens", "3000", "--stop-token-ids"]
+    return [*COMMAND, "generate", str(checkpoint), *arguments]
+
+
+def test_interrupt_exits_with_130_and_no_traceback(tiny_checkpoint):
+    process = subprocess.Popen(
+        endless(tiny_checkpoint), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace"
+    )
+    assert process.stdout is not None
+    process.stdout.read(1)  # it has begun to generate
+    os.kill(process.pid, signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert error.strip() == "losart: interrupted"
+
+
+def test_a_reader_that_goes_away_is_no_traceback(tiny_checkpoint):
+    process = subprocess.Popen(
+        endless(tiny_checkpoint), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    error = process.stderr.read()
+    assert process.wait(timeout=60) == 1
+    assert error == ""

@@ -1,0 +1,55 @@
+"""What `import losart` brings with it, and what an installation puts where."""
+
+import importlib.util
+import subprocess
+import sys
+from importlib.metadata import requires
+from pathlib import Path
+
+import losart
+import losart.kernels_cu
+import losart.loaders
+
+
+def run_python(code: str, tmp_path: Path) -> str:
+    # In another directory: the repository's own folders must not be found by accident.
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+def test_import_is_light(tmp_path):
+    heavy = "cupy torch transformers jinja2 huggingface_hub tokenizers"
+    code = f"import sys, losart; print(*[name for name in '{heavy}'.split() if name in sys.modules])"
+    assert run_python(code, tmp_path) == ""
+
+
+def test_generation_from_ids_needs_no_jinja2_and_no_hub(tmp_path, tiny_checkpoint):
+    code = (
+        f"import sys, losart; losart.generate({str(tiny_checkpoint)!r}, [1, 2, 3], max_new_tokens=4); "
+        "print(*[name for name in ('jinja2', 'huggingface_hub', 'torch') if name in sys.modules])"
+    )
+    assert run_python(code, tmp_path) == ""
+
+
+def test_nothing_but_losart_enters_the_namespace(tmp_path):
+    code = (
+        "import importlib.util as u, losart.loaders, losart.kernels_cu; "
+        "print([u.find_spec(name) for name in ('loaders', 'kernels_cu', 'tests', 'benchmarks')])"
+    )
+    assert run_python(code, tmp_path) == "[None, None, None, None]"
+
+
+def test_types_are_shipped():
+    assert (Path(losart.__file__).parent / "py.typed").exists()
+
+
+def test_torch_is_only_needed_for_parity():
+    wants_torch = [line for line in requires("losart") or [] if line.startswith(("torch", "transformers"))]
+    assert wants_torch
+    assert all('extra == "parity"' in line for line in wants_torch)
+
+
+def test_compiled_modules_are_importable():
+    for name in ("_active_set", "_kv_index", "backends._cpu_kernels", "backends._skinny_linear"):
+        assert importlib.util.find_spec(f"losart.{name}") is not None
