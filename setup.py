@@ -18,29 +18,22 @@ MODULES = (
 )
 
 OPENMP_PROBE = "#include <omp.h>\nint main(void) { return omp_get_max_threads() < 1; }\n"
-CLONES_PROBE = """
-__attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-int twice(int x) { return 2 * x; }
-int main(void) { return twice(1) != 2; }
-"""
 
 
 class BuildExtensions(build_ext):
-    """Adds what the compiler at hand can do: OpenMP, and one build for several CPU generations."""
+    """Adds OpenMP where the compiler at hand has it."""
 
     def build_extensions(self):
-        compile_args, link_args, macros = ["-O3", "-std=gnu11", "-ffp-contract=fast"], [], []
+        compile_args = ["-O3", "-std=gnu11", "-ffp-contract=fast", "-Wno-unused-function"]
+        link_args = []
         if self.compiles(OPENMP_PROBE, ["-fopenmp"]):
             compile_args.append("-fopenmp")
             link_args.append("-fopenmp")
         else:
             print("losart: no OpenMP, the CPU kernels will use one thread", file=sys.stderr)
-        if self.compiles(CLONES_PROBE, []):
-            macros.append(("LOSART_TARGET_CLONES", "1"))
         for extension in self.extensions:
             extension.extra_compile_args += compile_args
             extension.extra_link_args += link_args
-            extension.define_macros += macros
         super().build_extensions()
 
     def compiles(self, source, flags):
@@ -60,7 +53,7 @@ def extension(module):
         [module.replace(".", "/") + ".pyx"],
         include_dirs=[numpy.get_include(), "losart/backends"],
         define_macros=[("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION")],
-        depends=["losart/backends/simd.h", "losart/backends/simd.pxd"],
+        depends=[f"losart/backends/{name}" for name in ("simd.h", "simd_body.h", "simd.pxd")],
     )
 
 

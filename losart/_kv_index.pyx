@@ -13,7 +13,7 @@ QUEST bound of 16 pages (arXiv 2406.10774) is then slab_scores of [max(q, 0), mi
 
 import numpy as np
 
-from libc.math cimport INFINITY
+from libc.math cimport NAN
 from libc.stdint cimport int32_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
@@ -121,19 +121,24 @@ cdef class PageTable:
         cdef float held
         for d in range(self.head_dim):
             held = key[d]
-            if self.width == FLOAT32:
-                (<float *>key_slab)[d * LANES + lane] = key[d]
-                (<float *>value_slab)[lane * self.head_dim + d] = value[d]
-            elif self.width == BFLOAT16:
-                bits = narrow_bfloat16(key[d])
+            if self.width == BFLOAT16:
+                bits = narrow_bfloat16(held)
                 widen_bfloat16(&bits, &held, 1)
-                (<uint16_t *>key_slab)[d * LANES + lane] = bits
-                (<uint16_t *>value_slab)[lane * self.head_dim + d] = narrow_bfloat16(value[d])
-            else:
-                bits = narrow_float16(key[d])
+            elif self.width == FLOAT16:
+                bits = narrow_float16(held)
                 widen_float16(&bits, &held, 1)
+            if held - held != 0.0:
+                # A query of the other sign would pass over an infinite key (its score is -inf):
+                # NaN shows whatever the query.
+                held = <float>NAN
+                bits = 0x7FC0 if self.width == BFLOAT16 else 0x7E00
+            if self.width == FLOAT32:
+                (<float *>key_slab)[d * LANES + lane] = held
+                (<float *>value_slab)[lane * self.head_dim + d] = value[d]
+            else:
                 (<uint16_t *>key_slab)[d * LANES + lane] = bits
-                (<uint16_t *>value_slab)[lane * self.head_dim + d] = narrow_float16(value[d])
+                (<uint16_t *>value_slab)[lane * self.head_dim + d] = (
+                    narrow_bfloat16(value[d]) if self.width == BFLOAT16 else narrow_float16(value[d]))
             # The bound is that of the key as it is held, rounding included. A NaN stays, so that its
             # page is read and the NaN shows in the logits.
             if opens_page or held > largest[d * LANES] or held != held:

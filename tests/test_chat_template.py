@@ -166,7 +166,7 @@ def test_template_file_that_is_not_text(tmp_path):
 def test_opening_a_checkpoint_does_not_import_jinja(tiny_checkpoint):
     code = "import sys, losart.loaders as l; l.open_checkpoint(sys.argv[1]); print('jinja2' in sys.modules)"
     command = [sys.executable, "-c", code, str(tiny_checkpoint)]
-    assert subprocess.run(command, check=True, capture_output=True, text=True).stdout == "False\n"
+    assert subprocess.run(command, check=True, capture_output=True, text=True, cwd="/").stdout == "False\n"
 
 
 QWEN_LIKE = """

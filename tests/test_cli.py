@@ -136,7 +136,12 @@ def endless(checkpoint: Path) -> list[str]:
 
 def test_interrupt_exits_with_130_and_no_traceback(tiny_checkpoint):
     process = subprocess.Popen(
-        endless(tiny_checkpoint), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace"
+        endless(tiny_checkpoint),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        cwd="/",
     )
     assert process.stdout is not None
     process.stdout.read(1)  # it has begun to generate
@@ -148,7 +153,7 @@ def test_interrupt_exits_with_130_and_no_traceback(tiny_checkpoint):
 
 def test_a_reader_that_goes_away_is_no_traceback(tiny_checkpoint):
     process = subprocess.Popen(
-        endless(tiny_checkpoint), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        endless(tiny_checkpoint), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd="/"
     )
     assert process.stdout is not None and process.stderr is not None
     process.stdout.close()

@@ -29,7 +29,9 @@ def open_offline(model: str, cache: Path) -> str:
     """What a fresh process prints, since the hub's library reads its environment once."""
     environment = os.environ | {"HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", OPEN, model]
-    return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+    return subprocess.run(
+        command, env=environment, check=True, capture_output=True, text=True, cwd="/"
+    ).stdout
 
 
 def test_a_cached_model_opens_offline(make_checkpoint, tmp_path):

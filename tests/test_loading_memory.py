@@ -46,7 +46,7 @@ def test_released_tensors_leave_memory_flat(tmp_path):
 
     def peak(mode: str) -> float:
         command = [sys.executable, "-c", PEAK_WHILE_CONVERTING, str(tmp_path), mode]
-        return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        return float(subprocess.run(command, check=True, capture_output=True, text=True, cwd="/").stdout)
 
     assert peak("keep") > size, "the measure sees mapped pages"
     assert peak("release") < 64, "the largest tensor and its copy take 24 MiB"

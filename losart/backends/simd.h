@@ -1,132 +1,92 @@
-/* Inner loops of the CPU kernels, on 16 float lanes whatever the machine's vectors are.
- *
- * Written with the vector extension of GCC and Clang, and compiled for several CPU generations
- * where the compiler can choose between them at load time (LOSART_TARGET_CLONES, set by setup.py).
+/* Inner loops of the CPU kernels.
  *
  * A "slab" is 16 consecutive positions of one kv head: keys channel-major, k[dim][16], so that 16
- * scores form in one vector; values position-major, v[16][dim].
+ * scores form in one vector, or a few; values position-major, v[16][dim].
+ *
+ * Each loop is compiled for AVX-512, for AVX2 and for what every machine has, with the vector
+ * extension of GCC and Clang, and chosen when it is called: simd_level().
  */
 #ifndef LOSART_SIMD_H
 #define LOSART_SIMD_H
 
 #include <math.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 
 #define SLAB 16
-
-#ifdef LOSART_TARGET_CLONES
-#define LOSART_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define LOSART_CLONES
-#endif
 #define LOSART_INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
 
-typedef float f32x16 __attribute__((vector_size(64), aligned(4), may_alias));
-typedef int32_t i32x16 __attribute__((vector_size(64)));
-typedef uint32_t u32x16 __attribute__((vector_size(64), aligned(4), may_alias));
-typedef uint16_t u16x16 __attribute__((vector_size(32), aligned(2), may_alias));
+#if defined(__x86_64__)
+#define SIMD_WIDTH 16
+#define SIMD_ROWS 6
+#define SIMD_TARGET __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma")))
+#define SIMD(name) name##_avx512
+#include "simd_body.h"
 
-LOSART_INLINE f32x16 broadcast(float x) { return x - (f32x16){0}; }
+#define SIMD_WIDTH 8
+#define SIMD_ROWS 6
+#define SIMD_TARGET __attribute__((target("avx2,fma")))
+#define SIMD(name) name##_avx2
+#include "simd_body.h"
+#endif
 
-/* ---- scores ------------------------------------------------------------------------------- */
+#define SIMD_WIDTH 4
+#ifdef __aarch64__ /* twice the registers of SSE */
+#define SIMD_ROWS 6
+#else
+#define SIMD_ROWS 3
+#endif
+#define SIMD_TARGET
+#define SIMD(name) name##_plain
+#include "simd_body.h"
 
-/* s[r][0..15] = sum over d of q[r][d] * k[d][0..15], for a compile-time number of rows. */
-#define SCORES(ROWS)                                                                       \
-    {                                                                                      \
-        f32x16 sum[ROWS];                                                                  \
-        for (int r = 0; r < ROWS; r++) sum[r] = (f32x16){0};                               \
-        for (long d = 0; d < dim; d++) {                                                   \
-            f32x16 key = *(const f32x16 *)(k + d * SLAB);                                  \
-            _Pragma("GCC unroll 6") for (int r = 0; r < ROWS; r++) sum[r] +=               \
-                q[r * dim + d] * key;                                                      \
-        }                                                                                  \
-        for (int r = 0; r < ROWS; r++) *(f32x16 *)(s + r * s_stride) = sum[r];             \
-    }
-
-/* q [rows][dim], k one slab [dim][16], s [rows] of s_stride floats. */
-LOSART_CLONES static void slab_scores(const float *q, long rows, long dim, const float *k, float *s,
-                                      long s_stride)
+/* 2 AVX-512, 1 AVX2, 0 neither. The environment variable LOSART_SIMD takes it down to that number. */
+static int simd_level(void)
 {
-    for (; rows >= 6; rows -= 6, q += 6 * dim, s += 6 * s_stride) SCORES(6)
-    switch (rows) {
-    case 5: SCORES(5) break;
-    case 4: SCORES(4) break;
-    case 3: SCORES(3) break;
-    case 2: SCORES(2) break;
-    case 1: SCORES(1) break;
+    static int level = -1;
+    if (level < 0) {
+        int found = 0;
+        const char *limit = getenv("LOSART_SIMD");
+#if defined(__x86_64__)
+        __builtin_cpu_init();
+        if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+            found = 1;
+            if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+                __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq"))
+                found = 2;
+        }
+#endif
+        level = limit && *limit && atoi(limit) < found ? atoi(limit) : found;
     }
+    return level;
 }
 
-/* ---- weighted sum of values --------------------------------------------------------------- */
-
-/* o[r][c..c+15] += sum over slabs and their positions of p[r][.] * v[.][c..c+15]. */
-#define ACCUMULATE(ROWS)                                                                   \
-    for (long c = 0; c < dim; c += SLAB) {                                                 \
-        f32x16 sum[ROWS];                                                                  \
-        for (int r = 0; r < ROWS; r++) sum[r] = *(const f32x16 *)(o + r * dim + c);        \
-        for (long b = 0; b < slabs; b++) {                                                 \
-            const float *value = v[b] + c, *weight = p + b * SLAB;                         \
-            for (long j = 0; j < SLAB; j++) {                                              \
-                f32x16 row = *(const f32x16 *)(value + j * dim);                           \
-                _Pragma("GCC unroll 6") for (int r = 0; r < ROWS; r++) sum[r] +=           \
-                    weight[r * p_stride + j] * row;                                        \
-            }                                                                              \
-        }                                                                                  \
-        for (int r = 0; r < ROWS; r++) *(f32x16 *)(o + r * dim + c) = sum[r];              \
+#if defined(__x86_64__)
+#define CHOOSE(name, ...)                                    \
+    switch (simd_level()) {                                  \
+    case 2: return name##_avx512(__VA_ARGS__);               \
+    case 1: return name##_avx2(__VA_ARGS__);                 \
+    default: return name##_plain(__VA_ARGS__);               \
     }
+#else
+#define CHOOSE(name, ...) return name##_plain(__VA_ARGS__);
+#endif
 
-/* p [rows] of p_stride floats, v pointers to `slabs` slabs [16][dim], o [rows][dim]; dim a
+/* s[r][0..15] = q[r][:] . k[:][0..15]: q [rows][dim], k one slab, s rows s_stride floats apart. */
+LOSART_INLINE void slab_scores(const float *q, long rows, long dim, const float *k, float *s,
+                               long s_stride)
+{
+    CHOOSE(slab_scores, q, rows, dim, k, s, s_stride)
+}
+
+/* o += p v: p rows p_stride floats apart, v pointers to `slabs` slabs, o [rows][dim]; dim a
  * multiple of 16. */
-LOSART_CLONES static void slabs_accumulate(const float *p, long p_stride, long rows,
-                                           const float *const *v, long slabs, long dim, float *o)
+LOSART_INLINE void slabs_accumulate(const float *p, long p_stride, long rows, const float *const *v,
+                                    long slabs, long dim, float *o)
 {
-    for (; rows >= 6; rows -= 6, p += 6 * p_stride, o += 6 * dim) ACCUMULATE(6)
-    switch (rows) {
-    case 5: ACCUMULATE(5) break;
-    case 4: ACCUMULATE(4) break;
-    case 3: ACCUMULATE(3) break;
-    case 2: ACCUMULATE(2) break;
-    case 1: ACCUMULATE(1) break;
-    }
-}
-
-/* ---- online softmax ----------------------------------------------------------------------- */
-
-/* e^x for x <= 0 to 2 units in the last place, 0 below -87 (-inf included), NaN for NaN. */
-LOSART_INLINE f32x16 exp_negative(f32x16 x)
-{
-    const f32x16 lowest = broadcast(-87.0f);
-    i32x16 alive = ~(x < lowest);
-    x = (f32x16)(((i32x16)x & alive) | ((i32x16)lowest & ~alive));
-    /* x = n ln2 + r; adding and taking away 1.5 * 2^23 rounds to the nearest whole n. */
-    f32x16 shifted = x * 1.44269504088896341f + 12582912.0f;
-    f32x16 n = shifted - 12582912.0f;
-    f32x16 r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    f32x16 y = broadcast(1.9875691500e-4f);
-    y = y * r + 1.3981999507e-3f;
-    y = y * r + 8.3334519073e-3f;
-    y = y * r + 4.1665795894e-2f;
-    y = y * r + 1.6666665459e-1f;
-    y = y * r + 5.0000001201e-1f;
-    y = y * r * r + r + 1.0f;
-    i32x16 power = (((i32x16)shifted - 0x4B400000) + 127) << 23;
-    return (f32x16)((i32x16)(y * (f32x16)power) & alive);
-}
-
-LOSART_INLINE f32x16 larger(f32x16 a, f32x16 b)
-{
-    i32x16 first = a > b;
-    return (f32x16)(((i32x16)a & first) | ((i32x16)b & ~first));
-}
-
-LOSART_INLINE float horizontal_sum(f32x16 x)
-{
-    float lane[SLAB];
-    memcpy(lane, &x, sizeof lane);
-    for (int half = SLAB / 2; half; half /= 2)
-        for (int j = 0; j < half; j++) lane[j] += lane[j + half];
-    return lane[0];
+    CHOOSE(slabs_accumulate, p, p_stride, rows, v, slabs, dim, o)
 }
 
 /* One step of the online softmax for one row over `slabs` slabs of scores.
@@ -134,59 +94,21 @@ LOSART_INLINE float horizontal_sum(f32x16 x)
  * s becomes exp(s - new maximum); *top and *total are the running maximum and sum; where slab_sums
  * is given it gets each slab's sum relative to the new maximum. Returns the factor for what was
  * accumulated so far. A row that has seen only -inf keeps a zero sum; a NaN makes the sum one. */
-LOSART_CLONES static float softmax_step(float *s, long slabs, float *top, float *total, float *slab_sums)
+LOSART_INLINE float softmax_step(float *s, long slabs, float *top, float *total, float *slab_sums)
 {
-    f32x16 highest = *(const f32x16 *)s;
-    for (long b = 1; b < slabs; b++) highest = larger(*(const f32x16 *)(s + b * SLAB), highest);
-    float new_top = *top;
-    for (int j = 0; j < SLAB; j++) new_top = highest[j] > new_top ? highest[j] : new_top;
-    if (new_top == -INFINITY) {
-        for (long i = 0; i < slabs * SLAB; i++) {
-            if (s[i] != s[i]) *total = NAN;
-            s[i] = 0.0f;
-        }
-        if (slab_sums) memset(slab_sums, 0, sizeof(float) * slabs);
-        return 1.0f;
-    }
-    f32x16 sum = {0};
-    for (long b = 0; b < slabs; b++) {
-        f32x16 e = exp_negative(*(const f32x16 *)(s + b * SLAB) - new_top);
-        *(f32x16 *)(s + b * SLAB) = e;
-        sum += e;
-        if (slab_sums) slab_sums[b] = horizontal_sum(e);
-    }
-    float factor = expf(*top - new_top);
-    *top = new_top;
-    *total = *total * factor + horizontal_sum(sum);
-    return factor;
+    CHOOSE(softmax_step, s, slabs, top, total, slab_sums)
 }
 
-LOSART_CLONES static void scale(float *x, long count, float factor)
+LOSART_INLINE void scale(float *x, long count, float factor) { CHOOSE(scale, x, count, factor) }
+
+LOSART_INLINE void widen_bfloat16(const uint16_t *from, float *to, long count)
 {
-    for (long i = 0; i < count; i++) x[i] *= factor;
+    CHOOSE(widen_bfloat16, from, to, count)
 }
 
-/* ---- 16-bit floats ------------------------------------------------------------------------ */
-
-LOSART_CLONES static void widen_bfloat16(const uint16_t *from, float *to, long count)
+LOSART_INLINE void widen_float16(const uint16_t *from, float *to, long count)
 {
-    for (long i = 0; i < count; i++) ((uint32_t *)to)[i] = (uint32_t)from[i] << 16;
-}
-
-/* Exponent and mantissa move to their float32 places and are scaled by 2^112, which also makes
- * subnormal numbers right; an exponent of all ones (infinity, NaN) is put back by hand. */
-LOSART_CLONES static void widen_float16(const uint16_t *from, float *to, long count)
-{
-    for (long i = 0; i < count; i++) {
-        uint32_t bits = (uint32_t)(from[i] & 0x7fff) << 13;
-        uint32_t special = (from[i] & 0x7c00) == 0x7c00 ? 0x7f800000u : 0u;
-        float magnitude;
-        memcpy(&magnitude, &bits, 4);
-        magnitude *= 5.192296858534828e33f;
-        memcpy(&bits, &magnitude, 4);
-        bits |= special | (uint32_t)(from[i] & 0x8000) << 16;
-        memcpy(to + i, &bits, 4);
-    }
+    CHOOSE(widen_float16, from, to, count)
 }
 
 /* Rounds to the nearest, ties to even. */

@@ -1,0 +1,197 @@
+/* The inner loops for one kind of vector. Included by simd.h once for each, with
+ *
+ *   SIMD_WIDTH     float lanes of a vector: 16, 8 or 4
+ *   SIMD_ROWS      rows that are computed together: as many as the registers hold sums of
+ *   SIMD_TARGET    attribute that lets the compiler use these vectors
+ *   SIMD(name)     name with the kind's suffix
+ *
+ * A vector type wider than the machine's would be kept in memory, hence one inclusion for each.
+ */
+#define vec SIMD(vec)
+#define ivec SIMD(ivec)
+#define PARTS (SLAB / SIMD_WIDTH) /* vectors of a slab */
+
+typedef float vec __attribute__((vector_size(4 * SIMD_WIDTH), aligned(4), may_alias));
+typedef int32_t ivec __attribute__((vector_size(4 * SIMD_WIDTH)));
+
+/* ---- scores: s[r][0..15] = sum over d of q[r][d] * k[d][0..15] --------------------------------- */
+
+#define SCORES(ROWS)                                                                              \
+    {                                                                                             \
+        vec sum[ROWS][PARTS];                                                                     \
+        for (int r = 0; r < ROWS; r++)                                                            \
+            for (int i = 0; i < PARTS; i++) sum[r][i] = (vec){0};                                 \
+        for (long d = 0; d < dim; d++) {                                                          \
+            vec key[PARTS];                                                                       \
+            UNROLL for (int i = 0; i < PARTS; i++) key[i] = ((const vec *)(k + d * SLAB))[i];     \
+            UNROLL for (int r = 0; r < ROWS; r++) {                                               \
+                float x = q[r * dim + d];                                                         \
+                UNROLL for (int i = 0; i < PARTS; i++) sum[r][i] += x * key[i];                   \
+            }                                                                                     \
+        }                                                                                         \
+        for (int r = 0; r < ROWS; r++)                                                            \
+            for (int i = 0; i < PARTS; i++) ((vec *)(s + r * s_stride))[i] = sum[r][i];           \
+    }
+
+SIMD_TARGET static void SIMD(slab_scores)(const float *q, long rows, long dim, const float *k, float *s,
+                                          long s_stride)
+{
+    for (; rows >= SIMD_ROWS; rows -= SIMD_ROWS, q += SIMD_ROWS * dim, s += SIMD_ROWS * s_stride)
+        SCORES(SIMD_ROWS)
+    switch (rows) {
+#if SIMD_ROWS > 3
+    case 5: SCORES(5) break;
+    case 4: SCORES(4) break;
+    case 3: SCORES(3) break;
+#endif
+    case 2: SCORES(2) break;
+    case 1: SCORES(1) break;
+    }
+}
+
+/* ---- values: o[r][c] += sum over slabs and their positions j of p[r][j] * v[j][c] --------------- */
+
+#define ACCUMULATE(ROWS)                                                                          \
+    for (long c = 0; c < dim; c += SLAB) {                                                        \
+        vec sum[ROWS][PARTS];                                                                     \
+        for (int r = 0; r < ROWS; r++)                                                            \
+            for (int i = 0; i < PARTS; i++) sum[r][i] = ((const vec *)(o + r * dim + c))[i];      \
+        for (long b = 0; b < slabs; b++) {                                                        \
+            const float *value = v[b] + c, *weight = p + b * SLAB;                                \
+            for (long j = 0; j < SLAB; j++) {                                                     \
+                vec row[PARTS];                                                                   \
+                UNROLL for (int i = 0; i < PARTS; i++) row[i] =                                   \
+                    ((const vec *)(value + j * dim))[i];                                          \
+                UNROLL for (int r = 0; r < ROWS; r++) {                                           \
+                    float x = weight[r * p_stride + j];                                           \
+                    UNROLL for (int i = 0; i < PARTS; i++) sum[r][i] += x * row[i];               \
+                }                                                                                 \
+            }                                                                                     \
+        }                                                                                         \
+        for (int r = 0; r < ROWS; r++)                                                            \
+            for (int i = 0; i < PARTS; i++) ((vec *)(o + r * dim + c))[i] = sum[r][i];            \
+    }
+
+SIMD_TARGET static void SIMD(slabs_accumulate)(const float *p, long p_stride, long rows,
+                                               const float *const *v, long slabs, long dim, float *o)
+{
+    for (; rows >= SIMD_ROWS; rows -= SIMD_ROWS, p += SIMD_ROWS * p_stride, o += SIMD_ROWS * dim)
+        ACCUMULATE(SIMD_ROWS)
+    switch (rows) {
+#if SIMD_ROWS > 3
+    case 5: ACCUMULATE(5) break;
+    case 4: ACCUMULATE(4) break;
+    case 3: ACCUMULATE(3) break;
+#endif
+    case 2: ACCUMULATE(2) break;
+    case 1: ACCUMULATE(1) break;
+    }
+}
+
+/* ---- online softmax ----------------------------------------------------------------------------- */
+
+/* e^x for x <= 0 to 2 units in the last place, 0 below -87 (-inf included), NaN for NaN. */
+SIMD_TARGET LOSART_INLINE vec SIMD(exp_negative)(vec x)
+{
+    const vec lowest = (vec){0} - 87.0f;
+    ivec alive = ~(ivec)(x < lowest);
+    x = (vec)(((ivec)x & alive) | ((ivec)lowest & ~alive));
+    /* x = n ln2 + r; adding and taking away 1.5 * 2^23 rounds to the nearest whole n. */
+    vec shifted = x * 1.44269504088896341f + 12582912.0f;
+    vec n = shifted - 12582912.0f;
+    vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    vec y = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    y = y * r + 8.3334519073e-3f;
+    y = y * r + 4.1665795894e-2f;
+    y = y * r + 1.6666665459e-1f;
+    y = y * r + 5.0000001201e-1f;
+    y = y * r * r + r + 1.0f;
+    ivec power = (((ivec)shifted - 0x4B400000) + 127) << 23;
+    return (vec)((ivec)(y * (vec)power) & alive);
+}
+
+SIMD_TARGET LOSART_INLINE float SIMD(horizontal_sum)(vec x)
+{
+    float lane[SIMD_WIDTH];
+    memcpy(lane, &x, sizeof lane);
+    for (int half = SIMD_WIDTH / 2; half; half /= 2)
+        for (int j = 0; j < half; j++) lane[j] += lane[j + half];
+    return lane[0];
+}
+
+SIMD_TARGET static float SIMD(softmax_step)(float *s, long slabs, float *top, float *total,
+                                            float *slab_sums)
+{
+    vec highest = *(const vec *)s;
+    for (long i = 1; i < slabs * PARTS; i++) {
+        vec x = ((const vec *)s)[i];
+        ivec larger = x > highest;
+        highest = (vec)(((ivec)x & larger) | ((ivec)highest & ~larger));
+    }
+    float new_top = *top;
+    for (int j = 0; j < SIMD_WIDTH; j++) new_top = highest[j] > new_top ? highest[j] : new_top;
+    if (new_top == -INFINITY) {
+        for (long i = 0; i < slabs * SLAB; i++) {
+            if (s[i] != s[i]) *total = NAN;
+            s[i] = 0.0f;
+        }
+        if (slab_sums) memset(slab_sums, 0, sizeof(float) * slabs);
+        return 1.0f;
+    }
+    vec sum = {0};
+    for (long b = 0; b < slabs; b++) {
+        vec slab_sum = {0};
+        for (int i = 0; i < PARTS; i++) {
+            vec *scores = (vec *)(s + b * SLAB) + i;
+            *scores = SIMD(exp_negative)(*scores - new_top);
+            slab_sum += *scores;
+        }
+        sum += slab_sum;
+        if (slab_sums) slab_sums[b] = SIMD(horizontal_sum)(slab_sum);
+    }
+    float factor = expf(*top - new_top);
+    *top = new_top;
+    *total = *total * factor + SIMD(horizontal_sum)(sum);
+    return factor;
+}
+
+SIMD_TARGET static void SIMD(scale)(float *x, long count, float factor)
+{
+    for (long i = 0; i < count; i++) x[i] *= factor;
+}
+
+/* ---- 16-bit floats ------------------------------------------------------------------------------ */
+
+SIMD_TARGET static void SIMD(widen_bfloat16)(const uint16_t *from, float *to, long count)
+{
+    for (long i = 0; i < count; i++) {
+        uint32_t bits = (uint32_t)from[i] << 16;
+        memcpy(to + i, &bits, 4);
+    }
+}
+
+/* Exponent and mantissa move to their float32 places and are scaled by 2^112, which also makes
+ * subnormal numbers right; an exponent of all ones (infinity, NaN) is put back by hand. */
+SIMD_TARGET static void SIMD(widen_float16)(const uint16_t *from, float *to, long count)
+{
+    for (long i = 0; i < count; i++) {
+        uint32_t bits = (uint32_t)(from[i] & 0x7fff) << 13;
+        uint32_t special = (from[i] & 0x7c00) == 0x7c00 ? 0x7f800000u : 0u;
+        float magnitude;
+        memcpy(&magnitude, &bits, 4);
+        magnitude *= 5.192296858534828e33f;
+        memcpy(&bits, &magnitude, 4);
+        bits |= special | (uint32_t)(from[i] & 0x8000) << 16;
+        memcpy(to + i, &bits, 4);
+    }
+}
+
+#undef vec
+#undef ivec
+#undef PARTS
+#undef SCORES
+#undef ACCUMULATE
+#undef SIMD_WIDTH
+#undef SIMD_ROWS
+#undef SIMD_TARGET
+#undef SIMD
