@@ -15,6 +15,8 @@ import json
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -180,10 +182,21 @@ def measure(checkpoint: Path, repeats: int) -> dict[str, Any]:
     return {
         "threads": threads(),
         "cpu": cpu_name(),
-        "losart": losart.__version__,
+        "losart": f"{losart.__version__}, commit {commit()}",
+        "command": " ".join(["python", *sys.argv]),
         f"dense pass at {SHORT_PREFIX}": beside_transformers(checkpoint, SHORT_PREFIX, repeats),
         **losa_beside_dense(checkpoint, LONG_PREFIX, repeats),
     }
+
+
+def commit() -> str:
+    """The commit of this checkout, with a + where files differ from it."""
+    describe = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
+    try:
+        folder = Path(__file__).parent
+        return subprocess.run(describe, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def cpu_name() -> str:
