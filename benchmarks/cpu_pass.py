@@ -29,6 +29,7 @@ from random_checkpoint import SIZES, write_checkpoint
 import losart
 from losart.attention import make_policy
 from losart.attention.base import AttentionPolicy, PassKind
+from losart.backends.base import PassInputs
 from losart.cache import PagedKVCache
 from losart.options import AttentionConfig, generation_config
 
@@ -70,16 +71,19 @@ class Losart:
         """A policy that has seen the first pass of a block."""
         policy = make_policy(attention, self.model.config, BLOCK)
         policy.begin_block()
-        policy.begin_pass(PassKind.FIRST)
-        self.transformer.denoise(self.ids, self.cache, policy)
-        policy.begin_pass(PassKind.LATER)
+        policy.begin_pass(PassKind.FIRST, self.cache.length)
+        self._run(policy)
+        policy.begin_pass(PassKind.LATER, self.cache.length)
         return policy
 
     def denoising_pass(self, policy: AttentionPolicy) -> None:
         """A later pass over a block of which a few tokens changed, and proposals for all of it."""
         self.ids[self.rng.choice(BLOCK, CHANGED, replace=False)] = self.rng.integers(0, VOCABULARY, CHANGED)
-        hidden = self.transformer.denoise(self.ids, self.cache, policy)
-        self.transformer.propose(hidden, np.arange(BLOCK), np.zeros(BLOCK), self.config)
+        self._run(policy)
+
+    def _run(self, policy: AttentionPolicy) -> None:
+        inputs = PassInputs(self.ids, np.arange(BLOCK), np.zeros(BLOCK))
+        self.transformer.denoise(inputs, self.cache, policy, self.config)
 
     def prefix_attention(self, policy: AttentionPolicy) -> Callable[[], None]:
         """Only the prefix attention of all layers, on the queries of two alternating passes."""
@@ -95,7 +99,7 @@ class Losart:
     def _queries(self) -> list[np.ndarray]:
         queries: list[np.ndarray] = []
         policy = make_policy(AttentionConfig(), self.model.config, BLOCK)
-        policy.begin_pass(PassKind.FIRST)
+        policy.begin_pass(PassKind.FIRST, self.cache.length)
         dense = policy.prefix
         policy.prefix = lambda backend, layer, q, cache: queries.append(q) or dense(backend, layer, q, cache)
         self.denoising_pass(policy)

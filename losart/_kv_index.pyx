@@ -61,6 +61,11 @@ cdef class PageTable:
         return self.chunk_count * self.positions_per_chunk
 
     @property
+    def bounds_dtype(self):
+        """In which page bounds are held."""
+        return "float32"
+
+    @property
     def kv_shape(self):
         """Shape of a chunk of keys and values."""
         return (self.layers, 2, self.kv_heads, self.positions_per_chunk, self.head_dim)

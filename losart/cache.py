@@ -7,8 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from losart._kv_index import PageTable
-from losart.config import ModelConfig
 from losart.errors import OutOfMemoryError
 
 CHUNK_POSITIONS = 1024
@@ -33,16 +31,20 @@ class PageList:
     positions: int
 
 
+def chunk_positions(page_size: int) -> int:
+    """Positions of a chunk: enough, and whole groups of pages."""
+    group = GROUP_PAGES * page_size
+    return math.ceil(CHUNK_POSITIONS / group) * group
+
+
 class PagedKVCache:
     """Keys, values and page key bounds of the committed prefix, allocated in chunks as it grows.
 
     Parameters
     ----------
-    model : ModelConfig
-    page_size : int
-        Positions of a page.
-    dtype : {"float32", "bfloat16", "float16"}
-        In which keys and values are held.
+    table : PageTable
+        Where the pages lie: the backend's own, with `page_size`, `capacity`, `dtype`, `kv_shape`,
+        `bounds_dtype`, `bounds_shape`, `add_chunk` and `write`.
     allocate : callable
         (shape, dtype) -> an array of zeros.
 
@@ -50,26 +52,10 @@ class PagedKVCache:
     ----------
     length : int
         Committed positions. The block being denoised begins here.
-    table : PageTable
-        Where the pages lie.
     """
 
-    def __init__(
-        self,
-        model: ModelConfig,
-        page_size: int,
-        dtype: str,
-        allocate: Callable[[tuple[int, ...], str], Any],
-    ) -> None:
-        group = GROUP_PAGES * page_size
-        self.table = PageTable(
-            model.num_layers,
-            model.num_kv_heads,
-            model.head_dim,
-            page_size,
-            math.ceil(CHUNK_POSITIONS / group) * group,
-            dtype,
-        )
+    def __init__(self, table: Any, allocate: Callable[[tuple[int, ...], str], Any]) -> None:
+        self.table = table
         self.length = 0
         self._allocate = allocate
 
@@ -95,7 +81,7 @@ class PagedKVCache:
             try:
                 chunk = (
                     self._allocate(self.table.kv_shape, self.table.dtype),
-                    self._allocate(self.table.bounds_shape, "float32"),
+                    self._allocate(self.table.bounds_shape, self.table.bounds_dtype),
                 )
             except MemoryError as error:
                 raise OutOfMemoryError(

@@ -10,6 +10,7 @@ import numpy as np
 
 from losart.attention import AttentionPolicy
 from losart.attention.base import PassKind
+from losart.backends.base import PassInputs
 from losart.cache import PagedKVCache
 from losart.options import GenerationConfig
 from losart.output import Output
@@ -126,7 +127,7 @@ class BlockDecoder:
         counts = transfer_counts(length, min(length, self.config.denoising_steps))
         for step, count in enumerate(counts):
             began = time.perf_counter()
-            self.policy.begin_pass(PassKind.LATER if step else PassKind.FIRST)
+            self.policy.begin_pass(PassKind.LATER if step else PassKind.FIRST, start)
             # The last pass that is allowed leaves nothing masked.
             fixed = self._denoise(ids, masked, None if step == len(counts) - 1 else count)
             gap = int(masked.argmax()) if masked.any() else length
@@ -144,11 +145,10 @@ class BlockDecoder:
 
         Returns those positions, rising.
         """
-        hidden = self.transformer.denoise(ids, self.cache, self.policy)
         rows = np.flatnonzero(masked)
         # One number a position and pass, so that a draw does not depend on what else is masked.
-        uniforms = self._rng.random(len(ids))[rows]
-        proposals = self.transformer.propose(hidden, rows, uniforms, self.config)
+        inputs = PassInputs(ids, rows, self._rng.random(len(ids)))
+        proposals = self.transformer.denoise(inputs, self.cache, self.policy, self.config)
         chosen = np.arange(len(rows))
         if count is not None:
             chosen = np.sort(self._select(proposals, count, self.config))
@@ -159,6 +159,6 @@ class BlockDecoder:
         return fixed
 
     def _commit(self, ids: np.ndarray) -> None:
-        self.policy.begin_pass(PassKind.COMMIT)
+        self.policy.begin_pass(PassKind.COMMIT, self.cache.length)
         self.transformer.commit(ids, self.cache, self.policy)
         self.commit_passes += 1

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from losart.attention.base import AttentionPolicy
-from losart.backends.base import Array, Backend, Matrix
+from losart.backends.base import Array, Backend, Matrix, PassInputs
 from losart.cache import PagedKVCache
 from losart.config import ModelConfig
 from losart.options import GenerationConfig
@@ -76,7 +76,7 @@ class Transformer:
             down=matrix("down"),
         )
 
-    def _forward(self, ids: np.ndarray, cache: PagedKVCache, attend: Attend) -> Array:
+    def _forward(self, ids: Array, cache: PagedKVCache, attend: Attend) -> Array:
         backend = self.backend
         x, delta = backend.embed(self.embedding, ids), None
         for index, layer in enumerate(self.layers):
@@ -105,14 +105,21 @@ class Transformer:
             cache.write(layer, k, v)
             return self.backend.causal_attention(q, cache, layer, block_length)
 
-        self._forward(ids, cache, attend)
+        self.backend.run_prefill(ids, cache, lambda ids: self._forward(ids, cache, attend))
         cache.advance(len(ids))
 
-    def denoise(self, ids: np.ndarray, cache: PagedKVCache, policy: AttentionPolicy) -> Array:
-        """The final hidden states, [tokens, hidden], of the block after the cache's prefix."""
-        return self._forward(
-            ids, cache, lambda layer, q, k, v: policy.attend(self.backend, layer, q, k, v, cache)
-        )
+    def denoise(
+        self, inputs: PassInputs, cache: PagedKVCache, policy: AttentionPolicy, config: GenerationConfig
+    ) -> Proposals:
+        """One denoising pass over the block after the cache's prefix: a token for each masked row."""
+
+        def attend(layer: int, q: Array, k: Array, v: Array) -> Array:
+            return policy.attend(self.backend, layer, q, k, v, cache)
+
+        def body(ids: Array) -> Any:
+            return self.backend.propose(self._forward(ids, cache, attend), inputs, self.head, config)
+
+        return self.backend.run_pass(("denoise", policy.shape), inputs, cache, body)
 
     def commit(self, ids: np.ndarray, cache: PagedKVCache, policy: AttentionPolicy) -> None:
         """Take a finished block into the cache."""
@@ -122,11 +129,8 @@ class Transformer:
             cache.write(layer, k, v)
             return o
 
-        self._forward(ids, cache, attend)
-        cache.advance(len(ids))
+        def body(ids: Array) -> None:
+            self._forward(ids, cache, attend)
 
-    def propose(
-        self, hidden: Array, rows: np.ndarray, uniforms: np.ndarray, config: GenerationConfig
-    ) -> Proposals:
-        """A token for each of the given rows of the block, from `denoise`'s hidden states."""
-        return self.backend.propose(hidden, rows, self.head, uniforms, config)
+        self.backend.run_pass(("commit", policy.shape), PassInputs(ids), cache, body)
+        cache.advance(len(ids))

@@ -14,11 +14,12 @@ from kv import model_config
 
 from losart.attention import make_policy
 from losart.attention.base import PassKind
+from losart.backends.base import PassInputs
 from losart.decode import PREFILL_TOKENS, BlockDecoder
 from losart.options import generation_config
 from losart.output import Output
 from losart.remasking import STRATEGIES, transfer_counts
-from losart.sampling import propose
+from losart.sampling import Proposals, propose
 
 VOCAB, MASK = 64, 63
 MODEL = model_config(1, 1, 16, vocab_size=VOCAB)
@@ -41,28 +42,28 @@ class Scripted:
         self.prefilled.append(ids.tolist())
         cache.length += len(ids)
 
-    def denoise(self, ids: np.ndarray, cache: Cache, policy: Any) -> np.ndarray:
-        self.passes.append((policy.kind, ids.tolist()))
+    def denoise(self, inputs: PassInputs, cache: Cache, policy: Any, config: Any) -> Proposals:
+        ids = inputs.ids.tolist()
+        self.passes.append((policy.kind, ids))
         if self.logits is not None:
-            return np.tile(self.logits, (len(ids), 1))
-        seed = [cache.length, *ids.tolist()]
-        return 2 * np.random.default_rng(seed).standard_normal((len(ids), VOCAB), np.float32)
-
-    def commit(self, ids: np.ndarray, cache: Cache, policy: Any) -> None:
-        self.passes.append((policy.kind, ids.tolist()))
-        cache.length += len(ids)
-
-    def propose(self, hidden: np.ndarray, rows: np.ndarray, uniforms: np.ndarray, config: Any) -> Any:
-        logits = hidden[rows]
+            logits = np.tile(self.logits, (len(ids), 1))
+        else:
+            rng = np.random.default_rng([cache.length, *ids])
+            logits = 2 * rng.standard_normal((len(ids), VOCAB), np.float32)
+        logits = logits[inputs.rows]
         logits[:, config.mask_token_id] = -np.inf
         return propose(
             logits,
-            uniforms,
+            inputs.uniforms[inputs.rows],
             temperature=config.temperature,
             top_k=config.top_k,
             top_p=config.top_p,
             with_entropy=config.remasking == "entropy_bounded",
         )
+
+    def commit(self, ids: np.ndarray, cache: Cache, policy: Any) -> None:
+        self.passes.append((policy.kind, ids.tolist()))
+        cache.length += len(ids)
 
 
 def decoder_of(transformer: Scripted, stop_token_ids: tuple[int, ...] = (), **options: Any) -> BlockDecoder:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kv import HELD_AS, bfloat16, empty_table, held, model_config
 
-from losart._kv_index import positions_in, union_of_top_pages
+from losart._kv_index import PageTable, positions_in, union_of_top_pages
 from losart.backends.cpu import CpuBackend, narrow, widen
 from losart.cache import PagedKVCache
 from losart.errors import OutOfMemoryError
@@ -127,7 +127,7 @@ def test_no_memory_is_an_error_of_ours_and_the_cache_stays_valid():
         given_out.append(np.zeros(shape, HELD_AS[dtype]))
         return given_out[-1]
 
-    cache = PagedKVCache(config, 16, "float32", allocate)
+    cache = PagedKVCache(PageTable(2, 2, 16, 16, 1024, "float32"), allocate)
     k, v = random_kv(1024)
     cache.write(0, k, v)
     cache.advance(1024)

@@ -119,7 +119,7 @@ def drive(case: Case) -> tuple[Any, list[list[tuple[str, ref.Pass]]]]:
             size = rng.permutation(case.block_length) % 3 * np.float32(0.3)
             q += size[:, None, None] * draw(case.block_length, case.kv_heads * case.group)
             k, v = (draw(case.block_length, case.kv_heads) for _ in range(2))
-            policy.begin_pass(PassKind(kind))
+            policy.begin_pass(PassKind(kind), cache.length)
             records = []
             for layer in range(case.layers):
                 o = policy.attend(backend, layer, q[layer].copy(), k[layer], v[layer], cache)
@@ -222,7 +222,7 @@ def test_everything_read_and_active_is_dense_attention_to_the_bit(method):
         for policy in policies:
             if kind == "first":
                 policy.begin_block()
-            policy.begin_pass(PassKind(kind))
+            policy.begin_pass(PassKind(kind), cache.length)
             outputs.append(policy.attend(backend, 0, q.copy(), k, v, cache))
         np.testing.assert_array_equal(*outputs)
 

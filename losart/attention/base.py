@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from abc import ABC, abstractmethod
+from collections.abc import Hashable
 from typing import Any
 
 from losart.attention.reads import ReadLog
@@ -51,10 +52,17 @@ class AttentionPolicy(ABC):
         """A new block: nothing stored of an earlier one is valid."""
         self.kind = PassKind.FIRST
 
-    def begin_pass(self, kind: PassKind) -> None:
+    def begin_pass(self, kind: PassKind, prefix_length: int) -> None:
         """A pass over all layers begins."""
         self.kind = kind
-        self.reads.begin_pass(sparse=not self._dense_pass())
+        layers, dense = self.model.num_layers, self._dense_pass()
+        self.reads.begin_pass(sparse=not dense)
+        self.reads.dense(layers if dense else min(self.config.dense_layers, layers), prefix_length)
+
+    @property
+    def shape(self) -> Hashable:
+        """What a pass of this kind has in common with others that launch the same operations."""
+        return type(self), self.config, self.kind, self.block_length
 
     def _dense_pass(self) -> bool:
         if self.kind is PassKind.COMMIT:
@@ -80,15 +88,10 @@ class AttentionPolicy(ABC):
         """
         dense_commit = self.kind is PassKind.COMMIT and self.config.commit == "dense"
         if dense_commit or layer < self.config.dense_layers:
-            o, lse = self.dense_prefix(backend, layer, q, cache)
+            o, lse = backend.prefix_attention(q, cache, layer)
         else:
             o, lse = self.prefix(backend, layer, q, cache)
         return backend.merge(o, lse, *backend.block_attention(q, k, v))
-
-    def dense_prefix(self, backend: Any, layer: int, q: Any, cache: PagedKVCache) -> tuple[Any, Any]:
-        """Dense prefix attention, noted in `reads`."""
-        self.reads.dense(cache.length)
-        return backend.prefix_attention(q, cache, layer)
 
     @abstractmethod
     def prefix(self, backend: Any, layer: int, q: Any, cache: PagedKVCache) -> tuple[Any, Any]:

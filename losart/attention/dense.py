@@ -15,4 +15,4 @@ class DensePolicy(AttentionPolicy):
         return True
 
     def prefix(self, backend: Any, layer: int, q: Any, cache: PagedKVCache) -> tuple[Any, Any]:
-        return self.dense_prefix(backend, layer, q, cache)
+        return backend.prefix_attention(q, cache, layer)

@@ -39,7 +39,7 @@ class LosaPolicy(AttentionPolicy):
 
     def prefix(self, backend: Any, layer: int, q: Any, cache: PagedKVCache) -> tuple[Any, Any]:
         if self.kind is PassKind.FIRST:
-            self._state[layer] = LayerState(q, *self.dense_prefix(backend, layer, q, cache))
+            self._state[layer] = LayerState(q, *backend.prefix_attention(q, cache, layer))
         else:
             self._refresh(backend, layer, q, cache)
         state = self._state[layer]

@@ -27,21 +27,21 @@ class ReadLog:
         """Later reads belong to a pass that the method reads sparsely, or to a dense one."""
         self._sparse_pass = sparse
 
-    def dense(self, prefix_length: int) -> None:
-        """A layer read the whole prefix for all tokens."""
-        self._add(1.0, prefix_length)
+    def dense(self, layers: int, prefix_length: int) -> None:
+        """Some layers of the pass read the whole prefix for all tokens."""
+        if prefix_length:
+            self._add(1.0, layers)
 
     def sparse(self, positions: int, prefix_length: int, active: int) -> None:
         """A layer read `positions`, summed over kv heads, for `active` tokens."""
         self._active.add(active / self._block_length)
         if prefix_length:
-            self._add(positions / (self._kv_heads * prefix_length), prefix_length)
+            self._add(positions / (self._kv_heads * prefix_length))
 
-    def _add(self, density: float, prefix_length: int) -> None:
-        if prefix_length:
-            self._all.add(density)
-            if self._sparse_pass:
-                self._sparse.add(density)
+    def _add(self, density: float, layers: int = 1) -> None:
+        self._all.add(density, layers)
+        if self._sparse_pass:
+            self._sparse.add(density, layers)
 
     @property
     def density(self) -> float | None:
@@ -64,9 +64,9 @@ class _Mean:
         self._total = 0.0
         self._count = 0
 
-    def add(self, value: float) -> None:
-        self._total += value
-        self._count += 1
+    def add(self, value: float, count: int = 1) -> None:
+        self._total += value * count
+        self._count += count
 
     @property
     def value(self) -> float | None:

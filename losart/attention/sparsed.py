@@ -29,7 +29,6 @@ class SparsedPolicy(AttentionPolicy):
 
     def prefix(self, backend: Any, layer: int, q: Any, cache: PagedKVCache) -> tuple[Any, Any]:
         if self.kind is PassKind.FIRST:
-            self.reads.dense(cache.length)
             o, lse, masses = backend.prefix_attention_and_masses(q, cache, layer)
             self._pages[layer] = backend.select_pages_by_score(
                 masses.sum(axis=1), cache, self.config.pages_per_query

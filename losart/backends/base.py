@@ -6,6 +6,8 @@ takes positions and the length of the prefix from the cache, never from the call
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,6 +18,29 @@ from losart.sampling import Proposals
 
 Array = Any
 Matrix = Any  # a weight [out, in], or several joined along `out`, as the backend holds them
+
+
+def _nothing() -> np.ndarray:
+    return np.empty(0)
+
+
+@dataclass(frozen=True)
+class PassInputs:
+    """What the host gives to a pass over a block.
+
+    Attributes
+    ----------
+    ids : int64 [tokens]
+        The block, the mask token where it is masked.
+    rows : int64 [any]
+        Masked positions, rising.
+    uniforms : float64 [tokens]
+        Random numbers in [0, 1), one a position.
+    """
+
+    ids: np.ndarray
+    rows: np.ndarray = field(default_factory=_nothing)
+    uniforms: np.ndarray = field(default_factory=_nothing)
 
 
 class Backend(Protocol):
@@ -38,9 +63,29 @@ class Backend(Protocol):
     def new_cache(self, page_size: int) -> PagedKVCache:
         """An empty KV cache."""
 
+    # -- running
+
+    def run_pass(
+        self, shape: Hashable, inputs: PassInputs, cache: PagedKVCache, body: Callable[[Array], Any]
+    ) -> Any:
+        """Run one pass over the block after the cache's prefix: `body` of the block's ids.
+
+        Parameters
+        ----------
+        shape : hashable
+            Passes of equal shape launch the same operations: one may be replayed for another.
+        inputs : PassInputs
+        cache : PagedKVCache
+        body : callable
+            Block's ids, as `embed` takes them, to what the pass gives.
+        """
+
+    def run_prefill(self, ids: np.ndarray, cache: PagedKVCache, body: Callable[[Array], Any]) -> None:
+        """Run `body` on the ids of a piece of the prompt that follows the cache's prefix."""
+
     # -- transformer
 
-    def embed(self, table: Array, ids: np.ndarray) -> Array:
+    def embed(self, table: Array, ids: Array) -> Array:
         """Rows of the embedding table: float32 [tokens, hidden]."""
 
     def linear(self, x: Array, matrix: Matrix, bias: Array | None = None) -> Array:
@@ -109,7 +154,5 @@ class Backend(Protocol):
 
     # -- sampling
 
-    def propose(
-        self, hidden: Array, rows: np.ndarray, head: Matrix, uniforms: np.ndarray, config: GenerationConfig
-    ) -> Proposals:
-        """A token for each of the given rows of hidden [tokens, hidden], with its confidence."""
+    def propose(self, hidden: Array, inputs: PassInputs, head: Matrix, config: GenerationConfig) -> Proposals:
+        """A token for each masked row of hidden [tokens, hidden], with its confidence."""

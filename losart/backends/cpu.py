@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,9 @@ import numpy as np
 import losart.backends._cpu_kernels as kernels
 import losart.backends._skinny_linear as skinny_linear
 from losart._active_set import query_change, select_active
-from losart._kv_index import positions_in, union_of_top_pages
-from losart.cache import PagedKVCache, PageList
+from losart._kv_index import PageTable, positions_in, union_of_top_pages
+from losart.backends.base import PassInputs
+from losart.cache import PagedKVCache, PageList, chunk_positions
 from losart.config import ModelConfig
 from losart.errors import ConfigError
 from losart.options import GenerationConfig
@@ -93,9 +95,21 @@ class CpuBackend:
         return weights
 
     def new_cache(self, page_size: int) -> PagedKVCache:
-        return PagedKVCache(
-            self.config, page_size, self.dtype, lambda shape, dtype: np.zeros(shape, HELD_AS[dtype])
+        c = self.config
+        table = PageTable(
+            c.num_layers, c.num_kv_heads, c.head_dim, page_size, chunk_positions(page_size), self.dtype
         )
+        return PagedKVCache(table, lambda shape, dtype: np.zeros(shape, HELD_AS[dtype]))
+
+    # -- running
+
+    def run_pass(
+        self, shape: Hashable, inputs: PassInputs, cache: PagedKVCache, body: Callable[[np.ndarray], Any]
+    ) -> Any:
+        return body(inputs.ids)
+
+    def run_prefill(self, ids: np.ndarray, cache: PagedKVCache, body: Callable[[np.ndarray], Any]) -> None:
+        body(ids)
 
     # -- transformer
 
@@ -247,18 +261,13 @@ class CpuBackend:
     # -- sampling
 
     def propose(
-        self,
-        hidden: np.ndarray,
-        rows: np.ndarray,
-        head: tuple[np.ndarray, ...],
-        uniforms: np.ndarray,
-        config: GenerationConfig,
+        self, hidden: np.ndarray, inputs: PassInputs, head: tuple[np.ndarray, ...], config: GenerationConfig
     ) -> Proposals:
-        logits = self.linear(hidden[rows], head)
+        logits = self.linear(hidden[inputs.rows], head)
         logits[:, config.mask_token_id] = -np.inf
         return propose(
             logits,
-            uniforms,
+            inputs.uniforms[inputs.rows],
             temperature=config.temperature,
             top_k=config.top_k,
             top_p=config.top_p,
