@@ -134,6 +134,11 @@ class Model:
         config = generation_config(self.config, options)
         strategy(config.remasking)
         policy = make_policy(config.attention, self.config, config.block_length)
+        if config.attention.method != "dense" and not self._transformer.backend.sparse:
+            raise OptionError(
+                f"attention {config.attention.method!r} does not run on {self.device} in this version of "
+                f"losart; use 'dense', or load the model with device='cpu'"
+            )
         if config.stop and self.tokenizer is None:
             raise OptionError("stop: the checkpoint has no tokenizer; give stop_token_ids")
         ids = prompt_ids(prompt, self.config, self.tokenizer, self.chat_template)

@@ -157,6 +157,11 @@ class GenerationConfig:
             f"stop_token_ids must be a list of token ids, not {self.stop_token_ids!r}",
         )
 
+    @property
+    def sampling(self) -> tuple[float, int, float, int]:
+        """What the sampling of a token depends on."""
+        return self.temperature, self.top_k, self.top_p, self.mask_token_id
+
 
 _ATTENTION_OPTIONS = {f.name for f in dataclasses.fields(AttentionConfig)} - {"method"}
 _GENERATION_OPTIONS = {f.name for f in dataclasses.fields(GenerationConfig)}

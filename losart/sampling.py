@@ -11,6 +11,12 @@ from losart.errors import NumericalError
 SMALLEST_TEMPERATURE = float(np.finfo(np.float32).tiny)  # below it float32 may hold zero
 
 
+NOT_FINITE = (
+    "the logits are not finite: the checkpoint holds NaN or infinite weights, "
+    "or its values overflow in this dtype"
+)
+
+
 @dataclass(frozen=True)
 class Proposals:
     """What a pass proposes for the masked positions.
@@ -62,10 +68,7 @@ def propose(
     """
     top = logits.max(axis=1, keepdims=True)
     if not np.isfinite(top).all():
-        raise NumericalError(
-            "the logits are not finite: the checkpoint holds NaN or infinite weights, "
-            "or its values overflow in this dtype"
-        )
+        raise NumericalError(NOT_FINITE)
     tokens = logits.argmax(axis=1)
     logits -= top
     if temperature > 0:

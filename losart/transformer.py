@@ -119,7 +119,7 @@ class Transformer:
         def body(ids: Array) -> Any:
             return self.backend.propose(self._forward(ids, cache, attend), inputs, self.head, config)
 
-        return self.backend.run_pass(("denoise", policy.shape), inputs, cache, body)
+        return self.backend.run_pass(("denoise", policy.shape, config.sampling), inputs, cache, body)
 
     def commit(self, ids: np.ndarray, cache: PagedKVCache, policy: AttentionPolicy) -> None:
         """Take a finished block into the cache."""

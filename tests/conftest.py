@@ -11,8 +11,18 @@ import pytest
 from random_checkpoint import write_checkpoint
 from released_config import SDAR_1_7B
 
+from losart.backends import cuda_problem
 from losart.config import ModelConfig
 from losart.loaders.model_config import read_model_config
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of CUDA are skipped, saying why, where there is none."""
+    problem = cuda_problem()
+    if problem is not None:
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason=problem))
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -197,8 +199,19 @@ def test_unknown_names_of_device_and_dtype(make_checkpoint):
         losart.load(path, device="tpu")
     with pytest.raises(OptionError, match="dtype"):
         losart.load(path, dtype="int8")
-    with pytest.raises(DeviceError, match="cuda"):
+
+
+def test_without_cuda_auto_says_so_and_takes_the_cpu(make_checkpoint, monkeypatch):
+    path = make_checkpoint()
+    monkeypatch.setitem(sys.modules, "cupy", None)  # as if it were not installed
+    with pytest.raises(DeviceError, match=r"losart\[cuda12x\]") as caught:
         losart.load(path, device="cuda")
+    assert isinstance(caught.value, RuntimeError)
+    with pytest.warns(UserWarning, match=r"runs on the CPU.*losart\[cuda12x\]"):
+        assert losart.load(path).device == "cpu"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert losart.load(path, device="cpu").device == "cpu"
 
 
 @pytest.mark.parametrize(

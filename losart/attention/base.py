@@ -91,7 +91,7 @@ class AttentionPolicy(ABC):
             o, lse = backend.prefix_attention(q, cache, layer)
         else:
             o, lse = self.prefix(backend, layer, q, cache)
-        return backend.merge(o, lse, *backend.block_attention(q, k, v))
+        return backend.block_attention(q, k, v, o, lse)
 
     @abstractmethod
     def prefix(self, backend: Any, layer: int, q: Any, cache: PagedKVCache) -> tuple[Any, Any]:

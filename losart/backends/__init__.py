@@ -1,5 +1,9 @@
 """Backends: where the operations of a model run."""
 
+from __future__ import annotations
+
+import warnings
+
 from losart.backends.base import Backend
 from losart.backends.cpu import CpuBackend
 from losart.config import ModelConfig
@@ -12,6 +16,7 @@ def make_backend(device: str, config: ModelConfig, dtype: str) -> Backend:
     Parameters
     ----------
     device : {"auto", "cpu", "cuda"}
+        "auto" takes CUDA where it works; where it does not it says so, once, and takes the CPU.
     config : ModelConfig
     dtype : {"float32", "bfloat16", "float16"}
 
@@ -20,10 +25,34 @@ def make_backend(device: str, config: ModelConfig, dtype: str) -> Backend:
     OptionError
         There is no such device name.
     DeviceError
-        The device is not there.
+        The device, its driver or its software is missing.
     """
-    if device in ("auto", "cpu"):
-        return CpuBackend(config, dtype)
-    if device == "cuda":
-        raise DeviceError("device 'cuda' is not supported by this version of losart; use 'cpu' or 'auto'")
-    raise OptionError(f"device must be 'auto', 'cpu' or 'cuda', not {device!r}")
+    if device not in ("auto", "cpu", "cuda"):
+        raise OptionError(f"device must be 'auto', 'cpu' or 'cuda', not {device!r}")
+    if device != "cpu":
+        problem = cuda_problem()
+        if problem is None:
+            from losart.backends.cuda import CudaBackend
+
+            return CudaBackend(config, dtype)
+        if device == "cuda":
+            raise DeviceError(f"device 'cuda' does not work here: {problem}")
+        warnings.warn(f"losart runs on the CPU: {problem}", stacklevel=2)
+    return CpuBackend(config, dtype)
+
+
+def cuda_problem() -> str | None:
+    """What is missing for CUDA, None if nothing is."""
+    try:
+        import cupy
+    except ImportError as error:
+        return (
+            "CuPy is not installed; install the extra that fits the driver: "
+            f"pip install 'losart[cuda12x]' or 'losart[cuda13x]' ({error})"
+        )
+    try:
+        if cupy.cuda.runtime.getDeviceCount() > 0:
+            return None
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        return f"CuPy finds no working driver and device ({error})"
+    return "there is no CUDA device"

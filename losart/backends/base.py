@@ -44,10 +44,11 @@ class PassInputs:
 
 
 class Backend(Protocol):
-    """Operations of the transformer, of the attention policies and of sampling."""
+    """Operations of the transformer, of dense attention and of sampling."""
 
     name: str
     dtype: str
+    sparse: bool  # whether it is a SparseBackend
 
     # -- weights and cache
 
@@ -116,6 +117,18 @@ class Backend(Protocol):
     def prefix_attention(self, q: Array, cache: PagedKVCache, layer: int) -> tuple[Array, Array]:
         """Dense attention over the prefix: o [tokens, heads, head_dim] and log-sum-exp [tokens, heads]."""
 
+    def block_attention(self, q: Array, k: Array, v: Array, o_prefix: Array, lse_prefix: Array) -> Array:
+        """Attention of the block's tokens over the block, merged with that over the prefix."""
+
+    # -- sampling
+
+    def propose(self, hidden: Array, inputs: PassInputs, head: Matrix, config: GenerationConfig) -> Proposals:
+        """A token for each masked row of hidden [tokens, hidden], with its confidence."""
+
+
+class SparseBackend(Backend, Protocol):
+    """A backend on which the sparse attention policies run."""
+
     def prefix_attention_and_masses(
         self, q: Array, cache: PagedKVCache, layer: int
     ) -> tuple[Array, Array, Array]:
@@ -135,14 +148,6 @@ class Backend(Protocol):
         Written into the arrays `into`, whose other rows stay as they are.
         """
 
-    def block_attention(self, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
-        """Attention of the block's tokens over the block: o and log-sum-exp."""
-
-    def merge(self, o_prefix: Array, lse_prefix: Array, o_block: Array, lse_block: Array) -> Array:
-        """The attention over prefix and block from the two parts."""
-
-    # -- selection
-
     def select_active(self, q: Array, previous: Array, count: int) -> Array:
         """The `count` tokens whose queries changed most, rising."""
 
@@ -151,8 +156,3 @@ class Backend(Protocol):
 
     def select_pages_by_score(self, scores: Array, cache: PagedKVCache, count: int) -> PageList:
         """Top `count` pages of each row of scores [kv_heads, rows, pages], united per kv head."""
-
-    # -- sampling
-
-    def propose(self, hidden: Array, inputs: PassInputs, head: Matrix, config: GenerationConfig) -> Proposals:
-        """A token for each masked row of hidden [tokens, hidden], with its confidence."""

@@ -62,6 +62,7 @@ class CpuBackend:
     """
 
     name = "cpu"
+    sparse = True
 
     def __init__(self, config: ModelConfig, dtype: str) -> None:
         if config.head_dim % kernels.SLAB_POSITIONS:
@@ -227,17 +228,15 @@ class CpuBackend:
         kernels.attend_pages(cache.table, layer, q, tokens, (pages.ids, pages.counts), cache.length, o, lse)
         return o, lse
 
-    def block_attention(self, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        o, lse = _new_result(q)
-        kernels.attend_block(q, k, v, o, lse)
-        return o, lse
-
-    def merge(
-        self, o_prefix: np.ndarray, lse_prefix: np.ndarray, o_block: np.ndarray, lse_block: np.ndarray
+    def block_attention(
+        self, q: np.ndarray, k: np.ndarray, v: np.ndarray, o_prefix: np.ndarray, lse_prefix: np.ndarray
     ) -> np.ndarray:
+        o_block, lse_block = _new_result(q)
+        kernels.attend_block(q, k, v, o_block, lse_block)
         # The block is never empty, so its log-sum-exp is finite; the prefix's may be -inf.
-        weight = np.exp(lse_prefix - np.maximum(lse_prefix, lse_block))
-        weight /= weight + np.exp(lse_block - np.maximum(lse_prefix, lse_block))
+        top = np.maximum(lse_prefix, lse_block)
+        weight = np.exp(lse_prefix - top)
+        weight /= weight + np.exp(lse_block - top)
         o = o_prefix - o_block
         o *= weight[..., None]
         o += o_block

@@ -1,0 +1,293 @@
+"""The CUDA backend: CuPy arrays, our own kernels (kernels_cu), one CUDA graph per denoising pass.
+
+Activations are float32; weights, keys and values are held in the backend's dtype, 16-bit ones as
+their bits. The host tells a pass its ids, random numbers and the prefix's length through device
+buffers that stay in place, so that a captured pass can be replayed as the prefix grows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import cupy
+import numpy as np
+
+from losart.backends.base import PassInputs
+from losart.backends.cpu import narrow, widen
+from losart.backends.cuda_graph import CapturedPass, DeviceInputs
+from losart.backends.cuda_pages import HELD_AS, CudaPageTable
+from losart.cache import PagedKVCache, chunk_positions
+from losart.config import ModelConfig
+from losart.errors import NumericalError
+from losart.kernels_cu import kernels
+from losart.options import GenerationConfig
+from losart.rope import inverse_frequencies
+from losart.sampling import NOT_FINITE, Proposals
+
+STAGING_BYTES = 32 << 20  # of pinned memory, through which weights go to the device
+ROWS = 16  # query rows of an attention block; attention.cuh
+ATTENTION_THREADS = 256
+LINEAR_TOKENS = 16  # linear.cu
+LINEAR_ROWS = 8
+
+
+class CudaBackend:
+    """Implements `losart.backends.base.Backend`.
+
+    Parameters
+    ----------
+    config : ModelConfig
+    dtype : {"float32", "bfloat16", "float16"}
+        In which weights, keys and values are held.
+    """
+
+    name = "cuda"
+    sparse = False
+
+    def __init__(self, config: ModelConfig, dtype: str) -> None:
+        self.config = config
+        self.dtype = dtype
+        self._kernels = kernels(dtype)
+        self._stream = cupy.cuda.Stream(non_blocking=True)
+        # What passes allocate from: its blocks are never handed to anyone else, so that the
+        # addresses in captured graphs stay good.
+        self._pool = cupy.cuda.MemoryPool()
+        self._staging = cupy.cuda.alloc_pinned_memory(STAGING_BYTES)
+        self._passes: dict[Hashable, CapturedPass] = {}
+        frequencies, self._rope_factor = inverse_frequencies(config.rope, config.head_dim)
+        self._inputs = DeviceInputs()
+        with self._stream:
+            self._frequencies = cupy.asarray(frequencies)
+            self._length = cupy.zeros(1, np.int32)
+            chunks = -(-config.max_positions // chunk_positions(16)) + 2
+            self._chunks = cupy.zeros((2, chunks), np.uint64)
+        self._table_in_place: tuple[int, int] | None = None
+        blocks = 2 * cupy.cuda.Device().attributes["MultiProcessorCount"]
+        self._prefix_parts = max(1, blocks // config.num_kv_heads)
+
+    def _launch(self, name: str, grid: tuple[int, ...], threads: int, *args: Any, shared: int = 0) -> None:
+        kernel = self._kernels[name]
+        if shared > kernel.max_dynamic_shared_size_bytes:
+            kernel.max_dynamic_shared_size_bytes = shared
+        kernel(grid, (threads,), args, shared_mem=shared)
+
+    # -- weights and cache
+
+    def upload(self, tensor: Any) -> Any:
+        held = cupy.empty(tensor.shape, HELD_AS[self.dtype])
+        source, out = tensor.array().reshape(-1), held.reshape(-1)
+        piece = STAGING_BYTES // out.itemsize
+        staging = np.frombuffer(self._staging, out.dtype, piece)
+        with self._stream:
+            for start in range(0, out.size, piece):
+                values = source[start : start + piece]
+                if tensor.dtype != self.dtype:
+                    values = narrow(widen(values), self.dtype)
+                staging[: len(values)] = values.view(out.dtype)
+                out[start : start + piece].set(staging[: len(values)], stream=self._stream)
+                self._stream.synchronize()
+        del source, values
+        tensor.release()
+        return held
+
+    def upload_vector(self, *tensors: Any) -> Any:
+        return cupy.asarray(np.concatenate([widen(tensor.array()) for tensor in tensors]))
+
+    def join(self, *weights: Any) -> Any:
+        return weights[0] if len(weights) == 1 else cupy.concatenate(weights)
+
+    def new_cache(self, page_size: int) -> PagedKVCache:
+        table = CudaPageTable(self.config, page_size, chunk_positions(page_size), self.dtype, self._write)
+
+        def allocate(shape: tuple[int, ...], dtype: str) -> Any:
+            try:
+                with self._stream:
+                    return cupy.zeros(shape, HELD_AS[dtype])
+            except cupy.cuda.memory.OutOfMemoryError as error:
+                free, _ = cupy.cuda.runtime.memGetInfo()
+                needed = int(np.prod(shape)) * np.dtype(HELD_AS[dtype]).itemsize
+                raise MemoryError(f"{needed >> 20} MiB more are needed, {free >> 20} MiB are free") from error
+
+        return PagedKVCache(table, allocate)
+
+    # -- running
+
+    def run_pass(
+        self, shape: Hashable, inputs: PassInputs, cache: PagedKVCache, body: Callable[[Any], Any]
+    ) -> Any:
+        tokens = len(inputs.ids)
+        cache.reserve(cache.length + tokens)
+        with self._stream, cupy.cuda.using_allocator(self._pool.malloc):
+            self._place(inputs, cache)
+            key = (shape, tokens, cache.page_size)
+            ids = self._inputs.ids(tokens)
+            captured = self._passes.get(key)
+            if captured is None:
+                # By launches, which compiles the kernels and fills the pool; captured for next time.
+                result = self._fetch(body(ids), inputs)
+                self._passes[key] = CapturedPass(self._stream, body, ids)
+                return result
+            return self._fetch(captured.launch(), inputs)
+
+    def run_prefill(self, ids: np.ndarray, cache: PagedKVCache, body: Callable[[Any], Any]) -> None:
+        cache.reserve(cache.length + len(ids))
+        with self._stream:
+            self._place(PassInputs(ids), cache)
+            body(self._inputs.ids(len(ids)))
+            self._stream.synchronize()
+
+    def _place(self, inputs: PassInputs, cache: PagedKVCache) -> None:
+        """Bring the pass's inputs to where its kernels look for them."""
+        self._inputs.set(inputs, self._stream)
+        self._length.fill(cache.length)
+        table = cache.table
+        in_place = (id(table), len(table.chunks))
+        if self._table_in_place != in_place:
+            addresses = [[array.data.ptr for array in kind] for kind in zip(*table.chunks, strict=True)]
+            for row, values in zip(self._chunks, addresses, strict=False):
+                row[: len(values)] = cupy.asarray(np.array(values, np.uint64))
+            self._table_in_place = in_place
+
+    def _fetch(self, given: Any, inputs: PassInputs) -> Proposals | None:
+        if given is None:
+            return None
+        tokens, confidence, entropy, finite = (array[inputs.rows] for array in given.get())
+        if not finite.all():
+            raise NumericalError(NOT_FINITE)
+        return Proposals(tokens.astype(np.int64), confidence.view(np.float32), entropy.view(np.float32))
+
+    # -- transformer
+
+    def embed(self, table: Any, ids: Any) -> Any:
+        x = cupy.empty((len(ids), table.shape[1]), np.float32)
+        self._launch("embedding", (len(ids),), 256, table, ids, x, np.int32(table.shape[1]))
+        return x
+
+    def linear(self, x: Any, matrix: Any, bias: Any | None = None) -> Any:
+        tokens, inner = x.shape
+        rows = len(matrix)
+        y = cupy.empty((tokens, rows), np.float32)
+        grid = (-(-rows // LINEAR_ROWS), -(-tokens // LINEAR_TOKENS))
+        sizes = (np.int32(n) for n in (tokens, rows, inner, rows))
+        self._launch("linear", grid, 32 * LINEAR_ROWS, x, matrix, bias if bias is not None else 0, y, *sizes)
+        return y
+
+    def add_rms_norm(self, x: Any, delta: Any | None, gain: Any) -> tuple[Any, Any]:
+        total, y = cupy.empty_like(x), cupy.empty_like(x)
+        self._launch(
+            "add_rms_norm",
+            (len(x),),
+            256,
+            *(x, delta if delta is not None else 0, gain, total, y),
+            *(np.int32(x.shape[1]), np.float32(self.config.rms_norm_eps)),
+        )
+        return total, y
+
+    def split_heads(self, qkv: Any, q_norm: Any, k_norm: Any, cache: PagedKVCache) -> tuple[Any, Any, Any]:
+        c, tokens = self.config, len(qkv)
+        q = cupy.empty((tokens, c.num_heads, c.head_dim), np.float32)
+        k = cupy.empty((tokens, c.num_kv_heads, c.head_dim), np.float32)
+        v = cupy.empty_like(k)
+        self._launch(
+            "split_heads",
+            (tokens, c.num_heads + 2 * c.num_kv_heads),
+            -(-c.head_dim // 64) * 32,
+            *(qkv, q_norm, k_norm, self._frequencies, np.float32(self._rope_factor), self._length, q, k, v),
+            *(np.int32(n) for n in (c.num_heads, c.num_kv_heads, c.head_dim)),
+            np.float32(c.rms_norm_eps),
+        )
+        return q, k, v
+
+    def silu_gate(self, gate_up: Any) -> Any:
+        tokens, ffn = len(gate_up), gate_up.shape[1] // 2
+        y = cupy.empty((tokens, ffn), np.float32)
+        grid = (min(-(-tokens * ffn // 256), 1 << 16),)
+        self._launch("silu_gate", grid, 256, gate_up, y, np.int32(tokens), np.int32(ffn))
+        return y
+
+    # -- attention
+
+    def _cache_arguments(self, table: CudaPageTable, layer: int) -> tuple[Any, ...]:
+        c = self.config
+        sizes = (layer, c.num_kv_heads, table.positions_per_chunk, c.head_dim)
+        return (self._chunks[0], self._length, *(np.int32(n) for n in sizes))
+
+    def _write(self, table: CudaPageTable, layer: int, k: Any, v: Any) -> None:
+        self._launch(
+            "cache_write",
+            (self.config.num_kv_heads,),
+            -(-self.config.head_dim // 32) * 32,
+            *self._cache_arguments(table, layer),
+            *(self._chunks[1], np.int32(table.page_size), k, v, np.int32(len(k))),
+        )
+
+    @property
+    def _attention_shared(self) -> int:
+        dim = self.config.head_dim
+        return 4 * (ROWS * dim + 2 * 32 * (dim + 1))
+
+    def _row_tiles(self, tokens: int) -> int:
+        return -(-tokens * self.config.group_size // ROWS)
+
+    def causal_attention(self, q: Any, cache: PagedKVCache, layer: int, block_length: int) -> Any:
+        o = cupy.empty_like(q)
+        self._launch(
+            "causal_attention",
+            (self.config.num_kv_heads, self._row_tiles(len(q))),
+            ATTENTION_THREADS,
+            *(q, *self._cache_arguments(cache.table, layer), o),
+            *(np.int32(n) for n in (len(q), self.config.num_heads, block_length)),
+            shared=self._attention_shared,
+        )
+        return o
+
+    def prefix_attention(self, q: Any, cache: PagedKVCache, layer: int) -> tuple[Any, Any]:
+        tokens, heads, dim = q.shape
+        parts = self._prefix_parts
+        part_o = cupy.empty((parts, *q.shape), np.float32)
+        tops, totals = (cupy.empty((parts, tokens, heads), np.float32) for _ in range(2))
+        self._launch(
+            "prefix_attention",
+            (self.config.num_kv_heads, parts, self._row_tiles(tokens)),
+            ATTENTION_THREADS,
+            *(q, *self._cache_arguments(cache.table, layer), part_o, tops, totals),
+            *(np.int32(tokens), np.int32(heads)),
+            shared=self._attention_shared,
+        )
+        o, lse = cupy.empty_like(q), cupy.empty((tokens, heads), np.float32)
+        self._launch(
+            "merge_parts",
+            (tokens, heads),
+            -(-dim // 32) * 32,
+            *(part_o, tops, totals, o, lse, np.int32(parts), np.int32(dim)),
+        )
+        return o, lse
+
+    def block_attention(self, q: Any, k: Any, v: Any, o_prefix: Any, lse_prefix: Any) -> Any:
+        o = cupy.empty_like(q)
+        self._launch(
+            "block_attention",
+            (self.config.num_kv_heads, self._row_tiles(len(q))),
+            ATTENTION_THREADS,
+            *(q, k, v, o_prefix, lse_prefix, o),
+            *(np.int32(n) for n in (len(q), self.config.num_heads, self.config.num_kv_heads, q.shape[2])),
+            shared=self._attention_shared,
+        )
+        return o
+
+    # -- sampling
+
+    def propose(self, hidden: Any, inputs: PassInputs, head: Any, config: GenerationConfig) -> Any:
+        logits = self.linear(hidden, head)
+        rows, vocab = logits.shape
+        given = cupy.empty((4, rows), np.int32)
+        self._launch(
+            "sample",
+            (rows,),
+            1024,
+            *(logits, self._inputs.uniforms(rows), np.int32(vocab), np.int32(config.mask_token_id)),
+            *(np.float32(config.temperature), np.int32(config.top_k), np.float32(config.top_p)),
+            *(given[0], given[1], given[2], given[3]),
+        )
+        return given
