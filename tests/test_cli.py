@@ -130,7 +130,7 @@ def test_help_and_version(capsys):
 
 
 def endless(checkpoint: Path) -> list[str]:
-    arguments = ["--prompt", PROMPT, "--max-new-tokens", "3000", "--stop-token-ids"]
+    arguments = ["--device", "cpu", "--prompt", PROMPT, "--max-new-tokens", "3000", "--stop-token-ids"]
     return [*COMMAND, "generate", str(checkpoint), *arguments]
 
 

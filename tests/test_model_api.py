@@ -207,7 +207,7 @@ def test_without_cuda_auto_says_so_and_takes_the_cpu(make_checkpoint, monkeypatc
     with pytest.raises(DeviceError, match=r"losart\[cuda12x\]") as caught:
         losart.load(path, device="cuda")
     assert isinstance(caught.value, RuntimeError)
-    with pytest.warns(UserWarning, match=r"runs on the CPU.*losart\[cuda12x\]"):
+    with pytest.warns(UserWarning, match=r"running on the CPU.*losart\[cuda12x\]"):
         assert losart.load(path).device == "cpu"
     with warnings.catch_warnings():
         warnings.simplefilter("error")

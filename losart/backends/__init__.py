@@ -37,7 +37,7 @@ def make_backend(device: str, config: ModelConfig, dtype: str) -> Backend:
             return CudaBackend(config, dtype)
         if device == "cuda":
             raise DeviceError(f"device 'cuda' does not work here: {problem}")
-        warnings.warn(f"losart runs on the CPU: {problem}", stacklevel=2)
+        warnings.warn(f"running on the CPU: {problem}", stacklevel=2)
     return CpuBackend(config, dtype)
 
 

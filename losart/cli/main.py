@@ -35,10 +35,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
-    warnings.showwarning = lambda message, *_: print(f"losart: {message}", file=sys.stderr)
     args = parser().parse_args(arguments)
     try:
-        args.run(args)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            args.run(args)
         sys.stdout.flush()
     except KeyboardInterrupt:
         print("\nlosart: interrupted", file=sys.stderr)
@@ -54,3 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"losart: {error or type(error).__name__}", file=sys.stderr)
         return FAILED
     return 0
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    print(f"losart: {message}", file=sys.stderr)
