@@ -4,6 +4,7 @@ import itertools
 import json
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -166,6 +167,35 @@ def test_same_seed_same_output(model):
     assert first == again != other
 
 
+def test_threads_share_a_model(model):
+    options = {"max_new_tokens": 24, "attention": "losa", "budget": 32, "active": 2, "stop_token_ids": []}
+    prompts = [range_of(n) for n in (5, 130, 77, 250)]
+    alone = [model.generate(prompt, **options).token_ids for prompt in prompts]
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        together = pool.map(lambda prompt: model.generate(prompt, **options).token_ids, prompts)
+        assert list(together) == alone
+
+
+def test_streams_may_take_turns(model):
+    options = {"max_new_tokens": 12, "attention": "losa", "budget": 16, "active": 2, "stop_token_ids": []}
+    prompts = [range_of(50), IDS]
+    streams = [model.stream(prompt, **options) for prompt in prompts]
+    results = [None, None]
+    for steps in itertools.zip_longest(*streams):
+        for i, step in enumerate(steps):
+            results[i] = step.result if step is not None else results[i]
+    expected = [model.generate(prompt, **options).token_ids for prompt in prompts]
+    assert [result.token_ids for result in results] == expected
+
+
+def test_huge_numbers_are_no_trouble(model):
+    huge = {"budget": 10**30, "denoising_steps": 10**12, "top_k": 10**30, "max_new_tokens": 10**30}
+    prompt = range_of(200) * 20
+    result = model.generate(prompt, attention="quest", active=10**30, dense_layers=1, seed=10**30, **huge)
+    dense = model.generate(prompt, max_new_tokens=96)
+    assert result.token_ids == dense.token_ids
+
+
 def test_prefill_reports_progress(model):
     seen = []
     model.generate(
@@ -191,6 +221,11 @@ def test_an_unsupported_model_lists_the_supported(make_checkpoint):
     path = make_checkpoint(extra_config={"model_type": "llama"})
     with pytest.raises(ConfigError, match=r"llama.*sdar"):
         losart.load(path)
+
+
+def test_an_unsupported_head_dim(make_checkpoint):
+    with pytest.raises(ConfigError, match=r"head_dim must be a multiple of 16 .*24"):
+        losart.load(make_checkpoint(head_dim=24), device="cpu")
 
 
 def test_unknown_names_of_device_and_dtype(make_checkpoint):
@@ -222,6 +257,7 @@ def test_without_cuda_auto_says_so_and_takes_the_cpu(make_checkpoint, monkeypatc
         ("block_length", 0),
         ("denoising_steps", -1),
         ("remasking", "random"),
+        ("remasking", []),
         ("confidence_threshold", 1.5),
         ("eb_threshold", -0.1),
         ("temperature", float("nan")),
@@ -325,6 +361,7 @@ def spoil_row(row, value):
 LAYER = "model.layers.0."
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize(
     ("tensor", "row"),
@@ -342,12 +379,47 @@ LAYER = "model.layers.0."
 @pytest.mark.parametrize("attention", ["dense", "losa", "quest", "sparsed"])
 def test_weights_that_are_no_numbers_never_give_an_answer(make_checkpoint, tensor, row, value, attention):
     path = with_tensor(make_checkpoint(), tensor, spoil_row(row, value))
-    model = losart.load(path)
-    with pytest.raises(NumericalError, match="not finite"), np.errstate(all="ignore"):
+    model = losart.load(path, device="cpu")
+    with pytest.raises(NumericalError, match="not finite"):
         model.generate([3, *range(20, 60)], max_new_tokens=40, attention=attention, stop_token_ids=[])
 
 
-def test_float16_overflow_is_an_error(make_checkpoint):
-    path = with_tensor(make_checkpoint(), LAYER + "mlp.down_proj.weight", lambda tensor: tensor + 1e6)
-    with pytest.raises(NumericalError, match="overflow"), np.errstate(all="ignore"):
-        losart.load(path, dtype="float16").generate(IDS, max_new_tokens=4)
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("place", [384, 391, 399])
+@pytest.mark.parametrize("attention", ["dense", "losa", "quest", "sparsed"])
+def test_a_bad_token_in_a_page_that_would_not_be_selected_shows(make_checkpoint, place, attention):
+    """Its page is one of 25, of which a query reads one; where it does not open the page, too."""
+    path = with_tensor(make_checkpoint(), "model.embed_tokens.weight", spoil_row(3, np.nan))
+    prompt = np.random.default_rng(0).integers(4, 256, 400)
+    options = {"max_new_tokens": 4, "attention": attention, "budget": 16, "stop_token_ids": []}
+    model = losart.load(path, device="cpu")
+    assert len(model.generate(prompt, **options).token_ids) == 4
+    prompt[place] = 3
+    with pytest.raises(NumericalError, match="not finite"):
+        model.generate(prompt, **options)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("tensor", "factor", "dtype"),
+    [
+        (LAYER + "mlp.down_proj.weight", 1e6, "float16"),
+        (LAYER + "self_attn.k_norm.weight", 1e5, "float16"),
+        (LAYER + "self_attn.k_norm.weight", -1e5, "float16"),
+        (LAYER + "self_attn.v_proj.weight", 4e4, "float16"),
+        # Squares that overflow: the norm of finite values would be zero.
+        ("model.embed_tokens.weight", 1e20, "float32"),
+        (LAYER + "mlp.down_proj.weight", 1e20, "float32"),
+        (LAYER + "mlp.down_proj.weight", 1e20, "bfloat16"),
+    ],
+)
+def test_overflow_is_an_error(make_checkpoint, tensor, factor, dtype):
+    path = with_tensor(make_checkpoint(), tensor, lambda values: values * np.float32(factor))
+    with pytest.raises(NumericalError, match="overflow"):
+        losart.load(path, device="cpu", dtype=dtype).generate(
+            range_of(40), max_new_tokens=4, stop_token_ids=[]
+        )
+
+
+def range_of(tokens):
+    return list(range(20, 20 + tokens))

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from losart.errors import NumericalError
 from losart.sampling import Proposals, propose
 
-quick = settings(max_examples=150, deadline=None)
+# The same examples each time: sums that all but reach a threshold may fall on either side of it.
+quick = settings(max_examples=150, deadline=None, derandomize=True)
 
 
 def run(logits: np.ndarray, uniforms: np.ndarray | None = None, **options: float) -> Proposals:

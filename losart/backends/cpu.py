@@ -142,6 +142,7 @@ class CpuBackend:
 
     def _rms_norm(self, x: np.ndarray, gain: np.ndarray) -> np.ndarray:
         mean_square = np.einsum("...d,...d->...", x, x)[..., None] / np.float32(x.shape[-1])
+        mean_square[np.isinf(mean_square)] = np.nan  # or a row that overflows would come out as zeros
         y = x * (1.0 / np.sqrt(mean_square + np.float32(self.config.rms_norm_eps)))
         y *= gain
         return y
@@ -172,11 +173,12 @@ class CpuBackend:
 
     def silu_gate(self, gate_up: np.ndarray) -> np.ndarray:
         gate, up = np.split(gate_up, 2, axis=1)
-        with np.errstate(over="ignore"):  # exp(-gate) = inf gives the right zero
+        # exp(-gate) = inf gives the right zero; what is not finite shows in the logits.
+        with np.errstate(over="ignore", invalid="ignore"):
             y = np.exp(-gate)
-        y += 1.0
-        np.divide(gate, y, out=y)
-        y *= up
+            y += 1.0
+            np.divide(gate, y, out=y)
+            y *= up
         return y
 
     # -- attention
@@ -254,7 +256,7 @@ class CpuBackend:
         return self.select_pages_by_score(scores, cache, count)
 
     def select_pages_by_score(self, scores: np.ndarray, cache: PagedKVCache, count: int) -> PageList:
-        ids, counts = union_of_top_pages(scores, cache.pages, count)
+        ids, counts = union_of_top_pages(scores, cache.pages, min(count, cache.pages + 1))
         return PageList(ids, counts, positions_in(ids, counts, cache.page_size, cache.length))
 
     # -- sampling
@@ -289,7 +291,8 @@ def _blas_multiply(x: np.ndarray, weight: np.ndarray, out: np.ndarray) -> None:
 def _rotate(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
     # Halves, not pairs: channel d turns with channel d + head_dim / 2.
     first, second = np.split(x, 2, axis=-1)
-    return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    with np.errstate(invalid="ignore"):  # what is not finite shows in the logits
+        return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
 def _new_result(q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -75,11 +75,12 @@ class CudaBackend:
     # -- weights and cache
 
     def upload(self, tensor: Any) -> Any:
-        held = cupy.empty(tensor.shape, HELD_AS[self.dtype])
-        source, out = tensor.array().reshape(-1), held.reshape(-1)
-        piece = STAGING_BYTES // out.itemsize
-        staging = np.frombuffer(self._staging, out.dtype, piece)
+        # All work on weights is on the one stream: an array that is freed may be used again at once.
         with self._stream:
+            held = cupy.empty(tensor.shape, HELD_AS[self.dtype])
+            source, out = tensor.array().reshape(-1), held.reshape(-1)
+            piece = STAGING_BYTES // out.itemsize
+            staging = np.frombuffer(self._staging, out.dtype, piece)
             for start in range(0, out.size, piece):
                 values = source[start : start + piece]
                 if tensor.dtype != self.dtype:
@@ -92,10 +93,12 @@ class CudaBackend:
         return held
 
     def upload_vector(self, *tensors: Any) -> Any:
-        return cupy.asarray(np.concatenate([widen(tensor.array()) for tensor in tensors]))
+        with self._stream:
+            return cupy.asarray(np.concatenate([widen(tensor.array()) for tensor in tensors]))
 
     def join(self, *weights: Any) -> Any:
-        return weights[0] if len(weights) == 1 else cupy.concatenate(weights)
+        with self._stream:
+            return weights[0] if len(weights) == 1 else cupy.concatenate(weights)
 
     def new_cache(self, page_size: int) -> PagedKVCache:
         table = CudaPageTable(self.config, page_size, chunk_positions(page_size), self.dtype, self._write)
