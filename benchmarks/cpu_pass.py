@@ -13,9 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from environment import commit, cpu_name
 from random_checkpoint import SIZES, write_checkpoint
 
 import losart
@@ -191,27 +190,6 @@ def measure(checkpoint: Path, repeats: int) -> dict[str, Any]:
         f"dense pass at {SHORT_PREFIX}": beside_transformers(checkpoint, SHORT_PREFIX, repeats),
         **losa_beside_dense(checkpoint, LONG_PREFIX, repeats),
     }
-
-
-def commit() -> str:
-    """The commit of this checkout, with a + where files differ from it."""
-    describe = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
-    try:
-        folder = Path(__file__).parent
-        return subprocess.run(describe, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-def cpu_name() -> str:
-    """The processor's name where the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next(
-        (line.split(": ", 1)[1] for line in lines if line.startswith("model name")), platform.machine()
-    )
 
 
 def print_table(figures: dict[str, Any]) -> None:

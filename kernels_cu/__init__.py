@@ -2,54 +2,74 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 DTYPE_CODES = {"float32": 0, "bfloat16": 1, "float16": 2}
-OPTIONS = ("--std=c++17",)
+SIXTEEN_BIT = ("bfloat16", "float16")
 
-# Kernels of each file, in the order of their use.
+
+@dataclass(frozen=True)
+class KernelFile:
+    """A .cu file: its kernels, the headers it needs, and the dtypes it can be compiled for."""
+
+    kernels: tuple[str, ...]
+    headers: tuple[str, ...] = ("common.cuh",)
+    dtypes: tuple[str, ...] = tuple(DTYPE_CODES)
+
+
+ATTENTION = ("common.cuh", "attention.cuh")
+TENSOR = ("common.cuh", "tensor.cuh")
 FILES = {
-    "embedding": ("embedding",),
-    "rms_norm": ("add_rms_norm",),
-    "linear": ("linear",),
-    "heads": ("split_heads",),
-    "cache_write": ("cache_write",),
-    "prefix_attention": ("prefix_attention", "merge_parts"),
-    "block_attention": ("block_attention",),
-    "causal_attention": ("causal_attention",),
-    "silu_gate": ("silu_gate",),
-    "sampling": ("sample",),
+    "embedding": KernelFile(("embedding",)),
+    "rms_norm": KernelFile(("add_rms_norm",)),
+    "linear": KernelFile(("linear",)),
+    "linear_tensor": KernelFile(("linear_tensor", "sum_splits"), TENSOR, SIXTEEN_BIT),
+    "heads": KernelFile(("split_heads",)),
+    "cache_write": KernelFile(("cache_write",)),
+    "prefix_attention": KernelFile(("prefix_attention", "merge_parts"), ATTENTION),
+    "prefix_attention_tensor": KernelFile(("prefix_attention_tensor",), TENSOR, SIXTEEN_BIT),
+    "block_attention": KernelFile(("block_attention",), ATTENTION),
+    "causal_attention": KernelFile(("causal_attention",), ATTENTION),
+    "silu_gate": KernelFile(("silu_gate",)),
+    "sampling": KernelFile(("sample",)),
 }
-_NEEDS_ATTENTION = ("prefix_attention", "block_attention", "causal_attention")
+_FILE_OF = {kernel: name for name, file in FILES.items() for kernel in file.kernels}
+
+Defines = tuple[tuple[str, int], ...]
 
 
 def source(file: str) -> str:
-    """The whole source of one file, what it shares with others included."""
+    """The whole source of one file, its headers included."""
     folder = Path(__file__).parent
-    parts = ["common.cuh", *(["attention.cuh"] if file in _NEEDS_ATTENTION else []), f"{file}.cu"]
-    return "\n".join((folder / part).read_text() for part in parts)
+    return "\n".join((folder / part).read_text() for part in (*FILES[file].headers, f"{file}.cu"))
 
 
-def compile_options(dtype: str) -> tuple[str, ...]:
+def compile_options(dtype: str, defines: Defines = ()) -> tuple[str, ...]:
     """The compiler's options for weights, keys and values held in `dtype`."""
-    return (*OPTIONS, f"-DLOSART_DTYPE={DTYPE_CODES[dtype]}")
+    macros = (("LOSART_DTYPE", DTYPE_CODES[dtype]), *defines)
+    return ("--std=c++17", *(f"-D{name}={value}" for name, value in macros))
 
 
 @cache
-def kernels(dtype: str) -> dict[str, Any]:
-    """Kernels by name for the current device, compiled at first use and cached on disk by CuPy.
+def kernel(name: str, dtype: str, defines: Defines = ()) -> Any:
+    """A kernel for the current device, compiled at first use and cached on disk by CuPy.
 
     Parameters
     ----------
+    name : str
     dtype : {"float32", "bfloat16", "float16"}
         In which weights, keys and values are held.
+    defines : tuple of (str, int)
+        The file's compile-time constants.
     """
+    return _module(_FILE_OF[name], dtype, defines).get_function(name)
+
+
+@cache
+def _module(file: str, dtype: str, defines: Defines) -> Any:
     import cupy
 
-    found = {}
-    for file, names in FILES.items():
-        module = cupy.RawModule(code=source(file), options=compile_options(dtype), backend="nvrtc")
-        found.update({name: module.get_function(name) for name in names})
-    return found
+    return cupy.RawModule(code=source(file), options=compile_options(dtype, defines), backend="nvrtc")

@@ -20,7 +20,7 @@ from losart.backends.cuda_pages import HELD_AS, CudaPageTable
 from losart.cache import PagedKVCache, chunk_positions
 from losart.config import ModelConfig
 from losart.errors import NumericalError
-from losart.kernels_cu import kernels
+from losart.kernels_cu import Defines, kernel
 from losart.options import GenerationConfig
 from losart.rope import inverse_frequencies
 from losart.sampling import NOT_FINITE, Proposals
@@ -30,6 +30,10 @@ ROWS = 16  # query rows of an attention block; attention.cuh
 ATTENTION_THREADS = 256
 LINEAR_TOKENS = 16  # linear.cu
 LINEAR_ROWS = 8
+SKINNY_TOKENS = 64  # linear_tensor.cu takes products of no more tokens
+LINEAR_STEP = 32
+SPLIT_LIMIT = 1024  # of inner that a block of linear_tensor takes: its tokens fit in shared memory
+TENSOR_HEAD_DIMS = (64, 128)
 
 
 class CudaBackend:
@@ -48,7 +52,6 @@ class CudaBackend:
     def __init__(self, config: ModelConfig, dtype: str) -> None:
         self.config = config
         self.dtype = dtype
-        self._kernels = kernels(dtype)
         self._stream = cupy.cuda.Stream(non_blocking=True)
         # What passes allocate from: its blocks are never handed to anyone else, so that the
         # addresses in captured graphs stay good.
@@ -63,14 +66,24 @@ class CudaBackend:
             chunks = -(-config.max_positions // chunk_positions(16)) + 2
             self._chunks = cupy.zeros((2, chunks), np.uint64)
         self._table_in_place: tuple[int, int] | None = None
-        blocks = 2 * cupy.cuda.Device().attributes["MultiProcessorCount"]
-        self._prefix_parts = max(1, blocks // config.num_kv_heads)
+        device = cupy.cuda.Device().attributes
+        self._processors = device["MultiProcessorCount"]
+        self._shared_limit = device["MaxSharedMemoryPerBlockOptin"]
+        self._tensor = dtype != "float32"
 
-    def _launch(self, name: str, grid: tuple[int, ...], threads: int, *args: Any, shared: int = 0) -> None:
-        kernel = self._kernels[name]
-        if shared > kernel.max_dynamic_shared_size_bytes:
-            kernel.max_dynamic_shared_size_bytes = shared
-        kernel(grid, (threads,), args, shared_mem=shared)
+    def _launch(
+        self,
+        name: str,
+        grid: tuple[int, ...],
+        threads: int,
+        *args: Any,
+        shared: int = 0,
+        defines: Defines = (),
+    ) -> None:
+        function = kernel(name, self.dtype, defines)
+        if shared > function.max_dynamic_shared_size_bytes:
+            function.max_dynamic_shared_size_bytes = shared
+        function(grid, (threads,), args, shared_mem=shared)
 
     # -- weights and cache
 
@@ -171,10 +184,41 @@ class CudaBackend:
         tokens, inner = x.shape
         rows = len(matrix)
         y = cupy.empty((tokens, rows), np.float32)
+        if self._tensor and tokens <= SKINNY_TOKENS and inner % LINEAR_STEP == 0:
+            self._skinny_linear(x, matrix, bias, y)
+            return y
         grid = (-(-rows // LINEAR_ROWS), -(-tokens // LINEAR_TOKENS))
         sizes = (np.int32(n) for n in (tokens, rows, inner, rows))
         self._launch("linear", grid, 32 * LINEAR_ROWS, x, matrix, bias if bias is not None else 0, y, *sizes)
         return y
+
+    def _skinny_linear(self, x: Any, matrix: Any, bias: Any | None, y: Any) -> None:
+        (tokens, inner), rows = x.shape, len(matrix)
+        panels = -(-rows // 128)
+        # Enough blocks to keep all processors reading, of no less than a few steps.
+        tiles = -(-tokens // 8)
+        limit = SPLIT_LIMIT if tiles <= 4 else SPLIT_LIMIT // 2
+        splits = max(-(-inner // limit), min(-(-3 * self._processors // panels), inner // 256), 1)
+        split_inner = -(-inner // (splits * LINEAR_STEP)) * LINEAR_STEP
+        splits = -(-inner // split_inner)
+        parts = cupy.empty((splits, tokens, rows), np.float32)
+        self._launch(
+            "linear_tensor",
+            (panels, splits),
+            256,
+            *(x, matrix, parts),
+            *(np.int32(n) for n in (tokens, rows, inner, split_inner)),
+            shared=tiles * 8 * (split_inner + 8) * 2,
+            defines=(("LINEAR_TILES", tiles),),
+        )
+        self._launch(
+            "sum_splits",
+            (min(-(-tokens * rows // 256), 4 * self._processors),),
+            256,
+            *(parts, bias if bias is not None else 0, y),
+            *(np.int32(n) for n in (splits, tokens, rows)),
+            defines=(("LINEAR_TILES", tiles),),
+        )
 
     def add_rms_norm(self, x: Any, delta: Any | None, gain: Any) -> tuple[Any, Any]:
         total, y = cupy.empty_like(x), cupy.empty_like(x)
@@ -247,7 +291,9 @@ class CudaBackend:
 
     def prefix_attention(self, q: Any, cache: PagedKVCache, layer: int) -> tuple[Any, Any]:
         tokens, heads, dim = q.shape
-        parts = self._prefix_parts
+        if self._tensor and dim in TENSOR_HEAD_DIMS:
+            return self._merge_parts(q, *self._prefix_attention_tensor(q, cache, layer))
+        parts = max(1, 2 * self._processors // self.config.num_kv_heads)
         part_o = cupy.empty((parts, *q.shape), np.float32)
         tops, totals = (cupy.empty((parts, tokens, heads), np.float32) for _ in range(2))
         self._launch(
@@ -258,12 +304,40 @@ class CudaBackend:
             *(np.int32(tokens), np.int32(heads)),
             shared=self._attention_shared,
         )
+        return self._merge_parts(q, part_o, tops, totals)
+
+    def _prefix_attention_tensor(self, q: Any, cache: PagedKVCache, layer: int) -> tuple[Any, Any, Any]:
+        tokens, heads, dim = q.shape
+        kv_heads = self.config.num_kv_heads
+        row_tiles = -(-tokens * self.config.group_size // 16)
+        row_warps = next((n for n in (1, 2, 4) if n >= row_tiles), 8)
+        key_warps = 4 if row_warps == 1 else max(1, 8 // row_warps)
+        blocks = -(-row_tiles // row_warps)
+        stage_bytes = 2 * 64 * dim * 2
+        stages = min(6, self._shared_limit // stage_bytes)
+        splits = max(1, self._processors // (kv_heads * blocks))
+        parts = splits * key_warps
+        part_o = cupy.empty((parts, *q.shape), np.float32)
+        tops, totals = (cupy.empty((parts, tokens, heads), np.float32) for _ in range(2))
+        self._launch(
+            "prefix_attention_tensor",
+            (kv_heads, splits, blocks),
+            32 * row_warps * key_warps,
+            *(q, *self._cache_arguments(cache.table, layer), part_o, tops, totals),
+            *(np.int32(n) for n in (tokens, heads, stages)),
+            shared=stages * stage_bytes,
+            defines=(("HEAD_DIM", dim), ("ROW_WARPS", row_warps), ("KEY_WARPS", key_warps)),
+        )
+        return part_o, tops, totals
+
+    def _merge_parts(self, q: Any, part_o: Any, tops: Any, totals: Any) -> tuple[Any, Any]:
+        tokens, heads, dim = q.shape
         o, lse = cupy.empty_like(q), cupy.empty((tokens, heads), np.float32)
         self._launch(
             "merge_parts",
             (tokens, heads),
             -(-dim // 32) * 32,
-            *(part_o, tops, totals, o, lse, np.int32(parts), np.int32(dim)),
+            *(part_o, tops, totals, o, lse, np.int32(len(part_o)), np.int32(dim)),
         )
         return o, lse
 

@@ -1,0 +1,36 @@
+"""What figures are measured on: the machine and the commit."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from pathlib import Path
+
+
+def commit() -> str:
+    """The commit of this checkout, with a + where files differ from it."""
+    describe = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
+    try:
+        folder = Path(__file__).parent
+        return subprocess.run(describe, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def cpu_name() -> str:
+    """The processor's name where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next(
+        (line.split(": ", 1)[1] for line in lines if line.startswith("model name")), platform.machine()
+    )
+
+
+def gpu_name() -> str:
+    """The current CUDA device's name."""
+    import cupy
+
+    properties = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)
+    return str(properties["name"].decode())

@@ -1,0 +1,62 @@
+/* Tensor-core and asynchronous-copy instructions of compute capability 8.0 and later, as inline PTX
+ * (the compiler's mma.h is not in the header packages). Held is a 16-bit type here. */
+#if LOSART_DTYPE == 1
+#define MMA_TYPES "bf16.bf16"
+__device__ __forceinline__ unsigned pack(float low, float high)
+{
+    __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    return *reinterpret_cast<unsigned *>(&pair);
+}
+#else
+#define MMA_TYPES "f16.f16"
+__device__ __forceinline__ unsigned pack(float low, float high)
+{
+    __half2 pair = __floats2half2_rn(low, high);
+    return *reinterpret_cast<unsigned *>(&pair);
+}
+#endif
+
+/* c [16][8] += a [16][16] b [16][8]. With lane = 4 g + t: a0 (row g, k 2t), a1 (g + 8, 2t), a2 (g, 2t + 8),
+ * a3 (g + 8, 2t + 8), b0 (k 2t, column g), b1 (2t + 8, g), c0 and c1 (g, 2t), c2 and c3 (g + 8, 2t); pairs
+ * are neighbours along k, in c along the columns. */
+__device__ __forceinline__ void mma(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3,
+                                    unsigned b0, unsigned b1)
+{
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." MMA_TYPES ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
+                 "{%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ unsigned shared_address(const void *pointer)
+{
+    return (unsigned)__cvta_generic_to_shared(pointer);
+}
+
+/* Four 8x8 matrices; lane i gives the address of row i % 8 of matrix i / 8. */
+__device__ __forceinline__ void load_matrices(unsigned (&r)[4], unsigned address)
+{
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(address));
+}
+
+__device__ __forceinline__ void load_matrices_transposed(unsigned (&r)[4], unsigned address)
+{
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(address));
+}
+
+__device__ __forceinline__ void copy_16_bytes_async(unsigned shared, const void *global)
+{
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global));
+}
+
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;"); }
+
+/* Waits until at most `PENDING` of this thread's last groups of copies are under way. */
+template <int PENDING> __device__ __forceinline__ void wait_copies()
+{
+    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING));
+}
