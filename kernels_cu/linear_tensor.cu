@@ -8,10 +8,10 @@
  * Grid: (rows / 128, splits), 256 threads; LINEAR_TILES = tokens / 8, 1 to 8. Must read rows * inner
  * weights once. */
 #define STEP 32  /* of inner: two mma deep */
-#define AHEAD 8  /* steps whose weights are under way */
+#define AHEAD 4  /* steps whose weights are under way */
 #define PADDING 8
 
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(256, LINEAR_TILES > 4 ? 2 : 3)
     linear_tensor(const float *x, const Held *weight, float *y, int tokens, int rows, int inner, int split_inner)
 {
     extern __shared__ __align__(16) unsigned char shared_bytes[];
@@ -44,7 +44,7 @@ extern "C" __global__ void __launch_bounds__(256)
     for (int block = 0; block < steps; block += AHEAD) {
 #pragma unroll
         for (int s = 0; s < AHEAD; s++) {
-            if (block + s >= steps) break;
+            if (block + s >= steps) continue;
             uint4 a = w[s][0], b = w[s][1];
             if (block + s + AHEAD < steps) {
                 w[s][0] = __ldcs((const uint4 *)(low + (block + s + AHEAD) * STEP));

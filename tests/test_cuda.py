@@ -44,8 +44,18 @@ def hidden_states(model, prompt, block_length):
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 2e-2), ("float16", 2e-2)])
 @pytest.mark.parametrize("block_length", [1, 4, 5, 16, 32])
-def test_logits_are_those_of_the_cpu(make_checkpoint, dtype, tolerance, block_length, bias):
-    path = make_checkpoint(dtype=dtype, bias=bias, num_layers=3, num_heads=6, num_kv_heads=2, head_dim=48)
+@pytest.mark.parametrize("head_dim", [48, 64, 128])
+def test_logits_are_those_of_the_cpu(make_checkpoint, dtype, tolerance, block_length, bias, head_dim):
+    path = make_checkpoint(
+        dtype=dtype,
+        bias=bias,
+        hidden_size=192,
+        intermediate_size=320,
+        num_layers=3,
+        num_heads=6,
+        num_kv_heads=2,
+        head_dim=head_dim,
+    )
     expected = hidden_states(losart.load(path, device="cpu"), PROMPT, block_length)
     found = hidden_states(losart.load(path, device="cuda"), PROMPT, block_length)
     assert np.linalg.norm(found - expected) <= tolerance * np.linalg.norm(expected)

@@ -7,6 +7,7 @@ buffers that stay in place, so that a captured pass can be replayed as the prefi
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -65,7 +66,8 @@ class CudaBackend:
             self._length = cupy.zeros(1, np.int32)
             chunks = -(-config.max_positions // chunk_positions(16)) + 2
             self._chunks = cupy.zeros((2, chunks), np.uint64)
-        self._table_in_place: tuple[int, int] | None = None
+        self._table_in_place: Callable[[], CudaPageTable | None] = lambda: None
+        self._chunks_in_place = 0
         device = cupy.cuda.Device().attributes
         self._processors = device["MultiProcessorCount"]
         self._shared_limit = device["MaxSharedMemoryPerBlockOptin"]
@@ -158,12 +160,11 @@ class CudaBackend:
         self._inputs.set(inputs, self._stream)
         self._length.fill(cache.length)
         table = cache.table
-        in_place = (id(table), len(table.chunks))
-        if self._table_in_place != in_place:
+        if self._table_in_place() is not table or self._chunks_in_place != len(table.chunks):
             addresses = [[array.data.ptr for array in kind] for kind in zip(*table.chunks, strict=True)]
             for row, values in zip(self._chunks, addresses, strict=False):
                 row[: len(values)] = cupy.asarray(np.array(values, np.uint64))
-            self._table_in_place = in_place
+            self._table_in_place, self._chunks_in_place = weakref.ref(table), len(table.chunks)
 
     def _fetch(self, given: Any, inputs: PassInputs) -> Proposals | None:
         if given is None:
