@@ -1,60 +1,72 @@
 /* y [splits, tokens, rows] = x [tokens, inner] times weight [rows, inner] transposed, on tensor cores;
- * each split sums over its part of inner, a multiple of 32, and sum_splits adds them.
+ * each split sums over its part of inner, and sum_splits adds them.
  *
- * A warp takes 16 weight rows as the A operand, straight from memory: which of inner's columns a
- * fragment's k stands for is free as long as both operands agree, so a lane reads 8 neighbouring
- * weights, 16 bytes. Tokens are the columns of B, 8 at a time, from shared memory.
+ * Weights go through STAGES buffers of shared memory by asynchronous copies, 128 rows of 64 columns
+ * (a line of 128 bytes) at a time, so that copies are under way all the time. A warp takes 16 weight
+ * rows as the A operand; tokens are the columns of B, 8 at a time. Which of inner's columns a
+ * fragment's k stands for is free as long as both operands agree: a lane reads 8 neighbouring
+ * columns, 16 bytes. Pieces of 16 bytes are swizzled by their row so that a read meets no bank twice.
  *
- * Grid: (rows / 128, splits), 256 threads; LINEAR_TILES = tokens / 8, 1 to 8. Must read rows * inner
- * weights once. */
-#define STEP 32  /* of inner: two mma deep */
-#define AHEAD 4  /* steps whose weights are under way */
-#define PADDING 8
+ * inner is a multiple of 8; columns past the end are zeros. Grid: (rows / 128, splits), 256 threads;
+ * LINEAR_TILES = tokens / 8, 1 to 8. Must read rows * inner weights once. */
+#define PANEL 128
+#define COLUMNS 64
+#define STAGES 4
+#define X_STRIDE (COLUMNS + 4) /* floats: rows of x begin 16 bytes further on in the banks */
+#define X_ROWS (LINEAR_TILES * 8)
+#define STAGE_BYTES (PANEL * COLUMNS * 2 + X_ROWS * X_STRIDE * 4)
 
-extern "C" __global__ void __launch_bounds__(256, LINEAR_TILES > 4 ? 2 : 3)
+extern "C" __global__ void __launch_bounds__(256)
     linear_tensor(const float *x, const Held *weight, float *y, int tokens, int rows, int inner, int split_inner)
 {
-    extern __shared__ __align__(16) unsigned char shared_bytes[];
-    Held *xs = (Held *)shared_bytes; /* [LINEAR_TILES * 8][split_inner + PADDING] */
+    extern __shared__ __align__(128) unsigned char shared_bytes[];
     int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
-    int row = blockIdx.x * 128 + warp * 16 + g;
-    int first = blockIdx.y * split_inner, count = min(split_inner, inner - first), steps = count / STEP;
-    int stride = split_inner + PADDING;
+    int first_row = blockIdx.x * PANEL, first = blockIdx.y * split_inner, last = min(first + split_inner, inner);
+    int steps = (last - first + COLUMNS - 1) / COLUMNS;
 
-    /* Rows past the end read the last one, and are not written. */
-    const Held *low = weight + (size_t)min(row, rows - 1) * inner + first + t * 8;
-    const Held *high = weight + (size_t)min(row + 8, rows - 1) * inner + first + t * 8;
-    uint4 w[AHEAD][2];
+    auto load = [&](int step) {
+        unsigned char *stage = shared_bytes + step % STAGES * STAGE_BYTES;
+        int column = first + step * COLUMNS;
 #pragma unroll
-    for (int s = 0; s < AHEAD; s++)
-        if (s < steps) {
-            w[s][0] = __ldcs((const uint4 *)(low + s * STEP));
-            w[s][1] = __ldcs((const uint4 *)(high + s * STEP));
+        for (int i = threadIdx.x; i < PANEL * 8; i += 256) {
+            int row = i / 8, piece = i % 8, k = column + piece * 8;
+            /* Rows past the end read the last one, and are not written. */
+            const Held *from = weight + (size_t)min(first_row + row, rows - 1) * inner + min(k, inner - 8);
+            copy_or_zero_16_bytes_async(shared_address(stage + row * 128 + (piece ^ (row & 7)) * 16), from, k < last);
         }
-
-    for (int i = threadIdx.x * 4; i < LINEAR_TILES * 8 * count; i += blockDim.x * 4) {
-        int token = i / count, k = i % count;
-        float4 value = token < tokens ? *(const float4 *)(x + (size_t)token * inner + first + k)
-                                      : make_float4(0, 0, 0, 0);
-        *(uint2 *)(xs + token * stride + k) = make_uint2(pack(value.x, value.y), pack(value.z, value.w));
+        float *xs = (float *)(stage + PANEL * COLUMNS * 2);
+        for (int i = threadIdx.x; i < X_ROWS * (COLUMNS / 4); i += 256) {
+            int token = i / (COLUMNS / 4), k = column + i % (COLUMNS / 4) * 4;
+            const float *from = x + (size_t)min(token, tokens - 1) * inner + min(k, inner - 4);
+            copy_or_zero_16_bytes_async(shared_address(xs + token * X_STRIDE + k - column), from,
+                                        k < last && token < tokens);
+        }
+    };
+    for (int step = 0; step < STAGES - 1; step++) {
+        if (step < steps) load(step);
+        commit_copies();
     }
-    __syncthreads();
 
     float sum[LINEAR_TILES][4] = {};
-    for (int block = 0; block < steps; block += AHEAD) {
+    for (int step = 0; step < steps; step++) {
+        wait_copies<STAGES - 2>();
+        __syncthreads();
+        if (step + STAGES - 1 < steps) load(step + STAGES - 1);
+        commit_copies();
+
+        const unsigned char *stage = shared_bytes + step % STAGES * STAGE_BYTES;
+        const unsigned char *low = stage + (warp * 16 + g) * 128, *high = low + 8 * 128;
+        const float *xs = (const float *)(stage + PANEL * COLUMNS * 2);
 #pragma unroll
-        for (int s = 0; s < AHEAD; s++) {
-            if (block + s >= steps) continue;
-            uint4 a = w[s][0], b = w[s][1];
-            if (block + s + AHEAD < steps) {
-                w[s][0] = __ldcs((const uint4 *)(low + (block + s + AHEAD) * STEP));
-                w[s][1] = __ldcs((const uint4 *)(high + (block + s + AHEAD) * STEP));
-            }
+        for (int half = 0; half < 2; half++) {
+            int piece = ((half * 4 + t) ^ g) * 16;
+            uint4 a = *(const uint4 *)(low + piece), b = *(const uint4 *)(high + piece);
 #pragma unroll
             for (int n = 0; n < LINEAR_TILES; n++) {
-                uint4 v = *(const uint4 *)(xs + (n * 8 + g) * stride + (block + s) * STEP + t * 8);
-                mma(sum[n], a.x, b.x, a.y, b.y, v.x, v.y);
-                mma(sum[n], a.z, b.z, a.w, b.w, v.z, v.w);
+                const float *from = xs + (n * 8 + g) * X_STRIDE + half * 32 + t * 8;
+                float4 v = *(const float4 *)from, w = *(const float4 *)(from + 4);
+                mma(sum[n], a.x, b.x, a.y, b.y, pack(v.x, v.y), pack(v.z, v.w));
+                mma(sum[n], a.z, b.z, a.w, b.w, pack(w.x, w.y), pack(w.z, w.w));
             }
         }
     }
@@ -62,8 +74,8 @@ extern "C" __global__ void __launch_bounds__(256, LINEAR_TILES > 4 ? 2 : 3)
     for (int n = 0; n < LINEAR_TILES; n++)
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            int token = n * 8 + t * 2 + i % 2, r = row + i / 2 * 8;
-            if (token < tokens && r < rows) y[((size_t)blockIdx.y * tokens + token) * rows + r] = sum[n][i];
+            int token = n * 8 + t * 2 + i % 2, row = first_row + warp * 16 + g + i / 2 * 8;
+            if (token < tokens && row < rows) y[((size_t)blockIdx.y * tokens + token) * rows + row] = sum[n][i];
         }
 }
 

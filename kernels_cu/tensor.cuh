@@ -53,6 +53,12 @@ __device__ __forceinline__ void copy_16_bytes_async(unsigned shared, const void 
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global));
 }
 
+/* Zeros where `there` is false; the address must be good all the same. */
+__device__ __forceinline__ void copy_or_zero_16_bytes_async(unsigned shared, const void *global, bool there)
+{
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(there ? 16 : 0));
+}
+
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;"); }
 
 /* Waits until at most `PENDING` of this thread's last groups of copies are under way. */

@@ -180,9 +180,21 @@ def test_a_stop_string_whose_character_had_several_marks_for_its_bytes():
             return bytes(tokens[: error.start]).decode() + "\ufffd" * (len(tokens) - error.start)
 
     output = Output(100, stop_strings=["😀"], decode=decode)
-    for token in "ab😀c".encode():
+    for token in "ab😀".encode():
         output.extend([token])
     assert output.finish_reason == "stop" and output.text == "ab"
+
+
+def test_a_decoder_that_treats_the_first_token_in_its_own_way():
+    """Words with a space between, none before the first."""
+
+    def decode(tokens):
+        return " ".join(map(str, tokens))
+
+    output = Output(10**6, decode=decode)
+    for token in range(3 * TAIL_TOKENS):
+        output.extend([token])
+        assert output.text == decode(range(token + 1))
 
 
 def test_without_a_tokenizer_there_is_no_text():

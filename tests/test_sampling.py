@@ -129,6 +129,12 @@ def test_top_k_keeps_what_ties_with_the_last():
     assert set(tokens) == {0, 2, 3}
 
 
+def test_top_p_keeps_the_token_that_takes_the_sum_above_it():
+    uniforms = np.linspace(0, 0.999, 500)
+    tokens = run(np.zeros((500, 4)), uniforms, temperature=1.0, top_p=0.5).tokens
+    assert set(tokens) == {0, 1, 2}  # two of them reach 0.5 and no more
+
+
 @pytest.mark.parametrize("temperature", [1e-3, 1e-38, 1e-45, 1e-50, 5e-324])
 def test_a_tiny_temperature_is_greedy(temperature):
     logits = random_logits(5, 40, 3)

@@ -32,8 +32,8 @@ ATTENTION_THREADS = 256
 LINEAR_TOKENS = 16  # linear.cu
 LINEAR_ROWS = 8
 SKINNY_TOKENS = 64  # linear_tensor.cu takes products of no more tokens
-LINEAR_STEP = 32
-SPLIT_LIMIT = 1024  # of inner that a block of linear_tensor takes: its tokens fit in shared memory
+LINEAR_PANEL = 128  # rows and columns of weights that a block takes at a time
+LINEAR_COLUMNS = 64
 TENSOR_HEAD_DIMS = (64, 128)
 
 
@@ -159,7 +159,7 @@ class CudaBackend:
         """Bring the pass's inputs to where its kernels look for them."""
         self._inputs.set(inputs, self._stream)
         self._length.fill(cache.length)
-        table = cache.table
+        table: CudaPageTable = cache.table
         if self._table_in_place() is not table or self._chunks_in_place != len(table.chunks):
             addresses = [[array.data.ptr for array in kind] for kind in zip(*table.chunks, strict=True)]
             for row, values in zip(self._chunks, addresses, strict=False):
@@ -185,7 +185,7 @@ class CudaBackend:
         tokens, inner = x.shape
         rows = len(matrix)
         y = cupy.empty((tokens, rows), np.float32)
-        if self._tensor and tokens <= SKINNY_TOKENS and inner % LINEAR_STEP == 0:
+        if self._tensor and tokens <= SKINNY_TOKENS and inner % 8 == 0:
             self._skinny_linear(x, matrix, bias, y)
             return y
         grid = (-(-rows // LINEAR_ROWS), -(-tokens // LINEAR_TOKENS))
@@ -195,31 +195,42 @@ class CudaBackend:
 
     def _skinny_linear(self, x: Any, matrix: Any, bias: Any | None, y: Any) -> None:
         (tokens, inner), rows = x.shape, len(matrix)
-        panels = -(-rows // 128)
-        # Enough blocks to keep all processors reading, of no less than a few steps.
-        tiles = -(-tokens // 8)
-        limit = SPLIT_LIMIT if tiles <= 4 else SPLIT_LIMIT // 2
-        splits = max(-(-inner // limit), min(-(-3 * self._processors // panels), inner // 256), 1)
-        split_inner = -(-inner // (splits * LINEAR_STEP)) * LINEAR_STEP
+        panels, tiles = -(-rows // LINEAR_PANEL), -(-tokens // 8)
+        splits = self._linear_splits(panels, inner, tokens)
+        split_inner = -(-inner // (splits * LINEAR_COLUMNS)) * LINEAR_COLUMNS
         splits = -(-inner // split_inner)
-        parts = cupy.empty((splits, tokens, rows), np.float32)
+        whole = splits == 1 and bias is None
+        parts = y if whole else cupy.empty((splits, tokens, rows), np.float32)
+        defines = (("LINEAR_TILES", tiles),)
         self._launch(
             "linear_tensor",
             (panels, splits),
             256,
             *(x, matrix, parts),
             *(np.int32(n) for n in (tokens, rows, inner, split_inner)),
-            shared=tiles * 8 * (split_inner + 8) * 2,
-            defines=(("LINEAR_TILES", tiles),),
+            shared=4 * (LINEAR_PANEL * LINEAR_COLUMNS * 2 + tiles * 8 * (LINEAR_COLUMNS + 4) * 4),
+            defines=defines,
         )
-        self._launch(
-            "sum_splits",
-            (min(-(-tokens * rows // 256), 4 * self._processors),),
-            256,
-            *(parts, bias if bias is not None else 0, y),
-            *(np.int32(n) for n in (splits, tokens, rows)),
-            defines=(("LINEAR_TILES", tiles),),
-        )
+        if not whole:
+            self._launch(
+                "sum_splits",
+                (min(-(-tokens * rows // 256), 4 * self._processors),),
+                256,
+                *(parts, bias if bias is not None else 0, y),
+                *(np.int32(n) for n in (splits, tokens, rows)),
+                defines=defines,
+            )
+
+    def _linear_splits(self, panels: int, inner: int, tokens: int) -> int:
+        """Splits of inner that leave the fewest processors idle, for the partial sums they cost."""
+
+        def cost(splits: int) -> float:
+            blocks = panels * splits
+            idle = -(-blocks // self._processors) * self._processors / blocks
+            partial_sums = 8 * tokens * splits / (2 * inner) if splits > 1 else 0.0
+            return idle * (1.0 + partial_sums)
+
+        return min(range(1, max(1, inner // (4 * LINEAR_COLUMNS)) + 1), key=cost)
 
     def add_rms_norm(self, x: Any, delta: Any | None, gain: Any) -> tuple[Any, Any]:
         total, y = cupy.empty_like(x), cupy.empty_like(x)
