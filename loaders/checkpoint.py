@@ -42,6 +42,11 @@ class Checkpoint:
     tokenizer: Tokenizer | None
     chat_template: ChatTemplate | None
 
+    @property
+    def dtype(self) -> str:
+        """In which it was saved: as its configuration says, else as its embedding is."""
+        return self.config.dtype or self.tensors["embed"].dtype
+
 
 def open_checkpoint(model: str | os.PathLike[str]) -> Checkpoint:
     """Open a checkpoint without reading its weights.

@@ -35,6 +35,8 @@ def checkpoint_directory(model: str | os.PathLike[str]) -> Path:
     CheckpointError
         If there is no such directory, or the hub has no such model or cannot be reached.
     """
+    if not isinstance(model, (str, os.PathLike)) or not isinstance(os.fspath(model), str):
+        raise CheckpointError(f"a checkpoint is named by a string or a path, not {model!r}")
     if os.path.isdir(model):
         return Path(model)
     if os.path.exists(model):

@@ -39,30 +39,32 @@ def read_model_config(directory: Path, tokenizer: Tokenizer | None = None) -> Mo
         family = family_of(model_type)
     _refuse_unsupported(config)
 
-    rope = rope_config(config, config.integer("max_position_embeddings"))
+    max_positions = config.integer("max_position_embeddings")
+    vocab_size = config.integer("vocab_size")
+    rope = rope_config(config, max_positions)
     values: dict[str, Any] = {
         "model_type": model_type,
-        "vocab_size": config.integer("vocab_size"),
+        "vocab_size": vocab_size,
         "hidden_size": config.integer("hidden_size"),
         "intermediate_size": config.integer("intermediate_size"),
         "num_layers": config.integer("num_hidden_layers"),
         "num_heads": config.integer("num_attention_heads"),
         "num_kv_heads": config.optional_integer("num_key_value_heads"),
         "head_dim": config.optional_integer("head_dim"),
-        "max_positions": config.integer("max_position_embeddings"),
+        "max_positions": max_positions,
         "rms_norm_eps": config.optional_number("rms_norm_eps"),
         "attention_bias": config.boolean("attention_bias", False),
         "tie_embeddings": config.boolean("tie_word_embeddings", False),
-        "block_length": _block_length(config, generation),
-        "mask_token_id": _mask_token_id(config, generation, tokenizer),
-        "end_token_ids": _end_token_ids(config, generation, tokenizer),
+        "block_length": _block_length(config, generation, max_positions),
+        "mask_token_id": _mask_token_id(config, generation, tokenizer, vocab_size),
+        "end_token_ids": _end_token_ids(config, generation, tokenizer, vocab_size),
         "dtype": _dtype(config),
     }
     defaults = {
         "num_kv_heads": values["num_heads"],
         "head_dim": values["hidden_size"] // values["num_heads"],
         "rms_norm_eps": ModelConfig.rms_norm_eps,
-        "mask_token_id": family.mask_token_id if family.mask_token_id < values["vocab_size"] else None,
+        "mask_token_id": family.mask_token_id if family.mask_token_id < vocab_size else None,
     }
     for name, default in defaults.items():
         if values[name] is None:
@@ -88,37 +90,48 @@ def _refuse_unsupported(config: JsonObject) -> None:
         )
 
 
-def _block_length(*places: JsonObject) -> int | None:
-    for place in places:
+def _block_length(config: JsonObject, generation: JsonObject, max_positions: int) -> int | None:
+    for place in (config, generation):
         for key in ("block_length", "block_size"):
             value = place.optional_integer(key)
             if value is not None:
+                if value > max_positions:
+                    raise place.error(key, value, f"at most max_position_embeddings ({max_positions})")
                 return value
     return None
 
 
-def _mask_token_id(config: JsonObject, generation: JsonObject, tokenizer: Tokenizer | None) -> int | None:
+def _mask_token_id(
+    config: JsonObject, generation: JsonObject, tokenizer: Tokenizer | None, vocab_size: int
+) -> int | None:
     for place in (config, generation):
-        value = place.optional_integer("mask_token_id", minimum=0)
+        value = place.get("mask_token_id")
         if value is not None:
-            return value
+            return _token_id(place, "mask_token_id", value, vocab_size)
     return None if tokenizer is None else tokenizer.mask_token_id
 
 
 def _end_token_ids(
-    config: JsonObject, generation: JsonObject, tokenizer: Tokenizer | None
+    config: JsonObject, generation: JsonObject, tokenizer: Tokenizer | None, vocab_size: int
 ) -> tuple[int, ...]:
     for place in (generation, config):
         value = place.get("eos_token_id")
         if value is not None:
             tokens = value if isinstance(value, list) else [value]
-            checked = [place.checked_integer("eos_token_id", token, minimum=0) for token in tokens]
+            checked = [_token_id(place, "eos_token_id", token, vocab_size) for token in tokens]
             return tuple(dict.fromkeys(checked))
     if tokenizer is None or tokenizer.eos_token_id is None:
         return ()
     return (tokenizer.eos_token_id,)
 
 
-def _dtype(config: JsonObject) -> str:
-    dtype = config.optional_text("dtype") or config.optional_text("torch_dtype") or ModelConfig.dtype
-    return dtype.removeprefix("torch.")
+def _token_id(place: JsonObject, key: str, value: object, vocab_size: int) -> int:
+    token = place.checked_integer(key, value, minimum=0)
+    if token >= vocab_size:
+        raise place.error(key, token, f"inside the vocabulary of {vocab_size}")
+    return token
+
+
+def _dtype(config: JsonObject) -> str | None:
+    dtype = config.optional_text("dtype") or config.optional_text("torch_dtype")
+    return dtype.removeprefix("torch.") if dtype else None

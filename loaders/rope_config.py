@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from losart.config import RopeConfig
+from losart.config import ROPE_KINDS, RopeConfig
 from losart.errors import ConfigError
 from losart.loaders.json_files import JsonObject, errors_naming
 
@@ -41,6 +41,12 @@ def rope_config(config: JsonObject, max_positions: int) -> RopeConfig:
         scaling = JsonObject(config.file, {}, "rope_parameters.")
     scaling = scaling.optional_object("full_attention") or scaling
 
+    # The kind first: keys that are missing or unknown mean nothing where it is not supported.
+    kind = scaling.optional_text("rope_type") or scaling.optional_text("type") or "default"
+    if kind not in ROPE_KINDS:
+        raise ConfigError(
+            f"{config.file}: rope type {kind!r} is not supported; supported: {', '.join(ROPE_KINDS)}"
+        )
     unknown = sorted(set(scaling.values) - _KEYS)
     if unknown:
         raise ConfigError(f"{config.file}: {scaling.prefix}{unknown[0]} is not a supported rope parameter")
@@ -48,7 +54,6 @@ def rope_config(config: JsonObject, max_positions: int) -> RopeConfig:
         if place.optional_number("partial_rotary_factor") not in (None, 1.0):
             raise place.error("partial_rotary_factor", place.get("partial_rotary_factor"), "1.0")
 
-    kind = scaling.optional_text("rope_type") or scaling.optional_text("type") or "default"
     theta = _first(scaling.optional_number("rope_theta"), config.optional_number("rope_theta"), DEFAULT_THETA)
     if theta <= 1:
         raise scaling.error("rope_theta", theta, "larger than 1")

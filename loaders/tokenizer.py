@@ -53,7 +53,7 @@ class Tokenizer:
         Raises
         ------
         PromptError
-            If `text` is not a string of valid Unicode.
+            If `text` is not a string of valid Unicode, or holds what the tokenizer has no token for.
         """
         if not isinstance(text, str):
             raise PromptError(f"cannot tokenize {type(text).__name__}; expected a string")
@@ -61,7 +61,10 @@ class Tokenizer:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise PromptError(f"cannot tokenize text that is not valid Unicode: {error}") from error
-        return self.backend.encode(text, add_special_tokens=special).ids
+        try:
+            return self.backend.encode(text, add_special_tokens=special).ids
+        except Exception as error:  # the library has no type of its own
+            raise PromptError(f"the tokenizer cannot tokenize the text: {error}") from error
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """Text of token ids; ids without a token give nothing, partial UTF-8 gives U+FFFD."""

@@ -73,6 +73,27 @@ class RopeConfig:
                 ConfigError,
                 "rope high_freq_factor must be larger than low_freq_factor",
             )
+        if self.kind == "yarn":
+            self._check_yarn()
+
+    def _check_yarn(self) -> None:
+        require(
+            self.attention_factor is None or (is_number(self.attention_factor) and self.attention_factor > 0),
+            ConfigError,
+            f"rope attention_factor must be a positive number, not {self.attention_factor!r}",
+        )
+        for name in ("mscale", "mscale_all_dim"):
+            value = getattr(self, name)
+            require(
+                value is None or (is_number(value) and value >= 0),
+                ConfigError,
+                f"rope {name} must be a number, 0 or more, not {value!r}",
+            )
+        require(
+            self.beta_fast > self.beta_slow,
+            ConfigError,
+            f"rope beta_fast ({self.beta_fast}) must be larger than beta_slow ({self.beta_slow})",
+        )
 
 
 @dataclass(frozen=True)
@@ -85,8 +106,8 @@ class ModelConfig:
         As the checkpoint says them; None where it does not.
     end_token_ids : tuple of int
         Tokens that end a generation; empty where the checkpoint names none.
-    dtype : {"float32", "bfloat16", "float16"}
-        In which the checkpoint was saved.
+    dtype : {"float32", "bfloat16", "float16"} or None
+        In which the checkpoint says it was saved; None where it does not.
     attention_bias : bool
         Biases on the q, k, v and o projections.
     """
@@ -107,7 +128,7 @@ class ModelConfig:
     block_length: int | None = None
     mask_token_id: int | None = None
     end_token_ids: tuple[int, ...] = ()
-    dtype: str = "float32"
+    dtype: str | None = None
 
     def __post_init__(self) -> None:
         for name in (
@@ -133,12 +154,12 @@ class ModelConfig:
         )
         require(self.head_dim % 2 == 0, ConfigError, f"head_dim must be even, not {self.head_dim}")
         require(
-            is_number(self.rms_norm_eps) and self.rms_norm_eps > 0,
+            is_number(self.rms_norm_eps) and 0 < self.rms_norm_eps < 1,
             ConfigError,
-            f"rms_norm_eps must be a positive number, not {self.rms_norm_eps!r}",
+            f"rms_norm_eps must be a number above 0 and below 1, not {self.rms_norm_eps!r}",
         )
         require(
-            self.dtype in DTYPES,
+            self.dtype in (None, *DTYPES),
             ConfigError,
             f"dtype {self.dtype!r} is not supported; supported: {', '.join(DTYPES)}",
         )
@@ -147,6 +168,12 @@ class ModelConfig:
                 is_int(self.block_length) and self.block_length > 0,
                 ConfigError,
                 f"block_length must be a positive integer, not {self.block_length!r}",
+            )
+            require(
+                self.block_length <= self.max_positions,
+                ConfigError,
+                f"block_length ({self.block_length}) must not be more than max_positions "
+                f"({self.max_positions})",
             )
         tokens = (
             self.end_token_ids if self.mask_token_id is None else (*self.end_token_ids, self.mask_token_id)

@@ -40,7 +40,7 @@ class Model:
         self.config: ModelConfig = checkpoint.config
         self.tokenizer: Tokenizer | None = checkpoint.tokenizer
         self.chat_template: ChatTemplate | None = checkpoint.chat_template
-        self.dtype = self.config.dtype if dtype == "auto" else dtype
+        self.dtype = checkpoint.dtype if dtype == "auto" else dtype
         backend = make_backend(device, self.config, self.dtype)
         self.device = backend.name
         self._transformer = Transformer(self.config, checkpoint.tensors, backend)
@@ -91,7 +91,7 @@ class Model:
         active : int or float, default 5
             losa: recomputed tokens of a block, a count or a fraction; 0 reuses all results.
         page_size : int, default 16
-            Positions selected together, a multiple of 16.
+            Positions selected together, a multiple of 16 up to 65536.
         dense_layers : int, default 0
             This many first layers stay dense.
         commit : {"dense", "sparse"}, default "dense"

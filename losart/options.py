@@ -8,11 +8,14 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from losart.checks import is_int, is_number, require
 from losart.config import ModelConfig
 from losart.errors import OptionError
 
 PAGE_UNIT = 16  # page sizes are multiples of this many positions
+LARGEST_PAGE = 65536  # a chunk of the cache is 16 pages at least
 DEFAULT_BLOCK_LENGTH = 4  # of SDAR's released checkpoints, when the checkpoint does not say
 
 
@@ -31,7 +34,7 @@ class AttentionConfig:
         losa: tokens of the block that are recomputed; an int counts them (no more than the block
         has), a float is a fraction of the block, rounded up. 0 reuses every stored result.
     page_size : int
-        Positions of a page, a multiple of 16.
+        Positions of a page, a multiple of 16 up to 65536.
     dense_layers : int
         This many first layers stay dense.
     commit : {"dense", "sparse"}
@@ -60,9 +63,9 @@ class AttentionConfig:
             f"(float, 0.0 to 1.0), not {self.active!r}",
         )
         require(
-            is_int(self.page_size) and self.page_size > 0 and self.page_size % PAGE_UNIT == 0,
+            is_int(self.page_size) and 0 < self.page_size <= LARGEST_PAGE and self.page_size % PAGE_UNIT == 0,
             OptionError,
-            f"page_size must be a multiple of {PAGE_UNIT}, not {self.page_size!r}",
+            f"page_size must be a multiple of {PAGE_UNIT} up to {LARGEST_PAGE}, not {self.page_size!r}",
         )
         require(
             is_int(self.dense_layers) and self.dense_layers >= 0,
@@ -168,10 +171,19 @@ _GENERATION_OPTIONS = {f.name for f in dataclasses.fields(GenerationConfig)}
 OPTIONS = tuple(sorted(_GENERATION_OPTIONS | _ATTENTION_OPTIONS))
 
 
+def _plain(value: Any) -> Any:
+    """NumPy's scalars and arrays, alone or in a list, as Python's own."""
+    if isinstance(value, (np.generic, np.ndarray)):
+        return value.tolist()
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [item.tolist() if isinstance(item, np.generic) else item for item in value]
+    return value
+
+
 def _as_tuple(name: str, value: Any, scalar: type) -> tuple[Any, ...]:
     if isinstance(value, scalar):
         return (value,)
-    if isinstance(value, (list, tuple, set, frozenset)):
+    if isinstance(value, (list, tuple)):
         return tuple(value)
     raise OptionError(f"{name} must be a list of {scalar.__name__}, not {value!r}")
 
@@ -185,7 +197,7 @@ def generation_config(model: ModelConfig, options: dict[str, Any]) -> Generation
         Its block length, mask token and end tokens serve where `options` has none.
     options : dict
         Options by name, those of `GenerationConfig` and `AttentionConfig` in one; `attention`
-        names the policy.
+        names the policy. NumPy's scalars and arrays serve as numbers and lists.
 
     Raises
     ------
@@ -198,7 +210,7 @@ def generation_config(model: ModelConfig, options: dict[str, Any]) -> Generation
             hint = f"; did you mean {close[0]!r}?" if close else f"; there are: {', '.join(OPTIONS)}"
             raise OptionError(f"unknown option {name!r}{hint}")
 
-    given = {name: value for name, value in options.items() if value is not None}
+    given = {name: _plain(value) for name, value in options.items() if value is not None}
     attention = {name: given.pop(name) for name in list(given) if name in _ATTENTION_OPTIONS}
     attention["method"] = given.pop("attention", AttentionConfig.method)
     require(
@@ -228,4 +240,10 @@ def generation_config(model: ModelConfig, options: dict[str, Any]) -> Generation
             OptionError,
             f"{name}: {token} is outside the vocabulary of {model.vocab_size}",
         )
+    require(
+        config.block_length <= model.max_positions,
+        OptionError,
+        f"block_length ({config.block_length}) must not be more than the model's max_positions "
+        f"({model.max_positions})",
+    )
     return config

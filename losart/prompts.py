@@ -80,4 +80,4 @@ def _is_id(value: object) -> bool:
 
 
 def _is_list(value: object) -> bool:
-    return isinstance(value, (list, tuple, np.ndarray))
+    return isinstance(value, (list, tuple)) or (isinstance(value, np.ndarray) and value.ndim > 0)

@@ -9,7 +9,7 @@ import numpy as np
 from losart.errors import NumericalError
 
 SMALLEST_TEMPERATURE = float(np.finfo(np.float32).tiny)  # below it float32 may hold zero
-
+LARGEST_TEMPERATURE = float(np.finfo(np.float32).max)  # above it float32 holds infinity
 
 NOT_FINITE = (
     "the logits are not finite: the checkpoint holds NaN or infinite weights, "
@@ -73,7 +73,7 @@ def propose(
     logits -= top
     if temperature > 0:
         with np.errstate(over="ignore"):  # -inf is right for what overflows
-            logits /= max(temperature, SMALLEST_TEMPERATURE)
+            logits /= min(max(temperature, SMALLEST_TEMPERATURE), LARGEST_TEMPERATURE)
     weights = np.exp(logits)
     total = weights.sum(axis=1)
     entropy = np.zeros(len(logits), np.float32)

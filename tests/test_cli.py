@@ -2,6 +2,7 @@
 
 import io
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 
 import losart
 from losart.cli import main
+from losart.cli.main import parser
 
 COMMAND = [sys.executable, "-c", "import sys; from losart.cli import main; sys.exit(main())"]
 PROMPT = "Why is the sky blue?"
@@ -119,6 +121,18 @@ def test_wrong_usage_exits_with_2(arguments, capsys):
     assert "usage: losart" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("active", "value"), [("3", 3), ("0.4", 0.4), ("1.0", 1.0), ("1e-1", 0.1)])
+def test_active_is_a_count_or_a_fraction(active, value):
+    parsed = parser().parse_args(["generate", "x", "--active", active]).active
+    assert (parsed, type(parsed)) == (value, type(value))
+
+
+def test_active_that_is_neither(capsys):
+    with pytest.raises(SystemExit):
+        main(["generate", "x", "--active", "few"])
+    assert "argument --active: must be a count of tokens" in capsys.readouterr().err
+
+
 def test_help_and_version(capsys):
     for arguments in (["--help"], ["generate", "--help"], ["--version"]):
         with pytest.raises(SystemExit) as exit_:
@@ -127,6 +141,51 @@ def test_help_and_version(capsys):
     printed = capsys.readouterr().out
     assert "example: losart generate" in printed
     assert losart.__version__ in printed
+
+
+@pytest.mark.parametrize(
+    ("closed", "arguments", "code", "message"),
+    [
+        (">&-", ["--prompt", PROMPT], 0, ""),
+        ("2>&-", ["--prompt", PROMPT], 0, ""),
+        ("2>&-", ["--prompt", PROMPT, "--top-p", "2"], 2, ""),
+        ("<&-", ["--prompt", PROMPT], 0, ""),
+        ("<&-", [], 1, "losart: the prompt is empty\n"),
+        (">&- 2>&- <&-", ["--prompt", PROMPT], 0, ""),
+    ],
+)
+def test_closed_streams_are_as_if_they_were_the_null_device(
+    tiny_checkpoint, closed, arguments, code, message
+):
+    command = [*COMMAND, "generate", str(tiny_checkpoint), "--max-new-tokens", "8", *arguments]
+    if "2>&-" not in closed:  # where it is closed, the warning of "auto" has to go nowhere too
+        command += ["--device", "cpu"]
+    result = subprocess.run(f"{shlex.join(command)} {closed}", shell=True, capture_output=True, cwd="/")
+    text = str(losart.generate(tiny_checkpoint, PROMPT, max_new_tokens=8, device="cpu"))
+    assert result.returncode == code
+    assert result.stderr.decode() == message
+    assert result.stdout.decode() == ("" if code or closed.startswith(">") else f"{text}\n")
+
+
+INTERRUPTED_IMPORT = """
+import sys
+
+class Interrupt:
+    def find_spec(self, name, *_):
+        if name == "losart.cli.generate":
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Interrupt())
+from losart.cli import main
+sys.exit(main([]))
+"""
+
+
+def test_interrupt_while_the_command_is_imported():
+    command = [sys.executable, "-c", INTERRUPTED_IMPORT]
+    result = subprocess.run(command, capture_output=True, text=True, cwd="/")
+    assert result.returncode == 130
+    assert result.stderr.strip() == "losart: interrupted"
 
 
 def endless(checkpoint: Path) -> list[str]:

@@ -1,5 +1,6 @@
 """What a user calls: load, generate, stream, their results, and every mistake that has an error."""
 
+import functools
 import itertools
 import json
 import sys
@@ -161,6 +162,12 @@ def test_dtype_auto_is_the_checkpoint_s(make_checkpoint, dtype):
     assert losart.load(path, dtype="float32").dtype == "float32"
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_dtype_auto_is_that_of_the_tensors_where_the_configuration_is_silent(make_checkpoint, dtype):
+    path = make_checkpoint(dtype=dtype, extra_config={"torch_dtype": None})
+    assert losart.load(path, device="cpu").dtype == dtype
+
+
 def test_same_seed_same_output(model):
     options = {"max_new_tokens": 24, "temperature": 1.2, "top_p": 0.95, "stop_token_ids": []}
     first, again, other = (model.generate(IDS, seed=seed, **options).token_ids for seed in (1, 1, 2))
@@ -196,6 +203,23 @@ def test_huge_numbers_are_no_trouble(model):
     assert result.token_ids == dense.token_ids
 
 
+def test_options_may_be_numpy_s(model):
+    plain = {"max_new_tokens": 6, "temperature": 0.5, "stop_token_ids": [3, 4], "seed": 1, "active": 0.5}
+    scalars = {"max_new_tokens": np.int64(6), "temperature": np.float32(0.5), "seed": np.uint8(1)}
+    expected = model.generate(IDS, attention="losa", **plain).token_ids
+    for ids in (np.array([3, 4]), [np.int64(3), 4], (np.int32(3), np.int32(4)), {np.int64(3), 4}):
+        options = plain | scalars | {"stop_token_ids": ids, "active": np.float32(0.5)}
+        assert model.generate(IDS, attention="losa", **options).token_ids == expected
+    assert len(model.generate(IDS, max_new_tokens=np.array(6), stop_token_ids=np.array([])).token_ids) == 6
+
+
+def test_a_block_of_all_positions(make_checkpoint):
+    model = losart.load(make_checkpoint(max_positions=24), device="cpu")
+    assert len(model.generate(IDS, max_new_tokens=4, block_length=24, stop_token_ids=[]).token_ids) == 4
+    with pytest.raises(OptionError, match=r"block_length \(25\) .* max_positions \(24\)"):
+        model.stream(IDS, block_length=25)
+
+
 def test_prefill_reports_progress(model):
     seen = []
     model.generate(
@@ -215,6 +239,12 @@ def test_a_missing_directory_or_file(tmp_path, make_checkpoint):
     with pytest.raises(CheckpointError, match=r"config\.json") as caught:
         losart.load(path)
     assert isinstance(caught.value, OSError)
+
+
+@pytest.mark.parametrize("path", [None, 0, 5.0, b"/tmp", [], object()])
+def test_what_names_no_checkpoint(path):
+    with pytest.raises(CheckpointError, match="a string or a path, not"):
+        losart.load(path)
 
 
 def test_an_unsupported_model_lists_the_supported(make_checkpoint):
@@ -262,6 +292,14 @@ def test_without_cuda_auto_says_so_and_takes_the_cpu(make_checkpoint, monkeypatc
         ("eb_threshold", -0.1),
         ("temperature", float("nan")),
         ("temperature", "hot"),
+        *(
+            pytest.param(option, 10**400, id=f"{option}-10**400")
+            for option in ("temperature", "confidence_threshold", "eb_threshold", "top_p")
+        ),
+        ("max_new_tokens", np.float64(4)),
+        ("max_new_tokens", np.bool_(True)),
+        ("stop_token_ids", np.array(["x"])),
+        ("stop_token_ids", np.array([[3]])),
         ("top_k", -1),
         ("top_p", 0.0),
         ("seed", -1),
@@ -277,6 +315,9 @@ def test_without_cuda_auto_says_so_and_takes_the_cpu(make_checkpoint, monkeypatc
         ("active", 1.5),
         ("active", True),
         ("page_size", 8),
+        ("page_size", 65552),
+        ("page_size", 2**31),
+        ("page_size", 2**66),
         ("dense_layers", -1),
         ("commit", "never"),
     ],
@@ -288,8 +329,9 @@ def test_an_option_out_of_range_is_named(model, option, value):
 
 
 def test_an_unknown_option_gets_a_suggestion(model):
-    with pytest.raises(OptionError, match="did you mean 'temperature'"):
-        model.generate(IDS, temprature=0.5)
+    for generate in (model.generate, functools.partial(losart.generate, model)):
+        with pytest.raises(OptionError, match="did you mean 'temperature'"):
+            generate(IDS, temprature=0.5)
 
 
 @pytest.mark.parametrize("prompt", ["", [], (), np.array([], np.int64)])
@@ -298,7 +340,9 @@ def test_an_empty_prompt(model, prompt):
         model.generate(prompt)
 
 
-@pytest.mark.parametrize("prompt", [None, 3, {"role": "user"}, [1.5], [True], [1, "x"], object()])
+@pytest.mark.parametrize(
+    "prompt", [None, 3, np.array(3), {"role": "user"}, [1.5], [True], [1, "x"], object()]
+)
 def test_what_is_no_prompt(model, prompt):
     with pytest.raises(PromptError):
         model.generate(prompt)

@@ -49,7 +49,7 @@ def test_defaults_of_absent_keys(read_config):
     assert config.rms_norm_eps == 1e-6
     assert config.tie_embeddings is False
     assert config.attention_bias is False
-    assert config.dtype == "float32"
+    assert config.dtype is None
     assert config.rope == RopeConfig(theta=10000.0)
     assert config.block_length is None
 
@@ -76,6 +76,7 @@ def test_yarn_without_an_original_length_takes_the_maximum(read_config):
         ({}, {"block_length": 2}, 2),
         ({}, {"block_size": 32}, 32),
         ({"block_length": None}, {}, None),
+        ({"block_length": 32768}, {}, 32768),
     ],
 )
 def test_where_the_block_length_comes_from(read_config, changes, generation, expected):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import tempfile
@@ -35,26 +36,44 @@ from losart.loaders.model_config import read_model_config
         ({"attention_bias": 1}, "attention_bias must be true or false"),
         ({"torch_dtype": "int8"}, "dtype 'int8' is not supported"),
         ({"torch_dtype": 16}, "torch_dtype must be a string"),
-        ({"rms_norm_eps": 0}, "rms_norm_eps must be a positive number"),
+        ({"rms_norm_eps": 0}, "rms_norm_eps must be a number above 0 and below 1"),
+        ({"rms_norm_eps": 1}, "rms_norm_eps must be a number above 0 and below 1"),
+        ({"rms_norm_eps": 1e308}, "rms_norm_eps must be a number above 0 and below 1"),
         ({"rms_norm_eps": math.nan}, "rms_norm_eps must be a finite number"),
         ({"rms_norm_eps": 10**400}, "rms_norm_eps must be a finite number"),
         ({"rms_norm_eps": "1e-6"}, "rms_norm_eps must be a number"),
-        ({"mask_token_id": 151936}, "token id 151936 .* outside the vocabulary"),
+        ({"mask_token_id": 151936}, "mask_token_id must be inside the vocabulary of 151936, not 151936"),
         ({"mask_token_id": -1}, "mask_token_id must be an integer from 0"),
         ({"eos_token_id": [1, "2"]}, "eos_token_id must be an integer"),
-        ({"eos_token_id": 999999}, "token id 999999 .* outside the vocabulary"),
+        ({"eos_token_id": [1, 999999]}, "eos_token_id must be inside the vocabulary of 151936, not 999999"),
         ({"block_size": 0}, "block_size must be an integer from 1"),
         ({"block_length": 4.0}, "block_length must be an integer from 1"),
+        ({"block_size": 32769}, r"block_size must be at most max_position_embeddings \(32768\), not 32769"),
         ({"rope_theta": "1e6"}, "rope_theta must be a number"),
         ({"rope_theta": 0}, "rope_theta must be larger than 1"),
         ({"rope_scaling": "yarn"}, "rope_scaling must be an object"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope type 'dynamic' is not supported"),
+        (
+            {"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0]}},
+            "rope type 'longrope' is not supported; supported: default, linear",
+        ),
         ({"rope_scaling": {"type": "linear"}}, "missing key 'rope_scaling.factor' of rope type 'linear'"),
         ({"rope_scaling": {"type": "yarn"}}, "missing key 'rope_scaling.factor'"),
         ({"rope_scaling": {"type": "linear", "factor": -1}}, "rope factor must be a positive number"),
         (
             {"rope_scaling": {"type": "yarn", "factor": 2, "truncate": 0}},
             "rope_scaling.truncate must be true",
+        ),
+        *(
+            ({"rope_scaling": {"type": "yarn", "factor": 2, **keys}}, message)
+            for keys, message in (
+                ({"attention_factor": 0}, "rope attention_factor must be a positive number, not 0"),
+                ({"attention_factor": -1.5}, "rope attention_factor must be a positive number, not -1.5"),
+                ({"mscale": -1}, "rope mscale must be a number, 0 or more, not -1"),
+                ({"mscale_all_dim": -1}, "rope mscale_all_dim must be a number, 0 or more, not -1"),
+                ({"beta_fast": 2, "beta_slow": 2}, r"rope beta_fast \(2.0\) must be larger than beta_slow"),
+                ({"beta_slow": 33}, r"rope beta_fast \(32.0\) must be larger than beta_slow \(33.0\)"),
+            )
         ),
         ({"rope_scaling": {"type": "llama3", "factor": 2}}, "missing key 'rope_scaling.low_freq_factor'"),
         ({"rope_scaling": {"type": "default", "mrope_section": [1]}}, "mrope_section is not a supported"),
@@ -89,9 +108,23 @@ def test_impossible_sizes_name_file_and_key(read_config, key, value):
         read_config(**{key: value})
 
 
-def test_error_in_generation_config_names_that_file(read_config):
-    with pytest.raises(ConfigError, match=r"generation_config\.json: eos_token_id must be"):
-        read_config({"eos_token_id": "x"})
+@pytest.mark.parametrize(
+    ("generation", "message"),
+    [
+        ({"eos_token_id": "x"}, "eos_token_id must be"),
+        ({"eos_token_id": [151936]}, "eos_token_id must be inside the vocabulary of 151936"),
+        ({"mask_token_id": 151936}, "mask_token_id must be inside the vocabulary of 151936"),
+        ({"block_length": 10**6}, "block_length must be at most max_position_embeddings"),
+    ],
+)
+def test_error_in_generation_config_names_that_file(read_config, generation, message):
+    with pytest.raises(ConfigError, match=rf"/generation_config\.json: {message}"):
+        read_config(generation, mask_token_id=...)
+
+
+def test_a_block_longer_than_the_positions_is_no_model(read_config):
+    with pytest.raises(ConfigError, match=r"block_length \(32769\) .* max_positions \(32768\)"):
+        dataclasses.replace(read_config(), block_length=32769)
 
 
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json"])

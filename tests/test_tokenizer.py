@@ -108,6 +108,20 @@ def test_what_cannot_be_tokenized(tokenizer, text):
         tokenizer.encode(text)
 
 
+def test_text_that_the_tokenizer_has_no_token_for(edited):
+    def know_one_word(backend, config):
+        backend["model"] = {"type": "WordLevel", "vocab": {"hello": 0}, "unk_token": "<unk>"}
+        backend |= {"pre_tokenizer": {"type": "Whitespace"}, "decoder": None, "post_processor": None}
+        for i, token in enumerate(backend["added_tokens"], 1):
+            token["id"] = i
+        config.pop("added_tokens_decoder")
+
+    tokenizer = edited(know_one_word)
+    assert tokenizer.encode("hello hello") == [0, 0]
+    with pytest.raises(PromptError, match="cannot tokenize the text: "):
+        tokenizer.encode("hello world")
+
+
 def test_saved_truncation_does_not_cut_prompts(edited):
     def truncate(backend, config):
         backend["truncation"] = {

@@ -441,8 +441,8 @@ def bound_scores(PageTable table, Py_ssize_t layer, q, tokens, Py_ssize_t length
     return scores
 
 
-def widen_into(const uint16_t[::1] source, float[::1] to, str dtype):
-    """Convert bfloat16 or float16 bits to float32, with all threads.
+def widen_into(const uint16_t[::1] source, float[::1] to, str dtype, bint threads=True):
+    """Convert bfloat16 or float16 bits to float32.
 
     Parameters
     ----------
@@ -450,11 +450,13 @@ def widen_into(const uint16_t[::1] source, float[::1] to, str dtype):
     to : float32 [n]
         Written.
     dtype : {"bfloat16", "float16"}
+    threads : bool
+        Whether to use all threads where it pays, or the caller's alone.
     """
     cdef Py_ssize_t count = source.shape[0], piece = 16384, item
     cdef int width = BFLOAT16 if dtype == "bfloat16" else 2
     if to.shape[0] != count:
         raise ValueError("source and to must have the same length")
     for item in prange((count + piece - 1) // piece, nogil=True, schedule="static",
-                       use_threads_if=count > WORTH_THREADS // 4):
+                       use_threads_if=threads and count > WORTH_THREADS // 4):
         widen(&source[item * piece], &to[item * piece], min(piece, count - item * piece), width)

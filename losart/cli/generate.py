@@ -18,7 +18,14 @@ EXAMPLE = 'example: losart generate path/to/SDAR-1.7B-Chat --chat --prompt "Why 
 
 
 def _active(text: str) -> int | float:
-    return float(text) if "." in text else int(text)
+    for number in (int, float):
+        try:
+            return number(text)
+        except ValueError:
+            pass
+    raise argparse.ArgumentTypeError(
+        f"must be a count of tokens, such as 5, or a fraction of the block, such as 0.3, not {text!r}"
+    )
 
 
 def add_command(commands: Any) -> None:
@@ -68,7 +75,7 @@ def _add_options(command: argparse.ArgumentParser) -> None:
         "--active",
         type=_active,
         metavar="N",
-        help="losa: recomputed tokens, or their fraction if it has a dot (5)",
+        help="losa: recomputed tokens, or as 0.3 their fraction of the block (5)",
     )
     group.add_argument("--page-size", type=int, metavar="N", help="a multiple of 16 (16)")
     group.add_argument("--dense-layers", type=int, metavar="N", help="first layers that stay dense (0)")

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import warnings
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import losart
-from losart.cli import generate
 from losart.errors import LosartError, OptionError
+
+if TYPE_CHECKING:
+    import argparse
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line's parser; each command sets `run`, a function of the parsed arguments."""
+    # Here, so that an interrupt while they are imported finds main waiting for it.
+    import argparse
+
+    from losart.cli import generate
+
     top = argparse.ArgumentParser(prog="losart", description="Runs block-wise diffusion language models.")
     top.add_argument("--version", action="version", version=f"losart {losart.__version__}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -32,11 +39,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     int
         0; 1 when it failed, 2 for a wrong option, 130 when it was interrupted.
     """
+    _replace_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
-    args = parser().parse_args(arguments)
     try:
+        args = parser().parse_args(arguments)
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             args.run(args)
@@ -55,6 +63,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"losart: {error or type(error).__name__}", file=sys.stderr)
         return FAILED
     return 0
+
+
+def _replace_closed_streams() -> None:
+    """Put the null device where Python found a standard stream closed and left None."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
