@@ -51,6 +51,7 @@ def write_checkpoint(
     rope_theta: float = 1e6,
     rope_scaling: dict[str, Any] | None = None,
     tokenizer: bool = True,
+    head_gain: float = 2.0,
     seed: int = 0,
     extra_config: dict[str, Any] | None = None,
 ) -> Path:
@@ -72,6 +73,8 @@ def write_checkpoint(
         As in config.json.
     tokenizer : bool
         Whether to write a tokenizer and a chat template; needs a vocabulary of 264 or more.
+    head_gain : float
+        Mean of the norms' gains of q and k; its square is the standard deviation of attention's scores.
     extra_config : dict or None
         Further keys of config.json, which win over the others.
 
@@ -123,11 +126,11 @@ def write_checkpoint(
     if tokenizer:
         write_tokenizer(directory, vocab_size)
 
-    write_tensors(directory, list(_tensors(config)), dtype, shards, seed)
+    write_tensors(directory, list(_tensors(config, head_gain)), dtype, shards, seed)
     return directory
 
 
-def _tensors(config: dict[str, Any]) -> Iterator[RandomTensor]:
+def _tensors(config: dict[str, Any], head_gain: float) -> Iterator[RandomTensor]:
     """Scaled so that attention has favourites, each layer matters, and logits are neither flat nor sure."""
 
     hidden, ffn, vocab = (config[key] for key in ("hidden_size", "intermediate_size", "vocab_size"))
@@ -151,8 +154,8 @@ def _tensors(config: dict[str, Any]) -> Iterator[RandomTensor]:
             yield linear(f"{layer}.self_attn.{name}_proj", rows, columns)
             if bias:
                 yield RandomTensor(f"{layer}.self_attn.{name}_proj.bias", (rows,), std=0.2)
-        yield norm(f"{layer}.self_attn.q_norm", head_dim, mean=2.0)
-        yield norm(f"{layer}.self_attn.k_norm", head_dim, mean=2.0)
+        yield norm(f"{layer}.self_attn.q_norm", head_dim, mean=head_gain)
+        yield norm(f"{layer}.self_attn.k_norm", head_dim, mean=head_gain)
         yield norm(f"{layer}.post_attention_layernorm", hidden)
         yield linear(f"{layer}.mlp.gate_proj", ffn, hidden)
         yield linear(f"{layer}.mlp.up_proj", ffn, hidden)

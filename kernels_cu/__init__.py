@@ -5,46 +5,68 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+
+from losart.kernels_cu.compiler import architecture_of, cached_cubin
+from losart.kernels_cu.launch import OVERLAP_CAPABILITY, OVERLAP_DRIVER, Kernel
 
 DTYPE_CODES = {"float32": 0, "bfloat16": 1, "float16": 2}
 SIXTEEN_BIT = ("bfloat16", "float16")
+Defines = tuple[tuple[str, int], ...]
 
 
 @dataclass(frozen=True)
 class KernelFile:
-    """A .cu file: its kernels, the headers it needs, and the dtypes it can be compiled for."""
+    """A .cu file, its kernel's name.
 
-    kernels: tuple[str, ...]
-    headers: tuple[str, ...] = ("common.cuh",)
+    Attributes
+    ----------
+    headers : tuple of str
+    dtypes : tuple of str
+        In which weights, keys and values may be held.
+    spills : bool
+        Whether registers may spill to local memory.
+    """
+
+    headers: tuple[str, ...]
     dtypes: tuple[str, ...] = tuple(DTYPE_CODES)
+    spills: bool = False
 
 
-ATTENTION = ("common.cuh", "attention.cuh")
-TENSOR = ("common.cuh", "tensor.cuh")
+COMMON = ("common.cuh",)
+PRODUCT = (*COMMON, "product.cuh")
+CACHE = (*COMMON, "cache.cuh")
+ATTENTION = (*CACHE, "attention.cuh")
+PARTS = (*COMMON, "parts.cuh")
+TENSOR = (*COMMON, "tensor.cuh")
+TENSOR_ATTENTION = (*CACHE, "tensor.cuh", "tensor_attention.cuh")
+HOPPER_ATTENTION = (*CACHE, "tensor.cuh", "hopper.cuh", "hopper_attention.cuh")
 FILES = {
-    "embedding": KernelFile(("embedding",)),
-    "rms_norm": KernelFile(("add_rms_norm",)),
-    "linear": KernelFile(("linear",)),
-    "linear_tensor": KernelFile(("linear_tensor", "sum_splits"), TENSOR, SIXTEEN_BIT),
-    "heads": KernelFile(("split_heads",)),
-    "cache_write": KernelFile(("cache_write",)),
-    "prefix_attention": KernelFile(("prefix_attention", "merge_parts"), ATTENTION),
-    "prefix_attention_tensor": KernelFile(("prefix_attention_tensor",), TENSOR, SIXTEEN_BIT),
-    "block_attention": KernelFile(("block_attention",), ATTENTION),
-    "causal_attention": KernelFile(("causal_attention",), ATTENTION),
-    "silu_gate": KernelFile(("silu_gate",)),
-    "sampling": KernelFile(("sample",)),
+    "embedding": KernelFile(COMMON),
+    "add_rms_norm": KernelFile(PRODUCT),
+    "linear": KernelFile(COMMON),
+    "linear_tensor": KernelFile((*PRODUCT, "tensor.cuh"), SIXTEEN_BIT),
+    "linear_tiles": KernelFile(TENSOR, SIXTEEN_BIT),
+    "split_heads": KernelFile(PRODUCT, spills=True),
+    "silu_gate": KernelFile(PRODUCT),
+    "cache_write": KernelFile(CACHE),
+    "prefix_attention": KernelFile(ATTENTION, spills=True),
+    "prefix_attention_tensor": KernelFile(TENSOR_ATTENTION, SIXTEEN_BIT),
+    "prefix_attention_hopper": KernelFile(HOPPER_ATTENTION, SIXTEEN_BIT),
+    "merge_parts": KernelFile(PARTS),
+    "block_attention": KernelFile(PARTS),
+    "causal_attention": KernelFile(ATTENTION, spills=True),
+    "causal_attention_tensor": KernelFile(TENSOR_ATTENTION, SIXTEEN_BIT),
+    "causal_attention_hopper": KernelFile(HOPPER_ATTENTION, SIXTEEN_BIT),
+    "logit_slices": KernelFile((*PRODUCT, "logit_row.cuh")),
+    "sample": KernelFile((*COMMON, "logit_row.cuh")),
 }
-_FILE_OF = {kernel: name for name, file in FILES.items() for kernel in file.kernels}
-
-Defines = tuple[tuple[str, int], ...]
 
 
 def source(file: str) -> str:
     """The whole source of one file, its headers included."""
     folder = Path(__file__).parent
-    return "\n".join((folder / part).read_text() for part in (*FILES[file].headers, f"{file}.cu"))
+    parts = (*FILES[file].headers, f"{file}.cu")
+    return "".join(f'#line 1 "{part}"\n{(folder / part).read_text("utf-8")}\n' for part in parts)
 
 
 def compile_options(dtype: str, defines: Defines = ()) -> tuple[str, ...]:
@@ -53,9 +75,8 @@ def compile_options(dtype: str, defines: Defines = ()) -> tuple[str, ...]:
     return ("--std=c++17", *(f"-D{name}={value}" for name, value in macros))
 
 
-@cache
-def kernel(name: str, dtype: str, defines: Defines = ()) -> Any:
-    """A kernel for the current device, compiled at first use and cached on disk by CuPy.
+def kernel(name: str, dtype: str, defines: Defines = ()) -> Kernel:
+    """A kernel for the current device, compiled at first use and cached on disk.
 
     Parameters
     ----------
@@ -65,11 +86,19 @@ def kernel(name: str, dtype: str, defines: Defines = ()) -> Any:
     defines : tuple of (str, int)
         The file's compile-time constants.
     """
-    return _module(_FILE_OF[name], dtype, defines).get_function(name)
+    import cupy
+
+    return _kernel(cupy.cuda.runtime.getDevice(), name, dtype, defines)
 
 
 @cache
-def _module(file: str, dtype: str, defines: Defines) -> Any:
+def _kernel(device: int, name: str, dtype: str, defines: Defines) -> Kernel:
     import cupy
 
-    return cupy.RawModule(code=source(file), options=compile_options(dtype, defines), backend="nvrtc")
+    capability = divmod(int(cupy.cuda.Device(device).compute_capability), 10)
+    options = compile_options(dtype, defines)
+    cubin = cached_cubin(source(name), f"{name}.cu", options, architecture_of(capability))
+    module = cupy.cuda.function.Module()
+    module.load(cubin)
+    overlap = capability >= OVERLAP_CAPABILITY and cupy.cuda.runtime.driverGetVersion() >= OVERLAP_DRIVER
+    return Kernel(name, module.get_function(name), overlap)

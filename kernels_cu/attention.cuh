@@ -1,4 +1,4 @@
-/* The plain attention that all variants share: ROWS query rows against tiles of WARP keys, by the
+/* The plain attention over the cache that prefix and prefill share: ROWS query rows against tiles of WARP keys, by the
  * online softmax. A warp has ROWS / warps of the rows; in scores its lanes are keys, in values
  * channels. Keys and values come through shared memory, as float32. */
 #define ROWS 16
@@ -12,12 +12,24 @@ struct Rows {
     float top[ROWS_OF_WARP], total[ROWS_OF_WARP];
 };
 
-/* q [ROWS][head_dim] in shared memory, scaled. `row_of(value, position)` gives a pointer to head_dim
- * keys or values. Row r sees positions first <= p < limit[r]; `last` is the largest limit. */
-template <class RowOf>
-__device__ __forceinline__ void attend(Rows &rows, const float *q, const int *limit, int first, int last,
-                                       int head_dim, float *shared, RowOf row_of)
+/* Queries of rows first_row, first_row + 1, ... of a kv head, a row being (token, head of the group),
+ * from q [tokens, heads, head_dim] to [ROWS][head_dim] in shared memory, scaled. */
+__device__ __forceinline__ void load_queries(float *to, const float *q, int first_row, int rows, int kv_head,
+                                             int group, int heads, int head_dim)
 {
+    float scale = rsqrtf((float)head_dim);
+    for (int i = threadIdx.x; i < ROWS * head_dim; i += ATTENTION_THREADS) {
+        int row = first_row + i / head_dim;
+        size_t at = ((size_t)(row / group) * heads + kv_head * group + row % group) * head_dim + i % head_dim;
+        to[i] = row < rows ? q[at] * scale : 0.0f;
+    }
+}
+
+/* q as load_queries leaves them. Row r sees positions first <= p < limit[r]; `last` is the largest limit. */
+__device__ __forceinline__ void attend(Rows &rows, const float *q, const int *limit, int first, int last,
+                                       const CacheView &cache, int kv_head, float *shared)
+{
+    int head_dim = cache.head_dim;
     int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, stride = head_dim + 1;
     float *keys = shared, *values = shared + WARP * stride;
     for (int r = 0; r < ROWS_OF_WARP; r++) {
@@ -30,8 +42,8 @@ __device__ __forceinline__ void attend(Rows &rows, const float *q, const int *li
         for (int i = threadIdx.x; i < WARP * head_dim; i += ATTENTION_THREADS) {
             int j = i / head_dim, d = i % head_dim;
             bool there = tile + j < last;
-            keys[j * stride + d] = there ? widen(row_of(0, tile + j)[d]) : 0.0f;
-            values[j * stride + d] = there ? widen(row_of(1, tile + j)[d]) : 0.0f;
+            keys[j * stride + d] = there ? widen(*cache.at(0, kv_head, tile + j, d)) : 0.0f;
+            values[j * stride + d] = there ? widen(*cache.at(1, kv_head, tile + j, d)) : 0.0f;
         }
         __syncthreads();
         for (int r = 0; r < ROWS_OF_WARP; r++) {

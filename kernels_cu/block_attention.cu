@@ -1,39 +1,43 @@
 /* Attention of a block's tokens over the block's own keys and values, k and v [tokens, kv_heads,
- * head_dim], all to all, merged with the attention over the prefix.
+ * head_dim], all to all, merged with the parts of attention over the prefix.
  *
- * o_prefix [tokens, heads, head_dim] and lse_prefix [tokens, heads] become part of
- * o [tokens, heads, head_dim]. Grid: (kv_heads, rows / ROWS). Moves little. */
-extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS)
-    block_attention(const float *q, const float *k, const float *v, const float *o_prefix,
-                    const float *lse_prefix, float *o, int tokens, int heads, int kv_heads, int dim)
+ * q [tokens, heads, head_dim]; o alike, narrowed for the product that follows. q, k and v are not the
+ * previous kernel's. Grid: (tokens, heads), a thread a channel, `tokens` floats of dynamic shared memory. A
+ * row by itself is little work: what matters is that many are under way. Moves the parts in, and each kv
+ * head's keys and values once a row, from the cache of the device. */
+extern "C" __global__ void block_attention(const float *q, const float *k, const float *v, PARTS_PARAMETERS,
+                                           Held *o, int tokens, int kv_heads, int head_dim)
 {
-    extern __shared__ float shared[];
-    __shared__ int limit[ROWS];
-    int kv_head = blockIdx.x, group = heads / kv_heads, rows = tokens * group;
-    float *queries = shared, scale = rsqrtf((float)dim);
-    if (threadIdx.x < ROWS) limit[threadIdx.x] = tokens;
-    for (int i = threadIdx.x; i < ROWS * dim; i += blockDim.x) {
-        int row = blockIdx.y * ROWS + i / dim;
-        size_t at = ((size_t)(row / group) * heads + kv_head * group + row % group) * dim + i % dim;
-        queries[i] = row < rows ? q[at] * scale : 0.0f;
+    extern __shared__ float scores[];
+    int heads = gridDim.y, kv_head = blockIdx.y / (heads / kv_heads), lane = threadIdx.x % WARP;
+    size_t row = (size_t)blockIdx.x * heads + blockIdx.y, stride = (size_t)kv_heads * head_dim;
+    int channel = min((int)threadIdx.x, head_dim - 1);
+    float scale = rsqrtf((float)head_dim);
+#pragma unroll 4
+    for (int j = threadIdx.x / WARP; j < tokens; j += blockDim.x / WARP) {
+        float score = 0;
+        const float *key = k + j * stride + kv_head * head_dim;
+        for (int d = lane; d < head_dim; d += WARP) score += q[row * head_dim + d] * key[d];
+        score = warp_sum(score);
+        if (lane == 0) scores[j] = score * scale;
     }
-    Rows state;
-    attend(state, queries, limit, 0, tokens, dim, shared + ROWS * dim, [&](int value, int position) {
-        return (value ? v : k) + ((size_t)position * kv_heads + kv_head) * dim;
-    });
-    for (int r = 0; r < ROWS_OF_WARP; r++) {
-        int row = blockIdx.y * ROWS + threadIdx.x / WARP * ROWS_OF_WARP + r, lane = threadIdx.x % WARP;
-        if (row >= rows) break;
-        size_t at = (size_t)(row / group) * heads + kv_head * group + row % group;
-        /* The block is never empty; the prefix may be, with a log-sum-exp of -inf. */
-        float lse_block = state.top[r] + logf(state.total[r]), top = fmaxf(lse_prefix[at], lse_block);
-        float prefix = expf(lse_prefix[at] - top), block = expf(lse_block - top);
-        float total = prefix + block;
-        for (int i = 0; i < CHANNELS_OF_LANE; i++) {
-            int d = lane + i * WARP;
-            if (d < dim)
-                o[at * dim + d] =
-                    (o_prefix[at * dim + d] * prefix + state.o[r][i] / state.total[r] * block) / total;
-        }
+    __syncthreads();
+    float top = -INFINITE, total = 0, sum = 0;
+    for (int j = 0; j < tokens; j++) top = fmaxf(top, scores[j]);
+#pragma unroll 8
+    for (int j = 0; j < tokens; j++) {
+        float weight = expf(scores[j] - top);
+        total += weight;
+        sum += weight * v[j * stride + kv_head * head_dim + channel];
     }
+
+    wait_for_previous();
+    Parts parts = PARTS_OF((size_t)gridDim.x * heads);
+    float prefix_top, prefix_total, prefix_sum;
+    parts.merge(row, channel, head_dim, prefix_top, prefix_total, prefix_sum);
+    let_next_start();
+    /* Over an empty prefix the maximum is -inf and both sums are zeros. */
+    float both = fmaxf(top, prefix_top), mine = expf(top - both), theirs = expf(prefix_top - both);
+    o[row * head_dim + channel] =
+        narrow((sum * mine + prefix_sum * theirs) / (total * mine + prefix_total * theirs));
 }

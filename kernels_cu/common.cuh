@@ -1,27 +1,58 @@
-/* Shared by all kernels. LOSART_DTYPE names the type in which weights, keys and values are held:
- * 0 float32, 1 bfloat16, 2 float16. Arithmetic and activations are float32. */
+/* Shared by all kernels. LOSART_DTYPE names the type in which weights, keys and values are held and
+ * in which activations enter products: 0 float32, 1 bfloat16, 2 float16. Arithmetic is float32.
+ * Nothing is included: conversions are instructions, and compiling needs no CUDA headers. */
 #if LOSART_DTYPE == 1
-#include <cuda_bf16.h>
-typedef __nv_bfloat16 Held;
-__device__ __forceinline__ float widen(Held x) { return __bfloat162float(x); }
-__device__ __forceinline__ Held narrow(float x) { return __float2bfloat16_rn(x); }
+struct Held { unsigned short bits; };
+__device__ __forceinline__ float widen(Held x) { return __uint_as_float((unsigned)x.bits << 16); }
+__device__ __forceinline__ Held narrow(float x)
+{
+    Held held;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(held.bits) : "f"(x));
+    return held;
+}
 #elif LOSART_DTYPE == 2
-#include <cuda_fp16.h>
-typedef __half Held;
-__device__ __forceinline__ float widen(Held x) { return __half2float(x); }
-__device__ __forceinline__ Held narrow(float x) { return __float2half_rn(x); }
+struct Held { unsigned short bits; };
+__device__ __forceinline__ float widen(Held x)
+{
+    float value;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(x.bits));
+    return value;
+}
+__device__ __forceinline__ Held narrow(float x)
+{
+    Held held;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(held.bits) : "f"(x));
+    return held;
+}
 #else
 typedef float Held;
-__device__ __forceinline__ float widen(Held x) { return x; }
 __device__ __forceinline__ Held narrow(float x) { return x; }
 #endif
-
-#if LOSART_DTYPE
 __device__ __forceinline__ float widen(float x) { return x; }
+
+/* A kernel starts while the one before it still runs (programmatic dependent launch), and every one calls
+ * wait_for_previous before it ends. Before the wait it must write no memory, and may read weights and the
+ * cached prefix. Products and prefix attention let the next one start only when they have waited themselves,
+ * so that the kernel after them may also read, before its wait, what was written before them. Short kernels
+ * let it start at once, or where its reading ahead delays them, when they have read themselves. */
+__device__ __forceinline__ void wait_for_previous()
+{
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
+}
+
+/* The next kernel may start when all blocks of this one have said so or ended. */
+__device__ __forceinline__ void let_next_start()
+{
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
 
 #define WARP 32
 #define INFINITE __int_as_float(0x7f800000)
+#define NOT_A_NUMBER __int_as_float(0x7fc00000)
 
 __device__ __forceinline__ float warp_sum(float x)
 {
@@ -46,25 +77,3 @@ __device__ __forceinline__ float block_sum(float x, float *shared)
     for (int warp = 0; warp < blockDim.x / WARP; warp++) x += shared[warp];
     return x;
 }
-
-/* Where a cache's pages lie: the address of each chunk [layers, 2 (keys, values), kv_heads,
- * chunk_positions, head_dim], and how many positions are committed. Read from device memory, so
- * that a captured pass sees the cache as it is when it runs. */
-struct CacheView {
-    const unsigned long long *chunks;
-    const int *length;
-    int layer, kv_heads, chunk_positions, head_dim;
-
-    __device__ __forceinline__ Held *row(int value, int head, int position) const
-    {
-        size_t rows = ((size_t)(layer * 2 + value) * kv_heads + head) * chunk_positions + position % chunk_positions;
-        return (Held *)chunks[position / chunk_positions] + rows * head_dim;
-    }
-};
-
-/* A kernel's parameters that make up a CacheView, and the view made of them. */
-#define CACHE_PARAMETERS                                                                          \
-    const unsigned long long *cache_chunks, const int *cache_length, int cache_layer, int cache_kv_heads, \
-        int cache_chunk_positions, int cache_head_dim
-#define CACHE_VIEW \
-    CacheView { cache_chunks, cache_length, cache_layer, cache_kv_heads, cache_chunk_positions, cache_head_dim }

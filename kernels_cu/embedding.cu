@@ -1,7 +1,9 @@
 /* x [tokens, hidden] = rows `ids` of the table [vocab, hidden].
- * Grid: a block a token. Moves tokens * hidden values in and out. */
+ * Grid: (hidden / 256, tokens), a thread a channel. Moves tokens * hidden values in and out. */
 extern "C" __global__ void embedding(const Held *table, const int *ids, float *x, int hidden)
 {
-    const Held *row = table + (size_t)ids[blockIdx.x] * hidden;
-    for (int i = threadIdx.x; i < hidden; i += blockDim.x) x[(size_t)blockIdx.x * hidden + i] = widen(row[i]);
+    let_next_start();
+    wait_for_previous();
+    int channel = blockIdx.x * blockDim.x + threadIdx.x, token = blockIdx.y;
+    if (channel < hidden) x[(size_t)token * hidden + channel] = widen(table[(size_t)ids[token] * hidden + channel]);
 }

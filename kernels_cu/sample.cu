@@ -1,17 +1,55 @@
-/* A token for each row of logits [rows, vocab], with its probability and the entropy of the row's
- * whole distribution at the temperature, in nats. The mask token is never taken.
+/* A token for each masked row, with its probability and the entropy of the row's whole distribution at
+ * the temperature, in nats.
  *
  * temperature 0 is greedy. Otherwise the k highest logits are kept (and what ties with the last; 0:
- * all), of those the most probable up to and including the one that takes their sum above top_p,
- * and the draw is the first token whose cumulative weight is above uniform * total.
- * finite[row] is 0 where the row's maximum is no finite number.
+ * all), of those the most probable up to and including the one that takes their sum above top_p (and
+ * what ties with it), and
+ * the draw is the first token whose cumulative weight is above uniform * total.
+ * finite[row] is 0 where the row's maximum is no finite number. The results of row rows[i] go to i.
  *
- * Plain: a block a row, a few passes over the logits, 64 more with top_k or top_p.
- * Grid: rows, 1024 threads. Must move rows * vocab logits once. */
+ * Grid: tokens, 1024 threads; block i takes row rows[i], if i < *count. Greedy rows read their slices only;
+ * the others twice their logits, and 4 times more for top_k, 5 times for top_p. */
+#define THREADS 1024
+
+/* Orders as the floats do. */
 __device__ __forceinline__ unsigned rising(float x)
 {
-    unsigned bits = __float_as_uint(x);
+    unsigned bits = __float_as_uint(x + 0.0f);
     return bits >> 31 ? ~bits : bits | 0x80000000u;
+}
+
+/* The largest key such that keys of it and above measure `goal` or more together, or 0; by digits of 8 bits from
+ * the top. Measures are whole numbers, so that their sum does not depend on the order. */
+template <class Measure>
+__device__ unsigned threshold(const float *logits, int vocab, unsigned lowest, unsigned long long goal,
+                              unsigned long long *bins, Measure measure)
+{
+    __shared__ unsigned digit_found;
+    __shared__ unsigned long long above_found;
+    unsigned prefix = 0, mask = 0;
+    unsigned long long above = 0;
+    for (int shift = 24; shift >= 0; shift -= 8) {
+        __syncthreads();
+        if (threadIdx.x < 256) bins[threadIdx.x] = 0;
+        __syncthreads();
+        for (int i = threadIdx.x; i < vocab; i += THREADS) {
+            unsigned key = rising(logits[i]);
+            unsigned long long size = key >= lowest && (key & mask) == prefix ? measure(logits[i]) : 0;
+            if (size) atomicAdd(bins + (key >> shift & 255), size);
+        }
+        __syncthreads();
+        if (threadIdx.x == 0) {
+            int digit = 255;
+            while (digit > 0 && above + bins[digit] < goal) above += bins[digit--];
+            digit_found = digit;
+            above_found = above;
+        }
+        __syncthreads();
+        above = above_found;
+        prefix |= digit_found << shift;
+        mask |= 255u << shift;
+    }
+    return prefix;
 }
 
 __device__ double block_sum_double(double x, double *shared)
@@ -21,113 +59,90 @@ __device__ double block_sum_double(double x, double *shared)
     if (threadIdx.x % WARP == 0) shared[threadIdx.x / WARP] = x;
     __syncthreads();
     x = 0;
-    for (int warp = 0; warp < blockDim.x / WARP; warp++) x += shared[warp];
+    for (int warp = 0; warp < THREADS / WARP; warp++) x += shared[warp];
     return x;
 }
 
-extern "C" __global__ void __launch_bounds__(1024)
-    sample(const float *logits, const double *uniforms, int vocab, int mask_token, float temperature, int top_k,
-           float top_p, int *tokens, float *confidence, float *entropy, int *finite)
+extern "C" __global__ void __launch_bounds__(THREADS)
+    sample(const Row *slices, int slice_count, const float *logits, int vocab, const int *rows, const int *count,
+           const double *uniforms, float temperature, int top_k, double top_p, int *tokens, float *confidence,
+           float *entropy, int *finite)
 {
-    __shared__ float warp_tops[WARP];
-    __shared__ int warp_tokens[WARP], chosen;
-    __shared__ double sums[WARP], before[1024];
-    int row = blockIdx.x, lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    logits += (size_t)row * vocab;
-
-    /* The maximum, of equal ones the first; a NaN anywhere makes it one. */
-    float top = -INFINITE;
-    int best = vocab;
-    bool sound = true;
-    for (int i = threadIdx.x; i < vocab; i += blockDim.x) {
-        if (i == mask_token) continue;
-        sound &= logits[i] == logits[i];
-        if (logits[i] > top) top = logits[i], best = i;
+    let_next_start();
+    __shared__ Row shared_row;
+    __shared__ double sums[WARP], cumulative[THREADS];
+    __shared__ unsigned long long bins[256];
+    __shared__ int chosen;
+    wait_for_previous();
+    if (blockIdx.x >= *count) return;
+    int place = rows[blockIdx.x];
+    bool greedy = temperature == 0;
+    if (greedy) temperature = 1;
+    if (threadIdx.x < WARP) {
+        Row mine = {-INFINITE, vocab, 1, 0, 0};
+        for (int i = threadIdx.x; i < slice_count; i += WARP) join(mine, slices[blockIdx.x * slice_count + i], temperature);
+        for (int step = WARP / 2; step; step /= 2) {
+            Row other;
+            other.top = __shfl_xor_sync(~0u, mine.top, step);
+            other.token = __shfl_xor_sync(~0u, mine.token, step);
+            other.sound = __shfl_xor_sync(~0u, mine.sound, step);
+            other.total = __shfl_xor_sync(~0u, mine.total, step);
+            other.moment = __shfl_xor_sync(~0u, mine.moment, step);
+            join(mine, other, temperature);
+        }
+        if (threadIdx.x == 0) shared_row = mine;
     }
-    for (int step = WARP / 2; step; step /= 2) {
-        float other = __shfl_xor_sync(~0u, top, step);
-        int other_best = __shfl_xor_sync(~0u, best, step);
-        if (other > top || (other == top && other_best < best)) top = other, best = other_best;
-    }
-    if (lane == 0) warp_tops[warp] = top, warp_tokens[warp] = best;
-    sound = __syncthreads_and(sound);
-    for (int i = 0; i < blockDim.x / WARP; i++)
-        if (warp_tops[i] > top || (warp_tops[i] == top && warp_tokens[i] < best))
-            top = warp_tops[i], best = warp_tokens[i];
-    sound &= top < INFINITE && top > -INFINITE;
-
-    float inverse = temperature > 0 ? 1.0f / temperature : 1.0f;
-    double total = 0, moment = 0;
-    for (int i = threadIdx.x; i < vocab; i += blockDim.x) {
-        float x = (logits[i] - top) * inverse;
-        float weight = i == mask_token ? 0.0f : expf(x);
-        total += weight;
-        if (weight > 0) moment += weight * x;
-    }
-    total = block_sum_double(total, sums);
-    moment = block_sum_double(moment, sums);
+    __syncthreads();
+    Row row = shared_row;
+    bool sound = row.sound && row.top < INFINITE && row.top > -INFINITE;
     if (threadIdx.x == 0) {
-        finite[row] = sound;
-        entropy[row] = (float)(log(total) - moment / total);
-        tokens[row] = best;
-        confidence[row] = (float)(1.0 / total);
+        finite[blockIdx.x] = sound;
+        entropy[blockIdx.x] = (float)(log(row.total) - row.moment / row.total);
+        tokens[blockIdx.x] = row.token;
+        confidence[blockIdx.x] = (float)(1.0 / row.total);
     }
-    if (temperature == 0 || !sound) return;
+    if (greedy || !sound) return;
 
-    /* The lowest logit that is kept, by bisection on its bits. */
-    unsigned lowest = 0;
-    if (top_k > 0 && top_k < vocab) {
-        for (int bit = 31; bit >= 0; bit--) {
-            unsigned candidate = lowest | 1u << bit;
-            double count = 0;
-            for (int i = threadIdx.x; i < vocab; i += blockDim.x)
-                count += i != mask_token && rising(logits[i]) >= candidate;
-            if (block_sum_double(count, sums) >= top_k) lowest = candidate;
-        }
-        total = 0;
-        for (int i = threadIdx.x; i < vocab; i += blockDim.x)
-            if (i != mask_token && rising(logits[i]) >= lowest) total += expf((logits[i] - top) * inverse);
-        total = block_sum_double(total, sums);
-    }
+    logits += (size_t)place * vocab;
+    auto weight_of = [&](float logit) { return expf((logit - row.top) / temperature); };
+    unsigned lowest = rising(-INFINITE) + 1; /* the mask token's logit is -inf */
+    if (top_k > 0 && top_k < vocab)
+        lowest = max(lowest, threshold(logits, vocab, lowest, top_k, bins, [](float) { return 1ull; }));
     if (top_p < 1) {
-        /* The largest threshold such that what lies above it weighs no more than top_p: the tokens
-         * at the threshold are the ones that take the sum above. */
-        unsigned threshold = 0;
-        for (int bit = 31; bit >= 0; bit--) {
-            unsigned candidate = threshold | 1u << bit;
-            double weight = 0;
-            for (int i = threadIdx.x; i < vocab; i += blockDim.x)
-                if (i != mask_token && rising(logits[i]) >= max(candidate, lowest))
-                    weight += expf((logits[i] - top) * inverse);
-            if (block_sum_double(weight, sums) > top_p * total) threshold = candidate;
-        }
-        lowest = max(lowest, threshold);
+        double weights = 0;
+        for (int i = threadIdx.x; i < vocab; i += THREADS)
+            if (rising(logits[i]) >= lowest) weights += weight_of(logits[i]);
+        double total = block_sum_double(weights, sums);
+        /* Weights in units of 2^-40: 2^18 of them do not overflow. */
+        const double unit = 1099511627776.0;
+        auto measure = [&](float logit) { return (unsigned long long)(weight_of(logit) * unit); };
+        unsigned long long goal = (unsigned long long)(top_p * total * unit) + 1;
+        lowest = max(lowest, threshold(logits, vocab, lowest, goal, bins, measure));
     }
 
     /* Threads take consecutive tokens, so that the cumulative weight rises with the thread. */
-    int step = (vocab + blockDim.x - 1) / blockDim.x, first = threadIdx.x * step, last = min(first + step, vocab);
-    double weight = 0;
+    int step = (vocab + THREADS - 1) / THREADS, first = threadIdx.x * step, last = min(first + step, vocab);
+    double mine = 0;
     for (int i = first; i < last; i++)
-        if (i != mask_token && rising(logits[i]) >= lowest) weight += expf((logits[i] - top) * inverse);
-    before[threadIdx.x] = weight;
+        if (rising(logits[i]) >= lowest) mine += weight_of(logits[i]);
+    cumulative[threadIdx.x] = mine;
     __syncthreads();
     if (threadIdx.x == 0) {
         double sum = 0;
-        for (int i = 0; i < blockDim.x; i++) {
-            double mine = before[i];
-            before[i] = sum;
-            sum += mine;
+        for (int i = 0; i < THREADS; i++) {
+            double next = sum + cumulative[i];
+            cumulative[i] = sum;
+            sum = next;
         }
         sums[0] = sum;
         chosen = vocab;
     }
     __syncthreads();
-    total = sums[0];
-    double drawn = uniforms[row] * total, sum = before[threadIdx.x];
+    double total = sums[0], drawn = uniforms[place] * total, sum = cumulative[threadIdx.x];
     for (int i = first; i < last; i++) {
-        float w = i != mask_token && rising(logits[i]) >= lowest ? expf((logits[i] - top) * inverse) : 0.0f;
-        sum += w;
-        if (w > 0 && sum > drawn) {
+        float weight = rising(logits[i]) >= lowest ? weight_of(logits[i]) : 0.0f;
+        sum += weight;
+        if (weight > 0 && sum > drawn) {
             atomicMin(&chosen, i);
             break;
         }
@@ -135,8 +150,8 @@ extern "C" __global__ void __launch_bounds__(1024)
     __syncthreads();
     if (threadIdx.x == 0) {
         /* Rounding may leave the last draw above every sum: then the most probable token it is. */
-        int token = chosen < vocab ? chosen : best;
-        tokens[row] = token;
-        confidence[row] = (float)(expf((logits[token] - top) * inverse) / total);
+        int token = chosen < vocab ? chosen : row.token;
+        tokens[blockIdx.x] = token;
+        confidence[blockIdx.x] = (float)(weight_of(logits[token]) / total);
     }
 }

@@ -1,20 +1,17 @@
-/* Tensor-core and asynchronous-copy instructions of compute capability 8.0 and later, as inline PTX
- * (the compiler's mma.h is not in the header packages). Held is a 16-bit type here. */
+/* Tensor-core and asynchronous-copy instructions of compute capability 8.0 and later. Held is a
+ * 16-bit type here. */
 #if LOSART_DTYPE == 1
-#define MMA_TYPES "bf16.bf16"
-__device__ __forceinline__ unsigned pack(float low, float high)
-{
-    __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-    return *reinterpret_cast<unsigned *>(&pair);
-}
+#define HELD_PTX "bf16"
 #else
-#define MMA_TYPES "f16.f16"
+#define HELD_PTX "f16"
+#endif
+
 __device__ __forceinline__ unsigned pack(float low, float high)
 {
-    __half2 pair = __floats2half2_rn(low, high);
-    return *reinterpret_cast<unsigned *>(&pair);
+    unsigned pair;
+    asm("cvt.rn." HELD_PTX "x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
 }
-#endif
 
 /* c [16][8] += a [16][16] b [16][8]. With lane = 4 g + t: a0 (row g, k 2t), a1 (g + 8, 2t), a2 (g, 2t + 8),
  * a3 (g + 8, 2t + 8), b0 (k 2t, column g), b1 (2t + 8, g), c0 and c1 (g, 2t), c2 and c3 (g + 8, 2t); pairs
@@ -22,10 +19,10 @@ __device__ __forceinline__ unsigned pack(float low, float high)
 __device__ __forceinline__ void mma(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3,
                                     unsigned b0, unsigned b1)
 {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32." MMA_TYPES ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
-                 "{%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+    asm("mma.sync.aligned.m16n8k16.row.col.f32." HELD_PTX "." HELD_PTX ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
+        "{%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
 __device__ __forceinline__ unsigned shared_address(const void *pointer)
@@ -50,19 +47,20 @@ __device__ __forceinline__ void load_matrices_transposed(unsigned (&r)[4], unsig
 
 __device__ __forceinline__ void copy_16_bytes_async(unsigned shared, const void *global)
 {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global));
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
 }
 
 /* Zeros where `there` is false; the address must be good all the same. */
 __device__ __forceinline__ void copy_or_zero_16_bytes_async(unsigned shared, const void *global, bool there)
 {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(there ? 16 : 0));
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(there ? 16 : 0)
+                 : "memory");
 }
 
-__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;"); }
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 /* Waits until at most `PENDING` of this thread's last groups of copies are under way. */
 template <int PENDING> __device__ __forceinline__ void wait_copies()
 {
-    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING));
+    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }

@@ -10,6 +10,7 @@ from typing import Any
 from losart.errors import OutOfMemoryError
 
 CHUNK_POSITIONS = 1024
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 GROUP_PAGES = 16  # page bounds are laid out in groups of this many pages
 
 
@@ -43,8 +44,8 @@ class PagedKVCache:
     Parameters
     ----------
     table : PageTable
-        Where the pages lie: the backend's own, with `page_size`, `capacity`, `dtype`, `kv_shape`,
-        `bounds_dtype`, `bounds_shape`, `add_chunk` and `write`.
+        Where the pages lie: the backend's own, with `page_size`, `positions_per_chunk`, `capacity`,
+        `dtype`, `kv_shape`, `bounds_dtype`, `bounds_shape`, `add_chunk` and `write`.
     allocate : callable
         (shape, dtype) -> an array of zeros.
 
@@ -69,6 +70,12 @@ class PagedKVCache:
         """Pages of the prefix, the last one perhaps part full."""
         return -(-self.length // self.page_size)
 
+    @property
+    def _chunk_bytes(self) -> int:
+        table = self.table
+        kv, bounds = math.prod(table.kv_shape), math.prod(table.bounds_shape)
+        return kv * BYTES[table.dtype] + bounds * BYTES[table.bounds_dtype]
+
     def reserve(self, positions: int) -> None:
         """Make room for this many positions in all.
 
@@ -84,9 +91,11 @@ class PagedKVCache:
                     self._allocate(self.table.bounds_shape, self.table.bounds_dtype),
                 )
             except MemoryError as error:
+                missing = -(-(positions - self.table.capacity) // self.table.positions_per_chunk)
                 raise OutOfMemoryError(
-                    f"no memory for {positions} positions of the KV cache; "
-                    f"there is room for {self.table.capacity}"
+                    f"no memory for {positions} positions of the KV cache: there is room for "
+                    f"{self.table.capacity}, {missing * self._chunk_bytes >> 20} MiB more are needed "
+                    f"({error})"
                 ) from error
             self.table.add_chunk(*chunk)
 

@@ -17,8 +17,6 @@ from losart.output import Output
 from losart.remasking import strategy, transfer_counts
 from losart.transformer import Transformer
 
-PREFILL_TOKENS = 512  # of the prompt that go through the model at a time
-
 Progress = Callable[[int, int], None]  # prompt tokens done, prompt tokens in all
 
 
@@ -105,7 +103,8 @@ class BlockDecoder:
     def _prefill(self, ids: np.ndarray, progress: Progress | None) -> None:
         began = time.perf_counter()
         length = self.config.block_length
-        step = -(-PREFILL_TOKENS // length) * length
+        step = -(-self.transformer.prefill_tokens // length) * length
+        self.cache.reserve(len(ids))
         for start in range(0, len(ids), step):
             self.transformer.prefill(ids[start : start + step], self.cache, length)
             if progress is not None:

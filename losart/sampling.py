@@ -17,6 +17,11 @@ NOT_FINITE = (
 )
 
 
+def float32_temperature(temperature: float) -> float:
+    """A temperature above 0 as float32 can hold it; 0, which is greedy, as it is."""
+    return min(max(temperature, SMALLEST_TEMPERATURE), LARGEST_TEMPERATURE) if temperature > 0 else 0.0
+
+
 @dataclass(frozen=True)
 class Proposals:
     """What a pass proposes for the masked positions.
@@ -70,10 +75,13 @@ def propose(
     if not np.isfinite(top).all():
         raise NumericalError(NOT_FINITE)
     tokens = logits.argmax(axis=1)
+    # Different logits may have the same weight in float32: tokens are ranked by logits.
+    restricted = temperature > 0 and (0 < top_k < logits.shape[1] or top_p < 1.0)
+    ranks = logits.copy() if restricted else logits
     logits -= top
     if temperature > 0:
         with np.errstate(over="ignore"):  # -inf is right for what overflows
-            logits /= min(max(temperature, SMALLEST_TEMPERATURE), LARGEST_TEMPERATURE)
+            logits /= float32_temperature(temperature)
     weights = np.exp(logits)
     total = weights.sum(axis=1)
     entropy = np.zeros(len(logits), np.float32)
@@ -85,10 +93,10 @@ def propose(
         return Proposals(tokens, 1.0 / total, entropy)
 
     if 0 < top_k < logits.shape[1]:
-        lowest = np.partition(weights, -top_k, axis=1)[:, -top_k, None]
-        weights[weights < lowest] = 0.0
+        lowest = np.partition(ranks, -top_k, axis=1)[:, -top_k, None]
+        weights[ranks < lowest] = 0.0
     if top_p < 1.0:
-        _keep_top_p(weights, top_p)
+        _keep_top_p(weights, ranks, top_p)
     cumulative = np.cumsum(weights, axis=1, dtype=np.float64)
     drawn = uniforms[:, None] * cumulative[:, -1:]
     # The first token whose cumulative weight is above the draw: one of weight zero is never it.
@@ -97,8 +105,8 @@ def propose(
     return Proposals(tokens, (chosen / cumulative[:, -1]).astype(np.float32), entropy)
 
 
-def _keep_top_p(weights: np.ndarray, top_p: float) -> None:
-    order = np.argsort(-weights, axis=1, kind="stable")
+def _keep_top_p(weights: np.ndarray, ranks: np.ndarray, top_p: float) -> None:
+    order = np.argsort(-ranks, axis=1, kind="stable")
     ranked = np.take_along_axis(weights, order, axis=1).astype(np.float64)
     before = np.cumsum(ranked, axis=1) - ranked
     ranked[before > top_p * ranked.sum(axis=1, keepdims=True)] = 0.0

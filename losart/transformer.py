@@ -51,13 +51,18 @@ class Transformer:
         self.embedding = backend.upload(tensors["embed"])
         self.layers = [self._load_layer(tensors, f"layers.{i}.") for i in range(config.num_layers)]
         self.final_norm = backend.upload_vector(tensors["final_norm"])
-        self.head = backend.join(self.embedding if config.tie_embeddings else backend.upload(tensors["head"]))
+        self.head = self.embedding if config.tie_embeddings else backend.upload(tensors["head"])
+
+    @property
+    def prefill_tokens(self) -> int:
+        """Tokens of the prompt that go through the model at a time, about."""
+        return self.backend.prefill_tokens
 
     def _load_layer(self, tensors: Mapping[str, Any], prefix: str) -> LayerWeights:
         backend = self.backend
 
         def matrix(*names: str) -> Matrix:
-            return backend.join(*(backend.upload(tensors[prefix + name]) for name in names))
+            return backend.upload(*(tensors[prefix + name] for name in names))
 
         def vector(*names: str) -> Array:
             return backend.upload_vector(*(tensors[prefix + name] for name in names))

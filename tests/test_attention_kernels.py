@@ -294,7 +294,7 @@ def digest() -> str:
     results = [
         *backend.prefix_attention_and_masses(q, cache, 0),
         *backend.sparse_prefix_attention(q, np.arange(16, dtype=np.int32), pages, cache, 0),
-        backend.block_attention(q, *block, *backend.prefix_attention(q, cache, 0)),
+        backend.block_attention(q, *block, backend.prefix_attention(q, cache, 0)),
         kernels.bound_scores(cache.table, 0, q, np.arange(16, dtype=np.int32), case.prefix),
         pages.ids,
         backend.linear(weight[:16].copy(), (weight,)),

@@ -15,7 +15,7 @@ from kv import model_config
 from losart.attention import make_policy
 from losart.attention.base import PassKind
 from losart.backends.base import PassInputs
-from losart.decode import PREFILL_TOKENS, BlockDecoder
+from losart.decode import BlockDecoder
 from losart.options import generation_config
 from losart.output import Output
 from losart.remasking import STRATEGIES, transfer_counts
@@ -25,8 +25,15 @@ VOCAB, MASK = 64, 63
 MODEL = model_config(1, 1, 16, vocab_size=VOCAB)
 
 
+PREFILL_TOKENS = 512
+
+
 class Cache:
     length = 0
+    reserved = 0
+
+    def reserve(self, positions: int) -> None:
+        self.reserved = positions
 
 
 @dataclass
@@ -34,10 +41,12 @@ class Scripted:
     """In a transformer's place: notes what it is asked, and answers with logits that depend on the block."""
 
     logits: np.ndarray | None = None
+    prefill_tokens: int = PREFILL_TOKENS
     prefilled: list[list[int]] = field(default_factory=list)
     passes: list[tuple[PassKind, list[int]]] = field(default_factory=list)
 
     def prefill(self, ids: np.ndarray, cache: Cache, block_length: int) -> None:
+        assert cache.reserved >= cache.length + len(ids)
         assert len(ids) % block_length == 0 and cache.length % block_length == 0
         self.prefilled.append(ids.tolist())
         cache.length += len(ids)

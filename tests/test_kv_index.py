@@ -131,7 +131,7 @@ def test_no_memory_is_an_error_of_ours_and_the_cache_stays_valid():
     k, v = random_kv(1024)
     cache.write(0, k, v)
     cache.advance(1024)
-    with pytest.raises(OutOfMemoryError, match="1025 positions of the KV cache; there is room for 1024"):
+    with pytest.raises(OutOfMemoryError, match=r"1025 .* room for 1024, 0 MiB more"):
         cache.write(0, k[:1], v[:1])
     q = np.ones((1, 2, 16), np.float32)
     assert np.isfinite(CpuBackend(config, "float32").prefix_attention(q, cache, 0)[0]).all()

@@ -8,6 +8,7 @@ from collections.abc import Hashable
 from typing import Any
 
 from losart.attention.reads import ReadLog
+from losart.backends.base import Prefix
 from losart.cache import PagedKVCache
 from losart.config import ModelConfig
 from losart.options import AttentionConfig
@@ -88,11 +89,11 @@ class AttentionPolicy(ABC):
         """
         dense_commit = self.kind is PassKind.COMMIT and self.config.commit == "dense"
         if dense_commit or layer < self.config.dense_layers:
-            o, lse = backend.prefix_attention(q, cache, layer)
+            prefix = backend.prefix_attention(q, cache, layer)
         else:
-            o, lse = self.prefix(backend, layer, q, cache)
-        return backend.block_attention(q, k, v, o, lse)
+            prefix = self.prefix(backend, layer, q, cache)
+        return backend.block_attention(q, k, v, prefix)
 
     @abstractmethod
-    def prefix(self, backend: Any, layer: int, q: Any, cache: PagedKVCache) -> tuple[Any, Any]:
-        """The method's prefix attention: o [tokens, heads, head_dim], log-sum-exp [tokens, heads]."""
+    def prefix(self, backend: Any, layer: int, q: Any, cache: PagedKVCache) -> Prefix:
+        """The method's prefix attention, as the backend gives it."""

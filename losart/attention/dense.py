@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from losart.attention.base import AttentionPolicy
+from losart.backends.base import Prefix
 from losart.cache import PagedKVCache
 
 
@@ -14,5 +15,5 @@ class DensePolicy(AttentionPolicy):
     def _dense_pass(self) -> bool:
         return True
 
-    def prefix(self, backend: Any, layer: int, q: Any, cache: PagedKVCache) -> tuple[Any, Any]:
+    def prefix(self, backend: Any, layer: int, q: Any, cache: PagedKVCache) -> Prefix:
         return backend.prefix_attention(q, cache, layer)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from losart.attention.base import AttentionPolicy, PassKind
+from losart.backends.base import Prefix
 from losart.cache import PagedKVCache
 
 
@@ -14,8 +15,7 @@ class LayerState:
     """One layer's memory of the block: the last pass's queries, and each token's prefix attention."""
 
     q: Any
-    o: Any
-    lse: Any
+    prefix: Prefix
 
 
 class LosaPolicy(AttentionPolicy):
@@ -37,18 +37,17 @@ class LosaPolicy(AttentionPolicy):
         super().begin_block()
         self._state.clear()
 
-    def prefix(self, backend: Any, layer: int, q: Any, cache: PagedKVCache) -> tuple[Any, Any]:
+    def prefix(self, backend: Any, layer: int, q: Any, cache: PagedKVCache) -> Prefix:
         if self.kind is PassKind.FIRST:
-            self._state[layer] = LayerState(q, *backend.prefix_attention(q, cache, layer))
+            self._state[layer] = LayerState(q, backend.prefix_attention(q, cache, layer))
         else:
             self._refresh(backend, layer, q, cache)
-        state = self._state[layer]
-        return state.o, state.lse
+        return self._state[layer].prefix
 
     def _refresh(self, backend: Any, layer: int, q: Any, cache: PagedKVCache) -> None:
         state = self._state[layer]
         active = backend.select_active(q, state.q, self._active_count)
         pages = backend.select_pages(q, active, cache, layer, self.config.pages_per_query)
         self.reads.sparse(pages.positions, cache.length, len(active))
-        backend.sparse_prefix_attention(q, active, pages, cache, layer, into=(state.o, state.lse))
+        backend.sparse_prefix_attention(q, active, pages, cache, layer, into=state.prefix)
         state.q = q

@@ -7,13 +7,14 @@ from typing import Any
 import numpy as np
 
 from losart.attention.base import AttentionPolicy
+from losart.backends.base import Prefix
 from losart.cache import PagedKVCache
 
 
 class QuestPolicy(AttentionPolicy):
     """Every token selects its pages anew in every layer and pass, the first included."""
 
-    def prefix(self, backend: Any, layer: int, q: Any, cache: PagedKVCache) -> tuple[Any, Any]:
+    def prefix(self, backend: Any, layer: int, q: Any, cache: PagedKVCache) -> Prefix:
         tokens = np.arange(self.block_length, dtype=np.int32)
         pages = backend.select_pages(q, tokens, cache, layer, self.config.pages_per_query)
         self.reads.sparse(pages.positions, cache.length, len(tokens))

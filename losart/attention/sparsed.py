@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from losart.attention.base import AttentionPolicy, PassKind
+from losart.backends.base import Prefix
 from losart.cache import PagedKVCache, PageList
 
 
@@ -27,7 +28,7 @@ class SparsedPolicy(AttentionPolicy):
         super().begin_block()
         self._pages.clear()
 
-    def prefix(self, backend: Any, layer: int, q: Any, cache: PagedKVCache) -> tuple[Any, Any]:
+    def prefix(self, backend: Any, layer: int, q: Any, cache: PagedKVCache) -> Prefix:
         if self.kind is PassKind.FIRST:
             o, lse, masses = backend.prefix_attention_and_masses(q, cache, layer)
             self._pages[layer] = backend.select_pages_by_score(

@@ -18,6 +18,8 @@ from losart.sampling import Proposals
 
 Array = Any
 Matrix = Any  # a weight [out, in], or several joined along `out`, as the backend holds them
+Product = Any  # a matrix product, for the operation that follows it
+Prefix = Any  # o [tokens, heads, head_dim] and log-sum-exp [tokens, heads], for block_attention
 
 
 def _nothing() -> np.ndarray:
@@ -49,17 +51,15 @@ class Backend(Protocol):
     name: str
     dtype: str
     sparse: bool  # whether it is a SparseBackend
+    prefill_tokens: int  # of the prompt that go through the model at a time
 
     # -- weights and cache
 
-    def upload(self, tensor: Any) -> Array:
-        """A checkpoint's tensor as a weight of this backend, in its dtype."""
+    def upload(self, *tensors: Any) -> Matrix:
+        """A checkpoint's tensors [out_i, in] as one matrix [sum of out_i, in], in the backend's dtype."""
 
     def upload_vector(self, *tensors: Any) -> Array:
         """A norm gain or a bias in float32; several tensors one after the other."""
-
-    def join(self, *weights: Array) -> Matrix:
-        """Weights [out_i, in] as one matrix [sum of out_i, in]."""
 
     def new_cache(self, page_size: int) -> PagedKVCache:
         """An empty KV cache."""
@@ -86,24 +86,24 @@ class Backend(Protocol):
 
     # -- transformer
 
-    def embed(self, table: Array, ids: Array) -> Array:
+    def embed(self, table: Matrix, ids: Array) -> Array:
         """Rows of the embedding table: float32 [tokens, hidden]."""
 
-    def linear(self, x: Array, matrix: Matrix, bias: Array | None = None) -> Array:
-        """x [tokens, in] times the matrix: float32 [tokens, out]."""
+    def linear(self, x: Array, matrix: Matrix, bias: Array | None = None) -> Product:
+        """x [tokens, in] times the matrix: [tokens, out]."""
 
-    def add_rms_norm(self, x: Array, delta: Array | None, gain: Array) -> tuple[Array, Array]:
+    def add_rms_norm(self, x: Array, delta: Product | None, gain: Array) -> tuple[Array, Array]:
         """The residual stream x + delta, and its RMS norm times gain."""
 
     def split_heads(
-        self, qkv: Array, q_norm: Array, k_norm: Array, cache: PagedKVCache
+        self, qkv: Product, q_norm: Array, k_norm: Array, cache: PagedKVCache
     ) -> tuple[Array, Array, Array]:
         """q [tokens, heads, head_dim], k and v [tokens, kv_heads, head_dim] from joined projections.
 
         q and k are RMS-normed per head and rotated to the positions of the block.
         """
 
-    def silu_gate(self, gate_up: Array) -> Array:
+    def silu_gate(self, gate_up: Product) -> Array:
         """silu(gate) * up from the joined projections [tokens, 2 * ffn]."""
 
     # -- attention
@@ -114,10 +114,10 @@ class Backend(Protocol):
         Returns o [tokens, heads, head_dim].
         """
 
-    def prefix_attention(self, q: Array, cache: PagedKVCache, layer: int) -> tuple[Array, Array]:
-        """Dense attention over the prefix: o [tokens, heads, head_dim] and log-sum-exp [tokens, heads]."""
+    def prefix_attention(self, q: Array, cache: PagedKVCache, layer: int) -> Prefix:
+        """Dense attention over the prefix."""
 
-    def block_attention(self, q: Array, k: Array, v: Array, o_prefix: Array, lse_prefix: Array) -> Array:
+    def block_attention(self, q: Array, k: Array, v: Array, prefix: Prefix) -> Array:
         """Attention of the block's tokens over the block, merged with that over the prefix."""
 
     # -- sampling

@@ -36,9 +36,9 @@ def widen(values: np.ndarray) -> np.ndarray:
     return out
 
 
-def _widen_into(values: np.ndarray, out: np.ndarray) -> None:
+def _widen_into(values: np.ndarray, out: np.ndarray, threads: bool = True) -> None:
     dtype = "bfloat16" if values.dtype == np.uint16 else "float16"
-    kernels.widen_into(values.reshape(-1).view(np.uint16), out.reshape(-1), dtype)
+    kernels.widen_into(values.reshape(-1).view(np.uint16), out.reshape(-1), dtype, threads)
 
 
 def narrow(values: np.ndarray, dtype: str) -> np.ndarray:
@@ -63,6 +63,7 @@ class CpuBackend:
 
     name = "cpu"
     sparse = True
+    prefill_tokens = 512
 
     def __init__(self, config: ModelConfig, dtype: str) -> None:
         if config.head_dim % kernels.SLAB_POSITIONS:
@@ -77,7 +78,10 @@ class CpuBackend:
 
     # -- weights and cache
 
-    def upload(self, tensor: Any) -> np.ndarray:
+    def upload(self, *tensors: Any) -> tuple[np.ndarray, ...]:
+        return tuple(self._upload(tensor) for tensor in tensors)
+
+    def _upload(self, tensor: Any) -> np.ndarray:
         if tensor.dtype == self.dtype:
             return tensor.array()
         held = np.empty(tensor.shape, HELD_AS[self.dtype])
@@ -91,9 +95,6 @@ class CpuBackend:
 
     def upload_vector(self, *tensors: Any) -> np.ndarray:
         return np.concatenate([widen(tensor.array()) for tensor in tensors])
-
-    def join(self, *weights: np.ndarray) -> tuple[np.ndarray, ...]:
-        return weights
 
     def new_cache(self, page_size: int) -> PagedKVCache:
         c = self.config
@@ -114,8 +115,8 @@ class CpuBackend:
 
     # -- transformer
 
-    def embed(self, table: np.ndarray, ids: np.ndarray) -> np.ndarray:
-        return widen(table[ids])
+    def embed(self, table: tuple[np.ndarray], ids: np.ndarray) -> np.ndarray:
+        return widen(table[0][ids])
 
     def linear(
         self, x: np.ndarray, matrix: tuple[np.ndarray, ...], bias: np.ndarray | None = None
@@ -231,8 +232,9 @@ class CpuBackend:
         return o, lse
 
     def block_attention(
-        self, q: np.ndarray, k: np.ndarray, v: np.ndarray, o_prefix: np.ndarray, lse_prefix: np.ndarray
+        self, q: np.ndarray, k: np.ndarray, v: np.ndarray, prefix: tuple[np.ndarray, np.ndarray]
     ) -> np.ndarray:
+        o_prefix, lse_prefix = prefix
         o_block, lse_block = _new_result(q)
         kernels.attend_block(q, k, v, o_block, lse_block)
         # The block is never empty, so its log-sum-exp is finite; the prefix's may be -inf.
@@ -284,7 +286,8 @@ def _blas_multiply(x: np.ndarray, weight: np.ndarray, out: np.ndarray) -> None:
     wide = np.empty((min(step, len(weight)), weight.shape[1]), np.float32)
     for start in range(0, len(weight), step):
         piece = weight[start : start + step]
-        _widen_into(piece, wide[: len(piece)])
+        # Threads of our own would go on spinning on the cores that BLAS wants next.
+        _widen_into(piece, wide[: len(piece)], threads=False)
         np.matmul(x, wide[: len(piece)].T, out=out[:, start : start + step])
 
 

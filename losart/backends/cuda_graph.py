@@ -38,27 +38,33 @@ class CapturedPass:
 
 
 class DeviceInputs:
-    """Ids and random numbers of a pass, for each number of tokens in buffers that stay in place."""
+    """What the host tells passes over so many tokens, in device memory that stays in place.
 
-    def __init__(self) -> None:
-        self._ids: dict[int, Any] = {}
-        self._uniforms: dict[int, Any] = {}
+    Attributes
+    ----------
+    uniforms : float64 [tokens]
+    length : int32 [1]
+        Of the prefix.
+    count : int32 [1]
+        Masked rows.
+    ids, rows : int32 [tokens]
+        The block's ids; the masked rows, as many as there are.
+    """
 
-    def ids(self, tokens: int) -> Any:
-        """int32 [tokens] on the device."""
-        if tokens not in self._ids:
-            self._ids[tokens] = cupy.zeros(tokens, np.int32)
-        return self._ids[tokens]
+    def __init__(self, tokens: int) -> None:
+        self._words = cupy.zeros(4 * tokens + 2, np.int32)
+        self.uniforms, self.length, self.count, self.ids, self.rows = _fields(self._words, tokens)
 
-    def uniforms(self, tokens: int) -> Any:
-        """float64 [tokens] on the device."""
-        if tokens not in self._uniforms:
-            self._uniforms[tokens] = cupy.zeros(tokens, np.float64)
-        return self._uniforms[tokens]
+    def set(self, inputs: PassInputs, length: int, stream: Any) -> None:
+        """Copy a pass's inputs to the device, all at once."""
+        words = np.zeros(self._words.shape, np.int32)
+        uniforms, length_field, count, ids, rows = _fields(words, len(inputs.ids))
+        uniforms[: len(inputs.uniforms)] = inputs.uniforms
+        length_field[:], count[:], ids[:] = length, len(inputs.rows), inputs.ids
+        rows[: len(inputs.rows)] = inputs.rows
+        self._words.set(words, stream=stream)
 
-    def set(self, inputs: PassInputs, stream: Any) -> None:
-        """Copy a pass's inputs to the device."""
-        tokens = len(inputs.ids)
-        self.ids(tokens).set(inputs.ids.astype(np.int32), stream=stream)
-        if len(inputs.uniforms):
-            self.uniforms(tokens).set(inputs.uniforms, stream=stream)
+
+def _fields(words: Any, tokens: int) -> tuple[Any, ...]:
+    uniforms, rest = words[: 2 * tokens].view(np.float64), words[2 * tokens :]
+    return uniforms, rest[:1], rest[1:2], rest[2 : 2 + tokens], rest[2 + tokens :]

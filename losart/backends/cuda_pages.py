@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from typing import Any
 
+import cupy
+import numpy as np
+
+from losart.cache import chunk_positions
 from losart.config import ModelConfig
 
 HELD_AS = {"float32": "float32", "bfloat16": "uint16", "float16": "uint16"}
@@ -15,7 +21,8 @@ class CudaPageTable:
         kv chunk      [layers, 2 (keys, values), kv_heads, positions of the chunk, head_dim]
         bounds chunk  [layers, kv_heads, pages of the chunk, 2 (smallest, largest), head_dim]
 
-    A page of one kv head is contiguous. 16-bit values are held as their bits.
+    A page of one kv head is contiguous, its values in the order of kernels_cu/cache.cuh. 16-bit ones
+    are held as their bits.
 
     Parameters
     ----------
@@ -50,3 +57,32 @@ class CudaPageTable:
     def write(self, layer: int, start: int, k: Any, v: Any) -> None:
         """Write keys and values after the prefix, whose length the device knows."""
         self._write(self, layer, k, v)
+
+
+class PagesInPlace:
+    """Where kernels look for the chunks of the cache that a pass works on.
+
+    Parameters
+    ----------
+    max_positions : int
+
+    Attributes
+    ----------
+    kv, bounds : uint64 [chunks], on the device
+        Addresses of the chunks of keys and values, and of bounds.
+    """
+
+    def __init__(self, max_positions: int) -> None:
+        chunks = -(-max_positions // chunk_positions(16)) + 2
+        self.kv, self.bounds = (cupy.zeros(chunks, np.uint64) for _ in range(2))
+        self._table: Callable[[], CudaPageTable | None] = lambda: None
+        self._count = 0
+
+    def place(self, table: CudaPageTable, stream: Any) -> None:
+        """Write a table's addresses, if they are not there yet."""
+        if self._table() is table and self._count == len(table.chunks):
+            return
+        for places, arrays in zip((self.kv, self.bounds), zip(*table.chunks, strict=True), strict=True):
+            addresses = np.array([array.data.ptr for array in arrays], np.uint64)
+            places[: len(addresses)].set(addresses, stream=stream)
+        self._table, self._count = weakref.ref(table), len(table.chunks)

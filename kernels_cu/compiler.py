@@ -1,0 +1,131 @@
+"""Compiles CUDA sources by NVRTC, which needs no device, and keeps the result on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from losart.errors import DeviceError
+
+ELF = b"\x7fELF"
+DIGEST_BYTES = hashlib.sha256().digest_size
+
+
+def architecture_of(capability: tuple[int, int]) -> str:
+    """What to compile for on a device of this compute capability."""
+    # The a: Hopper's own instructions, which run on no other device.
+    return "sm_90a" if capability == (9, 0) else "sm_{}{}".format(*capability)
+
+
+def nvrtc_version() -> tuple[int, int]:
+    """The version of the compiler at hand.
+
+    Raises
+    ------
+    DeviceError
+        CuPy, or the NVRTC that it looks for, is missing.
+    """
+    try:
+        return _nvrtc().getVersion()
+    except (ImportError, RuntimeError) as error:
+        raise DeviceError(f"CuPy finds no NVRTC to compile CUDA kernels with ({error})") from error
+
+
+def compile_cubin(source: str, name: str, options: tuple[str, ...], architecture: str) -> tuple[bytes, str]:
+    """Compile a source.
+
+    Parameters
+    ----------
+    source : str
+        All of it: nothing can be included.
+    name : str
+        How the compiler's messages call the source.
+    options : tuple of str
+    architecture : str
+        A real one: "sm_90a".
+
+    Returns
+    -------
+    cubin : bytes
+    log : str
+        What the compiler had to say.
+
+    Raises
+    ------
+    DeviceError
+        It does not compile, or there is no compiler.
+    """
+    version = nvrtc_version()
+    nvrtc = _nvrtc()
+    program = nvrtc.createProgram(source, name, (), ())
+    try:
+        try:
+            nvrtc.compileProgram(program, (*options, f"-arch={architecture}"))
+        except nvrtc.NVRTCError as error:
+            said = nvrtc.getProgramLog(program).strip(" \n\0") or str(error)
+            raise DeviceError(
+                "NVRTC {}.{} cannot compile {} for {}:\n{}".format(*version, name, architecture, said)
+            ) from error
+        # CuPy takes the last byte for a string's end and drops it; it is the highest of a small number.
+        return nvrtc.getCUBIN(program) + b"\0", nvrtc.getProgramLog(program).strip(" \n\0")
+    finally:
+        nvrtc.destroyProgram(program)
+
+
+def cached_cubin(source: str, name: str, options: tuple[str, ...], architecture: str) -> bytes:
+    """The cubin of a source, from the disk where the same was compiled before; as `compile_cubin`."""
+    folder = cache_folder()
+    if folder is None:
+        return compile_cubin(source, name, options, architecture)[0]
+    inputs = repr((source, options, architecture, nvrtc_version()))
+    key = hashlib.sha256(inputs.encode()).hexdigest()
+    path = folder / f"{name}-{architecture}-{key}.cubin"
+    cubin = _read(path)
+    if cubin is None:
+        cubin, _ = compile_cubin(source, name, options, architecture)
+        _write(path, cubin)
+    return cubin
+
+
+def cache_folder() -> Path | None:
+    """Where cubins are kept; None where there is no home directory."""
+    if own := os.environ.get("LOSART_CACHE_DIR"):
+        return Path(own) / "kernels"
+    if caches := os.environ.get("XDG_CACHE_HOME"):
+        return Path(caches) / "losart" / "kernels"
+    try:
+        return Path.home() / ".cache" / "losart" / "kernels"
+    except RuntimeError:
+        return None
+
+
+def _read(path: Path) -> bytes | None:
+    """The cubin in a file of the cache, None if it is not there whole."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return None
+    # The digest comes last, where tools that read the file as a cubin do not look.
+    cubin, digest = content[:-DIGEST_BYTES], content[-DIGEST_BYTES:]
+    return cubin if cubin.startswith(ELF) and hashlib.sha256(cubin).digest() == digest else None
+
+
+def _write(path: Path, cubin: bytes) -> None:
+    """Put a cubin into the cache: all of it at once, or nothing where that cannot be."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            whole = Path(folder) / path.name
+            whole.write_bytes(cubin + hashlib.sha256(cubin).digest())
+            whole.replace(path)
+    except OSError:
+        pass  # it will be compiled again
+
+
+def _nvrtc() -> Any:
+    from cupy_backends.cuda.libs import nvrtc
+
+    return nvrtc

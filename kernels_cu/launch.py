@@ -1,0 +1,122 @@
+"""A kernel on a device, ready to be launched.
+
+Kernels are launched through the driver, each allowed to start while the one before it still runs
+(programmatic dependent launch, compute capability 9.0 and later), also within a captured graph: CuPy's
+own launch has no way to say so. Kernels wait for what they read by themselves (common.cuh).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from typing import Any
+
+from losart.errors import DeviceError
+
+PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CUlaunchAttributeID
+OVERLAP_CAPABILITY, OVERLAP_DRIVER = (9, 0), 12030
+
+
+class _Attribute(ctypes.Structure):
+    _fields_ = (("id", ctypes.c_int), ("padding", ctypes.c_int), ("value", ctypes.c_int * 16))
+
+
+class _Config(ctypes.Structure):
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("attribute_count", ctypes.c_uint),
+    )
+
+
+_OVERLAP = _Attribute(PROGRAMMATIC_STREAM_SERIALIZATION, 0, (ctypes.c_int * 16)(1))
+
+
+class Kernel:
+    """A loaded kernel.
+
+    Parameters
+    ----------
+    name : str
+    function : cupy.cuda.Function
+    overlap : bool
+        Whether it may start while the kernel before it still runs.
+    """
+
+    def __init__(self, name: str, function: Any, overlap: bool) -> None:
+        from cupy.cuda import driver
+
+        self._name = name
+        self._function = function  # keeps the module loaded
+        self._handle = ctypes.c_void_p(function.ptr)
+        self._attributes = int(overlap)
+        self._shared_limit: int = driver.funcGetAttribute(
+            driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, function.ptr
+        )
+
+    def __call__(self, grid: tuple[int, ...], threads: int, *args: Any, shared: int = 0) -> None:
+        """Launch it on the current stream.
+
+        Parameters
+        ----------
+        grid : tuple of int
+        threads : int
+            Of a block.
+        *args : cupy.ndarray, int, float, ctypes scalar or None
+            An int goes as int, a float as float, None as a null pointer.
+        shared : int
+            Bytes of dynamic shared memory.
+
+        Raises
+        ------
+        DeviceError
+            The driver refuses.
+        """
+        from cupy.cuda import get_current_stream
+
+        if shared > self._shared_limit:
+            self._allow_shared(shared)
+        values = [_as_c(arg) for arg in args]
+        pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
+        config = _Config(
+            (ctypes.c_uint * 3)(*grid, *(1,) * (3 - len(grid))),
+            (ctypes.c_uint * 3)(threads, 1, 1),
+            shared,
+            get_current_stream().ptr,
+            ctypes.pointer(_OVERLAP),
+            self._attributes,
+        )
+        status = _driver().cuLaunchKernelEx(ctypes.byref(config), self._handle, pointers, None)
+        if status:
+            raise DeviceError(f"the kernel {self._name} could not be launched: {_error_name(status)}")
+
+    def _allow_shared(self, size: int) -> None:
+        from cupy.cuda import driver
+
+        limit = driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        driver.funcSetAttribute(self._function.ptr, limit, size)
+        self._shared_limit = size
+
+
+@cache
+def _driver() -> Any:
+    return ctypes.CDLL("libcuda.so.1")
+
+
+def _as_c(value: Any) -> Any:
+    if isinstance(value, int):
+        return ctypes.c_int(value)
+    if isinstance(value, float):
+        return ctypes.c_float(value)
+    if value is None:
+        return ctypes.c_void_p(0)
+    return value if isinstance(value, ctypes._SimpleCData) else ctypes.c_void_p(value.data.ptr)
+
+
+def _error_name(status: int) -> str:
+    name = ctypes.c_char_p()
+    _driver().cuGetErrorName(status, ctypes.byref(name))
+    return name.value.decode() if name.value else f"error {status}"

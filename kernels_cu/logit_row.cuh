@@ -1,0 +1,37 @@
+/* What two kernels know of a row of logits: the maximum (of equal ones the first), and the sums over
+ * weight and weight * x of x = (logit - top) / temperature, weight = exp(x); temperature 1 when
+ * greedy. `sound` is false with a NaN. */
+struct Row {
+    float top;
+    int token, sound;
+    double total, moment;
+};
+
+__device__ __forceinline__ bool before(float top, int token, float other_top, int other_token)
+{
+    return other_top > top || (other_top == top && other_token < token);
+}
+
+/* x relative to a higher maximum. */
+__device__ __forceinline__ void raise(Row &row, float top, float temperature)
+{
+    double shift = row.top == -INFINITE ? 0.0 : ((double)row.top - top) / temperature;
+    double factor = row.top == -INFINITE ? 0.0 : exp(shift);
+    row.moment = row.total > 0 ? factor * (row.moment + row.total * shift) : 0.0;
+    row.total *= factor;
+}
+
+__device__ __forceinline__ void join(Row &row, const Row &other, float temperature)
+{
+    Row next = other;
+    if (before(row.top, row.token, other.top, other.token)) {
+        raise(row, other.top, temperature);
+        row.top = other.top;
+        row.token = other.token;
+    } else {
+        raise(next, row.top, temperature);
+    }
+    row.total += next.total;
+    row.moment += next.moment;
+    row.sound &= next.sound;
+}

@@ -1,0 +1,161 @@
+"""How kernels are launched: grids and compile-time constants for a shape on a card.
+
+Nothing here needs a device, so that every variant that a card would run can be compiled without one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+
+from losart.kernels_cu import Defines
+
+SKINNY_TOKENS = 64  # linear_tensor.cu takes products of no more tokens
+PANEL = 128  # product.cuh
+COLUMNS = 64  # of weights that linear_tensor.cu and linear_tiles.cu take at a time
+LEAST_SHARE = 16  # units of linear_tensor.cu: more blocks would cost more in partial sums than they read
+TENSOR_HEAD_DIMS = (64, 128)
+PLAIN_ROWS = 16  # attention.cuh
+BARRIER_BYTES = 16  # of a stage; hopper_attention.cuh
+
+
+@dataclass(frozen=True)
+class Card:
+    """What plans need to know of a device.
+
+    Attributes
+    ----------
+    capability : (int, int)
+    processors : int
+    shared_per_block, shared_per_processor : int
+        Bytes.
+    """
+
+    capability: tuple[int, int]
+    processors: int
+    shared_per_block: int
+    shared_per_processor: int
+
+    @property
+    def hopper(self) -> bool:
+        """Whether it has a warpgroup's products."""
+        return self.capability == (9, 0)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One kernel's launch, but for its arguments.
+
+    Attributes
+    ----------
+    parts : int
+        linear_tensor: planes of partial sums; prefix attention: parts to be merged.
+    share : int
+        linear_tensor: units of a block.
+    """
+
+    kernel: str
+    grid: tuple[int, ...]
+    threads: int
+    shared: int
+    defines: Defines = ()
+    parts: int = 1
+    share: int = 1
+
+
+def product_plan(card: Card, tensor: bool, tokens: int, rows: int, inner: int) -> Plan:
+    """A matrix product [tokens, inner] x [rows, inner]; `tensor`: of 16-bit values."""
+    if not tensor or inner % 8:
+        return Plan("linear", (ceil(rows / 8), ceil(tokens / 16)), 256, 0)
+    if tokens > SKINNY_TOKENS:
+        stage = 2 * 128 * COLUMNS * 2
+        stages = min(4, card.shared_per_block // stage)
+        grid = (ceil(tokens / 128), ceil(rows / 128))
+        return Plan("linear_tiles", grid, 256, stages * stage, (("STAGES", stages),))
+    tiles, steps = ceil(tokens / 8), ceil(inner / COLUMNS)
+    stage = (PANEL + tiles * 8) * COLUMNS * 2
+    # Two blocks a processor where they fit: one copies on while the other waits.
+    blocks, room = 2, card.shared_per_processor // 2 - 1024
+    if room < 3 * stage:
+        blocks, room = 1, card.shared_per_block
+    stages = min(12, room // stage)
+    units = ceil(rows / PANEL) * steps
+    share = max(LEAST_SHARE, ceil(units / (blocks * card.processors)))
+    return Plan(
+        "linear_tensor",
+        (ceil(units / share),),
+        256,
+        stages * stage,
+        (("LINEAR_TILES", tiles), ("STAGES", stages)),
+        parts=(steps - 1) // share + 2,
+        share=share,
+    )
+
+
+def prefix_plan(card: Card, tensor: bool, tokens: int, heads: int, kv_heads: int, head_dim: int) -> Plan:
+    """Attention of a block's queries over the prefix."""
+    rows = tokens * (heads // kv_heads)
+    if not tensor or head_dim not in TENSOR_HEAD_DIMS:
+        parts = max(1, 2 * card.processors // kv_heads)
+        grid = (kv_heads, parts, ceil(rows / PLAIN_ROWS))
+        return Plan("prefix_attention", grid, 256, _plain_shared(head_dim), parts=parts)
+    if card.hopper:
+        row_groups = 1 if rows <= 64 else 2
+        blocks = ceil(rows / (64 * row_groups))
+        splits = max(1, card.processors // (kv_heads * blocks))
+        defines, shared = _hopper_defines(card, head_dim, 64, row_groups, 32, 6)
+        grid = (kv_heads, splits, blocks)
+        return Plan("prefix_attention_hopper", grid, 256 + 32, shared, defines, parts=splits)
+    row_warps = next((n for n in (1, 2, 4) if 16 * n >= rows), 8)
+    key_warps = 4 if row_warps == 1 else 8 // row_warps
+    blocks = ceil(rows / (16 * row_warps))
+    splits = max(1, card.processors // (kv_heads * blocks))
+    defines, shared = _tensor_defines(card, head_dim, row_warps, key_warps)
+    grid, threads = (kv_heads, splits, blocks), 32 * row_warps * key_warps
+    return Plan("prefix_attention_tensor", grid, threads, shared, defines, parts=splits * key_warps)
+
+
+def causal_plan(card: Card, tensor: bool, tokens: int, heads: int, kv_heads: int, head_dim: int) -> Plan:
+    """Block-causal attention of a piece of the prompt."""
+    rows = tokens * (heads // kv_heads)
+    if not tensor or head_dim not in TENSOR_HEAD_DIMS:
+        return Plan("causal_attention", (kv_heads, ceil(rows / PLAIN_ROWS)), 256, _plain_shared(head_dim))
+    grid = (ceil(rows / 128), kv_heads)
+    if card.hopper:
+        defines, shared = _hopper_defines(card, head_dim, 128, 2, 128, 3)
+        return Plan("causal_attention_hopper", grid, 256 + 128, shared, defines)
+    defines, shared = _tensor_defines(card, head_dim, 8, 1)
+    return Plan("causal_attention_tensor", grid, 256, shared, defines)
+
+
+def _plain_shared(head_dim: int) -> int:
+    return 4 * (PLAIN_ROWS * head_dim + 2 * 32 * (head_dim + 1))
+
+
+def _hopper_defines(
+    card: Card, head_dim: int, tile: int, row_groups: int, copy_threads: int, stages: int
+) -> tuple[Defines, int]:
+    stage = 2 * tile * head_dim * 2 + BARRIER_BYTES
+    queries = 64 * row_groups * head_dim * 2
+    stages = min(stages, (card.shared_per_block - queries) // stage)
+    defines = (
+        ("HEAD_DIM", head_dim),
+        ("TILE", tile),
+        ("ROW_GROUPS", row_groups),
+        ("KEY_GROUPS", 2 // row_groups),
+        ("COPY_THREADS", copy_threads),
+        ("STAGES", stages),
+    )
+    return defines, stages * stage + queries
+
+
+def _tensor_defines(card: Card, head_dim: int, row_warps: int, key_warps: int) -> tuple[Defines, int]:
+    stage = 2 * 64 * head_dim * 2
+    stages = min(5, card.shared_per_block // stage)
+    defines = (
+        ("HEAD_DIM", head_dim),
+        ("ROW_WARPS", row_warps),
+        ("KEY_WARPS", key_warps),
+        ("STAGES", stages),
+    )
+    return defines, stages * stage

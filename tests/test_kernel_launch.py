@@ -1,0 +1,125 @@
+"""How kernels are loaded and launched, with a driver that only notes what it is told."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import losart.kernels_cu.launch
+from losart.errors import DeviceError
+from losart.kernels_cu import kernel
+from losart.kernels_cu.launch import Kernel
+
+SHARED_LIMIT = 8  # the attribute's number
+
+
+class Driver:
+    """Stands in for CuPy and the driver: two devices, of compute capability 9.0 and 8.6."""
+
+    stream = 99
+
+    def __init__(self) -> None:
+        self.device = 0
+        self.loaded: list[Any] = []
+        self.limits: list[Any] = []
+        self.launches: list[Any] = []
+        self.driver = SimpleNamespace(
+            CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES=SHARED_LIMIT,
+            funcGetAttribute=lambda attribute, function: {SHARED_LIMIT: 48 << 10}[attribute],
+            funcSetAttribute=lambda *call: self.limits.append(call),
+        )
+        self.runtime = SimpleNamespace(getDevice=lambda: self.device, driverGetVersion=lambda: 13000)
+        self.status = 0
+        self.function = SimpleNamespace(Module=lambda: Module(self))
+
+    def get_current_stream(self) -> Any:
+        return SimpleNamespace(ptr=self.stream)
+
+    def cuLaunchKernelEx(self, config: Any, handle: Any, pointers: Any, extra: None) -> int:
+        values = [ctypes.string_at(pointer, 8) for pointer in pointers]
+        self.launches.append((config._obj, handle.value, values))
+        return self.status
+
+    def cuGetErrorName(self, status: int, name: Any) -> None:
+        name._obj.value = b"CUDA_ERROR_OF_A_TEST"
+
+    def Device(self, device: int) -> Any:
+        return SimpleNamespace(compute_capability=("90", "86")[device])
+
+
+class Module:
+    def __init__(self, driver: Driver) -> None:
+        self.driver = driver
+
+    def load(self, cubin: bytes) -> None:
+        self.driver.loaded.append(cubin)
+
+    def get_function(self, name: str) -> Any:
+        return Function(self.driver)
+
+
+class Function:
+    ptr = 1234
+
+    def __init__(self, driver: Driver) -> None:
+        self.driver = driver
+
+
+@pytest.fixture
+def driver(monkeypatch) -> Driver:
+    driver = Driver()
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=driver))
+    monkeypatch.setitem(sys.modules, "cupy.cuda", driver)
+    monkeypatch.setattr(losart.kernels_cu.launch, "_driver", lambda: driver)
+    return driver
+
+
+def test_a_launch_tells_the_driver_all(driver):
+    launch = Kernel("kernel", Function(driver), overlap=True)
+    array = SimpleNamespace(data=SimpleNamespace(ptr=1 << 40))
+    launch((7, 8), 96, array, -3, 1.5, None, ctypes.c_double(0.1), shared=100)
+    config, handle, values = driver.launches[0]
+    assert handle == Function.ptr and list(config.grid) == [7, 8, 1] and list(config.block) == [96, 1, 1]
+    assert config.shared == 100 and config.stream == Driver.stream and config.attribute_count == 1
+    assert config.attributes[0].id == 6 and config.attributes[0].value[0] == 1
+    kinds = (ctypes.c_uint64, ctypes.c_int, ctypes.c_float, ctypes.c_uint64, ctypes.c_double)
+    found = [kind.from_buffer_copy(value).value for kind, value in zip(kinds, values, strict=True)]
+    assert found == [1 << 40, -3, 1.5, 0, 0.1]
+    Kernel("kernel", Function(driver), overlap=False)((1,), 32)
+    assert driver.launches[1][0].attribute_count == 0
+
+
+def test_launches_raise_the_limit_of_shared_memory_and_never_lower_it(driver):
+    launch = Kernel("kernel", Function(driver), overlap=True)
+    for shared in (0, 48 << 10, 64 << 10, 50 << 10, 64 << 10, 70 << 10):
+        launch((1, 2), 3, shared=shared)
+    assert driver.limits == [(Function.ptr, SHARED_LIMIT, size << 10) for size in (64, 70)]
+
+
+def test_a_launch_that_the_driver_refuses_is_an_error_of_ours(driver):
+    driver.status = 701
+    with pytest.raises(DeviceError, match="the kernel name could not be launched: CUDA_ERROR_OF_A_TEST"):
+        Kernel("name", Function(driver), overlap=True)((1,), 32)
+
+
+def test_each_device_gets_its_own_kernel_once(driver, monkeypatch):
+    def cached_cubin(source, name, options, architecture):
+        return f"{name} {options[-1]} {architecture}".encode()
+
+    monkeypatch.setattr(losart.kernels_cu, "cached_cubin", cached_cubin)
+    losart.kernels_cu._kernel.cache_clear()
+    try:
+        first = kernel("linear", "bfloat16", (("N", 2),))
+        assert kernel("linear", "bfloat16", (("N", 2),)) is first
+        driver.device = 1
+        second = kernel("linear", "bfloat16", (("N", 2),))
+        assert second is not first
+        driver.device = 0
+        assert kernel("linear", "bfloat16", (("N", 2),)) is first
+    finally:
+        losart.kernels_cu._kernel.cache_clear()
+    assert driver.loaded == [b"linear.cu -DN=2 sm_90a", b"linear.cu -DN=2 sm_86"]
