@@ -69,7 +69,7 @@ def relative_error(found, expected):
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 2e-2), ("float16", 2e-2)])
-@pytest.mark.parametrize("block_length", [1, 4, 5, 16, 32])
+@pytest.mark.parametrize("block_length", [1, 4, 5, 16, 32, 80])
 @pytest.mark.parametrize("head_dim", [48, 64, 128])
 def test_logits_are_those_of_the_cpu(make_checkpoint, dtype, tolerance, block_length, bias, head_dim):
     # Scores of standard deviation 1: sharper attention makes more of bfloat16's rounding, see below.
@@ -81,13 +81,14 @@ def test_logits_are_those_of_the_cpu(make_checkpoint, dtype, tolerance, block_le
 
 @pytest.mark.parametrize("block_length", [4, 16])
 @pytest.mark.parametrize("head_dim", [48, 128])
-def test_sharp_attention_is_off_by_the_rounding_alone(make_checkpoint, block_length, head_dim):
+def test_sharp_attention_loses_what_the_rounding_loses(make_checkpoint, block_length, head_dim):
     path = make_checkpoint(dtype="bfloat16", head_dim=head_dim, **SIZES)
-    rounding = losart.load(path, device="cpu")
-    rounding._transformer.backend = RoundingBackend(rounding.config, "bfloat16")
-    expected = hidden_states(rounding, PROMPT, block_length)
+    model = losart.load(path, device="cpu")
+    expected = hidden_states(model, PROMPT, block_length)
+    model._transformer.backend = RoundingBackend(model.config, "bfloat16")
+    rounded = relative_error(hidden_states(model, PROMPT, block_length), expected)
     found = hidden_states(losart.load(path, device="cuda"), PROMPT, block_length)
-    assert relative_error(found, expected) <= 2e-2
+    assert relative_error(found, expected) <= 1.5 * rounded
 
 
 @pytest.mark.parametrize(
@@ -98,6 +99,7 @@ def test_sharp_attention_is_off_by_the_rounding_alone(make_checkpoint, block_len
         {"block_length": 16, "remasking": "entropy_bounded"},
         {"block_length": 16, "remasking": "sequential"},
         {"block_length": 32, "confidence_threshold": 0.2},
+        {"block_length": 80, "confidence_threshold": 0.2},
     ],
 )
 @pytest.mark.parametrize("length", [3, 64, 611])
@@ -162,21 +164,21 @@ def test_a_long_prompt_goes_in_pieces_and_memory_stays_flat(tiny_checkpoint):
 
 
 @pytest.mark.parametrize(("prompt", "new_tokens"), [(PROMPT * 4, 4), (PROMPT, 1000)])
-def test_a_generation_that_does_not_fit_leaves_the_model_usable(tiny_checkpoint, prompt, new_tokens):
+def test_a_generation_that_does_not_fit_leaves_the_model_usable(make_checkpoint, prompt, new_tokens):
     import cupy
 
-    model = losart.load(tiny_checkpoint, device="cuda")
+    # Chunks of the cache that are much larger than all else.
+    path = make_checkpoint(num_layers=16, num_heads=8, num_kv_heads=8, head_dim=64)
+    model = losart.load(path, device="cuda")
     options = {"stop_token_ids": [], "block_length": 8}
     expected = model.generate(PROMPT, max_new_tokens=16, **options).token_ids
     pool = cupy.get_default_memory_pool()
     pool.free_all_blocks()
     chunk = model._transformer.backend.new_cache(16)._chunk_bytes
-    pool.set_limit(pool.used_bytes() + chunk + chunk // 2 + (16 << 20))
-    filler = cupy.empty(16 << 20, np.uint8)
+    pool.set_limit(pool.used_bytes() + chunk + chunk // 2)
     try:
         with pytest.raises(losart.OutOfMemoryError, match=r"MiB more are needed .* MiB are free"):
             model.generate(prompt, max_new_tokens=new_tokens, **options)
-        del filler
         assert model.generate(PROMPT, max_new_tokens=16, **options).token_ids == expected
     finally:
         pool.set_limit(0)

@@ -8,8 +8,7 @@ captured pass can be replayed as the prefix grows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable
 from ctypes import c_double
 from typing import Any
 
@@ -17,7 +16,6 @@ import cupy
 import numpy as np
 
 from losart.backends.base import PassInputs
-from losart.backends.cpu import narrow, widen
 from losart.backends.cuda_graph import CapturedPass, DeviceInputs
 from losart.backends.cuda_pages import HELD_AS, CudaPageTable, PagesInPlace
 from losart.backends.cuda_plans import (
@@ -31,16 +29,16 @@ from losart.backends.cuda_plans import (
 )
 from losart.backends.cuda_products import blas_product
 from losart.backends.cuda_results import NO_PRODUCT, PrefixParts, Product
+from losart.backends.cuda_weights import WeightLoader, memory_errors
 from losart.cache import PagedKVCache, chunk_positions
 from losart.checks import require
 from losart.config import ModelConfig
-from losart.errors import ConfigError, NumericalError, OutOfMemoryError
+from losart.errors import ConfigError, NumericalError
 from losart.kernels_cu import kernel
 from losart.options import GenerationConfig
 from losart.rope import inverse_frequencies
 from losart.sampling import NOT_FINITE, Proposals, float32_temperature
 
-STAGING_BYTES = 32 << 20  # of pinned memory, through which weights go to the device
 LARGEST_HEAD_DIM = 256  # attention.cuh
 LOGIT_SLICES = 64
 ROW_BYTES = 32  # of logit_row.cuh's Row
@@ -73,7 +71,7 @@ class CudaBackend:
         # What passes allocate from: its blocks are never handed to anyone else, so that the
         # addresses in captured graphs stay good.
         self._pool = cupy.cuda.MemoryPool()
-        self._staging = cupy.cuda.alloc_pinned_memory(STAGING_BYTES)
+        self._loader = WeightLoader(dtype, self.stream)
         self._passes: dict[Hashable, CapturedPass] = {}
         self._inputs: dict[int, DeviceInputs] = {}
         frequencies, self._rope_factor = inverse_frequencies(config.rope, config.head_dim)
@@ -81,7 +79,8 @@ class CudaBackend:
             self._frequencies = cupy.asarray(frequencies)
             self._pages = PagesInPlace(config.max_positions)
         self._tensor = dtype != "float32"
-        self.blas = True  # products of many tokens may go to cuBLAS
+        # Whether products of many tokens may go to cuBLAS: in prefill, for it cannot be captured.
+        self.blas = False
 
     def _launch(self, name: str, grid: tuple[int, ...], threads: int, *args: Any, shared: int = 0) -> None:
         kernel(name, self.dtype)(grid, threads, *args, shared=shared)
@@ -92,41 +91,10 @@ class CudaBackend:
     # -- weights and cache
 
     def upload(self, *tensors: Any) -> Any:
-        rows = sum(tensor.shape[0] for tensor in tensors)
-        # All work on weights is on the one stream: an array that is freed may be used again at once.
-        with self.stream, memory_errors("the weights"):
-            matrix = cupy.empty((rows, *tensors[0].shape[1:]), HELD_AS[self.dtype])
-            first = 0
-            for tensor in tensors:
-                self._fill(matrix[first : first + tensor.shape[0]].reshape(-1), tensor)
-                first += tensor.shape[0]
-        return matrix
-
-    def _fill(self, out: Any, tensor: Any) -> None:
-        """Bring a mapped tensor to the device piece by piece, through two halves of the staging memory.
-
-        While one half is on its way the other is filled.
-        """
-        source = tensor.array().reshape(-1)
-        piece = STAGING_BYTES // 2 // out.itemsize
-        staging = np.frombuffer(self._staging, out.dtype, 2 * piece).reshape(2, piece)
-        copied = [cupy.cuda.Event(disable_timing=True) for _ in range(2)]
-        for turn, start in enumerate(range(0, out.size, piece)):
-            half = turn % 2
-            values = source[start : start + piece]
-            if tensor.dtype != self.dtype:
-                values = narrow(widen(values), self.dtype)
-            copied[half].synchronize()
-            staging[half, : len(values)] = values.view(out.dtype)
-            out[start : start + piece].set(staging[half, : len(values)], stream=self.stream)
-            copied[half].record(self.stream)
-        self.stream.synchronize()
-        del source, values
-        tensor.release()
+        return self._loader.matrix(*tensors)
 
     def upload_vector(self, *tensors: Any) -> Any:
-        with self.stream:
-            return cupy.asarray(np.concatenate([widen(tensor.array()) for tensor in tensors]))
+        return self._loader.vector(*tensors)
 
     def new_cache(self, page_size: int) -> PagedKVCache:
         table = CudaPageTable(self.config, page_size, chunk_positions(page_size), self.dtype, self._write)
@@ -159,7 +127,11 @@ class CudaBackend:
         cache.reserve(cache.length + len(ids))
         with self.stream, memory_errors("a piece of the prompt"):
             self._place(PassInputs(ids), cache)
-            body(self._given.ids)
+            self.blas = True
+            try:
+                body(self._given.ids)
+            finally:
+                self.blas = False
             self.stream.synchronize()
 
     def _place(self, inputs: PassInputs, cache: PagedKVCache) -> None:
@@ -323,15 +295,3 @@ def _card() -> Card:
         limits["MaxSharedMemoryPerBlockOptin"],
         limits["MaxSharedMemoryPerMultiprocessor"],
     )
-
-
-@contextmanager
-def memory_errors(purpose: str) -> Iterator[None]:
-    """Turn CuPy's out-of-memory error into our own."""
-    try:
-        yield
-    except cupy.cuda.memory.OutOfMemoryError as error:
-        free, total = cupy.cuda.runtime.memGetInfo()
-        raise OutOfMemoryError(
-            f"no memory for {purpose}: {error}, {free >> 20} of the device's {total >> 20} MiB are free"
-        ) from error
