@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import platform
 import subprocess
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 
@@ -34,3 +36,12 @@ def gpu_name() -> str:
 
     properties = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)
     return str(properties["name"].decode())
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Versions of those packages that are installed."""
+    found = {}
+    for package in packages:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found

@@ -1,0 +1,135 @@
+"""All figures of the CUDA backend, beside torch and transformers where they are installed.
+
+    python benchmarks/cuda_bench.py --json FILE --table FILE
+
+"Floor" is the bytes that must be read over the copy bandwidth measured in the same run (bytes read
+plus bytes written). Random weights of SDAR's sizes, bfloat16, batch 1; keys and values are noise:
+dense attention's time does not depend on them. A measurement that fails says why in its place, and
+files are written anew after every row, so that a run cut short leaves what it had.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cuda_first_token
+import cuda_pass
+import cuda_prefill
+import cuda_prefix
+import cuda_products
+from attempts import attempt, reason
+from cuda_bandwidth import copy_bandwidth
+from environment import commit, gpu_name, versions
+from markdown_table import markdown_table
+
+
+@dataclass(frozen=True)
+class Section:
+    """A table: its title, what its columns mean, and (bandwidth, quick, checkpoint) to its rows."""
+
+    title: str
+    note: str
+    rows: Callable[[float, bool, Path | None], Iterator[dict[str, Any]]]
+
+
+SECTIONS = {
+    "prefix": Section(
+        "Dense prefix attention, microseconds",
+        "SDAR-8B's heads, one layer; losart with the merge of its parts; torch's flash attention with the "
+        "query heads of a kv head as rows. Medians of graph replays, keys and values not in the L2 cache.",
+        lambda bandwidth, quick, _: cuda_prefix.rows(bandwidth, quick),
+    ),
+    "pass": Section(
+        "Whole denoising pass, milliseconds",
+        "Block 16, host included; losart with sampling, transformers eager and without: a Qwen3 of the same "
+        "sizes, SDPA with neither mask nor is_causal, on a DynamicCache.",
+        lambda bandwidth, quick, _: cuda_pass.rows(bandwidth, quick),
+    ),
+    "products": Section(
+        "Matrix products of a pass, microseconds",
+        "Block 16; medians of graph replays, weights not in the L2 cache.",
+        lambda bandwidth, quick, _: cuda_products.rows(bandwidth, quick),
+    ),
+    "prefill": Section(
+        "Prefill attention, TFLOP/s",
+        "SDAR-8B's heads, one layer; losart block-causal (block 16) in the pieces of a prompt, torch causal "
+        "over the whole prompt; each by the query-key pairs that it must see.",
+        lambda bandwidth, quick, _: cuda_prefill.rows(bandwidth, quick),
+    ),
+    "first-token": Section(
+        "New process to first token, seconds",
+        "1.7B, 512 prompt tokens, files in the page cache; stages of the median run; the host's peak memory "
+        "up to the end of loading, and of it what is not pages of files.",
+        lambda _, quick, checkpoint: cuda_first_token.rows(quick, checkpoint),
+    ),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="write them as Markdown here")
+    parser.add_argument("--quick", action="store_true", help="fewer lengths, sizes and runs")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS, metavar="NAME")
+    parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="keep first-token's checkpoint here")
+    args = parser.parse_args()
+    bandwidth = attempt(copy_bandwidth)
+    if isinstance(bandwidth, str):
+        sys.exit(f"no CUDA device can be measured here: {bandwidth}")
+    figures: dict[str, Any] = {
+        "device": gpu_name(),
+        "commit": commit(),
+        "command": " ".join(["python", *sys.argv]),
+        "versions": versions("losart", "cupy-cuda12x", "cupy-cuda13x", "torch", "transformers"),
+        "copy bytes per second": bandwidth,
+    }
+    print({key: value for key, value in figures.items() if key != "command"}, flush=True)
+    for name in args.only:
+        began = time.perf_counter()
+        rows = figures[SECTIONS[name].title] = []
+        for row in guarded(SECTIONS[name].rows(bandwidth, args.quick, args.checkpoint)):
+            rows.append(row)
+            print(name, {k: round(v, 2) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+            write(figures, args.json, args.table)
+        print(f"{name} took {time.perf_counter() - began:.0f} s", flush=True)
+    print(f"\n{markdown(figures)}")
+
+
+def guarded(rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The rows, up to an error that no row took for its own."""
+    try:
+        yield from rows
+    except Exception as error:
+        yield {"failed": reason(error)}
+
+
+def write(figures: dict[str, Any], json_file: Path | None, table_file: Path | None) -> None:
+    """Write what there is up to now."""
+    if json_file:
+        json_file.write_text(json.dumps(figures, indent=2) + "\n")
+    if table_file:
+        table_file.write_text(markdown(figures))
+
+
+def markdown(figures: dict[str, Any]) -> str:
+    """All tables."""
+    speed = figures["copy bytes per second"] / 1e12
+    installed = ", ".join(f"{name} {version}" for name, version in figures["versions"].items())
+    parts = [
+        f"{figures['device']}, copy bandwidth {speed:.2f} TB/s, commit {figures['commit']}, {installed}\n"
+    ]
+    for section in SECTIONS.values():
+        if rows := figures.get(section.title):
+            parts.append(f"## {section.title}\n\n{section.note}\n\n{markdown_table(rows)}")
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,31 @@
+"""Rows of figures as a Markdown table."""
+
+from __future__ import annotations
+
+from typing import Any
+
+LENGTHS = ("prefix", "prompt")  # counted in K
+COUNTS = ("block",)
+
+
+def markdown_table(rows: list[dict[str, Any]]) -> str:
+    """A table with a column a key, in the order in which keys first appear."""
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    lines = [keys, ["---"] * len(keys)]
+    lines += [[cell(key, row.get(key)) for key in keys] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def cell(key: str, value: Any) -> str:
+    """Three digits or so; "4.10x" for ratios; why a figure is missing."""
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return value.replace("|", "/")[:60]
+    if key in LENGTHS and value % 1024 == 0:
+        return f"{value // 1024}K"
+    if key in COUNTS:
+        return str(value)
+    if "/" in key:
+        return f"{value:.2f}x"
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
