@@ -126,7 +126,8 @@ class BlockDecoder:
         counts = transfer_counts(length, min(length, self.config.denoising_steps))
         for step, count in enumerate(counts):
             began = time.perf_counter()
-            self.policy.begin_pass(PassKind.LATER if step else PassKind.FIRST, start)
+            kind = PassKind.LATER if step else PassKind.FIRST
+            self.policy.begin_pass(kind, start, np.flatnonzero(masked))
             # The last pass that is allowed leaves nothing masked.
             fixed = self._denoise(ids, masked, None if step == len(counts) - 1 else count)
             gap = int(masked.argmax()) if masked.any() else length

@@ -90,6 +90,16 @@ class Model:
             Prefix positions that each query selects.
         active : int or float, default 5
             losa: recomputed tokens of a block, a count or a fraction; 0 reuses all results.
+        selector : {"quest", "anchor"}, default "quest"
+            losa: what ranks the pages for a recomputed token's queries: QUEST's bound, or the
+            attention mass of the pages in the dense first pass.
+        drift : {"previous", "refresh"}, default "previous"
+            losa: whether the change of a token's query is measured against the previous pass, or
+            against the pass in which the token's stored result was computed.
+        candidates : {"all", "masked"}, default "all"
+            losa: which tokens can be recomputed: all, or only those that are still masked. With
+            "masked" a pass recomputes fewer than `active` where fewer are masked, so that not even
+            `active=1.0` and a budget of everything is dense attention.
         page_size : int, default 16
             Positions selected together, a multiple of 16 up to 65536.
         dense_layers : int, default 0

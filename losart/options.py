@@ -17,6 +17,12 @@ from losart.errors import OptionError
 PAGE_UNIT = 16  # page sizes are multiples of this many positions
 LARGEST_PAGE = 65536  # a chunk of the cache is 16 pages at least
 DEFAULT_BLOCK_LENGTH = 4  # of SDAR's released checkpoints, when the checkpoint does not say
+CHOICES = {
+    "selector": ("quest", "anchor"),
+    "drift": ("previous", "refresh"),
+    "candidates": ("all", "masked"),
+    "commit": ("dense", "sparse"),
+}
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,15 @@ class AttentionConfig:
     active : int or float
         losa: tokens of the block that are recomputed; an int counts them (no more than the block
         has), a float is a fraction of the block, rounded up. 0 reuses every stored result.
+    selector : {"quest", "anchor"}
+        losa: what ranks the pages for an active query: QUEST's bound, or the attention mass that
+        each page had in the dense first pass for the same token and query head.
+    drift : {"previous", "refresh"}
+        losa: a token's query change is measured against its query of the previous pass, or against
+        the query from which its stored result was computed.
+    candidates : {"all", "masked"}
+        losa: tokens that can be active: all, or those still masked only; of fewer masked ones than
+        `active` says, all are active.
     page_size : int
         Positions of a page, a multiple of 16 up to 65536.
     dense_layers : int
@@ -44,6 +59,9 @@ class AttentionConfig:
     method: str = "dense"
     budget: int = 512
     active: int | float = 5
+    selector: str = "quest"
+    drift: str = "previous"
+    candidates: str = "all"
     page_size: int = 16
     dense_layers: int = 0
     commit: str = "dense"
@@ -72,11 +90,13 @@ class AttentionConfig:
             OptionError,
             f"dense_layers must be 0 or more, not {self.dense_layers!r}",
         )
-        require(
-            self.commit in ("dense", "sparse"),
-            OptionError,
-            f"commit must be 'dense' or 'sparse', not {self.commit!r}",
-        )
+        for name, choices in CHOICES.items():
+            value = getattr(self, name)
+            require(
+                value in choices,
+                OptionError,
+                f"{name} must be {' or '.join(map(repr, choices))}, not {value!r}",
+            )
 
     @property
     def pages_per_query(self) -> int:

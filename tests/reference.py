@@ -99,9 +99,14 @@ def query_change(q: ArrayLike, q_previous: ArrayLike) -> Floats:
     return ((_float64(q) - _float64(q_previous)) ** 2).mean(axis=(1, 2))
 
 
-def select_active(change: ArrayLike, count: int) -> Indices:
-    """The `count` tokens of largest change, sorted; of equal ones the earlier (LoSA)."""
-    return _largest(change, count)
+def select_active(change: ArrayLike, count: int, candidates: ArrayLike | None = None) -> Indices:
+    """The `count` tokens of largest change, sorted; of equal ones the earlier (LoSA).
+
+    With `candidates` only the tokens for which it is true, all of them if they are fewer.
+    """
+    change = _float64(change)
+    among = np.arange(len(change)) if candidates is None else np.flatnonzero(candidates)
+    return among[_largest(change[among], count)]
 
 
 def active_count(active: int | float, tokens: int) -> int:
@@ -210,9 +215,17 @@ class DensePolicy:
     """
 
     def __init__(
-        self, budget: int = 512, page_size: int = 16, active: int | float = 5, commit: str = "dense"
+        self,
+        budget: int = 512,
+        page_size: int = 16,
+        active: int | float = 5,
+        commit: str = "dense",
+        selector: str = "quest",
+        drift: str = "previous",
+        candidates: str = "all",
     ) -> None:
         self.budget, self.page_size, self.active, self.commit = budget, page_size, active, commit
+        self.selector, self.drift, self.candidates = selector, drift, candidates
         self.passes: list[Pass] = []
         self.begin_block()
 
@@ -227,11 +240,16 @@ class DensePolicy:
         k_prefix: ArrayLike,
         v_prefix: ArrayLike,
         kind: str,
+        masked: ArrayLike | None = None,
     ) -> Floats:
-        """Attention of the block's tokens over prefix and block, [T, H, D]."""
+        """Attention of the block's tokens over prefix and block, [T, H, D].
+
+        `masked`, bool [T], are the tokens that are still masked when the pass begins.
+        """
         if kind not in ("first", "later", "commit"):
             raise ValueError(kind)
         q, k_prefix, v_prefix = _float64(q), _float64(k_prefix), _float64(v_prefix)
+        self.masked = masked
         o_p, lse_p = self._prefix(q, k_prefix, v_prefix, kind)
         o_b, lse_b = softmax_attention(q, k_block, v_block)
         return merge(o_p, lse_p, o_b, lse_b)
@@ -253,8 +271,10 @@ class DensePolicy:
         return sparse_attention(q[active], k, v, pages, self.page_size)
 
     def _quest_pages(self, q_rows: Floats, k: Floats) -> list[Indices]:
-        scores = quest_scores(q_rows, *page_bounds(k, self.page_size))
-        return union_per_kv_head(scores, k.shape[1], page_count(self.budget, self.page_size))
+        return self._top_pages(quest_scores(q_rows, *page_bounds(k, self.page_size)), k.shape[1])
+
+    def _top_pages(self, scores: Floats, kv_heads: int) -> list[Indices]:
+        return union_per_kv_head(scores, kv_heads, page_count(self.budget, self.page_size))
 
     def _is_dense_commit(self, kind: str) -> bool:
         return kind == "commit" and self.commit == "dense"
@@ -278,7 +298,7 @@ class SparsedPolicy(DensePolicy):
     def _prefix(self, q: Floats, k: Floats, v: Floats, kind: str) -> tuple[Floats, Floats]:
         if kind == "first":
             per_head = page_mass(q, k, self.page_size).sum(axis=0, keepdims=True)
-            self.pages = union_per_kv_head(per_head, k.shape[1], page_count(self.budget, self.page_size))
+            self.pages = self._top_pages(per_head, k.shape[1])
             return self._dense(q, k, v, kind)
         if self.pages is None:
             raise RuntimeError("the block had no first pass")
@@ -288,10 +308,16 @@ class SparsedPolicy(DensePolicy):
 
 
 class LosaPolicy(DensePolicy):
-    """LoSA (2604.12056): after a dense first pass, prefix attention anew for the active tokens only."""
+    """LoSA (2604.12056): after a dense first pass, prefix attention anew for the active tokens only.
+
+    Three choices that go past the paper: pages by `selector` "anchor" are those of most mass in the
+    first pass, for each query its own; by `drift` "refresh" change is measured against the query
+    that the stored result belongs to; of `candidates` "masked" only masked tokens can be active.
+    """
 
     def begin_block(self) -> None:
         self.q: Floats | None = None
+        self.mass: Floats | None = None
         self.o_prefix: Floats | None = None
         self.lse_prefix: Floats | None = None
 
@@ -300,11 +326,21 @@ class LosaPolicy(DensePolicy):
             raise RuntimeError("the block had no first pass")
         if kind == "first" or self._is_dense_commit(kind):
             self.o_prefix, self.lse_prefix = self._dense(q, k, v, kind)
+            self.q = q.copy()
+            if kind == "first" and self.selector == "anchor":
+                self.mass = page_mass(q, k, self.page_size)
         else:
-            active = select_active(query_change(q, self.q), active_count(self.active, q.shape[0]))
-            o, lse = self._sparse(q, k, v, kind, self._quest_pages(q[active], k), active)
+            candidates = self.masked if self.candidates == "masked" else None
+            count = active_count(self.active, q.shape[0])
+            active = select_active(query_change(q, self.q), count, candidates)
+            if self.selector == "quest":
+                pages = self._quest_pages(q[active], k)
+            else:
+                pages = self._top_pages(self.mass[active], k.shape[1])
+            o, lse = self._sparse(q, k, v, kind, pages, active)
             self.o_prefix[active], self.lse_prefix[active] = o, lse
-        self.q = q.copy()
+            renewed = active if self.drift == "refresh" else np.arange(q.shape[0])
+            self.q[renewed] = q[renewed]
         return self.o_prefix.copy(), self.lse_prefix.copy()
 
 

@@ -8,8 +8,10 @@ import reference as ref
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from kv import model_config
 
 from losart._active_set import query_change, select_active
+from losart.backends.cpu import CpuBackend
 from losart.options import AttentionConfig
 
 changes = st.one_of(st.floats(0, 1, width=32), st.sampled_from([0.0, 0.25, 0.5, float("inf")]))
@@ -56,6 +58,21 @@ def test_nan_leaves_a_set_of_the_right_size(change, count):
     active = select_active(change, count)
     assert len(active) == count
     assert (np.diff(active) > 0).all() and np.isin(active, range(6)).all()
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 20).flatmap(lambda n: arrays(np.float32, n, elements=changes)), st.data())
+def test_of_candidates_the_largest_changes_are_active_and_of_few_all(change, data):
+    masked = data.draw(arrays(bool, len(change)))
+    count = data.draw(st.integers(0, len(change)))
+    # One channel of one head, whose square is the change.
+    q = np.zeros((len(change), 1, 16), np.float32)
+    q[:, 0, 0] = 4 * np.sqrt(np.minimum(change, 1))
+    backend = CpuBackend(model_config(1, 1, 16), "float32")
+    candidates = np.flatnonzero(masked).astype(np.int32)
+    active = backend.select_active(q, np.zeros_like(q), count, candidates)
+    assert active.dtype == np.int32 and len(active) == min(count, masked.sum())
+    np.testing.assert_array_equal(active, ref.select_active(query_change(q, np.zeros_like(q)), count, masked))
 
 
 @pytest.mark.parametrize("count", [-1, 5])

@@ -29,7 +29,8 @@ def test_passes_every_option_on(tiny_checkpoint, capsys):
         "--max-new-tokens 20 --block-length 5 --denoising-steps 3 --remasking entropy_bounded "
         "--confidence-threshold 0.5 --eb-threshold 0.7 --temperature 0.9 --top-k 20 --top-p 0.9 --seed 3 "
         "--stop zzz --stop-token-ids --attention losa --budget 16 --active 0.4 --page-size 32 "
-        "--dense-layers 1 --commit sparse --device cpu --dtype bfloat16"
+        "--dense-layers 1 --commit sparse "
+        "--selector anchor --drift refresh --candidates masked --device cpu --dtype bfloat16"
     )
     assert main(["generate", str(tiny_checkpoint), "--prompt", PROMPT * 9, *arguments.split()]) == 0
     expected = losart.generate(
@@ -55,6 +56,9 @@ def test_passes_every_option_on(tiny_checkpoint, capsys):
         page_size=32,
         dense_layers=1,
         commit="sparse",
+        selector="anchor",
+        drift="refresh",
+        candidates="masked",
     )
     assert capsys.readouterr().out == f"{expected}\n"
 

@@ -53,6 +53,7 @@ class Scripted:
 
     def denoise(self, inputs: PassInputs, cache: Cache, policy: Any, config: Any) -> Proposals:
         ids = inputs.ids.tolist()
+        assert policy.masked.tolist() == inputs.rows.tolist()
         self.passes.append((policy.kind, ids))
         if self.logits is not None:
             logits = np.tile(self.logits, (len(ids), 1))
@@ -71,6 +72,7 @@ class Scripted:
         )
 
     def commit(self, ids: np.ndarray, cache: Cache, policy: Any) -> None:
+        assert not policy.masked.size
         self.passes.append((policy.kind, ids.tolist()))
         cache.length += len(ids)
 

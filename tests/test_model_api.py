@@ -320,12 +320,32 @@ def test_without_cuda_auto_says_so_and_takes_the_cpu(make_checkpoint, monkeypatc
         ("page_size", 2**66),
         ("dense_layers", -1),
         ("commit", "never"),
+        ("selector", "mage"),
+        ("selector", True),
+        ("drift", "first"),
+        ("drift", ["refresh"]),
+        ("candidates", "fixed"),
+        ("candidates", 3),
     ],
 )
 def test_an_option_out_of_range_is_named(model, option, value):
     with pytest.raises(OptionError, match=option) as caught:
         model.stream(IDS, **{option: value})
     assert isinstance(caught.value, ValueError)
+
+
+@pytest.mark.parametrize(
+    ("option", "choices"),
+    [
+        ("selector", "'quest' or 'anchor'"),
+        ("drift", "'previous' or 'refresh'"),
+        ("candidates", "'all' or 'masked'"),
+        ("commit", "'dense' or 'sparse'"),
+    ],
+)
+def test_a_choice_that_is_none_lists_the_choices(model, option, choices):
+    with pytest.raises(OptionError, match=f"^{option} must be {choices}, not 'x'$"):
+        model.stream(IDS, **{option: "x"})
 
 
 def test_an_unknown_option_gets_a_suggestion(model):

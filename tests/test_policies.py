@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
-
 import numpy as np
 import pytest
-import reference as ref
-from kv import held, model_config
-from test_attention_kernels import assert_close
+from drive import PASSES, REFERENCES, Case, drive
+from kv import model_config
 
 import losart
 from losart.attention import make_policy
@@ -18,125 +14,8 @@ from losart.backends.cpu import CpuBackend
 from losart.errors import OptionError
 from losart.options import AttentionConfig
 
-REFERENCES = {
-    "dense": ref.DensePolicy,
-    "losa": ref.LosaPolicy,
-    "quest": ref.QuestPolicy,
-    "sparsed": ref.SparsedPolicy,
-}
 METHODS = list(REFERENCES)
 SPARSE = METHODS[1:]
-PASSES = ["first", "later", "later", "later", "commit"]
-
-
-class RecordingBackend(CpuBackend):
-    """Notes which prefix positions each kv head read, and for which tokens."""
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self.reads: list[tuple[list[int], list[list[int]]]] = []
-
-    def prefix_attention(self, q, cache, layer):
-        every = [list(range(cache.length))] * self.config.num_kv_heads
-        self.reads.append((list(range(len(q))), every))
-        return super().prefix_attention(q, cache, layer)
-
-    def prefix_attention_and_masses(self, q, cache, layer):
-        every = [list(range(cache.length))] * self.config.num_kv_heads
-        self.reads.append((list(range(len(q))), every))
-        return super().prefix_attention_and_masses(q, cache, layer)
-
-    def sparse_prefix_attention(self, q, tokens, pages, cache, layer, into=None):
-        read = [
-            ref.positions_of_pages(ids[:count], cache.page_size, cache.length).tolist()
-            for ids, count in zip(pages.ids, pages.counts, strict=True)
-        ]
-        assert pages.positions == sum(map(len, read))
-        self.reads.append((tokens.tolist(), read))
-        return super().sparse_prefix_attention(q, tokens, pages, cache, layer, into)
-
-
-@dataclass
-class Case:
-    method: str = "losa"
-    prefix: int = 200
-    block_length: int = 8
-    blocks: int = 2
-    layers: int = 3
-    kv_heads: int = 2
-    group: int = 2
-    width: int = 32
-    dtype: str = "float32"
-    options: dict[str, Any] = field(default_factory=dict)
-    seed: int = 0
-
-    def __str__(self) -> str:
-        changed = [f"{k}{v}" for k, v in vars(self).items() if v != getattr(Case(), k) and k != "options"]
-        return "-".join([*changed, *(f"{k}={v}" for k, v in self.options.items())])
-
-    def is_sparse_pass(self, kind: str) -> bool:
-        if kind == "commit":
-            return self.method != "dense" and self.options.get("commit", "dense") == "sparse"
-        return self.method == "quest" or (kind == "later" and self.method != "dense")
-
-
-def drive(case: Case) -> tuple[Any, list[list[tuple[str, ref.Pass]]]]:
-    """Run the policy and the reference's through the passes, comparing the two.
-
-    Returns the policy, and for each pass the kind and the reference's records of all layers.
-    """
-    rng = np.random.default_rng(case.seed)
-    config = AttentionConfig(case.method, **case.options)
-    model = model_config(case.kv_heads, case.group, case.width, case.layers)
-    backend = RecordingBackend(model, case.dtype)
-    cache = backend.new_cache(config.page_size)
-    policy = make_policy(config, model, case.block_length)
-    reference_options = {k: v for k, v in case.options.items() if k != "dense_layers"}
-    references = [
-        (ref.DensePolicy if layer < config.dense_layers else REFERENCES[case.method])(**reference_options)
-        for layer in range(case.layers)
-    ]
-
-    def draw(tokens: int, heads: int, scale: float = 1.0) -> np.ndarray:
-        return scale * rng.standard_normal((case.layers, tokens, heads, case.width), np.float32)
-
-    def commit(k: np.ndarray, v: np.ndarray) -> None:
-        for layer in range(case.layers):
-            cache.write(layer, k[layer], v[layer])
-        cache.advance(k.shape[1])
-
-    prefix = [draw(case.prefix, case.kv_heads) for _ in range(2)]
-    commit(*prefix)
-    passes = []
-    for _ in range(case.blocks):
-        policy.begin_block()
-        for reference in references:
-            reference.begin_block()
-        q = draw(case.block_length, case.kv_heads * case.group, 2.0)
-        k_prefix, v_prefix = (held(x, case.dtype) for x in prefix)
-        for kind in PASSES:
-            # Some tokens change much, some a little, some not at all.
-            size = rng.permutation(case.block_length) % 3 * np.float32(0.3)
-            q += size[:, None, None] * draw(case.block_length, case.kv_heads * case.group)
-            k, v = (draw(case.block_length, case.kv_heads) for _ in range(2))
-            policy.begin_pass(PassKind(kind), cache.length)
-            records = []
-            for layer in range(case.layers):
-                o = policy.attend(backend, layer, q[layer].copy(), k[layer], v[layer], cache)
-                expected = references[layer].attend(
-                    q[layer], k[layer], v[layer], k_prefix[layer], v_prefix[layer], kind
-                )
-                assert_close(o, expected)
-                record = references[layer].passes[-1]
-                read = [positions.tolist() for positions in record.positions_read]
-                assert backend.reads.pop() == (record.active.tolist(), read)
-                records.append(record)
-            assert not backend.reads
-            passes.append((kind, records))
-        commit(k, v)
-        prefix = [np.concatenate(both, axis=1) for both in zip(prefix, (k, v), strict=True)]
-    return policy, passes
-
 
 CASES = [
     *(Case(method, seed=seed) for method in METHODS for seed in range(2)),
@@ -175,29 +54,11 @@ CASES = [
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_policy_is_the_references(case):
-    policy, passes = drive(case)
-    reads = policy.reads
-    read = [(kind, record) for kind, records in passes for record in records if record.prefix_length]
-
-    def mean(values: list[float]) -> float | None:
-        return pytest.approx(np.mean(values)) if values else None
-
-    assert reads.density == mean([record.density.mean() for _, record in read])
-    assert reads.sparse_density == mean([r.density.mean() for kind, r in read if case.is_sparse_pass(kind)])
-
-    dense_layers = case.options.get("dense_layers", 0)
-    assert reads.active_fraction == mean(
-        [
-            len(record.active) / case.block_length
-            for kind, records in passes
-            if case.is_sparse_pass(kind)
-            for record in records[dense_layers:]
-        ]
-    )
+    drive(case)
 
 
 def test_no_active_token_reads_nothing_after_the_first_pass():
-    policy, passes = drive(Case(options={"active": 0, "commit": "sparse"}))
+    policy, _, passes = drive(Case(options={"active": 0, "commit": "sparse"}))
     assert policy.reads.sparse_density == policy.reads.active_fraction == 0.0
     assert policy.reads.density == pytest.approx(1 / len(PASSES))
     assert not any(positions.size for kind, records in passes if kind != "first" for record in records

@@ -299,6 +299,49 @@ def test_losa_with_no_active_token_reads_nothing() -> None:
     assert policy.passes[-1].density.tolist() == [0.0, 0.0]
 
 
+def test_losa_may_measure_change_against_the_query_of_the_stored_result() -> None:
+    """Token 0 drifts, token 2 swings to and fro: in the end the drift is larger than the swing."""
+    _, k_block, v_block, k, v = SIZES.arrays()
+    base = SIZES.queries(1)[0]
+    active = {}
+    for drift in ("previous", "refresh"):
+        policy = ref.LosaPolicy(budget=16, active=1, drift=drift)
+        for n in range(6):
+            q = base.copy()
+            q[0] += 0.4 * n
+            q[2] += n % 2
+            policy.attend(q, k_block, v_block, k, v, "later" if n else "first")
+        active[drift] = [record.active.tolist() for record in policy.passes[1:]]
+    # Token 0 is 1.2 away in the third later pass; in the fourth, token 2 is back where it was stored.
+    assert active == {"previous": [[2]] * 5, "refresh": [[2], [2], [0], [0], [2]]}
+
+
+def test_losa_may_select_by_the_masses_of_the_first_pass() -> None:
+    _, k_block, v_block, k, v = SIZES.arrays()
+    first, later = SIZES.queries(2)
+    policy = ref.LosaPolicy(budget=16, active=2, selector="anchor")
+    policy.attend(first, k_block, v_block, k, v, "first")
+    mass = ref.page_mass(first, k, 16)
+    for scale in (1.0, -1.0):  # whatever the query is now
+        policy.attend(scale * later, k_block, v_block, k, v, "later")
+        record = policy.passes[-1]
+        for g, read in enumerate(record.positions_read):
+            pages = set(mass[record.active, 2 * g : 2 * g + 2].argmax(axis=-1).ravel().tolist())
+            assert sorted(set((read // 16).tolist())) == sorted(pages)
+
+
+def test_losa_may_have_only_masked_tokens_active() -> None:
+    _, k_block, v_block, k, v = SIZES.arrays()
+    policy = ref.LosaPolicy(budget=16, active=2, candidates="masked", commit="sparse")
+    sets = [("first", [1, 1, 0, 1]), ("later", [1, 1, 0, 1]), ("later", [0, 1, 0, 0]), ("commit", [0] * 4)]
+    for q, (kind, masked) in zip(SIZES.queries(4), sets, strict=True):
+        policy.attend(q, k_block, v_block, k, v, kind, masked)
+    active = [record.active.tolist() for record in policy.passes]
+    assert active[0] == [0, 1, 2, 3] and len(active[1]) == 2 and 2 not in active[1]
+    assert active[2:] == [[1], []]
+    assert policy.passes[-1].density.tolist() == [0.0, 0.0]
+
+
 @pytest.mark.parametrize("policy_class", [ref.LosaPolicy, ref.SparsedPolicy])
 @pytest.mark.parametrize("kind", ["later", "commit"])
 def test_a_block_starts_with_its_first_pass(policy_class: type, kind: str) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import enum
 from abc import ABC, abstractmethod
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Any
+
+import numpy as np
 
 from losart.attention.reads import ReadLog
 from losart.backends.base import Prefix
@@ -38,6 +40,8 @@ class AttentionPolicy(ABC):
     ----------
     reads : ReadLog
         What the passes have read so far.
+    masked : int32 [any]
+        Positions of the block that are masked in this pass, rising.
     """
 
     dense_first_pass = False
@@ -47,22 +51,35 @@ class AttentionPolicy(ABC):
         self.model = model
         self.block_length = block_length
         self.kind = PassKind.FIRST
+        self.masked = np.empty(0, np.int32)
         self.reads = ReadLog(model.num_kv_heads, block_length)
 
     def begin_block(self) -> None:
         """A new block: nothing stored of an earlier one is valid."""
         self.kind = PassKind.FIRST
 
-    def begin_pass(self, kind: PassKind, prefix_length: int) -> None:
-        """A pass over all layers begins."""
+    def begin_pass(self, kind: PassKind, prefix_length: int, masked: np.ndarray | Sequence[int] = ()) -> None:
+        """A pass over all layers begins.
+
+        Parameters
+        ----------
+        kind : PassKind
+        prefix_length : int
+        masked : int [any]
+            Positions of the block that are still masked, rising; none in a commit pass.
+        """
         self.kind = kind
+        self.masked = np.asarray(masked, np.int32)
         layers, dense = self.model.num_layers, self._dense_pass()
         self.reads.begin_pass(sparse=not dense)
         self.reads.dense(layers if dense else min(self.config.dense_layers, layers), prefix_length)
 
     @property
     def shape(self) -> Hashable:
-        """What a pass of this kind has in common with others that launch the same operations."""
+        """What a pass of this kind has in common with others that launch the same operations.
+
+        `masked` is no part of it: what depends on it is an input of those operations.
+        """
         return type(self), self.config, self.kind, self.block_length
 
     def _dense_pass(self) -> bool:
@@ -78,6 +95,7 @@ class AttentionPolicy(ABC):
         backend : Backend
         layer : int
         q : [tokens, heads, head_dim]
+            The policy may keep it, and write into it in later passes.
         k, v : [tokens, kv_heads, head_dim]
             Of the block itself.
         cache : PagedKVCache

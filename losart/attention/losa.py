@@ -7,23 +7,34 @@ from typing import Any
 
 from losart.attention.base import AttentionPolicy, PassKind
 from losart.backends.base import Prefix
-from losart.cache import PagedKVCache
+from losart.cache import PagedKVCache, PageList
 
 
 @dataclass
 class LayerState:
-    """One layer's memory of the block: the last pass's queries, and each token's prefix attention."""
+    """One layer's memory of the block.
+
+    Attributes
+    ----------
+    q : [tokens, heads, head_dim]
+        What each token's query change is measured against.
+    prefix : Prefix
+        Each token's prefix attention.
+    masses : [kv_heads, tokens, group, pages], optional
+        Of the first pass, where they select pages.
+    """
 
     q: Any
     prefix: Prefix
+    masses: Any = None
 
 
 class LosaPolicy(AttentionPolicy):
     """Tokens whose queries changed most read the prefix, sparsely; the others reuse their results.
 
     The first pass over a block is dense and fills the state. In later passes the `active` tokens
-    of largest query change select pages by QUEST's bound, and attend to the union per kv head;
-    their new results replace the stored ones.
+    of largest query change select pages, by QUEST's bound or by the masses of the first pass, and
+    attend to the union per kv head; their new results replace the stored ones.
     """
 
     dense_first_pass = True
@@ -39,15 +50,33 @@ class LosaPolicy(AttentionPolicy):
 
     def prefix(self, backend: Any, layer: int, q: Any, cache: PagedKVCache) -> Prefix:
         if self.kind is PassKind.FIRST:
-            self._state[layer] = LayerState(q, backend.prefix_attention(q, cache, layer))
+            self._state[layer] = self._fill(backend, layer, q, cache)
         else:
             self._refresh(backend, layer, q, cache)
         return self._state[layer].prefix
 
+    def _fill(self, backend: Any, layer: int, q: Any, cache: PagedKVCache) -> LayerState:
+        if self.config.selector == "quest":
+            return LayerState(q, backend.prefix_attention(q, cache, layer))
+        o, lse, masses = backend.prefix_attention_and_masses(q, cache, layer)
+        return LayerState(q, (o, lse), masses)
+
     def _refresh(self, backend: Any, layer: int, q: Any, cache: PagedKVCache) -> None:
         state = self._state[layer]
-        active = backend.select_active(q, state.q, self._active_count)
-        pages = backend.select_pages(q, active, cache, layer, self.config.pages_per_query)
-        self.reads.sparse(pages.positions, cache.length, len(active))
+        candidates = self.masked if self.config.candidates == "masked" else None
+        active = backend.select_active(q, state.q, self._active_count, candidates)
+        pages = self._select_pages(backend, layer, q, active, cache)
+        # Not the length of `active`, which a backend may have padded.
+        tokens = self._active_count if candidates is None else min(self._active_count, len(candidates))
+        self.reads.sparse(pages.positions, cache.length, tokens)
         backend.sparse_prefix_attention(q, active, pages, cache, layer, into=state.prefix)
-        state.q = q
+        if self.config.drift == "previous":
+            state.q = q
+        else:
+            backend.copy_tokens(q, active, into=state.q)
+
+    def _select_pages(self, backend: Any, layer: int, q: Any, active: Any, cache: PagedKVCache) -> PageList:
+        count = self.config.pages_per_query
+        if self.config.selector == "quest":
+            return backend.select_pages(q, active, cache, layer, count)
+        return backend.select_pages_by_mass(self._state[layer].masses, active, cache, count)

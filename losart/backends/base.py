@@ -148,11 +148,30 @@ class SparseBackend(Backend, Protocol):
         Written into the arrays `into`, whose other rows stay as they are.
         """
 
-    def select_active(self, q: Array, previous: Array, count: int) -> Array:
-        """The `count` tokens whose queries changed most, rising."""
+    def select_active(
+        self, q: Array, previous: Array, count: int, candidates: np.ndarray | None = None
+    ) -> Array:
+        """The `count` tokens whose queries changed most, rising.
+
+        With `candidates`, rising positions of the block, only these; all of them where there are
+        fewer than `count`.
+        """
+        # Candidates, the masked positions, differ between passes of equal shape. A backend that
+        # replays passes must take them from its own copy of the pass's inputs (PassInputs.rows), and
+        # always give `count` places: those past the last active token hold -1, which select_pages,
+        # select_pages_by_mass, sparse_prefix_attention and copy_tokens then pass over.
+
+    def copy_tokens(self, source: Array, tokens: Array, into: Array) -> None:
+        """Copy the rows `tokens` of source [all tokens, ...] into the same rows of another array."""
 
     def select_pages(self, q: Array, tokens: Array, cache: PagedKVCache, layer: int, count: int) -> PageList:
         """Top `count` pages of each query of `tokens` by QUEST's bound, united per kv head."""
+
+    def select_pages_by_mass(self, masses: Array, tokens: Array, cache: PagedKVCache, count: int) -> PageList:
+        """Top `count` pages of each query of `tokens` by mass, united per kv head.
+
+        `masses` are those of `prefix_attention_and_masses`, [kv_heads, all tokens, group, pages].
+        """
 
     def select_pages_by_score(self, scores: Array, cache: PagedKVCache, count: int) -> PageList:
         """Top `count` pages of each row of scores [kv_heads, rows, pages], united per kv head."""

@@ -248,13 +248,28 @@ class CpuBackend:
 
     # -- selection
 
-    def select_active(self, q: np.ndarray, previous: np.ndarray, count: int) -> np.ndarray:
-        return select_active(query_change(q, previous), count)
+    def select_active(
+        self, q: np.ndarray, previous: np.ndarray, count: int, candidates: np.ndarray | None = None
+    ) -> np.ndarray:
+        change = query_change(q, previous)
+        if candidates is None:
+            return select_active(change, count)
+        return candidates[select_active(change[candidates], min(count, len(candidates)))]
+
+    def copy_tokens(self, source: np.ndarray, tokens: np.ndarray, into: np.ndarray) -> None:
+        into[tokens] = source[tokens]
 
     def select_pages(
         self, q: np.ndarray, tokens: np.ndarray, cache: PagedKVCache, layer: int, count: int
     ) -> PageList:
         scores = kernels.bound_scores(cache.table, layer, q, tokens, cache.length)
+        return self.select_pages_by_score(scores, cache, count)
+
+    def select_pages_by_mass(
+        self, masses: np.ndarray, tokens: np.ndarray, cache: PagedKVCache, count: int
+    ) -> PageList:
+        kv_heads, _, group, pages = masses.shape
+        scores = masses.take(tokens, axis=1).reshape(kv_heads, len(tokens) * group, pages)
         return self.select_pages_by_score(scores, cache, count)
 
     def select_pages_by_score(self, scores: np.ndarray, cache: PagedKVCache, count: int) -> PageList:

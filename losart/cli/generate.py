@@ -11,6 +11,7 @@ from losart.attention import POLICIES
 from losart.config import DTYPES
 from losart.errors import PromptError
 from losart.model import Model, load
+from losart.options import CHOICES
 from losart.remasking import STRATEGIES
 from losart.results import GenerationResult, Stats
 
@@ -77,9 +78,18 @@ def _add_options(command: argparse.ArgumentParser) -> None:
         metavar="N",
         help="losa: recomputed tokens, or as 0.3 their fraction of the block (5)",
     )
+    group.add_argument(
+        "--selector", choices=CHOICES["selector"], help="losa: what ranks pages for a query (quest)"
+    )
+    group.add_argument(
+        "--drift", choices=CHOICES["drift"], help="losa: against which pass change is measured (previous)"
+    )
+    group.add_argument(
+        "--candidates", choices=CHOICES["candidates"], help="losa: tokens that can be recomputed (all)"
+    )
     group.add_argument("--page-size", type=int, metavar="N", help="a multiple of 16 (16)")
     group.add_argument("--dense-layers", type=int, metavar="N", help="first layers that stay dense (0)")
-    group.add_argument("--commit", choices=["dense", "sparse"], help="(dense)")
+    group.add_argument("--commit", choices=CHOICES["commit"], help="(dense)")
 
 
 OTHER_ARGUMENTS = ("run", "model", "prompt", "prompt_file", "chat", "stats", "device", "dtype")
