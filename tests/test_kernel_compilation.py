@@ -26,7 +26,7 @@ CARDS = {
     "sm_120": Card((12, 0), 170, 99 << 10, 100 << 10),
 }
 PLANNED = ("linear", "prefix_attention", "causal_attention")
-TOKENS = (1, 4, 5, 16, 32, 33, 64)
+TOKENS = (1, 4, 16, 20, 32, 33, 44, 52, 64)
 HEADS = ((8, 8), (16, 8), (32, 8), (8, 1))  # and kv heads
 
 

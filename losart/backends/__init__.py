@@ -8,6 +8,9 @@ from losart.backends.base import Backend
 from losart.backends.cpu import CpuBackend
 from losart.config import ModelConfig
 from losart.errors import DeviceError, OptionError
+from losart.kernels_cu.compiler import nvrtc_version
+
+OLDEST_CAPABILITY = (8, 0)
 
 
 def make_backend(device: str, config: ModelConfig, dtype: str) -> Backend:
@@ -51,8 +54,17 @@ def cuda_problem() -> str | None:
             f"pip install 'losart[cuda12x]' or 'losart[cuda13x]' ({error})"
         )
     try:
-        if cupy.cuda.runtime.getDeviceCount() > 0:
-            return None
+        if cupy.cuda.runtime.getDeviceCount() == 0:
+            return "there is no CUDA device"
     except cupy.cuda.runtime.CUDARuntimeError as error:
         return f"CuPy finds no working driver and device ({error})"
-    return "there is no CUDA device"
+    major, minor = divmod(int(cupy.cuda.Device().compute_capability), 10)
+    if (major, minor) < OLDEST_CAPABILITY:
+        return "the device has compute capability {}.{}; {}.{} is needed".format(
+            major, minor, *OLDEST_CAPABILITY
+        )
+    try:
+        nvrtc_version()
+    except DeviceError as error:
+        return f"{error}; it comes with the extra: pip install 'losart[cuda12x]' or 'losart[cuda13x]'"
+    return None
