@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from environment import commit, cpu_name
+from environment import commit
 from random_checkpoint import SIZES, write_checkpoint
 
 import losart
@@ -30,6 +30,7 @@ from losart.attention import make_policy
 from losart.attention.base import AttentionPolicy, PassKind
 from losart.backends.base import PassInputs
 from losart.cache import PagedKVCache
+from losart.environment import cpu_name
 from losart.options import AttentionConfig, generation_config
 
 SIZE = "0.6B"

@@ -6,6 +6,7 @@ model = losart.load("path/to/SDAR-1.7B-Chat")
 print(model.generate("Why is the sky blue?", attention="losa"))
 """
 
+from losart.chat import Chat
 from losart.config import ModelConfig
 from losart.errors import (
     CheckpointError,
@@ -21,11 +22,13 @@ from losart.errors import (
 from losart.model import Model, generate, load
 from losart.options import AttentionConfig, GenerationConfig
 from losart.results import GenerationResult, Stats, Step
+from losart.session import Session
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AttentionConfig",
+    "Chat",
     "CheckpointError",
     "ConfigError",
     "DeviceError",
@@ -38,6 +41,7 @@ __all__ = [
     "OptionError",
     "OutOfMemoryError",
     "PromptError",
+    "Session",
     "Stats",
     "Step",
     "TensorError",

@@ -76,6 +76,10 @@ class PagedKVCache:
         kv, bounds = math.prod(table.kv_shape), math.prod(table.bounds_shape)
         return kv * BYTES[table.dtype] + bounds * BYTES[table.bounds_dtype]
 
+    def bytes_for(self, positions: int) -> int:
+        """Memory that this many positions take, in whole chunks."""
+        return -(-positions // self.table.positions_per_chunk) * self._chunk_bytes
+
     def reserve(self, positions: int) -> None:
         """Make room for this many positions in all.
 
@@ -110,3 +114,12 @@ class PagedKVCache:
     def advance(self, tokens: int) -> None:
         """Take the `tokens` positions last written into the prefix."""
         self.length += tokens
+
+    def rewind(self, positions: int, multiple: int = 1) -> None:
+        """Take positions out of the prefix until `positions` are left at most. Memory is kept.
+
+        What is left are whole pages, and a multiple of `multiple`: only its first position opens a
+        page's bounds anew, so those of a page cut in two would go on bounding what was taken out.
+        """
+        step = math.lcm(self.page_size, multiple)
+        self.length = min(self.length, positions) // step * step

@@ -87,8 +87,8 @@ class BlockDecoder:
         Parameters
         ----------
         prompt : sequence of int
-            At least one token. Its whole blocks are prefilled; the rest is the known head of the
-            first decoded block.
+            What follows the cache's prefix; at least one token where that is empty. Its whole blocks
+            are prefilled; the rest is the known head of the first decoded block.
         progress : callable, optional
             Called after each prefilled piece with prompt tokens done and in all.
         """
@@ -104,7 +104,7 @@ class BlockDecoder:
         began = time.perf_counter()
         length = self.config.block_length
         step = -(-self.transformer.prefill_tokens // length) * length
-        self.cache.reserve(len(ids))
+        self.cache.reserve(self.cache.length + len(ids))
         for start in range(0, len(ids), step):
             self.transformer.prefill(ids[start : start + step], self.cache, length)
             if progress is not None:

@@ -6,17 +6,14 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from losart.attention import make_policy
 from losart.backends import make_backend
 from losart.config import DTYPES, ModelConfig
-from losart.decode import BlockDecoder, Progress
-from losart.errors import OptionError, PromptError
+from losart.decode import Progress
+from losart.errors import OptionError
 from losart.loaders import ChatTemplate, Checkpoint, Tokenizer, open_checkpoint
-from losart.options import generation_config
-from losart.output import Output
-from losart.prompts import Prompt, is_batch, prompt_ids
-from losart.remasking import strategy
-from losart.results import GenerationResult, Stats, Step
+from losart.prompts import Prompt, is_batch
+from losart.results import GenerationResult, Step
+from losart.session import Session
 from losart.transformer import Transformer
 
 
@@ -139,55 +136,14 @@ class Model:
         Options and errors are those of `generate`; errors of the options and the prompt are raised
         at once, before the first step is asked for.
         """
-        if is_batch(prompt):
-            raise PromptError("stream takes one prompt, not a list of prompts")
-        config = generation_config(self.config, options)
-        strategy(config.remasking)
-        policy = make_policy(config.attention, self.config, config.block_length)
-        if config.attention.method != "dense" and not self._transformer.backend.sparse:
-            raise OptionError(
-                f"attention {config.attention.method!r} does not run on {self.device} in this version of "
-                f"losart; use 'dense', or load the model with device='cpu'"
-            )
-        if config.stop and self.tokenizer is None:
-            raise OptionError("stop: the checkpoint has no tokenizer; give stop_token_ids")
-        ids = prompt_ids(prompt, self.config, self.tokenizer, self.chat_template)
-        output = Output(
-            min(config.max_new_tokens, self.config.max_positions - len(ids)),
-            config.stop_token_ids,
-            config.stop,
-            self.tokenizer.decode if self.tokenizer else None,
-        )
-        cache = self._transformer.backend.new_cache(config.attention.page_size)
-        decoder = BlockDecoder(self._transformer, config, policy, cache, output)
-        return self._steps(decoder, ids, progress)
+        return self.session(**options).stream(prompt, progress=progress)
 
-    def _steps(self, decoder: BlockDecoder, ids: list[int], progress: Progress | None) -> Iterator[Step]:
-        output = decoder.output
-        for event in decoder.run(ids, progress):
-            block = [
-                None if masked else token
-                for token, masked in zip(event.ids.tolist(), event.masked.tolist(), strict=True)
-            ]
-            result = _result(decoder, len(ids)) if output.finish_reason else None
-            yield Step(event.block_start, block, event.fixed.tolist(), output.text, result)
+    def session(self, **options: Any) -> Session:
+        """A session: generations with these options, each prompt reusing the KV cache of those before.
 
-
-def _result(decoder: BlockDecoder, prompt_tokens: int) -> GenerationResult:
-    output, reads = decoder.output, decoder.policy.reads
-    assert output.finish_reason is not None
-    stats = Stats(
-        prompt_tokens=prompt_tokens,
-        new_tokens=len(output.tokens),
-        denoising_passes=decoder.denoising_passes,
-        commit_passes=decoder.commit_passes,
-        prefill_seconds=decoder.prefill_seconds,
-        decode_seconds=decoder.decode_seconds,
-        active_fraction=reads.active_fraction,
-        sparse_density=reads.sparse_density,
-        density=reads.density,
-    )
-    return GenerationResult(output.text, list(output.tokens), output.finish_reason, stats)
+        Options and their errors are those of `generate`.
+        """
+        return Session(self._transformer, self.tokenizer, self.chat_template, options)
 
 
 def load(model: str | os.PathLike[str], device: str = "auto", dtype: str = "auto") -> Model:

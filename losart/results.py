@@ -12,6 +12,9 @@ class Stats:
     Attributes
     ----------
     prompt_tokens, new_tokens : int
+    reused_tokens, prefilled_tokens : int
+        Of the prompt: those whose keys and values a session held already, and those that went
+        through the model. Less than a block is left, which is decoded with the first new tokens.
     denoising_passes, commit_passes : int
         Forward passes over a block; those of prefill are not among them.
     prefill_seconds, decode_seconds : float
@@ -26,6 +29,8 @@ class Stats:
 
     prompt_tokens: int
     new_tokens: int
+    reused_tokens: int
+    prefilled_tokens: int
     denoising_passes: int
     commit_passes: int
     prefill_seconds: float

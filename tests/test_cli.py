@@ -138,12 +138,13 @@ def test_active_that_is_neither(capsys):
 
 
 def test_help_and_version(capsys):
-    for arguments in (["--help"], ["generate", "--help"], ["--version"]):
+    commands = ("generate", "chat", "inspect", "info")
+    for arguments in (["--help"], *([command, "--help"] for command in commands), ["--version"]):
         with pytest.raises(SystemExit) as exit_:
             main(arguments)
         assert exit_.value.code == 0
     printed = capsys.readouterr().out
-    assert "example: losart generate" in printed
+    assert all(f"example: losart {command}" in printed for command in commands)
     assert losart.__version__ in printed
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import numpy as np
 import pytest
+import reference as ref
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kv import HELD_AS, bfloat16, empty_table, held, model_config
@@ -254,3 +256,71 @@ def test_positions_of_a_list(length, page_size, heads, data):
     counts = np.array([len(some) for some in chosen], np.int32)
     expected = sum(position // page_size in some for some in chosen for position in range(length))
     assert positions_in(ids, counts, page_size, length) == expected
+
+
+# Going back
+
+
+@st.composite
+def written_and_taken_back(draw):
+    """Writes of whole blocks, some never taken into the prefix, and rewinds in between."""
+    block = draw(st.integers(1, 20))
+    steps = st.one_of(
+        st.tuples(st.just("write"), st.integers(1, 120 // block)),
+        st.tuples(st.just("lost"), st.integers(1, 120 // block)),
+        st.tuples(st.just("rewind"), st.integers(0, 400)),
+    )
+    return block, draw(st.lists(steps, min_size=1, max_size=10))
+
+
+@quick
+@given(written_and_taken_back(), st.sampled_from([16, 48]), st.sampled_from(list(HELD_AS)))
+def test_bounds_after_going_back_are_those_of_the_keys_that_are_left(steps, page_size, dtype):
+    block, steps = steps
+    chunks = []
+
+    def allocate(shape, dtype):
+        chunks.append(np.zeros(shape, HELD_AS[dtype]))
+        return chunks[-1]
+
+    cache = PagedKVCache(PageTable(1, 2, 16, page_size, 16 * page_size, dtype), allocate)
+    keys = np.zeros((0, 2, 16), np.float32)
+    dirty = False
+    for seed, (kind, count) in enumerate(steps):
+        if kind == "rewind" or dirty:
+            before = cache.length
+            cache.rewind(count if kind == "rewind" else before, block)
+            assert cache.length <= before and cache.length % page_size == cache.length % block == 0
+            if kind == "rewind" and count < before:
+                assert count - cache.length < math.lcm(page_size, block)
+            keys, dirty = keys[: cache.length], False
+        if kind != "rewind":
+            k, v = random_kv(count * block, seed=seed)
+            cache.write(0, k, v)
+            if kind == "write":
+                cache.advance(len(k))
+                keys = np.concatenate([keys, k])
+            dirty = kind == "lost"
+    if dirty or not len(keys):
+        return
+    smallest, largest = ref.page_bounds(held(keys, dtype), page_size)
+    # Pages that hold more than the prefix are those past its end.
+    found = bounds(list(zip(chunks[::2], chunks[1::2], strict=True)), 0)
+    np.testing.assert_array_equal(found[0][: cache.pages], largest)
+    np.testing.assert_array_equal(found[1][: cache.pages], smallest)
+
+
+@pytest.mark.parametrize("page_size", [16, 48])
+@pytest.mark.parametrize("dtype", HELD_AS)
+@pytest.mark.parametrize("positions", [1, 1000, 1024, 1025, 5000])
+def test_memory_of_positions_is_that_of_their_chunks(page_size, dtype, positions):
+    table = CpuBackend(model_config(2, 1, 16, layers=3), dtype).new_cache(page_size).table
+    arrays = []
+
+    def allocate(shape, dtype):
+        arrays.append(np.zeros(shape, HELD_AS[dtype]))
+        return arrays[-1]
+
+    cache = PagedKVCache(table, allocate)
+    cache.reserve(positions)
+    assert cache.bytes_for(positions) == sum(array.nbytes for array in arrays)

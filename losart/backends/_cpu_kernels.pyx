@@ -17,6 +17,7 @@ from libc.string cimport memcpy, memset
 from losart._kv_index cimport BFLOAT16, FLOAT32, PageTable, SlabSource
 from losart.backends.simd cimport (
     scale,
+    simd_level,
     slab_scores,
     slabs_accumulate,
     softmax_step,
@@ -26,6 +27,17 @@ from losart.backends.simd cimport (
 
 cdef extern from "math.h" nogil:
     float expf(float x)
+
+cdef extern from *:
+    """
+    #ifdef _OPENMP
+    #include <omp.h>
+    static int most_threads(void) { return omp_get_max_threads(); }
+    #else
+    static int most_threads(void) { return 1; }
+    #endif
+    """
+    int most_threads()
 
 cdef enum:
     LANES = 16
@@ -39,6 +51,16 @@ cdef enum:
 
 SLAB_POSITIONS = LANES
 TILE_POSITIONS = TILE * LANES
+
+
+def vectors_in_use():
+    """2 where the kernels run on AVX-512, 1 on AVX2, 0 on what every machine has."""
+    return simd_level()
+
+
+def threads_in_use():
+    """Threads that the kernels may run on."""
+    return most_threads()
 
 
 cdef struct Work:

@@ -1,6 +1,7 @@
 from libc.stdint cimport uint16_t
 
 cdef extern from "simd.h" nogil:
+    int simd_level()
     void slab_scores(const float *q, long rows, long dim, const float *k, float *s, long s_stride)
     void slabs_accumulate(const float *p, long p_stride, long rows, const float *const *v, long slabs,
                           long dim, float *o)

@@ -1,0 +1,73 @@
+"""Arguments that several commands share."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from losart.attention import POLICIES
+from losart.config import DTYPES
+from losart.options import CHOICES, OPTIONS
+from losart.remasking import STRATEGIES
+
+
+def add_model(command: argparse.ArgumentParser) -> None:
+    """Which checkpoint, and how it is loaded."""
+    command.add_argument("model", metavar="MODEL", help="checkpoint directory or hub id")
+    command.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    command.add_argument("--dtype", choices=["auto", *DTYPES], default="auto")
+
+
+def add_generation(command: argparse.ArgumentParser) -> None:
+    """The options of `Model.generate`, left out of the namespace unless they are given."""
+    group = command.add_argument_group("generation", argument_default=argparse.SUPPRESS)
+    group.add_argument("--max-new-tokens", type=int, metavar="N", help="new tokens at most (128)")
+    group.add_argument("--block-length", type=int, metavar="N", help="tokens of a block (the checkpoint's)")
+    group.add_argument("--denoising-steps", type=int, metavar="N", help="passes a block (the block length)")
+    group.add_argument("--remasking", choices=STRATEGIES, help="(low_confidence_dynamic)")
+    group.add_argument("--confidence-threshold", type=float, metavar="P", help="(0.85)")
+    group.add_argument("--eb-threshold", type=float, metavar="NATS", help="(0.35)")
+    group.add_argument("--temperature", type=float, metavar="T", help="0 is greedy (0)")
+    group.add_argument("--top-k", type=int, metavar="K", help="0 keeps all (0)")
+    group.add_argument("--top-p", type=float, metavar="P", help="(1.0)")
+    group.add_argument("--seed", type=int, metavar="N", help="same seed, same output")
+    group.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; repeatable")
+    group.add_argument("--stop-token-ids", type=int, nargs="*", metavar="ID", help="(the checkpoint's)")
+    group.add_argument("--mask-token-id", type=int, metavar="ID", help="(the checkpoint's)")
+    group = command.add_argument_group("attention", argument_default=argparse.SUPPRESS)
+    group.add_argument("--attention", choices=POLICIES, help="how passes read the prefix (dense)")
+    group.add_argument("--budget", type=int, metavar="N", help="prefix positions that a query selects (512)")
+    group.add_argument(
+        "--active",
+        type=_active,
+        metavar="N",
+        help="losa: recomputed tokens, or as 0.3 their fraction of the block (5)",
+    )
+    group.add_argument(
+        "--selector", choices=CHOICES["selector"], help="losa: what ranks pages for a query (quest)"
+    )
+    group.add_argument(
+        "--drift", choices=CHOICES["drift"], help="losa: against which pass change is measured (previous)"
+    )
+    group.add_argument(
+        "--candidates", choices=CHOICES["candidates"], help="losa: tokens that can be recomputed (all)"
+    )
+    group.add_argument("--page-size", type=int, metavar="N", help="a multiple of 16 (16)")
+    group.add_argument("--dense-layers", type=int, metavar="N", help="first layers that stay dense (0)")
+    group.add_argument("--commit", choices=CHOICES["commit"], help="(dense)")
+
+
+def generation_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Those of them that were given."""
+    return {name: value for name, value in vars(args).items() if name in OPTIONS}
+
+
+def _active(text: str) -> int | float:
+    for number in (int, float):
+        try:
+            return number(text)
+        except ValueError:
+            pass
+    raise argparse.ArgumentTypeError(
+        f"must be a count of tokens, such as 5, or a fraction of the block, such as 0.3, not {text!r}"
+    )

@@ -1,0 +1,119 @@
+"""`losart chat`: a conversation, line by line."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any
+
+from losart.chat import Chat
+from losart.cli.answers import prefill_progress, print_figures, print_steps
+from losart.cli.arguments import add_generation, add_model, generation_options
+from losart.errors import LosartError
+from losart.model import load
+
+EXAMPLE = 'example: losart chat path/to/SDAR-1.7B-Chat --system "Be brief." --attention losa --stats'
+COMMANDS = (
+    "Ctrl-C stops an answer, Ctrl-D or /quit leaves, /reset clears, /system TEXT sets the system message"
+)
+PROMPT = ">>> "
+
+
+def add_command(commands: Any) -> None:
+    """Add this command to the subparsers of `losart`."""
+    command = commands.add_parser(
+        "chat",
+        help="talk with a model",
+        description="Talk with a model, a line a turn, through the checkpoint's chat template. What earlier "
+        f"turns left in the KV cache is not computed again. {COMMANDS}.",
+        epilog=EXAMPLE,
+    )
+    command.set_defaults(run=run)
+    add_model(command)
+    command.add_argument("--system", metavar="TEXT", help="the system message")
+    command.add_argument(
+        "--stats", action="store_true", help="print figures after each answer, to standard error"
+    )
+    add_generation(command)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Talk until the input ends.
+
+    At a terminal an interrupt stops the answer, and a mistake costs the turn; elsewhere they end
+    the command.
+    """
+    terminal = sys.stdin.isatty()
+    chat = Chat(load(args.model, args.device, args.dtype), args.system, **generation_options(args))
+    if terminal:
+        print(COMMANDS, file=sys.stderr)
+    for line in _lines(terminal):
+        if line == "/quit":
+            return
+        try:
+            _take(line, chat, args.stats)
+        except KeyboardInterrupt:
+            if not terminal:
+                raise
+            print()
+        except LosartError as error:
+            if not terminal:
+                raise
+            print(f"losart: {error}", file=sys.stderr)
+
+
+def _take(line: str, chat: Chat, stats: bool) -> None:
+    command, _, text = line.partition(" ")
+    if command == "/reset":
+        chat.reset()
+    elif command == "/system":
+        chat.system = text.strip() or None
+    elif re.fullmatch("/[a-z]+", command):
+        print(f"losart: there is no {command}: {COMMANDS}", file=sys.stderr)
+    else:
+        result = print_steps(chat.stream(line, progress=prefill_progress()))
+        if stats:
+            print_figures(result)
+
+
+def _lines(terminal: bool) -> Iterator[str]:
+    """Lines of standard input that say something."""
+    if hasattr(sys.stdin, "reconfigure"):
+        # What is not UTF-8 then is an error of the prompt, and not of reading.
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
+    if terminal:
+        with suppress(ImportError):
+            import readline  # noqa: F401, for `input`
+    interrupted = False
+    while True:
+        try:
+            line = _read_line(terminal).strip()
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            if not terminal or interrupted:
+                raise
+            interrupted = True
+            print("\nCtrl-C once more, Ctrl-D or /quit leaves", file=sys.stderr)
+            continue
+        interrupted = False
+        if line:
+            yield line
+
+
+def _read_line(terminal: bool) -> str:
+    if terminal and sys.stdout.isatty():
+        try:
+            return input(PROMPT)
+        except EOFError:
+            print()
+            raise
+    if terminal:
+        print(PROMPT, end="", file=sys.stderr, flush=True)
+    line = sys.stdin.readline()
+    if not line:
+        raise EOFError
+    return line

@@ -1,0 +1,57 @@
+"""`losart info`: what losart runs on here."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from losart.cli.tables import print_rows, size
+from losart.environment import environment
+
+EXAMPLE = "example: losart info --json"
+
+
+def add_command(commands: Any) -> None:
+    """Add this command to the subparsers of `losart`."""
+    command = commands.add_parser(
+        "info",
+        help="show versions, processor, GPU and cached kernels",
+        description="Show versions, the processor, the GPU or why there is none, and the cache of kernels.",
+        epilog=EXAMPLE,
+    )
+    command.set_defaults(run=run)
+    command.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print what there is."""
+    facts = environment()
+    if args.json:
+        print(json.dumps(facts, indent=2))
+        return
+    cpu, gpu, cache = facts["cpu"], facts["gpu"], facts["kernel_cache"]
+    problem = facts["cuda_problem"]
+    rows = [
+        ("losart", facts["losart"]),
+        ("Python", f"{facts['python']} on {facts['system']}"),
+        ("CPU", f"{cpu['name']}, {cpu['threads']} thread{'s' * (cpu['threads'] != 1)}, {cpu['vectors']}"),
+        ("GPU", _gpu(gpu) if gpu else "none"),
+        *([("", f"not used: {problem}")] if problem else []),
+        ("CuPy", facts["cupy"] or "none"),
+        ("NVRTC", facts["nvrtc"] or "none"),
+        ("kernel cache", _cache(cache) if cache else "none: there is no home directory"),
+    ]
+    print_rows(rows)
+
+
+def _gpu(gpu: dict[str, Any]) -> str:
+    driver = f"driver {gpu['driver']}" if gpu["driver"] else "driver"
+    return (
+        f"{gpu['name']}, {size(gpu['memory_bytes'])}, compute capability {gpu['capability']}, "
+        f"{driver} for CUDA {gpu['driver_cuda']}"
+    )
+
+
+def _cache(cache: dict[str, Any]) -> str:
+    return f"{cache['folder']}: {cache['files']} files, {size(cache['bytes'])}"

@@ -1,0 +1,79 @@
+"""`losart inspect`: what a checkpoint is, and the memory that it takes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from losart.cli.arguments import add_model
+from losart.cli.tables import print_rows, size
+from losart.inspection import inspection
+from losart.loaders import open_checkpoint
+
+EXAMPLE = "example: losart inspect path/to/SDAR-1.7B-Chat --context 8192 40960 --dtype float16"
+
+
+def add_command(commands: Any) -> None:
+    """Add this command to the subparsers of `losart`."""
+    command = commands.add_parser(
+        "inspect",
+        help="show a checkpoint's sizes, memory and default options",
+        description="Show a checkpoint's architecture and sizes, the memory that its weights and its KV "
+        "cache take, and the options that a generation runs with by default. Reads no weights.",
+        epilog=EXAMPLE,
+    )
+    command.set_defaults(run=run)
+    add_model(command)
+    command.add_argument(
+        "--context",
+        type=int,
+        nargs="+",
+        default=[],
+        metavar="N",
+        help="lengths to show the size of the KV cache for (4096, 32768 and the model's positions)",
+    )
+    command.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print what there is."""
+    facts = inspection(open_checkpoint(args.model), args.device, args.dtype, args.context)
+    if args.json:
+        print(json.dumps(facts, indent=2))
+    else:
+        print_rows(_rows(facts))
+
+
+def _rows(facts: dict[str, Any]) -> list[tuple[str, object]]:
+    sizes, disk = facts["sizes"], facts["dtype_on_disk"]
+    ends, options = facts["end_tokens"], facts["options"]
+    given = "the mask token must be given: mask_token_id"
+    return [
+        ("checkpoint", facts["path"]),
+        ("architecture", facts["architecture"]),
+        ("layers", sizes["layers"]),
+        ("hidden, FFN", f"{sizes['hidden']}, {sizes['ffn']}"),
+        ("heads", f"{sizes['heads']}, {sizes['kv_heads']} of keys and values, {sizes['head_dim']} wide"),
+        ("vocabulary", f"{sizes['vocabulary']}{', tied embeddings' if sizes['tied_embeddings'] else ''}"),
+        ("positions", f"{sizes['positions']}, rope {_rope(sizes['rope'])}"),
+        ("parameters", f"{facts['parameters']:,}"),
+        ("on disk", f"{size(facts['bytes_on_disk'])} in {', '.join(disk)}"),
+        ("weights", f"{size(facts['weight_bytes'])} in {facts['dtype']} on {facts['device']}"),
+        *((f"KV at {kv['context']}", size(kv["bytes"])) for kv in facts["kv_cache"]),
+        ("block length", facts["block_length"] or "not said"),
+        ("mask token", _token(facts["mask_token"]) if facts["mask_token"] else "not said"),
+        ("end tokens", ", ".join(map(_token, ends)) or "none"),
+        ("tokenizer", "yes" if facts["tokenizer"] else "no"),
+        ("chat template", "yes" if facts["chat_template"] else "no"),
+        ("options", given if options is None else ", ".join(f"{k}={v!r}" for k, v in options.items())),
+    ]
+
+
+def _rope(rope: dict[str, Any]) -> str:
+    scaling = "" if rope["kind"] == "default" else f", {rope['kind']} by {rope['factor']:g}"
+    return f"theta {rope['theta']:g}{scaling}"
+
+
+def _token(token: dict[str, Any]) -> str:
+    return f"{token['id']} {token['text']!r}" if token["text"] else str(token["id"])
