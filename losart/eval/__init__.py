@@ -1,0 +1,1 @@
+"""Measuring what attention methods cost in accuracy. Not imported by `losart` itself."""
