@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from typing import Any
 
 from losart.attention import POLICIES
 from losart.config import DTYPES
 from losart.options import CHOICES, OPTIONS
 from losart.remasking import STRATEGIES
+
+Group = argparse._ArgumentGroup
 
 
 def add_model(command: argparse.ArgumentParser) -> None:
@@ -20,6 +23,23 @@ def add_model(command: argparse.ArgumentParser) -> None:
 
 def add_generation(command: argparse.ArgumentParser) -> None:
     """The options of `Model.generate`, left out of the namespace unless they are given."""
+    group = add_decoding(command)
+    group.add_argument("--seed", type=int, metavar="N", help="same seed, same output")
+    group.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; repeatable")
+    group = command.add_argument_group("attention", argument_default=argparse.SUPPRESS)
+    group.add_argument("--attention", choices=POLICIES, help="how passes read the prefix (dense)")
+    group.add_argument("--budget", type=int, metavar="N", help="prefix positions that a query selects (512)")
+    group.add_argument(
+        "--active",
+        type=active,
+        metavar="N",
+        help="losa: recomputed tokens, or as 0.3 their fraction of the block (5)",
+    )
+    add_attention_details(group)
+
+
+def add_decoding(command: argparse.ArgumentParser) -> Group:
+    """How a block is decoded: those of the options that are the same for all questions of an evaluation."""
     group = command.add_argument_group("generation", argument_default=argparse.SUPPRESS)
     group.add_argument("--max-new-tokens", type=int, metavar="N", help="new tokens at most (128)")
     group.add_argument("--block-length", type=int, metavar="N", help="tokens of a block (the checkpoint's)")
@@ -30,19 +50,13 @@ def add_generation(command: argparse.ArgumentParser) -> None:
     group.add_argument("--temperature", type=float, metavar="T", help="0 is greedy (0)")
     group.add_argument("--top-k", type=int, metavar="K", help="0 keeps all (0)")
     group.add_argument("--top-p", type=float, metavar="P", help="(1.0)")
-    group.add_argument("--seed", type=int, metavar="N", help="same seed, same output")
-    group.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; repeatable")
     group.add_argument("--stop-token-ids", type=int, nargs="*", metavar="ID", help="(the checkpoint's)")
     group.add_argument("--mask-token-id", type=int, metavar="ID", help="(the checkpoint's)")
-    group = command.add_argument_group("attention", argument_default=argparse.SUPPRESS)
-    group.add_argument("--attention", choices=POLICIES, help="how passes read the prefix (dense)")
-    group.add_argument("--budget", type=int, metavar="N", help="prefix positions that a query selects (512)")
-    group.add_argument(
-        "--active",
-        type=_active,
-        metavar="N",
-        help="losa: recomputed tokens, or as 0.3 their fraction of the block (5)",
-    )
+    return group
+
+
+def add_attention_details(group: Group) -> None:
+    """The attention's options but the method, its budget and its active tokens."""
     group.add_argument(
         "--selector", choices=CHOICES["selector"], help="losa: what ranks pages for a query (quest)"
     )
@@ -62,7 +76,8 @@ def generation_options(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in vars(args).items() if name in OPTIONS}
 
 
-def _active(text: str) -> int | float:
+def active(text: str) -> int | float:
+    """A count of tokens, or a fraction of the block."""
     for number in (int, float):
         try:
             return number(text)
@@ -71,3 +86,15 @@ def _active(text: str) -> int | float:
     raise argparse.ArgumentTypeError(
         f"must be a count of tokens, such as 5, or a fraction of the block, such as 0.3, not {text!r}"
     )
+
+
+def listed(item: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
+    """A list with commas, as the type of an argument."""
+
+    def parse(text: str) -> tuple[Any, ...]:
+        try:
+            return tuple(item(part.strip()) for part in text.split(","))
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be a list such as 1,2, not {text!r}") from None
+
+    return parse

@@ -1,0 +1,85 @@
+"""`losart eval`: accuracy of attention settings, as a table and as JSON."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from losart.attention import POLICIES
+from losart.cli.arguments import (
+    active,
+    add_attention_details,
+    add_decoding,
+    add_model,
+    generation_options,
+    listed,
+)
+from losart.errors import OptionError
+from losart.model import load
+
+EXAMPLE = (
+    "example: losart eval path/to/SDAR-1.7B-Chat --tasks key,keys-4 --lengths 4096 "
+    "--attention dense,losa,quest --budgets 64,128 --active 3,5 --samples 100 --json eval.json"
+)
+SWEPT = ("attention", "seed", "active")  # of the evaluation, not of its generations
+
+
+def add_command(commands: Any) -> None:
+    """Add this command to the subparsers of `losart`."""
+    command = commands.add_parser(
+        "eval",
+        help="measure the accuracy of attention methods",
+        description="Ask a model questions with checkable answers about long documents, and print how many "
+        "it answers with each attention setting, and what each reads. Lists are given with commas; all "
+        "combinations are measured.",
+        epilog=EXAMPLE,
+    )
+    command.set_defaults(run=run)
+    add_model(command)
+    group = command.add_argument_group("evaluation", argument_default=argparse.SUPPRESS)
+    group.add_argument("--tasks", type=listed(str), metavar="LIST", help="(all)")
+    group.add_argument("--lengths", type=listed(int), metavar="LIST", help="tokens of a prompt (1024,4096)")
+    group.add_argument("--attention", type=listed(str), metavar="LIST", help=f"({','.join(POLICIES)})")
+    group.add_argument(
+        "--budgets", type=listed(int), metavar="LIST", help="positions that a query selects (128)"
+    )
+    group.add_argument(
+        "--active", type=listed(active), metavar="LIST", help="losa: recomputed tokens, or fractions (5)"
+    )
+    group.add_argument("--samples", type=int, metavar="N", help="questions in each cell (50)")
+    group.add_argument("--seed", type=int, metavar="N", help="same seed, same questions (0)")
+    group.add_argument("--style", help="auto, symbols or english (auto: english for models that chat)")
+    group.add_argument("--json", metavar="FILE", default=None, help="write figures here after each cell")
+    add_attention_details(add_decoding(command))
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure, and print a table."""
+    from losart.cli.eval_report import CellTable, JsonReport, TimeLeft
+    from losart.eval import EvalConfig, check_config, evaluate
+
+    given = vars(args)
+    names = ("tasks", "lengths", "attention", "budgets", "active", "samples", "seed", "style")
+    options = {name: value for name, value in generation_options(args).items() if name not in SWEPT}
+    config = EvalConfig(**{name: given[name] for name in names if name in given}, options=options)
+    for name in config.attention:
+        if name not in POLICIES:
+            raise OptionError(f"attention must be one of {', '.join(POLICIES)}, not {name!r}")
+    model = load(args.model, args.device, args.dtype)
+    facts = {
+        "model": args.model,
+        "device": model.device,
+        "dtype": model.dtype,
+        "style": check_config(model, config),
+        "samples": config.samples,
+        "seed": config.seed,
+        "options": options,
+    }
+    report, table, progress = JsonReport(args.json, facts), CellTable(), TimeLeft()
+
+    def on_cell(cell: Any) -> None:
+        report.add(cell)
+        progress.clear()
+        table.print(cell)
+
+    evaluate(model, config, on_cell=on_cell, progress=progress)

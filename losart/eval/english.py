@@ -1,0 +1,158 @@
+"""The tasks in plain English: access codes of animals among sentences about the country."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable
+
+import numpy as np
+
+from losart.errors import OptionError
+from losart.eval.tasks import CHAIN_FACTS, TIMES_SET, Task
+
+TOKENS_PER_FACT = 80  # about a sixth of a document is facts
+MOST_FACTS = 200
+
+_ADJECTIVES = """
+amber azure brass bronze copper coral crimson ebony emerald golden indigo ivory jade lilac marble olive opal
+pearl ruby rusty saffron sandy scarlet silver slate smoky spotted striped tawny velvet violet white
+"""
+_ANIMALS = """
+badger beaver bison camel crane dolphin eagle falcon ferret gazelle hawk hedgehog heron ibex jackal koala
+leopard lynx magpie marten moose otter owl panther pelican puffin raven salmon tiger turtle walrus weasel
+"""
+_PLACES = """
+river meadow mill harbour road orchard chapel market bridge quarry lighthouse village pond wood garden wall
+stable ferry field canal station
+"""
+_SUBJECTS = ["A farmer", "The miller", "A traveller", "The ferryman", "A baker", "Someone", "The postman"]
+_VERBS = ["walked past", "rested near", "looked across", "wrote about", "asked the way to", "painted"]
+_TIMES = ["in the morning", "after the rain", "late in autumn", "before supper", "on a windy day", "at noon"]
+
+
+def numbers(text: str) -> str:
+    """The numbers of a text in their order: what of an answer has to be right."""
+    return " ".join(re.findall(r"\d+", text))
+
+
+def make_text(
+    rng: np.random.Generator, task: Task, length: int, count_tokens: Callable[[str], int]
+) -> tuple[str, str]:
+    """A document with a question after it.
+
+    Parameters
+    ----------
+    rng : numpy.random.Generator
+    task : Task
+    length : int
+        Tokens at most; less than a sentence is missing.
+    count_tokens : callable
+        Of a prompt with this text.
+
+    Returns
+    -------
+    text, answer : str
+
+    Raises
+    ------
+    OptionError
+        `length` has no room for the facts.
+    """
+    facts, question, answer = _facts(rng, task, max(length // TOKENS_PER_FACT, 12))
+    # About as much filler as a document can need: a sentence has 6 tokens or more.
+    filler = [_filler(rng) for _ in range(length // 6)]
+    places = np.sort(rng.random(len(facts)))
+
+    def text(sentences: int) -> str:
+        parts = filler[:sentences]
+        for place, fact in zip(places[::-1], facts[::-1], strict=True):
+            parts.insert(int(place * (sentences + 1)), fact)
+        return f"{' '.join(parts)}\n\n{question}"
+
+    low, high = -1, len(filler)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if count_tokens(text(middle)) <= length:
+            low = middle
+        else:
+            high = middle - 1
+    if low < 0:
+        raise OptionError(f"lengths: {length} tokens have no room for {len(facts)} facts and a question")
+    return text(low), answer
+
+
+def _filler(rng: np.random.Generator) -> str:
+    subject, verb, place, time = (
+        str(rng.choice(words)) for words in (_SUBJECTS, _VERBS, _PLACES.split(), _TIMES)
+    )
+    return f"{subject} {verb} the {place} {time}."
+
+
+def _facts(rng: np.random.Generator, task: Task, count: int) -> tuple[list[str], str, str]:
+    """Facts in an order in which they can be told, a question about them, its answer."""
+    count = min(count, MOST_FACTS)
+    chains, repeated = max(3, count // 12), max(1, count // 12)
+    singles = max(4, count - chains * CHAIN_FACTS - repeated * TIMES_SET)
+    all_names = [f"the {first} {second}" for first in _ADJECTIVES.split() for second in _ANIMALS.split()]
+    drawn = rng.permutation(len(all_names))[: chains * CHAIN_FACTS + repeated + singles]
+    names = [all_names[i] for i in drawn.tolist()]
+    codes = (10000 + rng.permutation(90000)[: chains + repeated * TIMES_SET + singles]).tolist()
+
+    chain_names = [names[i * CHAIN_FACTS : (i + 1) * CHAIN_FACTS] for i in range(chains)]
+    rest = names[chains * CHAIN_FACTS :]
+    chain_codes = [codes.pop() for _ in chain_names]
+    repeated_codes = {name: [codes.pop() for _ in range(TIMES_SET)] for name in rest[:repeated]}
+    single_codes = {name: codes.pop() for name in rest[repeated:]}
+
+    # Each with a place in the order; a key's codes are told as they were set.
+    told: list[tuple[float, str]] = []
+    for members, code in zip(chain_names, chain_codes, strict=True):
+        links = [f"{one.capitalize()} guards {other}." for one, other in itertools.pairwise(members)]
+        told += [(rng.random(), sentence) for sentence in [*links, _code(members[-1], code)]]
+    for name, values in repeated_codes.items():
+        told += zip(
+            np.sort(rng.random(TIMES_SET)),
+            [_code(name, value, "is now" if i else "is") for i, value in enumerate(values)],
+            strict=True,
+        )
+    told += [(rng.random(), _code(name, code)) for name, code in single_codes.items()]
+    facts = [sentence for _, sentence in sorted(told, key=lambda item: item[0])]
+
+    if task.overwritten:
+        name = rest[int(rng.integers(repeated))]
+        values = repeated_codes[name][::-1][: task.values]
+        what = "current access code" if task.values == 1 else "access codes, the newest first,"
+        return facts, _question(f"What {_is(task.values)} the {what} of {name}?"), _answer(values)
+    if task.hops > 1:
+        asked = rng.permutation(chains)[: task.keys].tolist()
+        starts = [chain_names[i][CHAIN_FACTS - task.hops] for i in asked]
+        guarded = " guarded by ".join(["the animal"] * (task.hops - 1))
+        whose = _and([f"{guarded} guarded by {start}" for start in starts])
+        values = [chain_codes[i] for i in asked]
+    else:
+        asked_names = [rest[repeated + i] for i in rng.permutation(singles)[: task.keys].tolist()]
+        whose, values = _and(asked_names), [single_codes[name] for name in asked_names]
+    codes_of = f"access code{'s' * (task.keys > 1)} of {whose}"
+    return facts, _question(f"What {_is(task.keys)} the {codes_of}?"), _answer(values)
+
+
+def _code(name: str, code: int, verb: str = "is") -> str:
+    return f"The access code of {name} {verb} {code}."
+
+
+def _is(count: int) -> str:
+    return "is" if count == 1 else "are"
+
+
+def _and(parts: list[str]) -> str:
+    return " and ".join(filter(None, [", ".join(parts[:-1]), parts[-1]]))
+
+
+def _question(asked: str) -> str:
+    numbers_only = "Answer with the number alone; if there are several, in the order asked, with commas."
+    return f"{asked} {numbers_only}"
+
+
+def _answer(values: list[int]) -> str:
+    return ", ".join(map(str, values))

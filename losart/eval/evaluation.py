@@ -1,0 +1,217 @@
+"""Asks a model the questions of every cell of a grid: task, length, attention setting."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from losart.checks import is_int, require
+from losart.errors import OptionError
+from losart.eval.grid import attention_settings
+from losart.eval.questions import find_style, make_questions
+from losart.eval.statistics import wilson_interval
+from losart.eval.tasks import TASKS, find_task
+from losart.results import Stats
+
+ANSWER_TOKENS = {"symbols": 16, "english": 64}
+
+Progress = Callable[[int, int], None]  # questions done, questions in all
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """What is measured.
+
+    Attributes
+    ----------
+    tasks : tuple of str
+    lengths : tuple of int
+        Tokens of a prompt.
+    attention : tuple of str
+    budgets : tuple of int
+        For all methods but dense.
+    active : tuple of int or float
+        For losa.
+    samples : int
+        Questions in each cell.
+    seed : int
+        Same seed, same questions; also that of sampling with a temperature.
+    style : {"auto", "symbols", "english"}
+        "auto" is English for a checkpoint that chats.
+    options : mapping
+        Further options of `Model.generate`, for all cells. `max_new_tokens` is 16 for symbols and
+        64 for English, where it is not given.
+    """
+
+    tasks: tuple[str, ...] = tuple(TASKS)
+    lengths: tuple[int, ...] = (1024, 4096)
+    attention: tuple[str, ...] = ("dense", "losa", "quest", "sparsed")
+    budgets: tuple[int, ...] = (128,)
+    active: tuple[int | float, ...] = (5,)
+    samples: int = 50
+    seed: int = 0
+    style: str = "auto"
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("tasks", "lengths", "attention", "budgets", "active"):
+            require(len(getattr(self, name)) > 0, OptionError, f"{name} must not be empty")
+        for name in self.tasks:
+            find_task(name)
+        for name, lowest in (("samples", 1), ("seed", 0)):
+            value = getattr(self, name)
+            require(
+                is_int(value) and value >= lowest,
+                OptionError,
+                f"{name} must be an integer, {lowest} or more, not {value!r}",
+            )
+        for length in self.lengths:
+            require(
+                is_int(length) and length > 0,
+                OptionError,
+                f"lengths must be positive numbers of tokens, not {length!r}",
+            )
+
+    @property
+    def settings(self) -> list[dict[str, Any]]:
+        """Attention settings of the grid."""
+        return attention_settings(self.attention, self.budgets, self.active)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Figures of one task at one length with one attention setting.
+
+    Attributes
+    ----------
+    samples, right : int
+    accuracy, low, high : float
+        Share of right answers and its 95% interval (Wilson).
+    sparse_density, density, active_fraction : float or None
+        Means over the questions of `losart.Stats`' figures.
+    tokens_per_second : float
+    passes_per_question : float
+        Denoising and commit passes.
+    """
+
+    task: str
+    length: int
+    attention: str
+    budget: int | None
+    active: int | float | None
+    samples: int
+    right: int
+    accuracy: float
+    low: float
+    high: float
+    sparse_density: float | None
+    density: float | None
+    active_fraction: float | None
+    tokens_per_second: float
+    passes_per_question: float
+
+
+def evaluate(
+    model: Any,
+    config: EvalConfig | None = None,
+    *,
+    on_cell: Callable[[Cell], None] | None = None,
+    progress: Progress | None = None,
+) -> list[Cell]:
+    """Measure a model.
+
+    Parameters
+    ----------
+    model : losart.Model
+    config : EvalConfig, optional
+    on_cell : callable, optional
+        Called with each cell's figures when they are there.
+    progress : callable, optional
+        Called after each question with questions done and in all.
+
+    Raises
+    ------
+    OptionError
+        An option is unknown, out of range, or does not suit the checkpoint; before any question.
+    PromptError
+        A question cannot be tokenized.
+    """
+    config = EvalConfig() if config is None else config
+    style = check_config(model, config)
+    settings = config.settings
+    shared = _shared_options(config, style)
+    done, total = 0, len(config.tasks) * len(config.lengths) * len(settings) * config.samples
+    cells = []
+    for length in config.lengths:
+        for name in config.tasks:
+            for setting in settings:
+                right, stats = 0, []
+                for question in make_questions(
+                    model, TASKS[name], length, config.samples, config.seed, style
+                ):
+                    result = model.generate(question.prompt, **shared, **setting)
+                    right += question.is_right(result.text)
+                    stats.append(result.stats)
+                    done += 1
+                    if progress is not None:
+                        progress(done, total)
+                cells.append(_cell(name, length, setting, right, stats))
+                if on_cell is not None:
+                    on_cell(cells[-1])
+    return cells
+
+
+def check_config(model: Any, config: EvalConfig) -> str:
+    """Check that a model can be measured so; returns the style of its questions.
+
+    Raises
+    ------
+    OptionError
+        As `evaluate`.
+    """
+    style = find_style(model, config.style)
+    for setting in config.settings:
+        model.session(**_shared_options(config, style), **setting)  # refuses wrong options
+    for length in config.lengths:
+        require(
+            length < model.config.max_positions,
+            OptionError,
+            f"lengths: {length} tokens and an answer do not fit the model's {model.config.max_positions} "
+            f"positions",
+        )
+        for name in config.tasks:  # refuses lengths that have no room for the facts
+            next(make_questions(model, TASKS[name], length, 1, config.seed, style))
+    return style
+
+
+def _shared_options(config: EvalConfig, style: str) -> dict[str, Any]:
+    return {"max_new_tokens": ANSWER_TOKENS[style], "seed": config.seed, **config.options}
+
+
+def _cell(task: str, length: int, setting: Mapping[str, Any], right: int, stats: list[Stats]) -> Cell:
+    low, high = wilson_interval(right, len(stats))
+    seconds = sum(one.decode_seconds for one in stats)
+    return Cell(
+        task=task,
+        length=length,
+        attention=setting["attention"],
+        budget=setting.get("budget"),
+        active=setting.get("active"),
+        samples=len(stats),
+        right=right,
+        accuracy=right / len(stats),
+        low=low,
+        high=high,
+        sparse_density=mean(one.sparse_density for one in stats),
+        density=mean(one.density for one in stats),
+        active_fraction=mean(one.active_fraction for one in stats),
+        tokens_per_second=sum(one.new_tokens for one in stats) / seconds if seconds else 0.0,
+        passes_per_question=sum(one.forward_passes for one in stats) / len(stats),
+    )
+
+
+def mean(values: Iterable[float | None]) -> float | None:
+    """Mean of those that are there; None without any."""
+    there = [value for value in values if value is not None]
+    return sum(there) / len(there) if there else None

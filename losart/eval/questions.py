@@ -1,0 +1,109 @@
+"""A question with its prompt and its answer, in either style, for the checkpoint at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from losart.errors import OptionError
+from losart.eval import english, symbol_text, symbols
+from losart.eval.tasks import TASKS, Task
+from losart.eval.vocabulary import FIRST_SYMBOL, vocabulary
+
+STYLES = ("auto", "symbols", "english")
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a model is asked.
+
+    Attributes
+    ----------
+    prompt : str or list of dict
+        Text, or chat messages.
+    answer : str
+    normalise : callable
+        Text of an answer to what has to be equal.
+    """
+
+    prompt: Any
+    answer: str
+    normalise: Callable[[str], str]
+
+    def is_right(self, text: str) -> bool:
+        """Whether a model's text is the answer."""
+        return self.normalise(text) == self.normalise(self.answer)
+
+
+def find_style(model: Any, style: str = "auto") -> str:
+    """The style of a checkpoint's questions: "english" where it has a chat template, else "symbols".
+
+    A checkpoint without either a chat template or the symbols' tokenizer is asked in English, too.
+
+    Raises
+    ------
+    OptionError
+        The style is unknown, or needs a tokenizer that the checkpoint has not.
+    """
+    if style not in STYLES:
+        raise OptionError(f"style must be {', '.join(STYLES)}, not {style!r}")
+    if model.tokenizer is None:
+        raise OptionError("the checkpoint has no tokenizer.json: its questions cannot be written")
+    knows = model.tokenizer.token_to_id(vocabulary()[FIRST_SYMBOL]) == FIRST_SYMBOL
+    if style == "symbols" and not knows:
+        raise OptionError("style 'symbols' needs a checkpoint with the vocabulary of the symbolic tasks")
+    if style == "auto":
+        return "symbols" if knows and model.chat_template is None else "english"
+    return style
+
+
+def make_questions(
+    model: Any, task: Task, length: int, samples: int, seed: int, style: str
+) -> Iterator[Question]:
+    """Questions, each about a document of its own.
+
+    Parameters
+    ----------
+    model : Model
+        Its tokenizer and chat template are used.
+    task : Task
+    length : int
+        Tokens of a prompt: exactly so many in "symbols", a sentence less at most in "english".
+    samples, seed : int
+        The first of more questions are the same.
+    style : {"symbols", "english"}
+    """
+    for sample in range(samples):
+        rng = np.random.default_rng([seed, list(TASKS).index(task.name), length, sample])
+        if style == "symbols":
+            yield _symbolic(rng, task, length)
+        else:
+            yield _english(rng, task, length, model)
+
+
+def _symbolic(rng: np.random.Generator, task: Task, length: int) -> Question:
+    batch = symbols.make_batch(rng, 1, length, {task.name: 1.0}, split="eval")
+    prompt = symbol_text.prompt_text(batch.documents[0], batch.questions[0, 0])
+    return Question(prompt, symbol_text.answer_text(batch.answers[0, 0]), _words)
+
+
+def _words(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _english(rng: np.random.Generator, task: Task, length: int, model: Any) -> Question:
+    def prompt(text: str) -> Any:
+        if model.chat_template is None:
+            return f"{text}\nAnswer:"
+        return [{"role": "user", "content": text}]
+
+    def tokens(text: str) -> int:
+        if model.chat_template is None:
+            return len(model.tokenizer.encode(prompt(text)))
+        return len(model.tokenizer.encode(model.chat_template.render(prompt(text)), special=False))
+
+    text, answer = english.make_text(rng, task, length, tokens)
+    return Question(prompt(text), answer, english.numbers)
