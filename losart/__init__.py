@@ -11,6 +11,7 @@ from losart.config import ModelConfig
 from losart.errors import (
     CheckpointError,
     ConfigError,
+    DataError,
     DeviceError,
     LosartError,
     NumericalError,
@@ -31,6 +32,7 @@ __all__ = [
     "Chat",
     "CheckpointError",
     "ConfigError",
+    "DataError",
     "DeviceError",
     "GenerationConfig",
     "GenerationResult",

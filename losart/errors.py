@@ -25,6 +25,10 @@ class PromptError(LosartError, ValueError):
     """A prompt is empty, too long, out of the vocabulary, or cannot be tokenized."""
 
 
+class DataError(LosartError, ValueError):
+    """A data set is missing or not of the form that it should have."""
+
+
 class DeviceError(LosartError, RuntimeError):
     """The asked-for device or its software is missing."""
 

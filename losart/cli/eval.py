@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from losart.attention import POLICIES
@@ -49,37 +50,78 @@ def add_command(commands: Any) -> None:
     group.add_argument("--samples", type=int, metavar="N", help="questions in each cell (50)")
     group.add_argument("--seed", type=int, metavar="N", help="same seed, same questions (0)")
     group.add_argument("--style", help="auto, symbols or english (auto: english for models that chat)")
+    group.add_argument(
+        "--longbench",
+        metavar="DIR",
+        default=None,
+        help="LongBench's questions instead, from its files; --tasks are then its data sets, --lengths "
+        "the longest prompt, --samples the first questions of each",
+    )
     group.add_argument("--json", metavar="FILE", default=None, help="write figures here after each cell")
     add_attention_details(add_decoding(command))
 
 
 def run(args: argparse.Namespace) -> None:
     """Measure, and print a table."""
-    from losart.cli.eval_report import CellTable, JsonReport, TimeLeft
-    from losart.eval import EvalConfig, check_config, evaluate
-
     given = vars(args)
-    names = ("tasks", "lengths", "attention", "budgets", "active", "samples", "seed", "style")
-    options = {name: value for name, value in generation_options(args).items() if name not in SWEPT}
-    config = EvalConfig(**{name: given[name] for name in names if name in given}, options=options)
-    for name in config.attention:
+    for name in given.get("attention", ()):
         if name not in POLICIES:
             raise OptionError(f"attention must be one of {', '.join(POLICIES)}, not {name!r}")
+    options = {name: value for name, value in generation_options(args).items() if name not in SWEPT}
+    if args.longbench is None:
+        _run_tasks(args, given, options)
+    else:
+        _run_longbench(args, given, options)
+
+
+def _run_tasks(args: argparse.Namespace, given: dict[str, Any], options: dict[str, Any]) -> None:
+    from losart.cli.eval_report import CELL_COLUMNS, JsonReport, Table, TimeLeft
+    from losart.eval import EvalConfig, check_config, evaluate
+
+    names = ("tasks", "lengths", "attention", "budgets", "active", "samples", "seed", "style")
+    config = EvalConfig(**{name: given[name] for name in names if name in given}, options=options)
     model = load(args.model, args.device, args.dtype)
-    facts = {
+    style = check_config(model, config)
+    facts = _facts(args, model, config) | {"style": style, "samples": config.samples}
+    progress = TimeLeft()
+    report = Table(CELL_COLUMNS, JsonReport(args.json, facts), progress)
+    evaluate(model, config, on_cell=report.add, progress=progress)
+
+
+def _run_longbench(args: argparse.Namespace, given: dict[str, Any], options: dict[str, Any]) -> None:
+    from losart.cli.eval_report import SCORE_COLUMNS, JsonReport, Table, TimeLeft
+    from losart.eval import EvalConfig
+    from losart.eval.longbench import evaluate_longbench
+    from losart.eval.longbench_data import find_datasets
+
+    if "style" in given:
+        raise OptionError("--style is for losart's own tasks, not for --longbench")
+    lengths = given.get("lengths", (None,))
+    if len(lengths) > 1:
+        raise OptionError("--longbench takes one of --lengths, the longest prompt")
+    datasets = given.get("tasks") or find_datasets(Path(args.longbench))
+    names = ("attention", "budgets", "active", "samples", "seed")
+    config = EvalConfig(**{name: given[name] for name in names if name in given}, options=options)
+    model = load(args.model, args.device, args.dtype)
+    progress = TimeLeft()
+    report = Table(SCORE_COLUMNS, JsonReport(args.json, _facts(args, model, config)), progress)
+    evaluate_longbench(
+        model,
+        args.longbench,
+        datasets,
+        config,
+        samples=given.get("samples"),
+        max_prompt_tokens=lengths[0],
+        on_score=report.add,
+        progress=progress,
+    )
+
+
+def _facts(args: argparse.Namespace, model: Any, config: Any) -> dict[str, Any]:
+    return {
         "model": args.model,
         "device": model.device,
         "dtype": model.dtype,
-        "style": check_config(model, config),
-        "samples": config.samples,
         "seed": config.seed,
-        "options": options,
+        "options": config.options,
     }
-    report, table, progress = JsonReport(args.json, facts), CellTable(), TimeLeft()
-
-    def on_cell(cell: Any) -> None:
-        report.add(cell)
-        progress.clear()
-        table.print(cell)
-
-    evaluate(model, config, on_cell=on_cell, progress=progress)

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import sys
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import losart
-from losart.eval import Cell
 
 
 class JsonReport:
-    """A JSON file that has all cells so far, at any time whole.
+    """A JSON file that has all cells so far, at any time whole; there is none before the first cell.
 
     Parameters
     ----------
@@ -31,7 +33,9 @@ class JsonReport:
         self._file = Path(file) if file else None
         self._cells: list[dict[str, Any]] = []
         self._report = {"losart": losart.__version__, **facts, key: self._cells}
-        self._write()
+        if self._file is not None and (self._file.is_dir() or not self._file.parent.is_dir()):
+            code = errno.EISDIR if self._file.is_dir() else errno.ENOENT
+            raise OSError(code, os.strerror(code), str(self._file))
 
     def add(self, cell: Any) -> None:
         """Take a cell, a dataclass, and write the file anew."""
@@ -48,32 +52,6 @@ class JsonReport:
             os.replace(part, self._file)
         else:  # such as /dev/stdout
             self._file.write_text(text, encoding="utf-8")
-
-
-class CellTable:
-    """A table whose rows are printed as they come."""
-
-    HEAD = (
-        f"{'length':>6}  {'task':10} {'attention':10} {'budget':>6} {'active':>6}  {'accuracy':>8} "
-        f"{'95% interval':>15}  {'sparse':>7} {'density':>7} {'active':>7} {'tokens/s':>8}"
-    )
-
-    def __init__(self) -> None:
-        self._begun = False
-
-    def print(self, cell: Cell) -> None:
-        """Print a row, and the head before the first."""
-        if not self._begun:
-            print(self.HEAD, flush=True)
-        self._begun = True
-        interval = f"{cell.low:.1%} - {cell.high:.1%}"
-        print(
-            f"{cell.length:6}  {cell.task:10} {cell.attention:10} {_or_dash(cell.budget):>6} "
-            f"{_or_dash(cell.active):>6}  {cell.accuracy:8.1%} {interval:>15}  "
-            f"{share(cell.sparse_density):>7} {share(cell.density):>7} {share(cell.active_fraction):>7} "
-            f"{cell.tokens_per_second:8.1f}",
-            flush=True,
-        )
 
 
 class TimeLeft:
@@ -114,3 +92,67 @@ def _duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table: its head, its width, and a row's text in it."""
+
+    head: str
+    width: int
+    text: Callable[[Any], str]
+
+
+class Table:
+    """A table whose rows are printed as they come, and written as JSON.
+
+    Parameters
+    ----------
+    columns : sequence of Column
+    report : JsonReport
+    progress : TimeLeft
+        Makes room for a row.
+    """
+
+    def __init__(self, columns: Sequence[Column], report: JsonReport, progress: TimeLeft) -> None:
+        self._columns = columns
+        self._report = report
+        self._progress = progress
+        self._begun = False
+
+    def add(self, row: Any) -> None:
+        """Take a row, a dataclass; the head stands before the first."""
+        self._report.add(row)
+        self._progress.clear()
+        if not self._begun:
+            print("  ".join(f"{column.head:>{column.width}}" for column in self._columns))
+        self._begun = True
+        print("  ".join(f"{column.text(row):>{column.width}}" for column in self._columns), flush=True)
+
+
+_SETTING = (
+    Column("attention", 9, lambda row: row.attention),
+    Column("budget", 6, lambda row: _or_dash(row.budget)),
+    Column("active", 6, lambda row: _or_dash(row.active)),
+)
+_FIGURES = (
+    Column("sparse", 6, lambda row: share(row.sparse_density)),
+    Column("density", 7, lambda row: share(row.density)),
+    Column("active", 6, lambda row: share(row.active_fraction)),
+    Column("tokens/s", 8, lambda row: f"{row.tokens_per_second:.1f}"),
+)
+CELL_COLUMNS = (
+    Column("length", 6, lambda row: str(row.length)),
+    Column("task", 8, lambda row: row.task),
+    *_SETTING,
+    Column("accuracy", 8, lambda row: share(row.accuracy)),
+    Column("95% interval", 15, lambda row: f"{row.low:.1%} - {row.high:.1%}"),
+    *_FIGURES,
+)
+SCORE_COLUMNS = (
+    Column("data set", 15, lambda row: row.dataset),
+    *_SETTING,
+    Column("questions", 9, lambda row: str(row.samples)),
+    Column("F1", 6, lambda row: f"{row.f1:.2f}"),
+    *_FIGURES,
+)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from losart.checks import is_int, require
 from losart.errors import OptionError
+from losart.eval.figures import Figures, figures
 from losart.eval.grid import attention_settings
 from losart.eval.questions import find_style, make_questions
 from losart.eval.statistics import wilson_interval
@@ -80,36 +81,26 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
-class Cell:
+class Cell(Figures):
     """Figures of one task at one length with one attention setting.
 
     Attributes
     ----------
-    samples, right : int
+    task : str
+    length : int
+        Tokens of a prompt.
+    right : int
+        Questions answered right.
     accuracy, low, high : float
         Share of right answers and its 95% interval (Wilson).
-    sparse_density, density, active_fraction : float or None
-        Means over the questions of `losart.Stats`' figures.
-    tokens_per_second : float
-    passes_per_question : float
-        Denoising and commit passes.
     """
 
     task: str
     length: int
-    attention: str
-    budget: int | None
-    active: int | float | None
-    samples: int
     right: int
     accuracy: float
     low: float
     high: float
-    sparse_density: float | None
-    density: float | None
-    active_fraction: float | None
-    tokens_per_second: float
-    passes_per_question: float
 
 
 def evaluate(
@@ -191,27 +182,12 @@ def _shared_options(config: EvalConfig, style: str) -> dict[str, Any]:
 
 def _cell(task: str, length: int, setting: Mapping[str, Any], right: int, stats: list[Stats]) -> Cell:
     low, high = wilson_interval(right, len(stats))
-    seconds = sum(one.decode_seconds for one in stats)
     return Cell(
+        **figures(setting, stats),
         task=task,
         length=length,
-        attention=setting["attention"],
-        budget=setting.get("budget"),
-        active=setting.get("active"),
-        samples=len(stats),
         right=right,
         accuracy=right / len(stats),
         low=low,
         high=high,
-        sparse_density=mean(one.sparse_density for one in stats),
-        density=mean(one.density for one in stats),
-        active_fraction=mean(one.active_fraction for one in stats),
-        tokens_per_second=sum(one.new_tokens for one in stats) / seconds if seconds else 0.0,
-        passes_per_question=sum(one.forward_passes for one in stats) / len(stats),
     )
-
-
-def mean(values: Iterable[float | None]) -> float | None:
-    """Mean of those that are there; None without any."""
-    there = [value for value in values if value is not None]
-    return sum(there) / len(there) if there else None

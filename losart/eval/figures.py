@@ -1,0 +1,60 @@
+"""What answering some questions read, and how fast it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from losart.results import Stats
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Figures of some questions with one attention setting.
+
+    Attributes
+    ----------
+    attention : str
+    budget : int or None
+    active : int, float or None
+    samples : int
+        Questions.
+    sparse_density, density, active_fraction : float or None
+        Means over the questions of `losart.Stats`' figures.
+    tokens_per_second : float
+    passes_per_question : float
+        Denoising and commit passes.
+    """
+
+    attention: str
+    budget: int | None
+    active: int | float | None
+    samples: int
+    sparse_density: float | None
+    density: float | None
+    active_fraction: float | None
+    tokens_per_second: float
+    passes_per_question: float
+
+
+def figures(setting: Mapping[str, Any], stats: Sequence[Stats]) -> dict[str, Any]:
+    """The fields of `Figures` from the attention setting and the figures of each generation."""
+    seconds = sum(one.decode_seconds for one in stats)
+    return {
+        "attention": setting["attention"],
+        "budget": setting.get("budget"),
+        "active": setting.get("active"),
+        "samples": len(stats),
+        "sparse_density": mean(one.sparse_density for one in stats),
+        "density": mean(one.density for one in stats),
+        "active_fraction": mean(one.active_fraction for one in stats),
+        "tokens_per_second": sum(one.new_tokens for one in stats) / seconds if seconds else 0.0,
+        "passes_per_question": sum(one.forward_passes for one in stats) / len(stats),
+    }
+
+
+def mean(values: Iterable[float | None]) -> float | None:
+    """Mean of those that are there; None without any."""
+    there = [value for value in values if value is not None]
+    return sum(there) / len(there) if there else None

@@ -1,0 +1,172 @@
+"""LongBench's question answering, scored as LongBench scores it (arXiv 2308.14508)."""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from losart.errors import OptionError
+from losart.eval.evaluation import EvalConfig, Progress
+from losart.eval.figures import Figures, figures, mean
+from losart.eval.longbench_data import PLAIN, Dataset, read_dataset
+from losart.results import Stats
+
+TEMPLATE_ROOM = 128  # tokens left for the chat template, and for what decoding and encoding again adds
+
+
+@dataclass(frozen=True)
+class Score(Figures):
+    """Figures of one data set with one attention setting.
+
+    Attributes
+    ----------
+    dataset : str
+        "average" for the mean of all.
+    f1 : float
+        0 to 100, mean over the questions.
+    """
+
+    dataset: str
+    f1: float
+
+
+def evaluate_longbench(
+    model: Any,
+    directory: str | Path,
+    datasets: Sequence[str],
+    config: EvalConfig,
+    *,
+    samples: int | None = None,
+    max_prompt_tokens: int | None = None,
+    on_score: Callable[[Score], None] | None = None,
+    progress: Progress | None = None,
+) -> list[Score]:
+    """Measure a model on data sets of LongBench.
+
+    Parameters
+    ----------
+    model : losart.Model
+    directory : path
+        With data/NAME.jsonl, and dataset2prompt.json and dataset2maxlen.json in it or in config/.
+    datasets : sequence of str
+        Some of `losart.eval.longbench_data.DATASETS`.
+    config : EvalConfig
+        Its attention settings, seed and options. `max_new_tokens` wins over dataset2maxlen.json.
+    samples : int, optional
+        Only the first questions of each data set.
+    max_prompt_tokens : int, optional
+        Longer prompts lose their middle. Default: what the model has positions for.
+    on_score : callable, optional
+        Called with each score when it is there; at the end with the averages of each setting.
+    progress : callable, optional
+        Called after each question with questions done and in all.
+
+    Raises
+    ------
+    DataError, CheckpointError
+        A file is missing or not of LongBench's form.
+    OptionError
+        An option is unknown or out of range.
+    """
+    if model.tokenizer is None:
+        raise OptionError("the checkpoint has no tokenizer.json: it cannot be asked LongBench's questions")
+    sets = [read_dataset(Path(directory), name, samples) for name in datasets]
+    settings = config.settings
+    options = [_options(config, one) for one in sets]
+    for setting in settings:
+        model.session(**options[0], **setting)  # refuses wrong options
+    rooms = [_room(model, one["max_new_tokens"], max_prompt_tokens) for one in options]
+
+    done, total = 0, len(settings) * sum(len(one.items) for one in sets)
+    scores: list[Score] = []
+    for one, shared, room in zip(sets, options, rooms, strict=True):
+        for setting in settings:
+            marks: list[float] = []
+            stats: list[Stats] = []
+            for item in one.items:
+                result = model.generate(make_prompt(model, one.name, item.prompt, room), **shared, **setting)
+                marks.append(best_f1(one.name, result.text, item.answers))
+                stats.append(result.stats)
+                done += 1
+                if progress is not None:
+                    progress(done, total)
+            f1 = 100 * sum(marks) / len(marks)
+            scores.append(Score(**figures(setting, stats), dataset=one.name, f1=f1))
+            if on_score is not None:
+                on_score(scores[-1])
+    for index in range(len(settings)):
+        scores.append(_average(scores[index : len(settings) * len(sets) : len(settings)]))
+        if on_score is not None:
+            on_score(scores[-1])
+    return scores
+
+
+def _options(config: EvalConfig, dataset: Dataset) -> dict[str, Any]:
+    return {"max_new_tokens": dataset.max_new_tokens, "seed": config.seed, **config.options}
+
+
+def _room(model: Any, new_tokens: int, asked: int | None) -> int:
+    most = model.config.max_positions - new_tokens - TEMPLATE_ROOM
+    if most < 2 or (asked is not None and not 2 <= asked <= most):
+        raise OptionError(
+            f"lengths: prompts of LongBench must have 2 to {most} tokens, since the model has "
+            f"{model.config.max_positions} positions and answers may have {new_tokens} tokens"
+        )
+    return most if asked is None else asked
+
+
+def _average(scores: Sequence[Score]) -> Score:
+    """The mean over data sets, each counting the same."""
+    first = scores[0]
+    return Score(
+        attention=first.attention,
+        budget=first.budget,
+        active=first.active,
+        samples=sum(score.samples for score in scores),
+        sparse_density=mean(score.sparse_density for score in scores),
+        density=mean(score.density for score in scores),
+        active_fraction=mean(score.active_fraction for score in scores),
+        tokens_per_second=sum(score.tokens_per_second for score in scores) / len(scores),
+        passes_per_question=sum(score.passes_per_question for score in scores) / len(scores),
+        dataset="average",
+        f1=sum(score.f1 for score in scores) / len(scores),
+    )
+
+
+def make_prompt(model: Any, dataset: str, text: str, max_tokens: int) -> Any:
+    """A prompt as LongBench's pred.py makes it: its middle cut out, then the chat template, if any."""
+    ids = model.tokenizer.encode(text)
+    if len(ids) > max_tokens:
+        half = max_tokens // 2
+        text = model.tokenizer.decode(ids[:half]) + model.tokenizer.decode(ids[-half:])
+    if model.chat_template is None or dataset in PLAIN:
+        return text
+    return [{"role": "user", "content": text}]
+
+
+def best_f1(dataset: str, text: str, answers: Sequence[str]) -> float:
+    """The best F1 of a text against any of the answers; of few-shot data sets only the first line counts."""
+    if dataset in PLAIN:
+        text = text.lstrip("\n").split("\n")[0]
+    return max((f1(text, answer) for answer in answers), default=0.0)
+
+
+def f1(text: str, answer: str) -> float:
+    """F1 of the words that two texts share, normalised: LongBench's qa_f1_score."""
+    given, wanted = normalise(text).split(), normalise(answer).split()
+    shared = sum((Counter(given) & Counter(wanted)).values())
+    if shared == 0:
+        return 0.0
+    precision, recall = shared / len(given), shared / len(wanted)
+    return 2 * precision * recall / (precision + recall)
+
+
+def normalise(text: str) -> str:
+    """Lower case, without punctuation (ASCII's), articles and extra white space."""
+    text = text.lower().translate(str.maketrans("", "", string.punctuation))
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
