@@ -13,6 +13,7 @@ SOURCES = {file.name for folder in FOLDERS for file in (ROOT / folder).rglob("*.
 # Files of a checkpoint, and those that a page has its reader write.
 ELSEWHERE = {
     *("config.json", "generation_config.json", "tokenizer.json"),
+    *("dataset2prompt.json", "dataset2maxlen.json"),  # LongBench's
     *("losart/attention/window.py", "kernels_cu/NAME.cu", "benchmarks/cuda_NAME.py"),
 }
 

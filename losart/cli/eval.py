@@ -57,6 +57,12 @@ def add_command(commands: Any) -> None:
         help="LongBench's questions instead, from its files; --tasks are then its data sets, --lengths "
         "the longest prompt, --samples the first questions of each",
     )
+    group.add_argument(
+        "--locality",
+        action="store_true",
+        default=False,
+        help="instead of accuracy: how the change of queries between passes is spread over a block's tokens",
+    )
     group.add_argument("--json", metavar="FILE", default=None, help="write figures here after each cell")
     add_attention_details(add_decoding(command))
 
@@ -68,7 +74,9 @@ def run(args: argparse.Namespace) -> None:
         if name not in POLICIES:
             raise OptionError(f"attention must be one of {', '.join(POLICIES)}, not {name!r}")
     options = {name: value for name, value in generation_options(args).items() if name not in SWEPT}
-    if args.longbench is None:
+    if args.locality:
+        _run_locality(args, given, options)
+    elif args.longbench is None:
         _run_tasks(args, given, options)
     else:
         _run_longbench(args, given, options)
@@ -115,6 +123,29 @@ def _run_longbench(args: argparse.Namespace, given: dict[str, Any], options: dic
         on_score=report.add,
         progress=progress,
     )
+
+
+def _run_locality(args: argparse.Namespace, given: dict[str, Any], options: dict[str, Any]) -> None:
+    from losart.cli.eval_report import LOCALITY_COLUMNS, JsonReport, Table, TimeLeft
+    from losart.eval import EvalConfig, check_config
+    from losart.eval.locality import measure_locality
+
+    for name in ("attention", "budgets", "active"):
+        if name in given:
+            raise OptionError(f"--{name} is not for --locality, which decodes densely")
+    if args.longbench is not None:
+        raise OptionError("--longbench and --locality exclude each other")
+    names = ("tasks", "lengths", "samples", "seed", "style")
+    config = EvalConfig(
+        **{name: given[name] for name in names if name in given}, attention=("dense",), options=options
+    )
+    model = load(args.model, "cpu" if args.device == "auto" else args.device, args.dtype)
+    style = check_config(model, config)
+    facts = _facts(args, model, config) | {"style": style, "samples": config.samples}
+    progress = TimeLeft()
+    report = Table(LOCALITY_COLUMNS, JsonReport(args.json, facts, "layers"), progress)
+    for layer in measure_locality(model, config, progress=progress):
+        report.add(layer)
 
 
 def _facts(args: argparse.Namespace, model: Any, config: Any) -> dict[str, Any]:

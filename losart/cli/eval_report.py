@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import losart
+from losart.eval.locality import KINDS
 
 
 class JsonReport:
@@ -155,4 +156,17 @@ SCORE_COLUMNS = (
     Column("questions", 9, lambda row: str(row.samples)),
     Column("F1", 6, lambda row: f"{row.f1:.2f}"),
     *_FIGURES,
+)
+
+
+def _share_of(name: str, key: str) -> Callable[[Any], str]:
+    return lambda row: share(getattr(row, name)[key])
+
+
+LOCALITY_COLUMNS = (
+    Column("layer", 5, lambda row: "all" if row.layer is None else str(row.layer)),
+    Column("passes", 6, lambda row: str(row.passes)),
+    *(Column(f"top {count}", 6, _share_of("top", count)) for count in "1358"),
+    *(Column(kind, len(kind), _share_of("change", kind)) for kind in KINDS),
+    *(Column(f"top 5 {kind}", len(kind) + 6, _share_of("active", kind)) for kind in KINDS),
 )

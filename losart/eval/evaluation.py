@@ -10,7 +10,7 @@ from losart.checks import is_int, require
 from losart.errors import OptionError
 from losart.eval.figures import Figures, figures
 from losart.eval.grid import attention_settings
-from losart.eval.questions import find_style, make_questions
+from losart.eval.questions import STYLES, find_style, make_questions
 from losart.eval.statistics import wilson_interval
 from losart.eval.tasks import TASKS, find_task
 from losart.results import Stats
@@ -60,6 +60,7 @@ class EvalConfig:
             require(len(getattr(self, name)) > 0, OptionError, f"{name} must not be empty")
         for name in self.tasks:
             find_task(name)
+        require(self.style in STYLES, OptionError, f"style must be {', '.join(STYLES)}, not {self.style!r}")
         for name, lowest in (("samples", 1), ("seed", 0)):
             value = getattr(self, name)
             require(
@@ -131,7 +132,7 @@ def evaluate(
     config = EvalConfig() if config is None else config
     style = check_config(model, config)
     settings = config.settings
-    shared = _shared_options(config, style)
+    shared = shared_options(config, style)
     done, total = 0, len(config.tasks) * len(config.lengths) * len(settings) * config.samples
     cells = []
     for length in config.lengths:
@@ -163,7 +164,7 @@ def check_config(model: Any, config: EvalConfig) -> str:
     """
     style = find_style(model, config.style)
     for setting in config.settings:
-        model.session(**_shared_options(config, style), **setting)  # refuses wrong options
+        model.session(**shared_options(config, style), **setting)  # refuses wrong options
     for length in config.lengths:
         require(
             length < model.config.max_positions,
@@ -176,7 +177,8 @@ def check_config(model: Any, config: EvalConfig) -> str:
     return style
 
 
-def _shared_options(config: EvalConfig, style: str) -> dict[str, Any]:
+def shared_options(config: EvalConfig, style: str) -> dict[str, Any]:
+    """Options of `Model.generate` that are the same for all cells."""
     return {"max_new_tokens": ANSWER_TOKENS[style], "seed": config.seed, **config.options}
 
 

@@ -39,17 +39,15 @@ class Question:
 
 
 def find_style(model: Any, style: str = "auto") -> str:
-    """The style of a checkpoint's questions: "english" where it has a chat template, else "symbols".
+    """The style of a checkpoint's questions, one of `STYLES`; what "auto" is for it.
 
-    A checkpoint without either a chat template or the symbols' tokenizer is asked in English, too.
+    It is English where there is a chat template, or a tokenizer that does not know the symbols.
 
     Raises
     ------
     OptionError
-        The style is unknown, or needs a tokenizer that the checkpoint has not.
+        The style needs a tokenizer that the checkpoint has not.
     """
-    if style not in STYLES:
-        raise OptionError(f"style must be {', '.join(STYLES)}, not {style!r}")
     if model.tokenizer is None:
         raise OptionError("the checkpoint has no tokenizer.json: its questions cannot be written")
     knows = model.tokenizer.token_to_id(vocabulary()[FIRST_SYMBOL]) == FIRST_SYMBOL

@@ -1,0 +1,183 @@
+"""Whether few tokens of a block hold most of the change between passes: LoSA's premise, measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from losart.attention import DensePolicy
+from losart.attention.base import PassKind
+from losart.cache import PagedKVCache
+from losart.decode import BlockDecoder
+from losart.errors import OptionError
+from losart.eval.evaluation import EvalConfig, Progress, check_config, shared_options
+from losart.eval.questions import make_questions
+from losart.eval.tasks import TASKS
+from losart.options import generation_config
+from losart.output import Output
+from losart.prompts import prompt_ids
+
+TOP = (1, 3, 5, 8)  # tokens of a block
+COUNTED = 5  # of the tokens that changed most: what they are
+KINDS = ("unmasked", "neighbours", "others")
+
+
+@dataclass(frozen=True)
+class Locality:
+    """The change of a layer's queries from pass to pass of dense decoding, means over passes.
+
+    The change of a token is the mean over heads and channels of its query's squared difference.
+    Tokens are those just unmasked, their direct neighbours in the block, and all others.
+
+    Attributes
+    ----------
+    layer : int or None
+        None for the mean over all layers.
+    passes : int
+    top : dict of str to float
+        Share of a block's change in its 1, 3, 5 and 8 tokens that changed most.
+    change : dict of str to float
+        Share of a block's change in each kind of token.
+    active : dict of str to float
+        Share of each kind among the 5 tokens that changed most.
+    tokens : dict of str to float
+        Share of each kind among all tokens, to compare with.
+    """
+
+    layer: int | None
+    passes: int
+    top: dict[str, float]
+    change: dict[str, float]
+    active: dict[str, float]
+    tokens: dict[str, float]
+
+
+class QueryChanges(DensePolicy):
+    """Dense attention that notes how queries change.
+
+    Attributes
+    ----------
+    rows : list of lists of float64 [13]
+        For each layer, a row for each pass but a block's first: shares as in `Locality`, in order.
+    """
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.rows: list[list[np.ndarray]] = [[] for _ in range(self.model.num_layers)]
+        self._queries: dict[int, np.ndarray] = {}
+        self._kinds = np.empty(0, np.int64)
+
+    def begin_pass(self, kind: PassKind, prefix_length: int, masked: np.ndarray | Sequence[int] = ()) -> None:
+        if kind is not PassKind.FIRST:
+            unmasked = np.setdiff1d(self.masked, masked)
+            self._kinds = token_kinds(self.block_length, unmasked)
+        super().begin_pass(kind, prefix_length, masked)
+
+    def attend(self, backend: Any, layer: int, q: Any, k: Any, v: Any, cache: PagedKVCache) -> Any:
+        if self.kind is PassKind.LATER:
+            change = np.square(q.astype(np.float64) - self._queries[layer]).mean(axis=(1, 2))
+            if change.sum() > 0:
+                self.rows[layer].append(shares(change, self._kinds))
+        self._queries[layer] = q.copy()
+        return super().attend(backend, layer, q, k, v, cache)
+
+
+def token_kinds(block_length: int, unmasked: np.ndarray) -> np.ndarray:
+    """Index into `KINDS` of each token of a block, of which some were just unmasked."""
+    kinds = np.full(block_length, KINDS.index("others"))
+    beside = np.concatenate([unmasked - 1, unmasked + 1])
+    kinds[beside[(beside >= 0) & (beside < block_length)]] = KINDS.index("neighbours")
+    kinds[unmasked] = KINDS.index("unmasked")
+    return kinds
+
+
+def shares(change: np.ndarray, kinds: np.ndarray) -> np.ndarray:
+    """Shares of one pass, `top`, `change`, `active` and `tokens` of `Locality` in a row.
+
+    Parameters
+    ----------
+    change : float [tokens]
+    kinds : int [tokens]
+    """
+    order = np.argsort(-change, kind="stable")
+    within = np.cumsum(change[order]) / change.sum()
+    top = [within[min(count, len(change)) - 1] for count in TOP]
+    most = kinds[order[:COUNTED]]
+    every = range(len(KINDS))
+    by_change = [change[kinds == kind].sum() / change.sum() for kind in every]
+    return np.array(
+        [
+            *top,
+            *by_change,
+            *((most == kind).mean() for kind in every),
+            *((kinds == kind).mean() for kind in every),
+        ]
+    )
+
+
+def measure_locality(
+    model: Any, config: EvalConfig | None = None, *, progress: Progress | None = None
+) -> list[Locality]:
+    """How a model's queries change while it answers the questions of `config`, densely, on the CPU.
+
+    Parameters
+    ----------
+    model : losart.Model
+    config : EvalConfig, optional
+        Its attention settings are not used.
+    progress : callable, optional
+        Called after each question with questions done and in all.
+
+    Returns
+    -------
+    list of Locality
+        One for each layer, and one for all.
+
+    Raises
+    ------
+    OptionError
+        As `evaluate`; the model is not on the CPU; or no block has a second pass.
+    """
+    config = EvalConfig() if config is None else config
+    if model.device != "cpu":
+        raise OptionError("locality is measured on the CPU: load the model with device='cpu'")
+    style = check_config(model, config)
+    options = generation_config(model.config, shared_options(config, style))
+    rows: list[list[np.ndarray]] = [[] for _ in range(model.config.num_layers)]
+    done, total = 0, len(config.lengths) * len(config.tasks) * config.samples
+    for length in config.lengths:
+        for name in config.tasks:
+            for question in make_questions(model, TASKS[name], length, config.samples, config.seed, style):
+                policy = QueryChanges(options.attention, model.config, options.block_length)
+                ids = prompt_ids(question.prompt, model.config, model.tokenizer, model.chat_template)
+                output = Output(options.max_new_tokens, options.stop_token_ids)
+                # Not Model.generate, which makes its policy itself.
+                transformer = model._transformer
+                cache = transformer.backend.new_cache(options.attention.page_size)
+                for _ in BlockDecoder(transformer, options, policy, cache, output).run(ids):
+                    pass
+                for layer, more in zip(rows, policy.rows, strict=True):
+                    layer += more
+                done += 1
+                if progress is not None:
+                    progress(done, total)
+    if not all(rows):
+        raise OptionError("locality needs blocks of more than one pass: raise denoising_steps")
+    layers = [_locality(layer, np.array(passes)) for layer, passes in enumerate(rows)]
+    return [*layers, _locality(None, np.concatenate([np.array(passes) for passes in rows]))]
+
+
+def _locality(layer: int | None, rows: np.ndarray) -> Locality:
+    top, *by_kind = np.split(rows.mean(axis=0), [4, 7, 10])
+    change, active, tokens = (dict(zip(KINDS, part.tolist(), strict=True)) for part in by_kind)
+    return Locality(
+        layer=layer,
+        passes=len(rows),
+        top=dict(zip(map(str, TOP), top.tolist(), strict=True)),
+        change=change,
+        active=active,
+        tokens=tokens,
+    )
