@@ -5,6 +5,8 @@ import json
 import pytest
 
 from losart.cli import main
+from losart.eval import TASKS
+from losart.eval.vocabulary import VOCABULARY_SIZE, write_tokenizer
 from losart.model import Model
 
 SMALL = ["--device", "cpu", "--lengths", "1500", "--samples", "1", "--max-new-tokens", "4"]
@@ -29,6 +31,21 @@ def test_prints_a_table_and_writes_its_figures(tiny_checkpoint, tmp_path, capsys
     assert [cell["budget"] for cell in report["cells"]] == [None, 32, 64] * 2
     assert all(cell["accuracy"] == 0.0 and cell["high"] > 0.5 for cell in report["cells"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["eval.json"]
+
+
+def test_a_checkpoint_with_the_symbols_is_asked_in_symbols(make_checkpoint, tmp_path, capsys):
+    checkpoint = make_checkpoint(vocab_size=VOCABULARY_SIZE, tokenizer=False, block_length=16)
+    write_tokenizer(checkpoint)
+    file = tmp_path / "eval.json"
+    arguments = ["--device", "cpu", "--lengths", "128,256", "--samples", "2", "--attention", "losa"]
+    assert main(["eval", str(checkpoint), *arguments, "--json", str(file)]) == 0
+    report = json.loads(file.read_text())
+    assert report["style"] == "symbols"
+    assert [(cell["task"], cell["length"]) for cell in report["cells"]] == [
+        (task, length) for length in (128, 256) for task in TASKS
+    ]
+    assert main(["eval", str(checkpoint), "--device", "cpu", "--lengths", "100"]) == 2
+    assert "losart: lengths of symbolic prompts must be multiples of 16" in capsys.readouterr().err
 
 
 def test_an_interrupt_leaves_the_cells_that_were_done(tiny_checkpoint, tmp_path, capsys, monkeypatch):

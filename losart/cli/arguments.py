@@ -38,10 +38,10 @@ def add_generation(command: argparse.ArgumentParser) -> None:
     add_attention_details(group)
 
 
-def add_decoding(command: argparse.ArgumentParser) -> Group:
-    """How a block is decoded: those of the options that are the same for all questions of an evaluation."""
+def add_decoding(command: argparse.ArgumentParser, new_tokens: str = "128") -> Group:
+    """How blocks are decoded, whatever the attention; `new_tokens` is what help calls the default."""
     group = command.add_argument_group("generation", argument_default=argparse.SUPPRESS)
-    group.add_argument("--max-new-tokens", type=int, metavar="N", help="new tokens at most (128)")
+    group.add_argument("--max-new-tokens", type=int, metavar="N", help=f"new tokens at most ({new_tokens})")
     group.add_argument("--block-length", type=int, metavar="N", help="tokens of a block (the checkpoint's)")
     group.add_argument("--denoising-steps", type=int, metavar="N", help="passes a block (the block length)")
     group.add_argument("--remasking", choices=STRATEGIES, help="(low_confidence_dynamic)")

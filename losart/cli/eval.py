@@ -64,7 +64,7 @@ def add_command(commands: Any) -> None:
         help="instead of accuracy: how the change of queries between passes is spread over a block's tokens",
     )
     group.add_argument("--json", metavar="FILE", default=None, help="write figures here after each cell")
-    add_attention_details(add_decoding(command))
+    add_attention_details(add_decoding(command, "enough for the answers"))
 
 
 def run(args: argparse.Namespace) -> None:
