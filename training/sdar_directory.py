@@ -1,0 +1,52 @@
+"""Writes what was trained as an ordinary SDAR directory."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from small_sdar import SmallSdar
+
+
+def write_checkpoint(model: SmallSdar, directory: Path, special: dict[str, int], block_length: int) -> None:
+    """Write config.json, generation_config.json and the weights in bfloat16.
+
+    Parameters
+    ----------
+    model : SmallSdar
+    directory : Path
+        Made if need be.
+    special : dict
+        Ids of `mask`, `end` and `pad`.
+    block_length : int
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    tokens = {"eos_token_id": special["end"], "pad_token_id": special["pad"]}
+    config = {
+        "architectures": ["SDARForCausalLM"],
+        "model_type": "sdar",
+        **asdict(model.shape),
+        **tokens,
+        "mask_token_id": special["mask"],
+        "block_size": block_length,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "hidden_act": "silu",
+        "rope_scaling": None,
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+    }
+    _write_json(directory / "config.json", config)
+    _write_json(directory / "generation_config.json", tokens)
+    weights = {
+        name: value.detach().to(torch.bfloat16).contiguous() for name, value in model.state_dict().items()
+    }
+    save_file(weights, str(directory / "model.safetensors"), {"format": "pt"})
+
+
+def _write_json(file: Path, values: dict[str, Any]) -> None:
+    file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
