@@ -5,8 +5,9 @@ import pytest
 from symbol_solver import solve
 
 from losart.errors import OptionError
+from losart.eval.symbol_facts import pair_split
 from losart.eval.symbol_text import answer_text, document_text, prompt_text, question_text
-from losart.eval.symbols import BLOCK, FACT, fact_count, make_batch, pair_split
+from losart.eval.symbols import BLOCK, FACT, fact_count, make_batch
 from losart.eval.tasks import TASKS
 from losart.eval.vocabulary import END, FIRST_SYMBOL, MASK, PAD, VOCABULARY_SIZE, vocabulary, write_tokenizer
 from losart.loaders.tokenizer import read_tokenizer

@@ -1,0 +1,109 @@
+"""The facts of symbolic documents: which keys have which values, and in which order they are told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from losart.eval.tasks import CHAIN_FACTS, TIMES_SET
+from losart.eval.vocabulary import SYMBOLS
+
+PARTS = 8  # of the pairs of symbols; one of them is evaluation's
+
+
+@dataclass(frozen=True)
+class SymbolFacts:
+    """Facts of some documents. Keys and values are pairs of symbols, 0..1023.
+
+    Attributes
+    ----------
+    chain_keys, chain_values : int64 [rows, chains, 3, 2]
+        A value is the next key.
+    repeated_keys : int64 [rows, repeated, 2]
+    repeated_values : int64 [rows, repeated, 3, 2]
+        As they are set, one after the other.
+    single_keys, single_values : int64 [rows, singles, 2]
+    """
+
+    chain_keys: np.ndarray
+    chain_values: np.ndarray
+    repeated_keys: np.ndarray
+    repeated_values: np.ndarray
+    single_keys: np.ndarray
+    single_values: np.ndarray
+
+    def told(self, rng: np.random.Generator) -> np.ndarray:
+        """All facts, key and value, in a random order in which they can be told: [rows, facts, 4]."""
+        rows = len(self.chain_keys)
+        keys = [
+            self.chain_keys,
+            np.repeat(self.repeated_keys[:, :, None], TIMES_SET, axis=2),
+            self.single_keys,
+        ]
+        values = [self.chain_values, self.repeated_values, self.single_values]
+        facts = np.concatenate(
+            [
+                np.concatenate([key, value], axis=-1).reshape(rows, -1, 4)
+                for key, value in zip(keys, values, strict=True)
+            ],
+            axis=1,
+        )
+        places = rng.permuted(np.tile(np.arange(facts.shape[1]), (rows, 1)), axis=1)
+        first, repeated = self.chain_keys.shape[1] * CHAIN_FACTS, self.repeated_keys.shape[1]
+        times = slice(first, first + repeated * TIMES_SET)
+        in_order = np.sort(places[:, times].reshape(rows, repeated, TIMES_SET), axis=-1)
+        places[:, times] = in_order.reshape(rows, -1)
+        told = np.empty_like(facts)
+        told[np.arange(rows)[:, None], places] = facts
+        return told
+
+    @property
+    def plain(self) -> tuple[np.ndarray, np.ndarray]:
+        """Keys that are set once and their values, each [rows, keys, 2]."""
+        rows = len(self.chain_keys)
+        keys = np.concatenate([self.chain_keys.reshape(rows, -1, 2), self.single_keys], axis=1)
+        values = np.concatenate([self.chain_values.reshape(rows, -1, 2), self.single_values], axis=1)
+        return keys, values
+
+
+def draw_facts(rng: np.random.Generator, rows: int, count: int, split: str) -> SymbolFacts:
+    """`count` facts, 12 or more, for each of `rows` documents, with keys of a split."""
+    chains, repeated = max(3, count // 8), max(1, count // 16)
+    linked = chains * CHAIN_FACTS
+    singles = count - linked - repeated * TIMES_SET
+    keys = _draw_keys(rng, rows, linked + repeated + singles, singles // 4, split)
+    chain_keys = keys[:, :linked].reshape(rows, chains, CHAIN_FACTS, 2)
+    chain_values = rng.integers(SYMBOLS, size=chain_keys.shape)
+    chain_values[:, :, :-1] = chain_keys[:, :, 1:]
+    return SymbolFacts(
+        chain_keys=chain_keys,
+        chain_values=chain_values,
+        repeated_keys=keys[:, linked : linked + repeated],
+        repeated_values=rng.integers(SYMBOLS, size=(rows, repeated, TIMES_SET, 2)),
+        single_keys=keys[:, linked + repeated :],
+        single_values=rng.integers(SYMBOLS, size=(rows, singles, 2)),
+    )
+
+
+def pair_split(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Whether a key of these two symbols (0..1023) is evaluation's; all other keys are training's."""
+    return (first + second) % PARTS == 0
+
+
+def _draw_keys(rng: np.random.Generator, rows: int, count: int, alike: int, split: str) -> np.ndarray:
+    """Keys [rows, count, 2], different within a row; the last `alike` begin as the first ones do."""
+    keys = np.empty((rows, count, 2), np.int64)
+    todo = np.arange(rows)
+    while len(todo):
+        first = rng.integers(SYMBOLS, size=(len(todo), count))
+        if alike:
+            first[:, count - alike :] = first[:, :alike]
+        # The remainder of the sum says whose the key is (`pair_split`).
+        lowest, parts = (0, 1) if split == "eval" else (1, PARTS - 1)
+        remainder = lowest + rng.integers(parts, size=first.shape)
+        second = rng.integers(SYMBOLS // PARTS, size=first.shape) * PARTS + (remainder - first) % PARTS
+        keys[todo, :, 0], keys[todo, :, 1] = first, second
+        codes = np.sort(first * SYMBOLS + second, axis=1)
+        todo = todo[(codes[:, 1:] == codes[:, :-1]).any(axis=1)]
+    return keys
