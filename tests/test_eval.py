@@ -12,9 +12,8 @@ import losart
 from losart.errors import OptionError
 from losart.eval import TASKS, EvalConfig, evaluate
 from losart.eval.english import make_text, numbers
-from losart.eval.grid import attention_settings
+from losart.eval.evaluation import wilson_interval
 from losart.eval.questions import find_style, make_questions
-from losart.eval.statistics import wilson_interval
 from losart.eval.vocabulary import write_tokenizer
 from losart.loaders.tokenizer import read_tokenizer
 
@@ -127,7 +126,7 @@ def test_a_random_model_answers_nothing_and_the_same_again(model):
 
 
 def test_the_grid_leaves_out_what_a_method_has_not():
-    assert attention_settings(["dense", "quest", "losa"], [64, 128], [3, 0.5]) == [
+    assert EvalConfig(attention=("dense", "quest", "losa"), budgets=(64, 128), active=(3, 0.5)).settings == [
         {"attention": "dense"},
         {"attention": "quest", "budget": 64},
         {"attention": "quest", "budget": 128},

@@ -5,7 +5,7 @@ import pytest
 from symbol_solver import solve
 
 from losart.errors import OptionError
-from losart.eval.symbol_facts import pair_split
+from losart.eval.symbol_facts import is_evaluation_key
 from losart.eval.symbol_text import answer_text, document_text, prompt_text, question_text
 from losart.eval.symbols import BLOCK, FACT, fact_count, make_batch
 from losart.eval.tasks import TASKS
@@ -82,11 +82,11 @@ def test_every_word_is_a_token_of_its_own(tokenizer):
 def test_keys_of_training_and_evaluation_are_disjoint(split):
     batch = make_batch(np.random.default_rng(4), 64, 1024, questions=16, split=split)
     keys = asked_keys(batch.questions)
-    assert len(keys) > 64 * 16 and (pair_split(keys[:, 0], keys[:, 1]) == (split == "eval")).all()
+    assert len(keys) > 64 * 16 and (is_evaluation_key(keys[:, 0], keys[:, 1]) == (split == "eval")).all()
     for document in batch.documents[:8]:
         facts = document[document >= FIRST_SYMBOL].reshape(-1, FACT) - FIRST_SYMBOL
         assert len(facts) == fact_count(len(document))
-        assert (pair_split(facts[:, 0], facts[:, 1]) == (split == "eval")).all()
+        assert (is_evaluation_key(facts[:, 0], facts[:, 1]) == (split == "eval")).all()
 
 
 def test_keys_are_alike_but_set_as_often_as_they_should_be():

@@ -14,6 +14,7 @@ import recall_rows  # noqa: E402
 import train  # noqa: E402
 from recall_losses import copy_loss, look_back_loss  # noqa: E402
 from row_layout import Layout  # noqa: E402
+from schedule import Stage  # noqa: E402
 from sdar_directory import write_checkpoint  # noqa: E402
 from small_sdar import ModelShape, SmallSdar  # noqa: E402
 
@@ -21,7 +22,7 @@ from losart.eval.vocabulary import VOCABULARY_SIZE, write_tokenizer  # noqa: E40
 
 CPU = torch.device("cpu")
 SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "head_dim": 32, "intermediate_size": 96}
-STAGES = (train.Stage(128, 3, 4), train.Stage(256, 2, 4, enough=2.0))
+STAGES = (Stage(128, 3, 4), Stage(256, 2, 4, enough=2.0))
 
 
 @pytest.fixture

@@ -39,6 +39,19 @@ def rows(rng: np.random.Generator, count: int, prompt: int, questions: int) -> t
     return ids, answers, tasks
 
 
+def mask_some(answers: Tensor) -> Tensor:
+    """Which tokens of each answer are masked: all of them in a third, else a share drawn for each."""
+
+    def draw(*shape: int) -> Tensor:
+        return torch.rand(shape, device=answers.device)
+
+    of_answer = (*answers.shape[:2], 1)
+    share = torch.where(draw(*of_answer) < 1 / 3, 1.0, draw(*of_answer))
+    masked = draw(*answers.shape) < share
+    masked[..., 0] |= ~masked.any(-1)
+    return masked
+
+
 def recall(right: Tensor, masked: Tensor, answers: Tensor, tasks: Tensor) -> dict[str, float]:
     """Share of the masked symbols that came out right, by task.
 

@@ -1,7 +1,7 @@
 """Trains the checkpoint that comes with losart: `python training/train.py OUT`.
 
-Goes on from OUT/training.pt where there is one. The plan is in shares of `--minutes`, so that a run
-that is cut into several gives what one would give, but for the order of the rows.
+Goes on from OUT/training.pt where there is one. Rows and masks follow from the seed and the step, the
+learning rate from the share of `--minutes` that is over.
 """
 
 from __future__ import annotations
@@ -21,44 +21,14 @@ import recall_rows
 import torch
 from recall_losses import RETRIEVAL_LAYER, copy_loss, look_back_loss, masked_cross_entropy
 from row_layout import Layout
+from schedule import STAGES, Stage, auxiliary_weight, learning_rate
 from sdar_directory import write_checkpoint
 from small_sdar import ModelShape, SmallSdar
 from torch import Tensor
 
 from losart.eval.vocabulary import VOCABULARY_SIZE, write_tokenizer
 
-WARM_UP = 50  # steps
 LOOK_BACK = (1, 2, 3, 15, 16, 17)  # an answer's token stands 16 after its question's
-
-
-@dataclass(frozen=True)
-class Stage:
-    """Rows of one length, until they are learnt.
-
-    Attributes
-    ----------
-    tokens : int
-        Of a prompt.
-    rows : int
-        Of a step.
-    questions : int
-        To a document.
-    enough : float
-        Recall at which the next stage begins.
-    """
-
-    tokens: int
-    rows: int
-    questions: int
-    enough: float = 0.9
-
-
-STAGES = (
-    Stage(256, 96, 8),
-    Stage(1024, 48, 16),
-    Stage(4096, 12, 48),
-    Stage(8192, 6, 64, enough=2.0),
-)
 
 
 @dataclass
@@ -68,33 +38,7 @@ class State:
     step: int = 0
     stage: int = 0
     seconds: float = 0.0
-    recall: list[float] = field(default_factory=lambda: [0.0] * len(STAGES))  # running, of each stage
-
-
-def learning_rate(step: int, share: float, peak: float) -> float:
-    """Warm-up, then the peak until half of the time, then down to a twentieth of it."""
-    decay = (
-        1.0 if share < 0.5 else 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(1.0, (share - 0.5) / 0.5)))
-    )
-    return peak * min(1.0, (step + 1) / WARM_UP) * decay
-
-
-def auxiliary_weight(share: float) -> float:
-    """Of the losses that only training has: they fade out between 70% and 90% of the time."""
-    return min(1.0, max(0.0, (0.9 - share) / 0.2))
-
-
-def mask_some(answers: Tensor) -> Tensor:
-    """Which tokens of each answer are masked: all of them in a third, else a share drawn for each."""
-
-    def draw(*shape: int) -> Tensor:
-        return torch.rand(shape, device=answers.device)
-
-    of_answer = (*answers.shape[:2], 1)
-    share = torch.where(draw(*of_answer) < 1 / 3, 1.0, draw(*of_answer))
-    masked = draw(*answers.shape) < share
-    masked[..., 0] |= ~masked.any(-1)
-    return masked
+    recall: list[float] = field(default_factory=list)  # running, of each stage
 
 
 class Trainer:
@@ -104,7 +48,6 @@ class Trainer:
     ----------
     directory : Path
         Gets training.pt and log.jsonl.
-    shape : ModelShape
     stages : sequence of Stage
     minutes : float
         Of the whole training.
@@ -126,7 +69,7 @@ class Trainer:
         self.directory, self.stages, self.seed, self.peak = directory, stages, seed, peak
         self.seconds = 60 * minutes
         self.device = torch.device(device)
-        self.state = State()
+        self.state = State(recall=[0.0] * len(stages))
         torch.manual_seed(seed)
         self.model = SmallSdar(ModelShape(VOCABULARY_SIZE)).to(self.device)
         self.optimizer = torch.optim.AdamW(_groups(self.model, peak), betas=(0.9, 0.95))
@@ -191,7 +134,7 @@ class Trainer:
         rows = recall_rows.rows(rng, stage.rows, stage.tokens, stage.questions)
         ids, answers, tasks = (part.to(self.device) for part in rows)
         layout = self._layout(stage)
-        masked = mask_some(answers)
+        masked = recall_rows.mask_some(answers)
         shown = torch.where(masked, recall_rows.SPECIAL["mask"], answers)
         ids[:, layout.answers.flatten()] = shown.flatten(1)
 

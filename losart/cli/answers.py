@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 
+from losart.cli.tables import share
 from losart.decode import Progress
 from losart.results import GenerationResult, Stats, Step
 
@@ -37,9 +38,6 @@ def print_figures(result: GenerationResult) -> None:
 
 
 def _table(stats: Stats, finish_reason: str) -> str:
-    def share(value: float | None) -> str:
-        return "-" if value is None else f"{value:.1%}"
-
     rows = [
         (
             "prompt tokens",

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import losart
-from losart.eval.locality import KINDS
+from losart.cli.tables import share
+from losart.eval.locality import KINDS, TOP
 
 
 class JsonReport:
@@ -78,11 +79,6 @@ class TimeLeft:
         """Make room on the terminal for a line on standard output."""
         if self._terminal:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
-
-
-def share(value: float | None) -> str:
-    """A share in percent, a dash where there is none."""
-    return "-" if value is None else f"{value:.1%}"
 
 
 def _or_dash(value: object) -> str:
@@ -166,7 +162,7 @@ def _share_of(name: str, key: str) -> Callable[[Any], str]:
 LOCALITY_COLUMNS = (
     Column("layer", 5, lambda row: "all" if row.layer is None else str(row.layer)),
     Column("passes", 6, lambda row: str(row.passes)),
-    *(Column(f"top {count}", 6, _share_of("top", count)) for count in "1358"),
+    *(Column(f"top {count}", 6, _share_of("top", str(count))) for count in TOP),
     *(Column(kind, len(kind), _share_of("change", kind)) for kind in KINDS),
     *(Column(f"top 5 {kind}", len(kind) + 6, _share_of("active", kind)) for kind in KINDS),
 )

@@ -27,3 +27,8 @@ def size(count: float) -> str:
             break
         count /= 1024
     return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
+
+
+def share(value: float | None) -> str:
+    """A share in percent, a dash where there is none."""
+    return "-" if value is None else f"{value:.1%}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,9 +10,7 @@ from typing import Any
 from losart.checks import is_int, require
 from losart.errors import OptionError
 from losart.eval.figures import Figures, figures
-from losart.eval.grid import attention_settings
 from losart.eval.questions import STYLES, find_style, make_questions
-from losart.eval.statistics import wilson_interval
 from losart.eval.tasks import TASKS, find_task
 from losart.results import Stats
 
@@ -77,8 +76,18 @@ class EvalConfig:
 
     @property
     def settings(self) -> list[dict[str, Any]]:
-        """Attention settings of the grid."""
-        return attention_settings(self.attention, self.budgets, self.active)
+        """Options of `Model.generate` for each setting: dense has no budget, only losa has `active`."""
+        settings: list[dict[str, Any]] = []
+        for method in self.attention:
+            if method == "dense":
+                settings.append({"attention": method})
+                continue
+            for budget in self.budgets:
+                sparse = {"attention": method, "budget": budget}
+                settings += (
+                    [sparse | {"active": count} for count in self.active] if method == "losa" else [sparse]
+                )
+        return settings
 
 
 @dataclass(frozen=True)
@@ -193,3 +202,17 @@ def _cell(task: str, length: int, setting: Mapping[str, Any], right: int, stats:
         low=low,
         high=high,
     )
+
+
+def wilson_interval(right: int, samples: int, z: float = 1.959963984540054) -> tuple[float, float]:
+    """Wilson's score interval of a proportion (J. Am. Stat. Assoc. 22, 1927); 95% by default.
+
+    Returns
+    -------
+    low, high : float
+        Between 0 and 1.
+    """
+    share, square = right / samples, z * z / samples
+    middle = (share + square / 2) / (1 + square)
+    half = z / (1 + square) * math.sqrt((share * (1 - share) + square / 4) / samples)
+    return max(0.0, middle - half), min(1.0, middle + half)

@@ -171,7 +171,7 @@ def measure_locality(
 
 
 def _locality(layer: int | None, rows: np.ndarray) -> Locality:
-    top, *by_kind = np.split(rows.mean(axis=0), [4, 7, 10])
+    top, *by_kind = np.split(rows.mean(axis=0), np.cumsum([len(TOP), len(KINDS), len(KINDS)]))
     change, active, tokens = (dict(zip(KINDS, part.tolist(), strict=True)) for part in by_kind)
     return Locality(
         layer=layer,

@@ -86,7 +86,7 @@ def draw_facts(rng: np.random.Generator, rows: int, count: int, split: str) -> S
     )
 
 
-def pair_split(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+def is_evaluation_key(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Whether a key of these two symbols (0..1023) is evaluation's; all other keys are training's."""
     return (first + second) % PARTS == 0
 
@@ -99,7 +99,7 @@ def _draw_keys(rng: np.random.Generator, rows: int, count: int, alike: int, spli
         first = rng.integers(SYMBOLS, size=(len(todo), count))
         if alike:
             first[:, count - alike :] = first[:, :alike]
-        # The remainder of the sum says whose the key is (`pair_split`).
+        # The remainder of the sum says whose the key is (`is_evaluation_key`).
         lowest, parts = (0, 1) if split == "eval" else (1, PARTS - 1)
         remainder = lowest + rng.integers(parts, size=first.shape)
         second = rng.integers(SYMBOLS // PARTS, size=first.shape) * PARTS + (remainder - first) % PARTS

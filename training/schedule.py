@@ -1,0 +1,51 @@
+"""What training does when: stages of growing length, learning rate, auxiliary losses."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+WARM_UP = 50  # steps
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Rows of one length, until they are learnt.
+
+    Attributes
+    ----------
+    tokens : int
+        Of a prompt.
+    rows : int
+        Of a step.
+    questions : int
+        To a document.
+    enough : float
+        Recall at which the next stage begins.
+    """
+
+    tokens: int
+    rows: int
+    questions: int
+    enough: float = 0.9
+
+
+STAGES = (
+    Stage(256, 96, 8),
+    Stage(1024, 48, 16),
+    Stage(4096, 12, 48),
+    Stage(8192, 6, 64, enough=2.0),
+)
+
+
+def learning_rate(step: int, share: float, peak: float) -> float:
+    """Warm-up, then the peak until half of the time, then down to a twentieth of it."""
+    decay = (
+        1.0 if share < 0.5 else 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(1.0, (share - 0.5) / 0.5)))
+    )
+    return peak * min(1.0, (step + 1) / WARM_UP) * decay
+
+
+def auxiliary_weight(share: float) -> float:
+    """Of the losses that only training has: they fade out between 70% and 90% of the time."""
+    return min(1.0, max(0.0, (0.9 - share) / 0.2))
