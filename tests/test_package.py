@@ -1,10 +1,13 @@
 """What `import losart` brings with it, and what an installation puts where."""
 
 import importlib.util
+import re
 import subprocess
 import sys
 from importlib.metadata import requires
 from pathlib import Path
+
+import pytest
 
 import losart
 import losart.kernels_cu
@@ -44,10 +47,12 @@ def test_types_are_shipped():
     assert (Path(losart.__file__).parent / "py.typed").exists()
 
 
-def test_torch_is_only_needed_for_parity():
-    wants_torch = [line for line in requires("losart") or [] if line.startswith(("torch", "transformers"))]
-    assert wants_torch
-    assert all('extra == "parity"' in line for line in wants_torch)
+@pytest.mark.parametrize(
+    ("package", "extras"), [("torch", {"parity", "train"}), ("transformers", {"parity"})]
+)
+def test_torch_is_only_needed_by_extras(package, extras):
+    wanted = [line for line in requires("losart") or [] if re.match(rf"{package}\b", line)]
+    assert {re.search(r'extra == "(\w+)"', line)[1] for line in wanted} == extras
 
 
 def test_compiled_modules_are_importable():
