@@ -28,7 +28,7 @@ extern "C" __global__ void __launch_bounds__(1024)
         *(float4 *)(sum + first + i * 4) = row[i] = value;
         square += value.x * value.x + value.y * value.y + value.z * value.z + value.w * value.w;
     }
-    float scale = rsqrtf(block_sum(square, shared) / hidden + eps);
+    float scale = inverse_rms(block_sum(square, shared) / hidden, eps);
     for (int i = threadIdx.x; i < hidden / 4; i += blockDim.x) {
         float4 value = row[i], factor = gains[i];
         Held *to = y + first + i * 4;

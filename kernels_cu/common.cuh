@@ -66,6 +66,12 @@ __device__ __forceinline__ float warp_max(float x)
     return x;
 }
 
+/* 1 / rms from a mean of squares; NaN where it overflowed, for zeros would hide it. */
+__device__ __forceinline__ float inverse_rms(float mean_square, float eps)
+{
+    return mean_square < INFINITE ? rsqrtf(mean_square + eps) : NOT_A_NUMBER;
+}
+
 /* Sum over a block of whole warps; `shared` holds a float for each warp. All threads get it. */
 __device__ __forceinline__ float block_sum(float x, float *shared)
 {

@@ -96,6 +96,13 @@ __device__ __forceinline__ void wgmma(float (&d)[64], const unsigned (&a)[4], un
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
+/* Registers of products as they are now: writing them is moved neither before nor behind this. */
+template <int COUNT> __device__ __forceinline__ void pin(float (&registers)[COUNT])
+{
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) asm volatile("" : "+f"(registers[i])::"memory");
+}
+
 /* Waits until at most PENDING committed groups of products are under way; their registers stay untouched. */
 template <int PENDING> __device__ __forceinline__ void wgmma_wait()
 {

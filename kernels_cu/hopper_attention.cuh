@@ -107,6 +107,7 @@ __device__ __forceinline__ void attend(HopperRows &state, const Stages &stages, 
         }
         wgmma_commit();
         wgmma_wait<0>();
+        pin(score);
 
         if (first + i >= ragged)
 #pragma unroll
@@ -145,12 +146,14 @@ __device__ __forceinline__ void attend(HopperRows &state, const Stages &stages, 
         for (int k = 0; k < TILE / 16; k++)
 #pragma unroll
             for (int j = 0; j < 4; j++) p[k][j] = pack(score[k * 8 + j * 2], score[k * 8 + j * 2 + 1]);
+        pin(state.sum);
         wgmma_fence();
 #pragma unroll
         for (int k = 0; k < TILE / 16; k++)
             wgmma(state.sum, p[k], descriptor(stages.values(stage) + k * 2 * EIGHT_ROWS, EIGHT_ROWS, 1024));
         wgmma_commit();
         wgmma_wait<0>();
+        pin(state.sum);
         if (threadIdx.x % GROUP == 0) barrier_arrive(stages.empty(stage));
     }
 #pragma unroll

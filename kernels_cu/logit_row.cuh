@@ -35,3 +35,17 @@ __device__ __forceinline__ void join(Row &row, const Row &other, float temperatu
     row.moment += next.moment;
     row.sound &= next.sound;
 }
+
+/* All lanes' rows into one. */
+__device__ __forceinline__ void join_warp(Row &row, float temperature)
+{
+    for (int step = WARP / 2; step; step /= 2) {
+        Row other;
+        other.top = __shfl_xor_sync(~0u, row.top, step);
+        other.token = __shfl_xor_sync(~0u, row.token, step);
+        other.sound = __shfl_xor_sync(~0u, row.sound, step);
+        other.total = __shfl_xor_sync(~0u, row.total, step);
+        other.moment = __shfl_xor_sync(~0u, row.moment, step);
+        join(row, other, temperature);
+    }
+}

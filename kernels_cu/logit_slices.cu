@@ -44,15 +44,7 @@ extern "C" __global__ void __launch_bounds__(256)
             if (weight > 0) moment += weight * x;
         }
     Row mine = {top, token, sound, total, moment};
-    for (int step = WARP / 2; step; step /= 2) {
-        Row other;
-        other.top = __shfl_xor_sync(~0u, mine.top, step);
-        other.token = __shfl_xor_sync(~0u, mine.token, step);
-        other.sound = __shfl_xor_sync(~0u, mine.sound, step);
-        other.total = __shfl_xor_sync(~0u, mine.total, step);
-        other.moment = __shfl_xor_sync(~0u, mine.moment, step);
-        join(mine, other, temperature);
-    }
+    join_warp(mine, temperature);
     if (threadIdx.x % WARP == 0) warps[threadIdx.x / WARP] = mine;
     __syncthreads();
     if (threadIdx.x) return;

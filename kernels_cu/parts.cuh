@@ -26,12 +26,12 @@ struct Parts {
             }
 #pragma unroll
             for (int i = 0; i < BATCH; i++) highest = fmaxf(highest, tops_there[i]);
-            if (highest == -INFINITE) continue;
-            float factor = expf(top - highest);
+            /* Parts of which all scores were NaN have a maximum of -inf too: their NaN must stay. */
+            float base = highest == -INFINITE ? 0.0f : highest, factor = expf(top - base);
             top = highest, total *= factor, sum *= factor;
 #pragma unroll
             for (int i = 0; i < BATCH; i++) {
-                factor = expf(tops_there[i] - top);
+                factor = expf(tops_there[i] - base);
                 total += totals_there[i] * factor;
                 sum += values[i] * factor;
             }

@@ -5,7 +5,7 @@
  * all), of those the most probable up to and including the one that takes their sum above top_p (and
  * what ties with it), and
  * the draw is the first token whose cumulative weight is above uniform * total.
- * finite[row] is 0 where the row's maximum is no finite number. The results of row rows[i] go to i.
+ * finite is 0 where the row has a NaN or its maximum is no finite number. The results of row rows[i] go to i.
  *
  * Grid: tokens, 1024 threads; block i takes row rows[i], if i < *count. Greedy rows read their slices only;
  * the others twice their logits, and 4 times more for top_k, 5 times for top_p. */
@@ -81,15 +81,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     if (threadIdx.x < WARP) {
         Row mine = {-INFINITE, vocab, 1, 0, 0};
         for (int i = threadIdx.x; i < slice_count; i += WARP) join(mine, slices[blockIdx.x * slice_count + i], temperature);
-        for (int step = WARP / 2; step; step /= 2) {
-            Row other;
-            other.top = __shfl_xor_sync(~0u, mine.top, step);
-            other.token = __shfl_xor_sync(~0u, mine.token, step);
-            other.sound = __shfl_xor_sync(~0u, mine.sound, step);
-            other.total = __shfl_xor_sync(~0u, mine.total, step);
-            other.moment = __shfl_xor_sync(~0u, mine.moment, step);
-            join(mine, other, temperature);
-        }
+        join_warp(mine, temperature);
         if (threadIdx.x == 0) shared_row = mine;
     }
     __syncthreads();

@@ -30,7 +30,7 @@ extern "C" __global__ void split_heads(PRODUCT_PARAMETERS, const float *q_gain, 
                 : value ? v + ((size_t)token * kv_heads + head - heads - kv_heads) * head_dim
                         : k + ((size_t)token * kv_heads + head - heads) * head_dim;
     if (!value) {
-        float scale = rsqrtf(block_sum(first * first + second * second, shared) / head_dim + eps);
+        float scale = inverse_rms(block_sum(first * first + second * second, shared) / head_dim, eps);
         float a = first * scale * first_gain, b = second * scale * second_gain;
         first = a * cosine - b * sine;
         second = b * cosine + a * sine;

@@ -224,14 +224,84 @@ def test_loading_takes_little_memory_of_the_host(make_checkpoint, dtype):
     assert mebibytes < 300
 
 
-def test_nan_is_an_error(make_checkpoint):
+@pytest.mark.parametrize(
+    ("name", "value", "prompt"),
+    [
+        ("layers.0.self_attn.v_proj", np.nan, PROMPT[:3]),
+        ("layers.0.self_attn.k_proj", np.nan, PROMPT[:40]),  # a prefix of nothing but NaN keys
+        ("layers.0.mlp.down_proj", 1e20, PROMPT[:3]),  # squares overflow in the next norm
+    ],
+)
+def test_what_is_not_finite_is_an_error(make_checkpoint, name, value, prompt):
+    path = make_checkpoint(dtype="float32")
+    _edit(path, f"model.{name}.weight", slice(None), value)
+    with pytest.raises(losart.NumericalError):
+        losart.load(path, device="cuda").generate(prompt, max_new_tokens=4)
+
+
+def test_a_token_without_a_finite_embedding_is_an_error(make_checkpoint):
+    path = make_checkpoint(dtype="float32")
+    _edit(path, "model.embed_tokens.weight", 7, np.nan)
+    with pytest.raises(losart.NumericalError):
+        losart.load(path, device="cuda").generate([7], max_new_tokens=4)
+
+
+def _edit(path, name, rows, value):
     from safetensors.numpy import load_file, save_file
 
-    path = make_checkpoint()
     tensors = load_file(path / "model.safetensors")
-    tensors["model.layers.0.self_attn.v_proj.weight"] = np.full_like(
-        tensors["model.layers.0.self_attn.v_proj.weight"], np.nan
-    )
+    tensors[name][rows] = value
     save_file(tensors, path / "model.safetensors")
-    with pytest.raises(losart.NumericalError):
-        losart.load(path, device="cuda").generate([1, 2, 3], max_new_tokens=4)
+
+
+def test_memory_that_is_short_once_costs_no_captured_pass_its_place(make_checkpoint, monkeypatch):
+    import cupy
+
+    model = losart.load(make_checkpoint(), device="cuda")
+    options = {"max_new_tokens": 32, "stop_token_ids": []}
+    expected = [model.generate(PROMPT, block_length=length, **options).token_ids for length in (4, 8)]
+    plain, refused = cupy.cuda.memory.Memory, []
+
+    def short_once(size):
+        if not refused:
+            refused.append(size)
+            raise cupy.cuda.runtime.CUDARuntimeError(2)  # out of memory
+        return plain(size)
+
+    # Larger blocks than any before: their passes want new memory, while those of 4 and 8 are kept.
+    monkeypatch.setattr(cupy.cuda.memory, "Memory", short_once)
+    model.generate(PROMPT, block_length=64, **options)
+    assert refused
+    found = [model.generate(PROMPT, block_length=length, **options).token_ids for length in (4, 8)]
+    assert found == expected
+
+
+def test_a_model_goes_on_where_a_thread_of_another_ended(tiny_checkpoint):
+    from threading import Thread
+
+    model, found = losart.load(tiny_checkpoint, device="cuda"), []
+    options = {"max_new_tokens": 16, "stop_token_ids": []}
+
+    def generate():
+        found.append(model.generate(PROMPT, **options).token_ids)
+
+    for _ in range(2):
+        thread = Thread(target=generate)
+        thread.start()
+        thread.join()
+    generate()
+    threads = [Thread(target=generate) for _ in range(4)]  # at once
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 7 and all(tokens == found[0] for tokens in found)
+
+
+def test_captured_passes_are_bounded(tiny_checkpoint):
+    from losart.backends.cuda import CAPTURED_PASSES
+
+    model = losart.load(tiny_checkpoint, device="cuda")
+    for length in range(1, CAPTURED_PASSES // 2 + 4):
+        model.generate(PROMPT, block_length=length, max_new_tokens=2 * length, stop_token_ids=[])
+    assert len(model._transformer.backend._passes) <= CAPTURED_PASSES

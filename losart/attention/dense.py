@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
 
 from losart.attention.base import AttentionPolicy
@@ -11,6 +12,11 @@ from losart.cache import PagedKVCache
 
 class DensePolicy(AttentionPolicy):
     """Reads the whole prefix in every layer and pass."""
+
+    @property
+    def shape(self) -> Hashable:
+        """All passes are alike, whatever the options of other methods."""
+        return type(self), self.block_length
 
     def _dense_pass(self) -> bool:
         return True

@@ -8,7 +8,10 @@ captured pass can be replayed as the prefix grows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager, suppress
 from ctypes import c_double
 from typing import Any
 
@@ -33,7 +36,7 @@ from losart.backends.cuda_weights import WeightLoader, memory_errors
 from losart.cache import PagedKVCache, chunk_positions
 from losart.checks import require
 from losart.config import ModelConfig
-from losart.errors import ConfigError, NumericalError
+from losart.errors import ConfigError, NumericalError, OutOfMemoryError
 from losart.kernels_cu import kernel
 from losart.options import GenerationConfig
 from losart.rope import inverse_frequencies
@@ -41,6 +44,8 @@ from losart.sampling import NOT_FINITE, Proposals, float32_temperature
 
 LARGEST_HEAD_DIM = 256  # attention.cuh
 LOGIT_SLICES = 64
+NORM_BYTES = 8  # of shared memory for each channel; add_rms_norm.cu
+CAPTURED_PASSES = 32  # kept, of those used last
 ROW_BYTES = 32  # of logit_row.cuh's Row
 
 
@@ -66,13 +71,17 @@ class CudaBackend:
             raise ConfigError(f"head_dim must be {LARGEST_HEAD_DIM} at most on CUDA, not {config.head_dim}")
         self.config = config
         self.dtype = dtype
-        self.card = _card()
+        self.device = cupy.cuda.Device()
+        self.card = _card(self.device)
+        norm_bytes = NORM_BYTES * config.hidden_size
+        if norm_bytes > self.card.shared_per_block:
+            raise ConfigError(f"hidden_size {config.hidden_size} is too large for this GPU's shared memory")
         self.stream = cupy.cuda.Stream(non_blocking=True)
-        # What passes allocate from: its blocks are never handed to anyone else, so that the
-        # addresses in captured graphs stay good.
-        self._pool = cupy.cuda.MemoryPool()
+        # What passes allocate from, and captured graphs hold addresses of.
+        self._pool = cupy.cuda.MemoryPool(self._allocate)
         self._loader = WeightLoader(dtype, self.stream)
-        self._passes: dict[Hashable, CapturedPass] = {}
+        self._passes: OrderedDict[Hashable, CapturedPass] = OrderedDict()
+        self._lock = threading.RLock()
         self._inputs: dict[int, DeviceInputs] = {}
         frequencies, self._rope_factor = inverse_frequencies(config.rope, config.head_dim)
         with self.stream:
@@ -91,41 +100,69 @@ class CudaBackend:
     # -- weights and cache
 
     def upload(self, *tensors: Any) -> Any:
-        return self._loader.matrix(*tensors)
+        with self._running("the weights"):
+            return self._loader.matrix(*tensors)
 
     def upload_vector(self, *tensors: Any) -> Any:
-        return self._loader.vector(*tensors)
+        with self._running("the weights"):
+            return self._loader.vector(*tensors)
 
     def new_cache(self, page_size: int) -> PagedKVCache:
         table = CudaPageTable(self.config, page_size, chunk_positions(page_size), self.dtype, self._write)
 
         def allocate(shape: tuple[int, ...], dtype: str) -> Any:
-            with self.stream, memory_errors("the KV cache"):
+            with self._running("the KV cache"):
                 return cupy.zeros(shape, HELD_AS[dtype])
 
         return PagedKVCache(table, allocate)
 
     # -- running
 
+    @contextmanager
+    def _running(self, purpose: str) -> Iterator[None]:
+        """On the backend's device and stream, one thread at a time."""
+        with self._lock, self.device, self.stream, memory_errors(purpose):
+            yield
+
+    def _allocate(self, size: int) -> Any:
+        """Memory for the pool of passes.
+
+        When there is none, CuPy frees the pool's free blocks, and captured graphs work in those: first
+        the cached blocks of all else go, and then the graphs.
+        """
+        memory = cupy.cuda.memory
+        try:
+            return memory.MemoryPointer(memory.Memory(size), 0)
+        except cupy.cuda.runtime.CUDARuntimeError:
+            cupy.get_default_memory_pool().free_all_blocks()
+        try:
+            return memory.MemoryPointer(memory.Memory(size), 0)
+        except cupy.cuda.runtime.CUDARuntimeError:
+            self._passes.clear()
+            raise
+
     def run_pass(
         self, shape: Hashable, inputs: PassInputs, cache: PagedKVCache, body: Callable[[Any], Any]
     ) -> Any:
         tokens = len(inputs.ids)
         cache.reserve(cache.length + tokens)
-        with self.stream, cupy.cuda.using_allocator(self._pool.malloc), memory_errors("a pass"):
+        with self._running("a pass"), cupy.cuda.using_allocator(self._pool.malloc):
             self._place(inputs, cache)
             key = (shape, tokens, cache.page_size)
-            captured = self._passes.get(key)
-            if captured is None:
-                # By launches, which compiles the kernels and fills the pool; captured for next time.
-                result = self._fetch(body(self._given.ids), inputs)
+            if key in self._passes:
+                self._passes.move_to_end(key)
+                return self._fetch(self._passes[key].launch(), inputs)
+            # By launches, which compiles the kernels and fills the pool; captured for next time.
+            result = self._fetch(body(self._given.ids), inputs)
+            with suppress(OutOfMemoryError), memory_errors("a captured pass"):
                 self._passes[key] = CapturedPass(self.stream, body, self._given.ids)
-                return result
-            return self._fetch(captured.launch(), inputs)
+            if len(self._passes) > CAPTURED_PASSES:
+                self._passes.popitem(last=False)
+            return result
 
     def run_prefill(self, ids: np.ndarray, cache: PagedKVCache, body: Callable[[Any], Any]) -> None:
         cache.reserve(cache.length + len(ids))
-        with self.stream, memory_errors("a piece of the prompt"):
+        with self._running("a piece of the prompt"):
             self._place(PassInputs(ids), cache)
             self.blas = True
             try:
@@ -180,7 +217,7 @@ class CudaBackend:
             min(1024, -(-hidden // 128) * 32),
             *(x, *(delta.arguments if delta else NO_PRODUCT), gain, total, y, hidden),
             self.config.rms_norm_eps,
-            shared=8 * hidden,
+            shared=NORM_BYTES * hidden,
         )
         return total, y
 
@@ -285,8 +322,7 @@ class CudaBackend:
         return results
 
 
-def _card() -> Card:
-    device = cupy.cuda.Device()
+def _card(device: Any) -> Card:
     limits = device.attributes
     major, minor = divmod(int(device.compute_capability), 10)
     return Card(

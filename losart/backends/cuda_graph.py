@@ -18,18 +18,18 @@ class CapturedPass:
     ----------
     stream : cupy.cuda.Stream
     body : callable
-        Ids on the device to what the pass gives. It has run before: kernels are compiled, and the
-        allocator has the blocks that it needs.
+        Ids on the device to what the pass gives. It has run before: its kernels are compiled.
     ids : int32 [tokens], on the device
     """
 
     def __init__(self, stream: Any, body: Callable[[Any], Any], ids: Any) -> None:
         self._stream = stream
-        stream.begin_capture()
         try:
+            stream.begin_capture()
             self._given = body(ids)
         finally:
-            self._graph = stream.end_capture()
+            if stream.is_capturing():
+                self._graph = stream.end_capture()
 
     def launch(self) -> Any:
         """Replay the pass; what it gives lies where it lay before."""

@@ -73,7 +73,8 @@ class PagesInPlace:
     """
 
     def __init__(self, max_positions: int) -> None:
-        chunks = -(-max_positions // chunk_positions(16)) + 2
+        # The last block may reach beyond the positions, by less than the largest block.
+        chunks = -(-2 * max_positions // chunk_positions(16)) + 2
         self.kv, self.bounds = (cupy.zeros(chunks, np.uint64) for _ in range(2))
         self._table: Callable[[], CudaPageTable | None] = lambda: None
         self._count = 0
@@ -82,6 +83,7 @@ class PagesInPlace:
         """Write a table's addresses, if they are not there yet."""
         if self._table() is table and self._count == len(table.chunks):
             return
+        self._table = lambda: None  # an interrupt leaves none in place
         for places, arrays in zip((self.kv, self.bounds), zip(*table.chunks, strict=True), strict=True):
             addresses = np.array([array.data.ptr for array in arrays], np.uint64)
             places[: len(addresses)].set(addresses, stream=stream)

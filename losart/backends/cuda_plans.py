@@ -13,7 +13,7 @@ from losart.kernels_cu import Defines
 SKINNY_TOKENS = 64  # linear_tensor.cu takes products of no more tokens
 PANEL = 128  # product.cuh
 COLUMNS = 64  # of weights that linear_tensor.cu and linear_tiles.cu take at a time
-LEAST_SHARE = 16  # units of linear_tensor.cu: more blocks would cost more in partial sums than they read
+LEAST_SHARE = 16  # units of linear_tensor.cu, where that leaves each processor a block: sums cost too
 TENSOR_HEAD_DIMS = (64, 128)
 PLAIN_ROWS = 16  # attention.cuh
 BARRIER_BYTES = 16  # of a stage; hopper_attention.cuh
@@ -80,7 +80,9 @@ def product_plan(card: Card, tensor: bool, tokens: int, rows: int, inner: int) -
         blocks, room = 1, card.shared_per_block
     stages = min(12, room // stage)
     units = ceil(rows / PANEL) * steps
-    share = max(LEAST_SHARE, ceil(units / (blocks * card.processors)))
+    share = max(
+        ceil(units / (blocks * card.processors)), min(LEAST_SHARE, ceil(units / card.processors))
+    )
     return Plan(
         "linear_tensor",
         (ceil(units / share),),

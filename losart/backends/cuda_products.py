@@ -15,14 +15,15 @@ DEFAULT_ALGORITHM = -1
 
 
 @cache
-def _cublas() -> tuple[Any, int] | None:
-    """cuBLAS's module and handle, None where it is not installed."""
+def _cublas() -> Any | None:
+    """cuBLAS's module, None where it is not installed."""
     try:
         from cupy_backends.cuda.libs import cublas
 
-        return cublas, cupy.cuda.device.get_cublas_handle()
+        cublas.getVersion(cupy.cuda.device.get_cublas_handle())
     except (ImportError, OSError, RuntimeError):
         return None
+    return cublas
 
 
 def blas_product(x: Any, matrix: Any, dtype: str) -> Any | None:
@@ -33,10 +34,10 @@ def blas_product(x: Any, matrix: Any, dtype: str) -> Any | None:
     x, matrix : arrays of `dtype`, 16-bit ones as their bits
     dtype : {"float32", "bfloat16", "float16"}
     """
-    found = _cublas()
-    if found is None:
+    cublas = _cublas()
+    if cublas is None:
         return None
-    cublas, handle = found
+    handle = cupy.cuda.device.get_cublas_handle()  # the thread's and the device's own
     (tokens, inner), rows, held = x.shape, len(matrix), CUDA_TYPES[dtype]
     y = cupy.empty((tokens, rows), np.float32)
     one, zero = np.ones(1, np.float32), np.zeros(1, np.float32)

@@ -14,17 +14,19 @@ from losart.backends.cuda_pages import HELD_AS
 from losart.errors import OutOfMemoryError
 
 STAGING_BYTES = 32 << 20  # of pinned memory
+# Errors that may mean it, and the status by which they do.
+OUT_OF_MEMORY = {"OutOfMemoryError": 0, "CUDARuntimeError": 2, "CUDADriverError": 2, "CUBLASError": 3}
 
 
 class WeightLoader:
-    """Brings tensors to the device piece by piece, so that the host never holds more than a few.
+    """Brings tensors to the current device piece by piece, so that the host never holds more than a few.
 
     Parameters
     ----------
     dtype : {"float32", "bfloat16", "float16"}
         In which weights are held.
     stream : cupy.cuda.Stream
-        All work on weights is on it: an array that is freed may be used again at once.
+        The current one. All work on weights is on it: an array that is freed may be used again at once.
     """
 
     def __init__(self, dtype: str, stream: Any) -> None:
@@ -35,18 +37,16 @@ class WeightLoader:
     def matrix(self, *tensors: Any) -> Any:
         """Tensors [out_i, ...] as one array [sum of out_i, ...]."""
         rows = sum(tensor.shape[0] for tensor in tensors)
-        with self._stream, memory_errors("the weights"):
-            matrix = cupy.empty((rows, *tensors[0].shape[1:]), HELD_AS[self._dtype])
-            first = 0
-            for tensor in tensors:
-                self._fill(matrix[first : first + tensor.shape[0]].reshape(-1), tensor)
-                first += tensor.shape[0]
+        matrix = cupy.empty((rows, *tensors[0].shape[1:]), HELD_AS[self._dtype])
+        first = 0
+        for tensor in tensors:
+            self._fill(matrix[first : first + tensor.shape[0]].reshape(-1), tensor)
+            first += tensor.shape[0]
         return matrix
 
     def vector(self, *tensors: Any) -> Any:
         """Tensors one after the other, in float32."""
-        with self._stream:
-            return cupy.asarray(np.concatenate([widen(tensor.array()) for tensor in tensors]))
+        return cupy.asarray(np.concatenate([widen(tensor.array()) for tensor in tensors]))
 
     def _fill(self, out: Any, tensor: Any) -> None:
         """One tensor, through two halves of the staging memory: one is filled while the other travels."""
@@ -63,6 +63,7 @@ class WeightLoader:
             staging[half, : len(values)] = values.view(out.dtype)
             out[start : start + piece].set(staging[half, : len(values)], stream=self._stream)
             copied[half].record(self._stream)
+            tensor.release()
         self._stream.synchronize()
         del source, values
         tensor.release()
@@ -70,10 +71,13 @@ class WeightLoader:
 
 @contextmanager
 def memory_errors(purpose: str) -> Iterator[None]:
-    """Turn CuPy's out-of-memory error into our own."""
+    """Turn the out-of-memory errors of CuPy, the driver and cuBLAS into our own."""
     try:
         yield
-    except cupy.cuda.memory.OutOfMemoryError as error:
+    except Exception as error:
+        status = OUT_OF_MEMORY.get(type(error).__name__)
+        if status is None or status != getattr(error, "status", status):
+            raise
         free, total = cupy.cuda.runtime.memGetInfo()
         raise OutOfMemoryError(
             f"no memory for {purpose}: {error}, {free >> 20} of the device's {total >> 20} MiB are free"
