@@ -21,13 +21,13 @@ class Stage:
     questions : int
         To a document.
     enough : float
-        Recall at which the next stage begins.
+        Median of the tasks' recall at which the next stage begins.
     """
 
     tokens: int
     rows: int
     questions: int
-    enough: float = 0.9
+    enough: float = 0.8
 
 
 STAGES = (
