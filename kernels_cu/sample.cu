@@ -3,12 +3,11 @@
  *
  * temperature 0 is greedy. Otherwise the k highest logits are kept (and what ties with the last; 0:
  * all), of those the most probable up to and including the one that takes their sum above top_p (and
- * what ties with it), and
- * the draw is the first token whose cumulative weight is above uniform * total.
+ * what ties with it), and the draw is the first token whose cumulative weight is above uniform * total.
  * finite is 0 where the row has a NaN or its maximum is no finite number. The results of row rows[i] go to i.
  *
- * Grid: tokens, 1024 threads; block i takes row rows[i], if i < *count. Greedy rows read their slices only;
- * the others twice their logits, and 4 times more for top_k, 5 times for top_p. */
+ * Grid: tokens, 1024 threads; block i takes row rows[i], if i < *count; the others write zeros. Greedy rows
+ * read their slices only; the rest twice their logits, and 4 times more for top_k, 5 times for top_p. */
 #define THREADS 1024
 
 /* Orders as the floats do. */
@@ -74,7 +73,14 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     __shared__ unsigned long long bins[256];
     __shared__ int chosen;
     wait_for_previous();
-    if (blockIdx.x >= *count) return;
+    if (blockIdx.x >= *count) {
+        /* They travel to the host with the others. */
+        if (threadIdx.x == 0) {
+            tokens[blockIdx.x] = finite[blockIdx.x] = 0;
+            confidence[blockIdx.x] = entropy[blockIdx.x] = 0;
+        }
+        return;
+    }
     int place = rows[blockIdx.x];
     bool greedy = temperature == 0;
     if (greedy) temperature = 1;
