@@ -19,11 +19,14 @@ from losart.errors import (
     OutOfMemoryError,
     PromptError,
     TensorError,
+    TraceError,
 )
 from losart.model import Model, generate, load
+from losart.observation import ObservedLayer, ObservedPass
 from losart.options import AttentionConfig, GenerationConfig
 from losart.results import GenerationResult, Stats, Step
 from losart.session import Session
+from losart.trace import Trace, TraceWriter, read_trace
 
 __version__ = "0.1.0"
 
@@ -40,6 +43,8 @@ __all__ = [
     "Model",
     "ModelConfig",
     "NumericalError",
+    "ObservedLayer",
+    "ObservedPass",
     "OptionError",
     "OutOfMemoryError",
     "PromptError",
@@ -47,6 +52,10 @@ __all__ = [
     "Stats",
     "Step",
     "TensorError",
+    "Trace",
+    "TraceError",
+    "TraceWriter",
     "generate",
     "load",
+    "read_trace",
 ]

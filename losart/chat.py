@@ -8,6 +8,7 @@ from typing import Any
 from losart.decode import Progress
 from losart.errors import PromptError
 from losart.model import Model
+from losart.observation import Observer
 from losart.results import GenerationResult, Step
 
 
@@ -51,7 +52,9 @@ class Chat:
         self.messages: list[dict[str, str]] = []
         self._session = model.session(**options)
 
-    def say(self, text: str, *, progress: Progress | None = None) -> GenerationResult:
+    def say(
+        self, text: str, *, progress: Progress | None = None, observer: Observer | None = None
+    ) -> GenerationResult:
         """Say something, and have the whole answer.
 
         Raises
@@ -60,16 +63,19 @@ class Chat:
             The conversation is longer than the model's positions, or the template rejects it; it
             stays as it was before.
         """
-        for step in self.stream(text, progress=progress):
+        for step in self.stream(text, progress=progress, observer=observer):
             result = step.result
         assert result is not None
         return result
 
-    def stream(self, text: str, *, progress: Progress | None = None) -> Iterator[Step]:
+    def stream(
+        self, text: str, *, progress: Progress | None = None, observer: Observer | None = None
+    ) -> Iterator[Step]:
         """As `say`, giving a `Step` after each denoising pass; see :meth:`losart.Session.stream`."""
         question = {"role": "user", "content": text}
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
-        steps = self._session.stream([*system, *self.messages, question], progress=progress)
+        prompt = [*system, *self.messages, question]
+        steps = self._session.stream(prompt, progress=progress, observer=observer)
         return self._noted(question, steps)
 
     def _noted(self, question: dict[str, str], steps: Iterator[Step]) -> Iterator[Step]:

@@ -12,12 +12,13 @@ from losart.attention import AttentionPolicy
 from losart.attention.base import PassKind
 from losart.backends.base import PassInputs
 from losart.cache import PagedKVCache
+from losart.observation import ObservedPass, Observer
 from losart.options import GenerationConfig
 from losart.output import Output
 from losart.remasking import strategy, transfer_counts
-from losart.transformer import Transformer
+from losart.transformer import Observed, Transformer
 
-Progress = Callable[[int, int], None]  # prompt tokens done, prompt tokens in all
+Progress = Callable[[int, int], None]  # done, in all: tokens of the prompt, or layers of the weights
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,11 @@ class DenoisingPass:
     fixed: np.ndarray
 
 
+def block_tokens(ids: np.ndarray, masked: np.ndarray) -> list[int | None]:
+    """A block's tokens, None where it is masked."""
+    return [None if hidden else token for token, hidden in zip(ids.tolist(), masked.tolist(), strict=True)]
+
+
 class BlockDecoder:
     """One generation by block diffusion (SDAR, arXiv 2510.06303).
 
@@ -54,6 +60,8 @@ class BlockDecoder:
         Holds what comes before the prompt: nothing, or whole blocks.
     output : Output
         Takes the new tokens that are known without a gap, and says when they end.
+    observer : callable, optional
+        Called after each denoising and commit pass with an `ObservedPass`.
 
     Attributes
     ----------
@@ -68,12 +76,14 @@ class BlockDecoder:
         policy: AttentionPolicy,
         cache: PagedKVCache,
         output: Output,
+        observer: Observer | None = None,
     ) -> None:
         self.transformer = transformer
         self.config = config
         self.policy = policy
         self.cache = cache
         self.output = output
+        self.observer = observer
         self.denoising_passes = 0
         self.commit_passes = 0
         self.prefill_seconds = 0.0
@@ -148,7 +158,9 @@ class BlockDecoder:
         rows = np.flatnonzero(masked)
         # One number a position and pass, so that a draw does not depend on what else is masked.
         inputs = PassInputs(ids, rows, self._rng.random(len(ids)))
-        proposals = self.transformer.denoise(inputs, self.cache, self.policy, self.config)
+        proposals, observed = self.transformer.denoise(
+            inputs, self.cache, self.policy, self.config, self.observer is not None
+        )
         chosen = np.arange(len(rows))
         if count is not None:
             chosen = np.sort(self._select(proposals, count, self.config))
@@ -156,9 +168,19 @@ class BlockDecoder:
         ids[fixed] = proposals.tokens[chosen]
         masked[fixed] = False
         self.denoising_passes += 1
+        self._tell(self.cache.length, ids, masked, fixed, observed)
         return fixed
 
     def _commit(self, ids: np.ndarray) -> None:
-        self.policy.begin_pass(PassKind.COMMIT, self.cache.length)
-        self.transformer.commit(ids, self.cache, self.policy)
+        start = self.cache.length
+        self.policy.begin_pass(PassKind.COMMIT, start)
+        observed = self.transformer.commit(ids, self.cache, self.policy, self.observer is not None)
         self.commit_passes += 1
+        self._tell(start, ids, np.zeros(len(ids), bool), ids[:0], observed)
+
+    def _tell(
+        self, start: int, ids: np.ndarray, masked: np.ndarray, fixed: np.ndarray, observed: Observed
+    ) -> None:
+        if self.observer is not None and observed is not None:
+            kind = self.policy.kind.value
+            self.observer(ObservedPass(kind, start, block_tokens(ids, masked), fixed.tolist(), observed))

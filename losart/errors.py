@@ -37,5 +37,9 @@ class OutOfMemoryError(LosartError, MemoryError):
     """A model or a generation does not fit into the device's memory."""
 
 
+class TraceError(LosartError, ValueError):
+    """A trace file is damaged, or something else."""
+
+
 class NumericalError(LosartError, RuntimeError):
     """The model produced values that are not numbers."""

@@ -11,6 +11,7 @@ from losart.config import DTYPES, ModelConfig
 from losart.decode import Progress
 from losart.errors import OptionError
 from losart.loaders import ChatTemplate, Checkpoint, Tokenizer, open_checkpoint
+from losart.observation import Observer
 from losart.prompts import Prompt, is_batch
 from losart.results import GenerationResult, Step
 from losart.session import Session
@@ -31,7 +32,13 @@ class Model:
         In which weights, keys and values are held.
     """
 
-    def __init__(self, checkpoint: Checkpoint, device: str = "auto", dtype: str = "auto") -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        device: str = "auto",
+        dtype: str = "auto",
+        progress: Progress | None = None,
+    ) -> None:
         if dtype not in ("auto", *DTYPES):
             raise OptionError(f"dtype must be auto, {', '.join(DTYPES)}, not {dtype!r}")
         self.config: ModelConfig = checkpoint.config
@@ -40,10 +47,15 @@ class Model:
         self.dtype = checkpoint.dtype if dtype == "auto" else dtype
         backend = make_backend(device, self.config, self.dtype)
         self.device = backend.name
-        self._transformer = Transformer(self.config, checkpoint.tensors, backend)
+        self._transformer = Transformer(self.config, checkpoint.tensors, backend, progress)
 
     def generate(
-        self, prompt: Prompt | Sequence[Prompt], *, progress: Progress | None = None, **options: Any
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        *,
+        progress: Progress | None = None,
+        observer: Observer | None = None,
+        **options: Any,
     ) -> GenerationResult | list[GenerationResult]:
         """Generate from a prompt, or from each of a list of prompts.
 
@@ -54,6 +66,9 @@ class Model:
             template; or token ids.
         progress : callable, optional
             Called during prefill with the prompt tokens done and in all.
+        observer : callable, optional
+            Called after each pass over a block with an `ObservedPass`: the block, and which tokens
+            read which pages of the prefix in each layer. Costs nothing when left out.
         max_new_tokens : int, default 128
             New tokens at most; the model's positions limit them too.
         block_length : int
@@ -121,22 +136,32 @@ class Model:
             The KV cache does not fit.
         """
         if is_batch(prompt):
-            return [self._generate(one, progress, options) for one in prompt]
-        return self._generate(prompt, progress, options)
+            return [self._generate(one, progress, observer, options) for one in prompt]
+        return self._generate(prompt, progress, observer, options)
 
-    def _generate(self, prompt: Any, progress: Progress | None, options: dict[str, Any]) -> GenerationResult:
-        for step in self.stream(prompt, progress=progress, **options):
-            result = step.result
-        assert result is not None
-        return result
+    def _generate(
+        self,
+        prompt: Any,
+        progress: Progress | None,
+        observer: Observer | None,
+        options: dict[str, Any],
+    ) -> GenerationResult:
+        return self.session(**options).generate(prompt, progress=progress, observer=observer)
 
-    def stream(self, prompt: Prompt, *, progress: Progress | None = None, **options: Any) -> Iterator[Step]:
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        progress: Progress | None = None,
+        observer: Observer | None = None,
+        **options: Any,
+    ) -> Iterator[Step]:
         """Generate from one prompt, giving a `Step` after each denoising pass.
 
         Options and errors are those of `generate`; errors of the options and the prompt are raised
         at once, before the first step is asked for.
         """
-        return self.session(**options).stream(prompt, progress=progress)
+        return self.session(**options).stream(prompt, progress=progress, observer=observer)
 
     def session(self, **options: Any) -> Session:
         """A session: generations with these options, each prompt reusing the KV cache of those before.
@@ -146,7 +171,13 @@ class Model:
         return Session(self._transformer, self.tokenizer, self.chat_template, options)
 
 
-def load(model: str | os.PathLike[str], device: str = "auto", dtype: str = "auto") -> Model:
+def load(
+    model: str | os.PathLike[str],
+    device: str = "auto",
+    dtype: str = "auto",
+    *,
+    progress: Progress | None = None,
+) -> Model:
     """Load a checkpoint.
 
     Parameters
@@ -158,6 +189,8 @@ def load(model: str | os.PathLike[str], device: str = "auto", dtype: str = "auto
     dtype : {"auto", "float32", "bfloat16", "float16"}
         In which weights, keys and values are held; "auto" is the checkpoint's own. Arithmetic is
         float32 on the CPU.
+    progress : callable, optional
+        Called after each layer's weights with the layers loaded and in all.
 
     Raises
     ------
@@ -166,7 +199,7 @@ def load(model: str | os.PathLike[str], device: str = "auto", dtype: str = "auto
     DeviceError
         The device is not there.
     """
-    return Model(open_checkpoint(model), device, dtype)
+    return Model(open_checkpoint(model), device, dtype, progress)
 
 
 def generate(

@@ -6,9 +6,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from losart.attention import make_policy
-from losart.decode import BlockDecoder, DenoisingPass, Progress
+from losart.decode import BlockDecoder, DenoisingPass, Progress, block_tokens
 from losart.errors import OptionError, PromptError
 from losart.loaders import ChatTemplate, Tokenizer
+from losart.observation import Observer
 from losart.options import generation_config
 from losart.output import Output
 from losart.prompts import Prompt, is_batch, prompt_ids
@@ -39,6 +40,7 @@ class Session:
     Attributes
     ----------
     options : GenerationConfig
+    model_config : ModelConfig
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class Session:
         options: dict[str, Any],
     ) -> None:
         self.options = generation_config(transformer.config, options)
+        self.model_config = transformer.config
         self._transformer = transformer
         self._tokenizer = tokenizer
         self._chat_template = chat_template
@@ -73,7 +76,9 @@ class Session:
         self._ids: list[int] = []  # what the cache holds, and perhaps more
         self._in_pass = False
 
-    def generate(self, prompt: Prompt, *, progress: Progress | None = None) -> GenerationResult:
+    def generate(
+        self, prompt: Prompt, *, progress: Progress | None = None, observer: Observer | None = None
+    ) -> GenerationResult:
         """Generate from one prompt, which has all that came before in it.
 
         Raises
@@ -81,12 +86,14 @@ class Session:
         PromptError
             The prompt is empty, too long, out of the vocabulary, or cannot be tokenized.
         """
-        for step in self.stream(prompt, progress=progress):
+        for step in self.stream(prompt, progress=progress, observer=observer):
             result = step.result
         assert result is not None
         return result
 
-    def stream(self, prompt: Prompt, *, progress: Progress | None = None) -> Iterator[Step]:
+    def stream(
+        self, prompt: Prompt, *, progress: Progress | None = None, observer: Observer | None = None
+    ) -> Iterator[Step]:
         """As `generate`, giving a `Step` after each denoising pass.
 
         Errors of the prompt are raised at once. A stream may be left before its end; it cannot be
@@ -103,7 +110,7 @@ class Session:
             self._tokenizer.decode if self._tokenizer else None,
         )
         policy = make_policy(options.attention, model, options.block_length)
-        decoder = BlockDecoder(self._transformer, options, policy, self._cache, output)
+        decoder = BlockDecoder(self._transformer, options, policy, self._cache, output, observer)
         self._decoder = decoder
         return self._steps(decoder, ids, progress)
 
@@ -151,12 +158,9 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 def _step(event: DenoisingPass, decoder: BlockDecoder, prompt_tokens: int, reused: int) -> Step:
-    block = [
-        None if masked else token
-        for token, masked in zip(event.ids.tolist(), event.masked.tolist(), strict=True)
-    ]
     output = decoder.output
     result = _result(decoder, prompt_tokens, reused) if output.finish_reason else None
+    block = block_tokens(event.ids, event.masked)
     return Step(event.block_start, block, event.fixed.tolist(), output.text, result)
 
 

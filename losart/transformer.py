@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from losart.attention.base import AttentionPolicy
+from losart.attention.recorder import ReadRecorder
 from losart.backends.base import Array, Backend, Matrix, PassInputs
 from losart.cache import PagedKVCache
 from losart.config import ModelConfig
+from losart.observation import ObservedLayer, observed_layers
 from losart.options import GenerationConfig
 from losart.sampling import Proposals
 
 Attend = Callable[[int, Array, Array, Array], Array]  # layer, q, k, v -> o
+
+Observed = tuple[ObservedLayer, ...] | None  # a pass's layers, where it is observed
 
 
 @dataclass(frozen=True)
@@ -43,14 +47,27 @@ class Transformer:
     tensors : mapping
         The checkpoint's tensors by canonical name (`losart.loaders`).
     backend : Backend
+    progress : callable, optional
+        Called after each layer with the layers uploaded and in all.
     """
 
-    def __init__(self, config: ModelConfig, tensors: Mapping[str, Any], backend: Backend) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        tensors: Mapping[str, Any],
+        backend: Backend,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
         self.config = config
         self.backend = backend
         self.embedding = backend.upload(tensors["embed"])
-        self.layers = [self._load_layer(tensors, f"layers.{i}.") for i in range(config.num_layers)]
+        self.layers = []
+        for i in range(config.num_layers):
+            self.layers.append(self._load_layer(tensors, f"layers.{i}."))
+            if progress is not None:
+                progress(i + 1, config.num_layers)
         self.final_norm = backend.upload_vector(tensors["final_norm"])
+        self._recorders: dict[Hashable, ReadRecorder] = {}
         self.head = self.embedding if config.tie_embeddings else backend.upload(tensors["head"])
 
     @property
@@ -114,28 +131,65 @@ class Transformer:
         cache.advance(len(ids))
 
     def denoise(
-        self, inputs: PassInputs, cache: PagedKVCache, policy: AttentionPolicy, config: GenerationConfig
-    ) -> Proposals:
-        """One denoising pass over the block after the cache's prefix: a token for each masked row."""
+        self,
+        inputs: PassInputs,
+        cache: PagedKVCache,
+        policy: AttentionPolicy,
+        config: GenerationConfig,
+        observe: bool = False,
+    ) -> tuple[Proposals, Observed]:
+        """One denoising pass over the block after the cache's prefix: a token for each masked row.
 
-        def attend(layer: int, q: Array, k: Array, v: Array) -> Array:
-            return policy.attend(self.backend, layer, q, k, v, cache)
+        With `observe` also what each layer read; else None.
+        """
 
-        def body(ids: Array) -> Any:
+        def body(ids: Array, backend: Any) -> Any:
+            def attend(layer: int, q: Array, k: Array, v: Array) -> Array:
+                return policy.attend(backend, layer, q, k, v, cache)
+
             return self.backend.propose(self._forward(ids, cache, attend), inputs, self.head, config)
 
-        return self.backend.run_pass(("denoise", policy.shape, config.sampling), inputs, cache, body)
+        return self._run_pass(("denoise", policy.shape, config.sampling), inputs, cache, body, observe)
 
-    def commit(self, ids: np.ndarray, cache: PagedKVCache, policy: AttentionPolicy) -> None:
+    def commit(
+        self, ids: np.ndarray, cache: PagedKVCache, policy: AttentionPolicy, observe: bool = False
+    ) -> Observed:
         """Take a finished block into the cache."""
 
-        def attend(layer: int, q: Array, k: Array, v: Array) -> Array:
-            o = policy.attend(self.backend, layer, q, k, v, cache)
-            cache.write(layer, k, v)
-            return o
+        def body(ids: Array, backend: Any) -> None:
+            def attend(layer: int, q: Array, k: Array, v: Array) -> Array:
+                o = policy.attend(backend, layer, q, k, v, cache)
+                cache.write(layer, k, v)
+                return o
 
-        def body(ids: Array) -> None:
             self._forward(ids, cache, attend)
 
-        self.backend.run_pass(("commit", policy.shape), PassInputs(ids), cache, body)
+        _, observed = self._run_pass(("commit", policy.shape), PassInputs(ids), cache, body, observe)
         cache.advance(len(ids))
+        return observed
+
+    def _run_pass(
+        self,
+        shape: Hashable,
+        inputs: PassInputs,
+        cache: PagedKVCache,
+        body: Callable[[Array, Any], Any],
+        observe: bool,
+    ) -> tuple[Any, Observed]:
+        """Run `body` of the block's ids and of the backend that the policy talks to."""
+        backend = self.backend
+        if not observe:
+            return backend.run_pass(shape, inputs, cache, lambda ids: body(ids, backend)), None
+        # A shape of its own, so that a pass that is captured while it is observed keeps the noted
+        # arrays; and the recorder is kept with it, since a replay does not come by here.
+        shape = ("observed", shape)
+        recorder = self._recorders.setdefault(shape, ReadRecorder(backend))
+        result = backend.run_pass(shape, inputs, cache, lambda ids: body(ids, recorder))
+        return result, observed_layers(
+            recorder.reads,
+            backend,
+            kv_heads=self.config.num_kv_heads,
+            tokens=len(inputs.ids),
+            prefix_length=cache.length,
+            page_size=cache.page_size,
+        )

@@ -1,6 +1,7 @@
 """The command line: output, exit codes, messages."""
 
 import io
+import json
 import os
 import shlex
 import signal
@@ -224,3 +225,18 @@ def test_a_reader_that_goes_away_is_no_traceback(tiny_checkpoint):
     error = process.stderr.read()
     assert process.wait(timeout=60) == 1
     assert error == ""
+
+
+def test_json_is_the_result(tiny_checkpoint, capsys):
+    arguments = ["--prompt", PROMPT, "--max-new-tokens", "8", "--attention", "losa", "--device", "cpu"]
+    assert main(["generate", str(tiny_checkpoint), *arguments, "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    expected = losart.generate(tiny_checkpoint, PROMPT, max_new_tokens=8, attention="losa", device="cpu")
+    stats = printed.pop("stats")
+    assert printed == {
+        "text": expected.text,
+        "token_ids": expected.token_ids,
+        "finish_reason": expected.finish_reason,
+    }
+    assert stats["density"] == expected.stats.density and stats["new_tokens"] == expected.stats.new_tokens
+    assert stats["tokens_per_second"] == pytest.approx(stats["new_tokens"] / stats["decode_seconds"])

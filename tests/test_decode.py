@@ -51,7 +51,9 @@ class Scripted:
         self.prefilled.append(ids.tolist())
         cache.length += len(ids)
 
-    def denoise(self, inputs: PassInputs, cache: Cache, policy: Any, config: Any) -> Proposals:
+    def denoise(
+        self, inputs: PassInputs, cache: Cache, policy: Any, config: Any, observe: bool
+    ) -> tuple[Proposals, None]:
         ids = inputs.ids.tolist()
         assert policy.masked.tolist() == inputs.rows.tolist()
         self.passes.append((policy.kind, ids))
@@ -62,7 +64,7 @@ class Scripted:
             logits = 2 * rng.standard_normal((len(ids), VOCAB), np.float32)
         logits = logits[inputs.rows]
         logits[:, config.mask_token_id] = -np.inf
-        return propose(
+        proposals = propose(
             logits,
             inputs.uniforms[inputs.rows],
             temperature=config.temperature,
@@ -70,8 +72,9 @@ class Scripted:
             top_p=config.top_p,
             with_entropy=config.remasking == "entropy_bounded",
         )
+        return proposals, None
 
-    def commit(self, ids: np.ndarray, cache: Cache, policy: Any) -> None:
+    def commit(self, ids: np.ndarray, cache: Cache, policy: Any, observe: bool) -> None:
         assert not policy.masked.size
         self.passes.append((policy.kind, ids.tolist()))
         cache.length += len(ids)

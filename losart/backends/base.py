@@ -129,6 +129,9 @@ class Backend(Protocol):
 class SparseBackend(Backend, Protocol):
     """A backend on which the sparse attention policies run."""
 
+    def to_host(self, array: Array) -> np.ndarray:
+        """An array of the last pass as it is when the pass has ended; only observers ask for it."""
+
     def prefix_attention_and_masses(
         self, q: Array, cache: PagedKVCache, layer: int
     ) -> tuple[Array, Array, Array]:

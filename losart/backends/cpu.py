@@ -113,6 +113,9 @@ class CpuBackend:
     def run_prefill(self, ids: np.ndarray, cache: PagedKVCache, body: Callable[[np.ndarray], Any]) -> None:
         body(ids)
 
+    def to_host(self, array: np.ndarray) -> np.ndarray:
+        return array
+
     # -- transformer
 
     def embed(self, table: tuple[np.ndarray], ids: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import Any
 
 from losart.chat import Chat
-from losart.cli.answers import prefill_progress, print_figures, print_steps
+from losart.cli.answers import load_progress, prefill_progress, print_figures, print_steps
 from losart.cli.arguments import add_generation, add_model, generation_options
 from losart.errors import LosartError
 from losart.model import load
@@ -47,7 +47,11 @@ def run(args: argparse.Namespace) -> None:
     the command.
     """
     terminal = sys.stdin.isatty()
-    chat = Chat(load(args.model, args.device, args.dtype), args.system, **generation_options(args))
+    chat = Chat(
+        load(args.model, args.device, args.dtype, progress=load_progress()),
+        args.system,
+        **generation_options(args),
+    )
     if terminal:
         print(COMMANDS, file=sys.stderr)
     for line in _lines(terminal):

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from losart.cli.answers import prefill_progress, print_figures, print_steps
+from losart.cli.answers import (
+    last_result,
+    load_progress,
+    prefill_progress,
+    print_figures,
+    print_json,
+    print_steps,
+)
 from losart.cli.arguments import add_generation, add_model, generation_options
 from losart.errors import PromptError
 from losart.model import load
+from losart.observation import ObservedPass, Observer
+from losart.trace import TraceWriter
 
 EXAMPLE = 'example: losart generate path/to/SDAR-1.7B-Chat --chat --prompt "Why is the sky blue?" --stats'
 
@@ -34,15 +44,36 @@ def add_command(commands: Any) -> None:
     )
     command.add_argument("--chat", action="store_true", help="take the prompt as a user's message")
     command.add_argument("--stats", action="store_true", help="print figures at the end, to standard error")
+    command.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    command.add_argument(
+        "--trace", metavar="FILE", help="write what every pass read, as JSON lines for `losart plot`"
+    )
     add_generation(command)
 
 
 def run(args: argparse.Namespace) -> None:
     """Generate and print."""
     text = _prompt_text(args)
-    model = load(args.model, args.device, args.dtype)
+    model = load(args.model, args.device, args.dtype, progress=load_progress())
+    session = model.session(**generation_options(args))
     prompt = [{"role": "user", "content": text}] if args.chat else text
-    result = print_steps(model.stream(prompt, progress=prefill_progress(), **generation_options(args)))
+    observers: list[Observer] = []
+
+    def tell(observed: ObservedPass) -> None:
+        for observer in observers:
+            observer(observed)
+
+    observer = tell if args.trace else None
+    steps = session.stream(prompt, progress=prefill_progress(), observer=observer)
+    with ExitStack() as stack:
+        if args.trace:  # only now: a mistake in the prompt leaves an older file as it is
+            trace = stack.enter_context(TraceWriter(args.trace, session, args.model))
+            observers.append(trace)
+        result = last_result(steps) if args.json else print_steps(steps)
+        if args.trace:
+            trace.finish(result)
+    if args.json:
+        print_json(result)
     if args.stats:
         print_figures(result)
 
