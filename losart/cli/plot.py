@@ -1,0 +1,50 @@
+"""`losart plot`: pictures of a trace."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from losart.errors import OptionError, TraceError
+from losart.plot import KINDS, draw
+from losart.trace import read_trace
+
+EXAMPLE = "example: losart plot run.jsonl -o run.png --kind pages --layer 12"
+
+
+def add_command(commands: Any) -> None:
+    """Add this command to the subparsers of `losart`."""
+    command = commands.add_parser(
+        "plot",
+        help="draw a trace of `losart generate --trace`",
+        description="Draw a trace: density by pass and layer, and which pages of the prefix were read by "
+        "pass. Needs matplotlib: pip install 'losart[plot]'.",
+        epilog=EXAMPLE,
+    )
+    command.set_defaults(run=run)
+    command.add_argument("file", metavar="FILE", help="the trace")
+    command.add_argument(
+        "-o", "--output", metavar="OUT", help="the picture; its ending says the format (FILE with .png)"
+    )
+    command.add_argument("--kind", choices=KINDS, default="both", help="what to draw (both)")
+    command.add_argument(
+        "--layer", type=int, metavar="N", help="show this layer's pages (the mean over the layers)"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Draw, and say where the picture is."""
+    trace = read_trace(args.file)
+    output = Path(args.output) if args.output else Path(args.file).with_suffix(".png")
+    if output == Path(args.file):
+        raise OptionError(f"the picture would overwrite the trace {args.file}: give --output")
+    try:
+        figure = draw(trace, args.kind, args.layer)
+    except TraceError as error:
+        raise TraceError(f"{args.file}: {error}") from error
+    formats = figure.canvas.get_supported_filetypes()
+    if output.suffix[1:] not in formats:
+        raise OptionError(f"output must end in .{', .'.join(formats)}, not {str(output)!r}")
+    figure.savefig(output)
+    print(output)
