@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -20,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from attempts import attempt, ratio
-from random_checkpoint import SIZES, write_checkpoint
 
-HERE = Path(__file__).parent
-LOSART, TRANSFORMERS = "first_token_losart.py", "first_token_transformers.py"
-SECONDS = 120  # after which a process is given up
+from losart.footprint.processes import Request, as_qwen3, probe
+from losart.random_checkpoint import SIZES, write_checkpoint
+
+LOSART, TRANSFORMERS = "probe_losart", "probe_transformers"
+PROMPT_TOKENS = 512
 
 
 def rows(
@@ -49,7 +48,7 @@ def rows(
         warm = kernel_cache(folder / "kernels")
         attempt(first_token, LOSART, checkpoint, device, warm)  # compiles the kernels
         ours = attempt(repeated, LOSART, checkpoint, device, [warm] * runs)
-        memory = attempt(first_token, LOSART, checkpoint, device, warm, "memory")
+        memory = attempt(first_token, LOSART, checkpoint, device, warm, True)
         yield row("losart", ours, memory, ours)
 
         empty = [kernel_cache(folder / f"kernels{i}") for i in range(runs)]
@@ -57,7 +56,7 @@ def rows(
         yield row("losart, empty kernel cache", compiling, None, ours)
 
         qwen3 = as_qwen3(checkpoint, folder / "qwen3")
-        memory = attempt(first_token, TRANSFORMERS, qwen3, device, {}, "memory")
+        memory = attempt(first_token, TRANSFORMERS, qwen3, device, {}, True)
         failed = isinstance(memory, str)
         theirs = memory if failed else attempt(repeated, TRANSFORMERS, qwen3, device, [{}] * runs)
         yield row("transformers", theirs, memory, ours)
@@ -74,18 +73,6 @@ def written(checkpoint: Path, size: str) -> Path:
     return checkpoint
 
 
-def as_qwen3(checkpoint: Path, folder: Path) -> Path:
-    """The same files as transformers knows them: SDAR's weights have the names and sizes of Qwen3's."""
-    folder.mkdir()
-    keys = json.loads((checkpoint / "config.json").read_text())
-    keys |= {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}
-    (folder / "config.json").write_text(json.dumps(keys))
-    for file in checkpoint.iterdir():
-        if file.name != "config.json":
-            (folder / file.name).symlink_to(file.resolve())
-    return folder
-
-
 def kernel_cache(folder: Path) -> dict[str, str]:
     """Environment variables that keep compiled kernels in a folder."""
     return {"LOSART_CACHE_DIR": str(folder / "losart"), "CUPY_CACHE_DIR": str(folder / "cupy")}
@@ -100,23 +87,15 @@ def repeated(
 
 
 def first_token(
-    script: str, checkpoint: Path, device: str, environment: dict[str, str], *more: str
+    name: str, checkpoint: Path, device: str, environment: dict[str, str], watch: bool = False
 ) -> dict[str, Any]:
-    """What one process reports (process_stages.py)."""
-    command = [sys.executable, str(HERE / script), str(checkpoint), device]
-    offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    run = subprocess.run(
-        [*command, repr(time.monotonic()), *more],
-        env={**os.environ, **offline, **environment},
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-    )
-    if run.returncode:
-        lines = run.stderr.strip().splitlines()
-        raise RuntimeError(lines[-1] if lines else f"{script} ended with {run.returncode}")
-    report = json.loads(run.stdout.strip().splitlines()[-1])
-    print(script, *more, {"seconds": report["seconds"]} | report["stages"], flush=True)
+    """What one process reports (losart.footprint.processes.probe), and the seconds to its first token."""
+    keys = json.loads((checkpoint / "config.json").read_text())
+    request = Request(device, PROMPT_TOKENS, 1, keys["block_size"], keys["mask_token_id"])
+    report = probe(sys.executable, name, checkpoint, request, environment, watch)
+    report["stages"] = {stage: s for stage, s in report["seconds"].items() if stage != "generate"}
+    report["seconds"] = sum(report["stages"].values())
+    print(name, {"seconds": report["seconds"]} | report["stages"], flush=True)
     return report
 
 
@@ -129,10 +108,10 @@ def row(name: str, runs: Any, memory: Any, ours: Any) -> dict[str, Any]:
     figures = {"runtime": name, "best": runs[0]["seconds"], "median": median["seconds"], **median["stages"]}
     figures["median/losart"] = ratio(median["seconds"], baseline)
     if isinstance(memory, dict):
-        before, loaded = (memory["mebibytes"].get(stage, {}) for stage in ("context", "load"))
-        figures["peak MiB"] = loaded.get("VmHWM", loaded.get("VmRSS"))
-        figures["peak MiB without files"] = loaded.get("RssAnon")
-        figures["before loading"] = before.get("RssAnon")
+        before, loaded = (memory["bytes"][stage] for stage in ("context", "load"))
+        figures["peak MiB"] = loaded["VmHWM"] / 2**20
+        figures["peak MiB without files"] = loaded["peak RssAnon"] / 2**20
+        figures["before loading"] = before["peak RssAnon"] / 2**20
     return figures
 
 

@@ -76,6 +76,13 @@ def generation_options(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in vars(args).items() if name in OPTIONS}
 
 
+def positive(text: str) -> int:
+    """A whole number from 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1, not {text!r}")
+    return int(text)
+
+
 def active(text: str) -> int | float:
     """A count of tokens, or a fraction of the block."""
     for number in (int, float):

@@ -1,0 +1,4 @@
+"""What losart takes beside torch + transformers: on disk, in memory, and in time until it begins.
+
+Each side runs the same generation in processes of its own; `probes` is what they run.
+"""

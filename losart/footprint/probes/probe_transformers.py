@@ -1,0 +1,91 @@
+"""One process of torch + transformers up to the first token, and on to the last.
+
+The generation is losart's default, greedy block diffusion with low-confidence dynamic remasking, as
+SDAR's public generate.py has it (arXiv 2510.06303): Qwen3 with SDPA and a cache; prefill without
+logits of the prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from process_stages import Stages
+
+
+def main() -> None:
+    stages = Stages()
+    import torch
+    from transformers import Qwen3ForCausalLM
+
+    stages.end("import")
+    torch.zeros(1, device=stages.device)
+    if stages.device == "cuda":
+        stages.device_memory = lambda: -torch.cuda.mem_get_info()[0]
+    stages.end("context")
+    model = Qwen3ForCausalLM.from_pretrained(stages.checkpoint, dtype="auto", attn_implementation="sdpa")
+    model = model.to(stages.device).eval()
+    stages.end("load")
+    tokens: list[int] = []
+    with torch.inference_mode():
+        passes = generate(model, stages.prompt(), stages.request, tokens.extend)
+        next(passes)
+        stages.end("first token")
+        for _ in passes:
+            pass
+    stages.end("generate")
+    stages.report(tokens[: stages.request["new_tokens"]], torch_cuda=torch.version.cuda)
+
+
+def generate(
+    model: Any, prompt: list[int], request: dict[str, Any], take: Callable[[list[int]], None]
+) -> Iterator[None]:
+    """Decode block by block; stops after each denoising pass, and hands over finished blocks."""
+    import torch
+    from transformers import DynamicCache
+
+    length, mask_id = request["block_length"], request["mask_token_id"]
+    cache = DynamicCache()
+
+    def forward(ids: Any, start: int, mask: Any, **options: Any) -> Any:
+        positions = torch.arange(start, start + len(ids), device=model.device)
+        return model(
+            ids[None],
+            attention_mask=mask[None, None],
+            position_ids=positions[None],
+            past_key_values=cache,
+            use_cache=True,
+            **options,
+        ).logits[0]
+
+    given = torch.tensor(prompt, device=model.device)
+    whole = len(prompt) // length * length
+    if whole:
+        block = torch.arange(whole, device=model.device) // length
+        forward(given[:whole], 0, block[:, None] >= block[None, :], logits_to_keep=1)
+    end = len(prompt) + request["new_tokens"]
+    for start in range(whole, end, length):
+        sees_all = torch.ones(length, start + length, dtype=torch.bool, device=model.device)
+        ids = torch.full((length,), mask_id, device=model.device)
+        known = given[start:]
+        ids[: len(known)] = known
+        masked = torch.arange(length, device=model.device) >= len(known)
+        while bool(masked.any()):
+            logits = forward(ids, start, sees_all).float()
+            cache.crop(-length)
+            logits[:, mask_id] = -torch.inf
+            confidence, tokens = logits.softmax(-1).max(-1)
+            confidence = confidence.masked_fill(~masked, -1)
+            fixed = confidence > request["confidence_threshold"]
+            fixed[confidence.argmax()] = True
+            ids = torch.where(fixed, tokens, ids)
+            masked &= ~fixed
+            if not bool(masked.any()):
+                take(ids[len(known) :].tolist())
+                if start + length < end:
+                    forward(ids, start, sees_all, logits_to_keep=1)
+            yield
+
+
+if __name__ == "__main__":
+    main()

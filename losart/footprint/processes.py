@@ -1,0 +1,129 @@
+"""Measured processes: start a probe under some interpreter and read what it reports."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from losart.errors import LosartError
+
+PROBES = Path(__file__).parent / "probes"
+# Isolated, so that nothing of the folder or the user's site is found: only the probes.
+LAUNCH = "import sys; sys.path.append(sys.argv[1]); import {0}; {0}.main()"
+# No requests to the hub, and no reports of progress.
+QUIET = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+SECONDS = 1800  # after which a process is given up
+
+
+@dataclass(frozen=True)
+class Request:
+    """The generation that a process is asked for.
+
+    Attributes
+    ----------
+    device : {"cpu", "cuda"}
+    prompt_tokens, new_tokens, block_length, mask_token_id : int
+    confidence_threshold : float
+        Of low-confidence dynamic remasking.
+    """
+
+    device: str
+    prompt_tokens: int
+    new_tokens: int
+    block_length: int
+    mask_token_id: int
+    confidence_threshold: float = 0.85
+
+
+def probe(
+    python: str | os.PathLike[str],
+    name: str,
+    checkpoint: Path,
+    request: Request,
+    environment: Mapping[str, str] | None = None,
+    watch: bool = False,
+) -> dict[str, Any]:
+    """Run one process.
+
+    Parameters
+    ----------
+    python : path
+        The interpreter.
+    name : {"probe_losart", "probe_transformers"}
+    checkpoint : path
+        For transformers as `as_qwen3` gives it.
+    request : Request
+    environment : mapping, optional
+        Further environment variables.
+    watch : bool
+        Whether the peak of RssAnon is sampled, which takes time of its own.
+
+    Returns
+    -------
+    dict
+        `tokens`: the new token ids. `seconds` of the stages python (from the start of the process),
+        import, context, load, first token and generate. `bytes` by stage, at its end: the fields of
+        /proc/self/status, and `device`: minus the free memory of the device.
+
+    Raises
+    ------
+    LosartError
+        The process failed.
+    """
+    arguments = {"checkpoint": str(checkpoint), "began": time.monotonic(), "watch": watch}
+    command = [str(python), "-I", "-c", LAUNCH.format(name), str(PROBES)]
+    output = run([*command, json.dumps(arguments | asdict(request))], QUIET | dict(environment or {}), name)
+    return json.loads(output.strip().splitlines()[-1])
+
+
+def run(command: Sequence[str], environment: Mapping[str, str], name: str) -> str:
+    """A command's standard output. It and all it has started end when this is left early.
+
+    Raises
+    ------
+    LosartError
+        With `name` and the last line of standard error.
+    """
+    # In a session of its own: what it starts can be ended with it, and a terminal's Ctrl-C is ours alone.
+    process = subprocess.Popen(
+        command,
+        env={**os.environ, **environment},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+    try:
+        output, error = process.communicate(timeout=SECONDS)
+    except BaseException as caught:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        if isinstance(caught, subprocess.TimeoutExpired):
+            raise LosartError(f"{name} had not ended after {SECONDS} s") from None
+        raise
+    if process.returncode:
+        lines = error.strip().splitlines()
+        raise LosartError(f"{name}: {lines[-1] if lines else f'ended with {process.returncode}'}")
+    return output
+
+
+def as_qwen3(checkpoint: Path, folder: Path) -> Path:
+    """The same files as transformers knows them: SDAR's weights have the names and sizes of Qwen3's."""
+    folder.mkdir()
+    keys = json.loads((checkpoint / "config.json").read_text())
+    keys |= {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}
+    keys.pop("auto_map", None)
+    (folder / "config.json").write_text(json.dumps(keys))
+    for file in checkpoint.iterdir():
+        if file.name != "config.json":
+            (folder / file.name).symlink_to(file.resolve())
+    return folder

@@ -1,0 +1,84 @@
+"""The figures of both sides as a Markdown table, beside what losart aims at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+OURS, THEIRS = "losart", "torch + transformers"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A figure: its title, its key, how it is written, and at most which share of theirs ours should be."""
+
+    title: str
+    key: str
+    write: Callable[[Any], str]
+    target: float | None = None
+
+
+def _mebibytes(count: float) -> str:
+    return f"{count / 2**20:,.0f} MiB"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.2f} s"
+
+
+ROWS = (
+    Row("installed", "installed_bytes", _mebibytes, 1 / 6),
+    Row("packages", "package_count", str),
+    Row("import", "import_seconds", _seconds, 1 / 10),
+    Row("resident after import", "imported_bytes", _mebibytes),
+    Row("resident after generating, beyond the weights", "generated_bytes", _mebibytes, 1 / 2),
+    Row("resident after generating, without mapped files", "generated_anonymous_bytes", _mebibytes),
+    Row("peak, beyond the weights", "peak_bytes", _mebibytes),
+    Row("device memory beyond weights and KV", "device_bytes", _mebibytes),
+    Row("process start to first token", "first_token_seconds", _seconds),
+    Row("from there to the last token", "generate_seconds", _seconds),
+)
+
+
+def markdown(figures: dict[str, Any]) -> str:
+    """What was measured, the table, and which targets are missed.
+
+    Parameters
+    ----------
+    figures : dict
+        As `losart footprint --json` writes them.
+    """
+    ours, theirs = figures["losart"], figures["transformers"]
+    other_build = figures["device"] == "cpu" and theirs["torch_cuda"]
+    lines = [f"| | {OURS} | {THEIRS} | ratio | target |", "|---|---|---|---|---|"]
+    missed = []
+    for row in ROWS:
+        if row.key not in ours or row.key not in theirs:
+            continue
+        one, other = ours[row.key], theirs[row.key]
+        target = None if other_build and row.key == "installed_bytes" else row.target
+        if target is not None and one > target * other:
+            missed.append(row.title)
+        ratio = f"{other / one:.1f}x" if one > 0 and other > 0 else ""
+        verdict = "missed" if row.title in missed else "met"
+        goal = "" if target is None else f"{1 / target:.0f}x, {verdict}"
+        lines.append(f"| {row.title} | {row.write(one)} | {row.write(other)} | {ratio} | {goal} |")
+    notes = [f"Targets missed: {', '.join(missed)}."] if missed else []
+    if other_build:
+        notes.append("torch's CPU build was not found: what is installed is its CUDA build, without target.")
+    return "\n".join([f"{description(figures)}\n", *lines, *(f"\n{note}" for note in notes)]) + "\n"
+
+
+def description(figures: dict[str, Any]) -> str:
+    """What the figures were measured on, in one line."""
+    versions, cuda = figures["versions"], figures["transformers"]["torch_cuda"]
+    machine = [figures["cpu"], f"{figures['threads']} threads", *filter(None, [figures["gpu"]])]
+    build = f"CUDA {cuda}" if cuda else "CPU"
+    return (
+        f"{', '.join(machine)}; "
+        f"{figures['checkpoint']} in {figures['dtype']} ({figures['weight_bytes'] / 2**20:,.0f} MiB), "
+        f"{figures['prompt_tokens']} prompt and {figures['new_tokens']} new tokens; losart "
+        f"{versions['losart']}, torch {versions['torch']} ({build} build), transformers "
+        f"{versions['transformers']}"
+    )
