@@ -23,7 +23,6 @@ from typing import Any
 
 import numpy as np
 from environment import commit
-from random_checkpoint import SIZES, write_checkpoint
 
 import losart
 from losart.attention import make_policy
@@ -32,6 +31,7 @@ from losart.backends.base import PassInputs
 from losart.cache import PagedKVCache
 from losart.environment import cpu_name
 from losart.options import AttentionConfig, generation_config
+from losart.random_checkpoint import SIZES, write_checkpoint
 
 SIZE = "0.6B"
 VOCABULARY = 150_000  # ids are drawn below this

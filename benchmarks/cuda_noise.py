@@ -6,11 +6,11 @@ from typing import Any
 
 import cupy
 import numpy as np
-from random_checkpoint import SIZES
 
 from losart.backends.base import PassInputs
 from losart.backends.cuda import CudaBackend
 from losart.config import ModelConfig
+from losart.random_checkpoint import SIZES
 
 noise = cupy.ElementwiseKernel(
     "float32 scale",

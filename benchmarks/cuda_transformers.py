@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from cuda_torch import run_microseconds
-from random_checkpoint import SIZES
+
+from losart.random_checkpoint import SIZES
 
 
 class TransformersPass:

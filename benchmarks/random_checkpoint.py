@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import argparse
 
-from losart.random_checkpoint import DTYPE_NAMES, SIZES, write_checkpoint, write_size
-
-__all__ = ["SIZES", "write_checkpoint"]
+from losart.random_checkpoint import DTYPE_NAMES, SIZES, write_size
 
 
 def main() -> None:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from losart.decode import Progress
 from losart.errors import PromptError
 from losart.model import Model
-from losart.observation import Observer
+from losart.observation import Observer, Progress
 from losart.results import GenerationResult, Step
 
 

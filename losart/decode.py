@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,13 +12,11 @@ from losart.attention import AttentionPolicy
 from losart.attention.base import PassKind
 from losart.backends.base import PassInputs
 from losart.cache import PagedKVCache
-from losart.observation import ObservedPass, Observer
+from losart.observation import ObservedPass, Observer, Progress
 from losart.options import GenerationConfig
 from losart.output import Output
 from losart.remasking import strategy, transfer_counts
 from losart.transformer import Observed, Transformer
-
-Progress = Callable[[int, int], None]  # done, in all: tokens of the prompt, or layers of the weights
 
 
 @dataclass(frozen=True)

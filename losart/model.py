@@ -8,10 +8,9 @@ from typing import Any
 
 from losart.backends import make_backend
 from losart.config import DTYPES, ModelConfig
-from losart.decode import Progress
 from losart.errors import OptionError
 from losart.loaders import ChatTemplate, Checkpoint, Tokenizer, open_checkpoint
-from losart.observation import Observer
+from losart.observation import Observer, Progress
 from losart.prompts import Prompt, is_batch
 from losart.results import GenerationResult, Step
 from losart.session import Session

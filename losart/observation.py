@@ -1,4 +1,4 @@
-"""What an observer is told of each pass: the block, and what every layer read of the prefix."""
+"""What a caller is told on the way: how far it is, and of each pass the block and what every layer read."""
 
 from __future__ import annotations
 
@@ -65,6 +65,7 @@ class ObservedPass:
 
 
 Observer = Callable[[ObservedPass], None]
+Progress = Callable[[int, int], None]  # done, in all: prompt tokens, layers of the weights, questions
 
 
 def observed_layers(

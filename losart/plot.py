@@ -12,7 +12,8 @@ from losart.trace import Trace
 
 TITLE_WIDTH = 90  # characters that fit over the panels
 KINDS = ("both", "density", "pages")
-SHOWN_OPTIONS = ("budget", "active", "selector", "drift", "candidates", "page_size", "dense_layers", "commit")
+SPARSE_OPTIONS = ("budget", "page_size", "dense_layers", "commit")
+LOSA_OPTIONS = ("active", "selector", "drift", "candidates")
 
 
 def density_map(trace: Trace) -> np.ndarray:
@@ -86,8 +87,8 @@ def draw(trace: Trace, kind: str = "both", layer: int | None = None) -> Any:
 def _title(trace: Trace) -> str:
     attention = trace.options["attention"]
     method = attention["method"]
-    # Options that only say something of a sparse method.
-    shown = () if method == "dense" else SHOWN_OPTIONS if method == "losa" else ("budget", *SHOWN_OPTIONS[5:])
+    shown: tuple[str, ...] = () if method == "dense" else SPARSE_OPTIONS
+    shown += LOSA_OPTIONS if method == "losa" else ()
     options = [f"{name}={attention[name]}" for name in shown]
     line = ", ".join([method, f"block_length={trace.block_length}", *options])
     return "\n".join([*textwrap.wrap(trace.model, TITLE_WIDTH), *textwrap.wrap(line, TITLE_WIDTH)])

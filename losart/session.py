@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from losart.attention import make_policy
-from losart.decode import BlockDecoder, DenoisingPass, Progress, block_tokens
+from losart.decode import BlockDecoder, DenoisingPass, block_tokens
 from losart.errors import OptionError, PromptError
 from losart.loaders import ChatTemplate, Tokenizer
-from losart.observation import Observer
+from losart.observation import Observer, Progress
 from losart.options import generation_config
 from losart.output import Output
 from losart.prompts import Prompt, is_batch, prompt_ids

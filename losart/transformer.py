@@ -13,7 +13,7 @@ from losart.attention.recorder import ReadRecorder
 from losart.backends.base import Array, Backend, Matrix, PassInputs
 from losart.cache import PagedKVCache
 from losart.config import ModelConfig
-from losart.observation import ObservedLayer, observed_layers
+from losart.observation import ObservedLayer, Progress, observed_layers
 from losart.options import GenerationConfig
 from losart.sampling import Proposals
 
@@ -56,7 +56,7 @@ class Transformer:
         config: ModelConfig,
         tensors: Mapping[str, Any],
         backend: Backend,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Progress | None = None,
     ) -> None:
         self.config = config
         self.backend = backend
@@ -67,8 +67,8 @@ class Transformer:
             if progress is not None:
                 progress(i + 1, config.num_layers)
         self.final_norm = backend.upload_vector(tensors["final_norm"])
-        self._recorders: dict[Hashable, ReadRecorder] = {}
         self.head = self.embedding if config.tie_embeddings else backend.upload(tensors["head"])
+        self._recorders: dict[Hashable, ReadRecorder] = {}
 
     @property
     def prefill_tokens(self) -> int:

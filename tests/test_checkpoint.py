@@ -5,11 +5,11 @@ import shutil
 
 import numpy as np
 import pytest
-from random_checkpoint import SIZES, write_checkpoint
 from safetensors.numpy import load_file, save_file
 
 from losart.errors import CheckpointError, ConfigError, TensorError
 from losart.loaders import SUPPORTED_MODEL_TYPES, open_checkpoint
+from losart.random_checkpoint import SIZES, write_checkpoint
 
 
 @pytest.fixture

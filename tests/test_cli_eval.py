@@ -24,7 +24,6 @@ def test_prints_a_table_and_writes_its_figures(tiny_checkpoint, tmp_path, capsys
         for task in ("key", "last")
         for setting in (["dense", "-", "-"], ["losa", "32", "0.25"], ["losa", "64", "0.25"])
     ]
-    assert output.err.strip() == "question 6 of 6, 0:00 left"
     report = json.loads(file.read_text())
     assert (report["style"], report["samples"], report["seed"]) == ("english", 1, 3)
     assert report["options"] == {"max_new_tokens": 4}

@@ -4,7 +4,8 @@ import subprocess
 import sys
 
 import pytest
-from random_checkpoint import write_checkpoint
+
+from losart.random_checkpoint import write_checkpoint
 
 PEAK_WHILE_CONVERTING = """
 import sys

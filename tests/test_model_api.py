@@ -33,7 +33,7 @@ def model(tiny_checkpoint_module):
 
 @pytest.fixture(scope="module")
 def tiny_checkpoint_module(tmp_path_factory):
-    from random_checkpoint import write_checkpoint
+    from losart.random_checkpoint import write_checkpoint
 
     return write_checkpoint(tmp_path_factory.mktemp("model"))
 

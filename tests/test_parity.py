@@ -22,7 +22,8 @@ pytest.importorskip("transformers", reason="the oracle needs transformers")
 
 import oracle
 import torch
-from random_checkpoint import write_checkpoint
+
+from losart.random_checkpoint import write_checkpoint
 
 pytestmark = pytest.mark.parity
 

@@ -78,7 +78,7 @@ def test_the_picture_is_beside_the_trace_by_default(run, capsys):
 @needs_matplotlib
 def test_labels_and_title(run):
     figure = draw(losart.read_trace(run[0]), layer=1)
-    assert "losa, block_length=8, budget=16, active=2" in figure.get_suptitle()
+    assert "losa, block_length=8, budget=16, " in figure.get_suptitle()
     assert "cost $1_000$" in figure.get_suptitle()
     panels = [axes for axes in figure.axes if axes.get_title()]
     assert [axes.get_title() for axes in panels] == ["share of the prefix read", "pages read, layer 1"]

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import reference as ref
-from random_checkpoint import write_checkpoint
 from test_kv_index import bounds, read_back
 from test_model_api import spoil_row, with_tensor
 
@@ -24,6 +23,7 @@ from losart.cache import PagedKVCache
 from losart.decode import BlockDecoder
 from losart.options import generation_config
 from losart.output import Output
+from losart.random_checkpoint import write_checkpoint
 
 LOSA = {"attention": "losa", "budget": 32, "active": 2}
 FIRST = np.random.default_rng(1).integers(0, 256, 101).tolist()

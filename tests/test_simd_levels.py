@@ -38,7 +38,7 @@ def tokens(checkpoint, level: int) -> str:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_all_levels_generate_the_same(tmp_path, dtype):
-    from random_checkpoint import write_checkpoint
+    from losart.random_checkpoint import write_checkpoint
 
     checkpoint = write_checkpoint(tmp_path / "checkpoint", dtype=dtype)
     found = [tokens(checkpoint, level) for level in (0, 1, 2)]

@@ -5,11 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-import time
 from collections.abc import Iterable
 
 from losart.cli.tables import share
-from losart.decode import Progress
 from losart.results import GenerationResult, Stats, Step
 
 
@@ -38,30 +36,6 @@ def print_steps(steps: Iterable[Step]) -> GenerationResult:
     print()
     assert result is not None
     return result
-
-
-def prefill_progress() -> Progress | None:
-    """What shows how far the prompt is read, where standard error is a terminal."""
-    return _progress("reading the prompt", "tokens")
-
-
-def load_progress() -> Progress | None:
-    """What shows how far the weights are loaded, where standard error is a terminal."""
-    return _progress("loading the weights", "layers")
-
-
-def _progress(doing: str, unit: str) -> Progress | None:
-    """A line that shows how far something is, its rate and the time left, and is cleared at the end."""
-    if not sys.stderr.isatty():
-        return None
-    began = time.perf_counter()
-
-    def show(done: int, total: int) -> None:
-        rate = done / max(time.perf_counter() - began, 1e-9)
-        line = f"{doing}: {done} of {total} {unit}, {rate:.0f} a second, {(total - done) / rate:.0f} s left"
-        print(f"\r\033[K{line if done < total else ''}", end="", file=sys.stderr, flush=True)
-
-    return show
 
 
 def print_figures(result: GenerationResult) -> None:

@@ -10,10 +10,10 @@ from contextlib import suppress
 from typing import Any
 
 from losart.chat import Chat
-from losart.cli.answers import load_progress, prefill_progress, print_figures, print_steps
+from losart.cli.answers import print_figures, print_steps
 from losart.cli.arguments import add_generation, add_model, generation_options
+from losart.cli.progress import Progress, load_model
 from losart.errors import LosartError
-from losart.model import load
 
 EXAMPLE = 'example: losart chat path/to/SDAR-1.7B-Chat --system "Be brief." --attention losa --stats'
 COMMANDS = (
@@ -47,11 +47,8 @@ def run(args: argparse.Namespace) -> None:
     the command.
     """
     terminal = sys.stdin.isatty()
-    chat = Chat(
-        load(args.model, args.device, args.dtype, progress=load_progress()),
-        args.system,
-        **generation_options(args),
-    )
+    model = load_model(args.model, args.device, args.dtype)
+    chat = Chat(model, args.system, **generation_options(args))
     if terminal:
         print(COMMANDS, file=sys.stderr)
     for line in _lines(terminal):
@@ -78,7 +75,8 @@ def _take(line: str, chat: Chat, stats: bool) -> None:
     elif re.fullmatch("/[a-z]+", command):
         print(f"losart: there is no {command}: {COMMANDS}", file=sys.stderr)
     else:
-        result = print_steps(chat.stream(line, progress=prefill_progress()))
+        with Progress("reading the prompt", "tokens") as progress:
+            result = print_steps(chat.stream(line, progress=progress))
         if stats:
             print_figures(result)
 

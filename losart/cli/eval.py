@@ -15,8 +15,8 @@ from losart.cli.arguments import (
     generation_options,
     listed,
 )
+from losart.cli.progress import Progress, load_model
 from losart.errors import OptionError
-from losart.model import load
 
 EXAMPLE = (
     "example: losart eval path/to/SDAR-1.7B-Chat --tasks key,keys-4 --lengths 4096 "
@@ -83,21 +83,21 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _run_tasks(args: argparse.Namespace, given: dict[str, Any], options: dict[str, Any]) -> None:
-    from losart.cli.eval_report import CELL_COLUMNS, JsonReport, Table, TimeLeft
+    from losart.cli.eval_report import CELL_COLUMNS, JsonReport, Table
     from losart.eval import EvalConfig, check_config, evaluate
 
     names = ("tasks", "lengths", "attention", "budgets", "active", "samples", "seed", "style")
     config = EvalConfig(**{name: given[name] for name in names if name in given}, options=options)
-    model = load(args.model, args.device, args.dtype)
+    model = load_model(args.model, args.device, args.dtype)
     style = check_config(model, config)
     facts = _facts(args, model, config) | {"style": style, "samples": config.samples}
-    progress = TimeLeft()
-    report = Table(CELL_COLUMNS, JsonReport(args.json, facts), progress)
-    evaluate(model, config, on_cell=report.add, progress=progress)
+    with Progress("asking", "questions") as progress:
+        report = Table(CELL_COLUMNS, JsonReport(args.json, facts), progress)
+        evaluate(model, config, on_cell=report.add, progress=progress)
 
 
 def _run_longbench(args: argparse.Namespace, given: dict[str, Any], options: dict[str, Any]) -> None:
-    from losart.cli.eval_report import SCORE_COLUMNS, JsonReport, Table, TimeLeft
+    from losart.cli.eval_report import SCORE_COLUMNS, JsonReport, Table
     from losart.eval import EvalConfig
     from losart.eval.longbench import evaluate_longbench
     from losart.eval.longbench_data import find_datasets
@@ -110,23 +110,23 @@ def _run_longbench(args: argparse.Namespace, given: dict[str, Any], options: dic
     datasets = given.get("tasks") or find_datasets(Path(args.longbench))
     names = ("attention", "budgets", "active", "samples", "seed")
     config = EvalConfig(**{name: given[name] for name in names if name in given}, options=options)
-    model = load(args.model, args.device, args.dtype)
-    progress = TimeLeft()
-    report = Table(SCORE_COLUMNS, JsonReport(args.json, _facts(args, model, config)), progress)
-    evaluate_longbench(
-        model,
-        args.longbench,
-        datasets,
-        config,
-        samples=given.get("samples"),
-        max_prompt_tokens=lengths[0],
-        on_score=report.add,
-        progress=progress,
-    )
+    model = load_model(args.model, args.device, args.dtype)
+    with Progress("asking", "questions") as progress:
+        report = Table(SCORE_COLUMNS, JsonReport(args.json, _facts(args, model, config)), progress)
+        evaluate_longbench(
+            model,
+            args.longbench,
+            datasets,
+            config,
+            samples=given.get("samples"),
+            max_prompt_tokens=lengths[0],
+            on_score=report.add,
+            progress=progress,
+        )
 
 
 def _run_locality(args: argparse.Namespace, given: dict[str, Any], options: dict[str, Any]) -> None:
-    from losart.cli.eval_report import LOCALITY_COLUMNS, JsonReport, Table, TimeLeft
+    from losart.cli.eval_report import LOCALITY_COLUMNS, JsonReport, Table
     from losart.eval import EvalConfig, check_config
     from losart.eval.locality import measure_locality
 
@@ -139,13 +139,13 @@ def _run_locality(args: argparse.Namespace, given: dict[str, Any], options: dict
     config = EvalConfig(
         **{name: given[name] for name in names if name in given}, attention=("dense",), options=options
     )
-    model = load(args.model, "cpu" if args.device == "auto" else args.device, args.dtype)
+    model = load_model(args.model, "cpu" if args.device == "auto" else args.device, args.dtype)
     style = check_config(model, config)
     facts = _facts(args, model, config) | {"style": style, "samples": config.samples}
-    progress = TimeLeft()
-    report = Table(LOCALITY_COLUMNS, JsonReport(args.json, facts, "layers"), progress)
-    for layer in measure_locality(model, config, progress=progress):
-        report.add(layer)
+    with Progress("asking", "questions") as progress:
+        report = Table(LOCALITY_COLUMNS, JsonReport(args.json, facts, "layers"), progress)
+        for layer in measure_locality(model, config, progress=progress):
+            report.add(layer)
 
 
 def _facts(args: argparse.Namespace, model: Any, config: Any) -> dict[str, Any]:

@@ -6,14 +6,13 @@ import dataclasses
 import errno
 import json
 import os
-import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import losart
+from losart.cli.progress import Progress
 from losart.cli.tables import share
 from losart.eval.locality import KINDS, TOP
 
@@ -56,39 +55,8 @@ class JsonReport:
             self._file.write_text(text, encoding="utf-8")
 
 
-class TimeLeft:
-    """Shows on standard error how far a measurement is: in one line on a terminal, else a line a minute."""
-
-    def __init__(self) -> None:
-        self._began = time.monotonic()
-        self._terminal = sys.stderr.isatty()
-        self._shown = self._began
-
-    def __call__(self, done: int, total: int) -> None:
-        now = time.monotonic()
-        if not self._terminal and now - self._shown < 60 and done < total:
-            return
-        self._shown = now
-        text = f"question {done} of {total}, {_duration((now - self._began) / done * (total - done))} left"
-        print(
-            f"\r\033[K{text}" if self._terminal else text, end="" if self._terminal else "\n", file=sys.stderr
-        )
-        sys.stderr.flush()
-
-    def clear(self) -> None:
-        """Make room on the terminal for a line on standard output."""
-        if self._terminal:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
-
-
 def _or_dash(value: object) -> str:
     return "-" if value is None else str(value)
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
 @dataclass(frozen=True)
@@ -107,11 +75,11 @@ class Table:
     ----------
     columns : sequence of Column
     report : JsonReport
-    progress : TimeLeft
+    progress : Progress
         Makes room for a row.
     """
 
-    def __init__(self, columns: Sequence[Column], report: JsonReport, progress: TimeLeft) -> None:
+    def __init__(self, columns: Sequence[Column], report: JsonReport, progress: Progress) -> None:
         self._columns = columns
         self._report = report
         self._progress = progress

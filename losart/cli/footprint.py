@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from losart.cli.arguments import positive
-from losart.cli.progress import Progress
+from losart.cli.progress import Steps
 from losart.footprint.comparison import compare, step_count
 from losart.footprint.table import markdown
 from losart.loaders import open_checkpoint
@@ -60,8 +60,9 @@ def add_command(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Measure and print."""
-    progress = Progress((args.model is None) + step_count(args.installed, args.repeats))
     with ExitStack() as stack:
+        steps = Steps((args.model is None) + step_count(args.installed, args.repeats))
+        stack.enter_context(steps)
         if args.keep:
             args.keep.mkdir(parents=True)
             folder = args.keep.resolve()
@@ -69,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="losart-footprint-")))
         model = args.model
         if model is None:
-            progress.begin(f"writing random weights of {args.size}")
+            steps.begin(f"writing random weights of {args.size}")
             model = write_size(folder / f"random-{args.size}", args.size)
         figures = compare(
             open_checkpoint(model),
@@ -80,7 +81,7 @@ def run(args: argparse.Namespace) -> None:
             prompt_tokens=args.prompt_tokens,
             new_tokens=args.new_tokens,
             repeats=args.repeats,
-            say=progress.begin,
+            say=steps.begin,
         )
     figures = {"command": " ".join(["losart", *sys.argv[1:]])} | figures
     table, text = markdown(figures), json.dumps(figures, indent=2) + "\n"

@@ -8,17 +8,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from losart.cli.answers import (
-    last_result,
-    load_progress,
-    prefill_progress,
-    print_figures,
-    print_json,
-    print_steps,
-)
+from losart.cli.answers import last_result, print_figures, print_json, print_steps
 from losart.cli.arguments import add_generation, add_model, generation_options
+from losart.cli.progress import Progress, load_model
 from losart.errors import PromptError
-from losart.model import load
 from losart.observation import ObservedPass, Observer
 from losart.trace import TraceWriter
 
@@ -54,7 +47,7 @@ def add_command(commands: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     """Generate and print."""
     text = _prompt_text(args)
-    model = load(args.model, args.device, args.dtype, progress=load_progress())
+    model = load_model(args.model, args.device, args.dtype)
     session = model.session(**generation_options(args))
     prompt = [{"role": "user", "content": text}] if args.chat else text
     observers: list[Observer] = []
@@ -64,8 +57,9 @@ def run(args: argparse.Namespace) -> None:
             observer(observed)
 
     observer = tell if args.trace else None
-    steps = session.stream(prompt, progress=prefill_progress(), observer=observer)
     with ExitStack() as stack:
+        progress = stack.enter_context(Progress("reading the prompt", "tokens"))
+        steps = session.stream(prompt, progress=progress, observer=observer)
         if args.trace:  # only now: a mistake in the prompt leaves an older file as it is
             trace = stack.enter_context(TraceWriter(args.trace, session, args.model))
             observers.append(trace)

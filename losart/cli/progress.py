@@ -2,34 +2,96 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 
+from losart.model import Model, load
+
+QUIET_SECONDS = 60.0  # between lines where nobody watches a terminal
+
 
 class Progress:
-    """Numbered steps, with the time left as far as the steps before tell.
+    """How far something is, at which rate, and the time left.
+
+    On a terminal one line that is drawn anew, and cleared at the end; elsewhere a line a minute. As a
+    context it also clears the line when it is left early.
 
     Parameters
     ----------
-    steps : int
+    doing : str
+        What is done.
+    unit : str
+        What is counted, in the plural.
+    """
+
+    def __init__(self, doing: str, unit: str) -> None:
+        self._doing = doing
+        self._unit = unit
+        self._terminal = sys.stderr.isatty()
+        self._drawn = False
+        self._began = self._shown = time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        """Say how many are done, and how many there are in all."""
+        if done >= total:
+            self.clear()
+        elif self._terminal or time.monotonic() - self._shown >= QUIET_SECONDS:
+            self._show(done, total)
+
+    def _show(self, done: int, total: int) -> None:
+        self._shown = time.monotonic()
+        line = f"{self._doing}: {done} of {total} {self._unit}"
+        if done:
+            seconds = max(self._shown - self._began, 1e-9) / done
+            pace = f"{seconds:.0f} s each" if seconds > 1 else f"{1 / seconds:.0f} a second"
+            line += f", {pace}, {_duration(seconds * (total - done))} left"
+        if self._terminal:
+            line = f"\r\033[K{line[: shutil.get_terminal_size().columns - 1]}"
+        print(line, end="" if self._terminal else "\n", file=sys.stderr, flush=True)
+        self._drawn = self._terminal
+
+    def clear(self) -> None:
+        """Make room on the terminal for another line."""
+        if self._drawn:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+        self._drawn = False
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.clear()
+
+
+class Steps(Progress):
+    """Progress in named steps, each shown as it begins, on a terminal or not.
+
+    Parameters
+    ----------
+    count : int
         How many there will be.
     """
 
-    def __init__(self, steps: int) -> None:
-        self._steps = steps
+    def __init__(self, count: int) -> None:
+        super().__init__("", "steps")
+        self._count = count
         self._begun = 0
-        self._start = time.monotonic()
 
     def begin(self, step: str) -> None:
         """Say which step begins."""
-        left = ""
-        if self._begun > 1:  # the first step alone tells too little
-            seconds = (time.monotonic() - self._start) / self._begun * (self._steps - self._begun)
-            left = f", about {duration(seconds)} left"
+        self._doing = step
+        self._show(self._begun, self._count)
         self._begun += 1
-        print(f"[{self._begun}/{self._steps}] {step}{left}", file=sys.stderr, flush=True)
 
 
-def duration(seconds: float) -> str:
-    """12 s, 3 min."""
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+def load_model(model: str, device: str, dtype: str) -> Model:
+    """Load a checkpoint, with progress."""
+    with Progress("loading the weights", "layers") as progress:
+        return load(model, device, dtype, progress=progress)
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -12,11 +12,10 @@ from losart.errors import OptionError
 from losart.eval.figures import Figures, figures
 from losart.eval.questions import STYLES, find_style, make_questions
 from losart.eval.tasks import TASKS, find_task
+from losart.observation import Progress
 from losart.results import Stats
 
 ANSWER_TOKENS = {"symbols": 16, "english": 64}
-
-Progress = Callable[[int, int], None]  # questions done, questions in all
 
 
 @dataclass(frozen=True)

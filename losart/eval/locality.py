@@ -13,9 +13,10 @@ from losart.attention.base import PassKind
 from losart.cache import PagedKVCache
 from losart.decode import BlockDecoder
 from losart.errors import OptionError
-from losart.eval.evaluation import EvalConfig, Progress, check_config, shared_options
+from losart.eval.evaluation import EvalConfig, check_config, shared_options
 from losart.eval.questions import make_questions
 from losart.eval.tasks import TASKS
+from losart.observation import Progress
 from losart.options import generation_config
 from losart.output import Output
 from losart.prompts import prompt_ids

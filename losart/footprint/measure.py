@@ -43,7 +43,7 @@ def measure(
     Returns
     -------
     dict
-        Seconds and bytes; `figures.ROWS` says what each is.
+        Seconds and bytes; `losart.footprint.table.ROWS` says what each is.
     """
     runs = []
     for number in range(repeats + 1):

@@ -1,6 +1,6 @@
 """Checkpoints in SDAR's format with random weights, of any size, written in flat memory.
 
-For measuring and for tests: `losart footprint`, `losart bench`, `benchmarks/`.
+For measuring and for tests.
 """
 
 from losart.random_checkpoint.tensors import DTYPE_NAMES

@@ -1,0 +1,265 @@
+"""`losart footprint`: processes that report, clean environments, and the table."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import textwrap
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import losart
+from losart.cli import main
+from losart.errors import LosartError
+from losart.footprint import environments
+from losart.footprint.processes import Request, as_qwen3, probe, run
+from losart.footprint.table import markdown
+
+BLOCK, NEW = 4, 10
+
+
+def request_of(checkpoint: Path, prompt_tokens: int) -> Request:
+    keys = json.loads((checkpoint / "config.json").read_text())
+    return Request("cpu", prompt_tokens, NEW, BLOCK, keys["mask_token_id"])
+
+
+@pytest.mark.parametrize("prompt_tokens", [3, 18])
+def test_probe_reports_the_generation_and_what_it_took(tiny_checkpoint, prompt_tokens):
+    report = probe(
+        sys.executable, "probe_losart", tiny_checkpoint, request_of(tiny_checkpoint, prompt_tokens)
+    )
+    prompt = [(97 * i) % 251 for i in range(prompt_tokens)]
+    expected = losart.generate(tiny_checkpoint, prompt, max_new_tokens=NEW, stop_token_ids=[], device="cpu")
+    assert report["tokens"] == expected.token_ids
+    stages = ["python", "import", "context", "load", "first token", "generate"]
+    assert list(report["seconds"]) == stages
+    assert all(seconds >= 0 for seconds in report["seconds"].values())
+    memory = [report["bytes"][stage] for stage in stages]
+    assert all(m["VmRSS"] <= m["VmHWM"] and 0 < m["RssAnon"] < m["VmRSS"] for m in memory)
+    assert memory[0]["VmRSS"] < memory[1]["VmRSS"]  # the import takes memory
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("prompt_tokens", [3, 18])
+def test_both_sides_generate_the_same(tiny_checkpoint, tmp_path, prompt_tokens):
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    request = request_of(tiny_checkpoint, prompt_tokens)
+    ours = probe(sys.executable, "probe_losart", tiny_checkpoint, request)
+    qwen3 = as_qwen3(tiny_checkpoint, tmp_path / "qwen3")
+    theirs = probe(sys.executable, "probe_transformers", qwen3, request)
+    assert ours["tokens"] == theirs["tokens"]
+
+
+def test_a_process_that_fails_says_why():
+    with pytest.raises(LosartError, match="side: ValueError: no luck"):
+        run([sys.executable, "-c", "raise ValueError('no luck')"], {}, "side")
+
+
+def test_an_interrupt_ends_what_a_process_has_started(tmp_path):
+    # The grandchild holds its end of the pipe open: reading to its end waits until it is gone.
+    code = """
+        import signal, sys
+        from losart.footprint.processes import run
+        signal.signal(signal.SIGALRM, signal.default_int_handler)
+        sleep = "[sys.executable, '-c', 'import time; time.sleep(600)']"
+        child = f"import subprocess, sys; subprocess.run({sleep})"
+        signal.alarm(1)
+        try:
+            run([sys.executable, "-c", child], {}, "side")
+        except KeyboardInterrupt:
+            print("interrupted")
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.stdout == "interrupted\n", result.stderr
+
+
+def test_an_environment_counts_what_was_installed(tmp_path):
+    wheel = tmp_path / "small-1.5-py3-none-any.whl"
+    write_wheel(wheel, bytes(100_000))
+    environment = environments.new_environment(tmp_path / "venv")
+    assert environment.sizes() == {"installed_bytes": 0, "packages": {}}
+    environment.install("--no-index", str(wheel))
+    sizes = environment.sizes()
+    assert sizes["packages"] == {"small": "1.5"}
+    assert 100_000 < sizes["installed_bytes"] < 110_000
+    with pytest.raises(LosartError, match="pip install --no-index no-such-package"):
+        environment.install("--no-index", "no-such-package")
+
+
+def write_wheel(file: Path, data: bytes) -> None:
+    with zipfile.ZipFile(file, "w") as archive:
+        info = "small-1.5.dist-info"
+        archive.writestr("small.bin", data)
+        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: small\nVersion: 1.5\n")
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        names = ("small.bin", f"{info}/METADATA", f"{info}/WHEEL", f"{info}/RECORD")
+        archive.writestr(f"{info}/RECORD", "".join(f"{name},,\n" for name in names))
+
+
+@pytest.mark.parametrize(
+    ("noted", "requirement"),
+    [
+        (None, f"losart[cuda12x]=={losart.__version__}"),
+        ({"url": "file:///src", "dir_info": {"editable": True}}, "losart[cuda12x] @ file:///src"),
+        (
+            {"url": "https://host/r", "vcs_info": {"vcs": "git", "commit_id": "abc"}},
+            "losart[cuda12x] @ git+https://host/r@abc",
+        ),
+    ],
+)
+def test_losart_is_installed_from_where_it_came(monkeypatch, noted, requirement):
+    class Distribution:
+        def read_text(self, name: str) -> str | None:
+            assert name == "direct_url.json"
+            return None if noted is None else json.dumps(noted)
+
+    monkeypatch.setattr(environments, "distribution", lambda name: Distribution())
+    assert environments.own_requirement("cuda12x") == requirement
+
+
+def test_the_rival_is_the_oracle_of_the_tests():
+    names = [re.split("[<>=]", line)[0] for line in environments.rival_requirements()]
+    assert names == ["torch", "transformers"]
+
+
+def side(scale: float) -> dict:
+    return {
+        "installed_bytes": scale * 100 * 2**20,
+        "package_count": 3,
+        "import_seconds": scale * 0.1,
+        "imported_bytes": scale * 2**20,
+        "generated_bytes": scale * 2**20,
+        "first_token_seconds": scale,
+        "torch_cuda": None,
+    }
+
+
+def made_figures(scale: float, **changes: object) -> dict:
+    facts = {
+        "cpu": "A CPU",
+        "threads": 2,
+        "gpu": None,
+        "device": "cpu",
+        "checkpoint": "tiny",
+        "dtype": "float32",
+        "weight_bytes": 2**20,
+        "prompt_tokens": 8,
+        "new_tokens": 4,
+        "versions": {"losart": "1", "torch": "2", "transformers": "3"},
+    }
+    return facts | {"losart": side(1), "transformers": side(scale) | changes}
+
+
+def test_the_table_says_what_is_met_and_what_is_missed():
+    table = markdown(made_figures(8))
+    assert (
+        "A CPU, 2 threads; tiny in float32 (1 MiB), 8 prompt and 4 new tokens; losart 1, torch 2 (CPU build)"
+        in table
+    )
+    assert "| installed | 100 MiB | 800 MiB | 8.0x | 6x, met |" in table
+    assert "| import | 0.10 s | 0.80 s | 8.0x | 10x, missed |" in table
+    assert "| process start to first token | 1.00 s | 8.00 s | 8.0x |  |" in table
+    assert "device memory" not in table
+    assert table.endswith("\nTargets missed: import.\n")
+    assert "missed" not in markdown(made_figures(10))
+
+
+def test_cuda_has_targets_of_its_own():
+    figures = made_figures(8, torch_cuda="12.8") | {"device": "cuda", "gpu": "A GPU"}
+    figures["losart"]["device_bytes"] = 2**20
+    figures["transformers"]["device_bytes"] = 2**22
+    table = markdown(figures)
+    assert "A CPU, 2 threads, A GPU; " in table
+    assert "| installed | 100 MiB | 800 MiB | 8.0x | 10x, missed |" in table
+    assert "| import | 0.10 s | 0.80 s | 8.0x |  |" in table
+    assert "| device memory beyond weights and KV | 1 MiB | 4 MiB | 4.0x | 4x, met |" in table
+    assert table.endswith("\nTargets missed: installed.\n")
+
+
+def test_the_size_of_a_cuda_build_is_no_rival_of_a_cpu():
+    table = markdown(made_figures(10, torch_cuda="12.8"))
+    assert "torch 2 (CUDA 12.8 build)" in table
+    assert "| installed | 100 MiB | 1,000 MiB | 10.0x |  |" in table
+    assert "torch's CPU build was not found" in table
+
+
+@pytest.fixture
+def without_rival(monkeypatch):
+    """The rival's processes are losart's too, and say that they are torch's."""
+    from losart.footprint import comparison
+
+    packages = {"losart": losart.__version__, "torch": "2.13.0+cpu", "transformers": "5.0"}
+    monkeypatch.setattr(comparison, "SIDES", dict.fromkeys(comparison.SIDES, "probe_losart"))
+    monkeypatch.setattr(comparison, "packages_of", lambda python: packages)
+    monkeypatch.setattr(comparison, "as_qwen3", lambda checkpoint, folder: checkpoint)
+    measure = comparison.measure
+    monkeypatch.setattr(comparison, "measure", lambda *a: measure(*a) | {"torch_cuda": None})
+
+
+def test_the_command_prints_table_and_json(without_rival, tmp_path, capsys):
+    files = {"--json": tmp_path / "f.json", "--table": tmp_path / "f.md"}
+    arguments = "--installed --size tiny --repeats 2 --prompt-tokens 9 --new-tokens 5"
+    assert main(["footprint", *arguments.split(), *(str(x) for pair in files.items() for x in pair)]) == 0
+    printed = capsys.readouterr()
+    assert printed.out == files["--table"].read_text() == markdown(json.loads(files["--json"].read_text()))
+    figures = json.loads(files["--json"].read_text())
+    assert len(figures["losart"]["runs"]) == 2 and len(figures["losart"]["tokens"]) == 5
+    assert figures["losart"]["tokens"] == figures["transformers"]["tokens"]
+    assert "| import |" in printed.out and "| installed |" not in printed.out
+    lines = printed.err.splitlines()
+    assert [line.split(": ")[1].split(",")[0] for line in lines] == [f"{i} of 7 steps" for i in range(7)]
+    assert lines[-1].startswith("running transformers, 2 of 2: 6 of 7 steps, ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["no/such/directory"], 1, "no/such/directory"),
+        (["CHECKPOINT", "--prompt-tokens", "5000"], 2, "4096 positions"),
+        (["CHECKPOINT", "--keep", "CHECKPOINT"], 1, "exists"),
+    ],
+)
+def test_mistakes_give_one_line_and_a_code(tiny_checkpoint, capsys, arguments, code, message):
+    arguments = [str(tiny_checkpoint) if argument == "CHECKPOINT" else argument for argument in arguments]
+    assert main(["footprint", "--installed", *arguments]) == code
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("losart: ") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("option", ["--repeats", "--new-tokens"])
+@pytest.mark.parametrize("value", ["0", "-1", "some"])
+def test_counts_are_whole_numbers_from_1(capsys, option, value):
+    with pytest.raises(SystemExit) as exit_:
+        main(["footprint", f"{option}={value}"])
+    assert exit_.value.code == 2
+    assert "must be a whole number from 1" in capsys.readouterr().err
+
+
+def test_an_interrupt_leaves_nothing_behind(tmp_path):
+    code = """
+        import signal, sys
+        from losart.cli import main
+        from losart.footprint import comparison
+
+        def interrupted(folder):
+            folder.mkdir()
+            signal.raise_signal(signal.SIGINT)
+
+        comparison.new_environment = interrupted
+        sys.exit(main(["footprint", "--size", "tiny", "--losart", "x"]))
+    """
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env={"TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 130
+    assert result.stderr.endswith("losart: interrupted\n")
+    assert list(tmp_path.iterdir()) == []
