@@ -11,6 +11,7 @@ from typing import Any
 from losart.cli.answers import last_result, print_figures, print_json, print_steps
 from losart.cli.arguments import add_generation, add_model, generation_options
 from losart.cli.progress import Progress, load_model
+from losart.cli.watch import watch
 from losart.errors import PromptError
 from losart.observation import ObservedPass, Observer
 from losart.trace import TraceWriter
@@ -37,7 +38,13 @@ def add_command(commands: Any) -> None:
     )
     command.add_argument("--chat", action="store_true", help="take the prompt as a user's message")
     command.add_argument("--stats", action="store_true", help="print figures at the end, to standard error")
-    command.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    shown = command.add_mutually_exclusive_group()
+    shown.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    shown.add_argument(
+        "--watch",
+        action="store_true",
+        help="show the block being denoised pass by pass, and the text at the end",
+    )
     command.add_argument(
         "--trace", metavar="FILE", help="write what every pass read, as JSON lines for `losart plot`"
     )
@@ -56,14 +63,19 @@ def run(args: argparse.Namespace) -> None:
         for observer in observers:
             observer(observed)
 
-    observer = tell if args.trace else None
+    observer = tell if args.trace or args.watch else None
     with ExitStack() as stack:
         progress = stack.enter_context(Progress("reading the prompt", "tokens"))
         steps = session.stream(prompt, progress=progress, observer=observer)
         if args.trace:  # only now: a mistake in the prompt leaves an older file as it is
             trace = stack.enter_context(TraceWriter(args.trace, session, args.model))
             observers.append(trace)
-        result = last_result(steps) if args.json else print_steps(steps)
+        if args.watch:
+            passes = stack.enter_context(watch(model.tokenizer, session.options.attention.page_size))
+            observers.append(passes)
+            result = passes.follow(steps)
+        else:
+            result = last_result(steps) if args.json else print_steps(steps)
         if args.trace:
             trace.finish(result)
     if args.json:
