@@ -3,9 +3,9 @@
     OMP_NUM_THREADS=2 python benchmarks/cpu_pass.py
 
 Random weights of Qwen3-0.6B's sizes, float32, block 16, greedy. The prefix is white noise in place
-of keys and values, the same for both: dense attention's time does not depend on it, and for LoSA
-it is the worst case, since every query then prefers other pages; the density beside each time says
-how much was read. Without torch and transformers their row is left out.
+of keys and values (losart.bench): dense attention's time does not depend on it, and for LoSA it is
+the worst case, since every query then prefers other pages; the density beside each time says how
+much was read. Without torch and transformers their row is left out.
 """
 
 from __future__ import annotations
@@ -27,16 +27,14 @@ from environment import commit
 import losart
 from losart.attention import make_policy
 from losart.attention.base import AttentionPolicy, PassKind
-from losart.backends.base import PassInputs
-from losart.cache import PagedKVCache
+from losart.bench import NoiseBlocks, noise
 from losart.environment import cpu_name
-from losart.options import AttentionConfig, generation_config
+from losart.options import AttentionConfig
 from losart.random_checkpoint import SIZES, write_checkpoint
 
 SIZE = "0.6B"
-VOCABULARY = 150_000  # ids are drawn below this
+VOCABULARY = 150_000  # transformers' ids are drawn below this
 BLOCK = 16
-CHANGED = 2  # tokens of the block that differ from pass to pass
 LOSA = AttentionConfig(method="losa", budget=512, active=5)
 SHORT_PREFIX = 4096
 LONG_PREFIX = 16384
@@ -53,64 +51,32 @@ def median_seconds(run: Callable[[], object], repeats: int) -> float:
     return statistics.median(times)
 
 
-class Losart:
-    """A losart model with a cache full of noise."""
-
-    def __init__(self, checkpoint: Path, prefix: int) -> None:
-        self.model = losart.load(checkpoint, device="cpu", dtype="float32")
-        self.config = generation_config(self.model.config, {"block_length": BLOCK})
-        self.transformer = self.model._transformer
-        self.cache: PagedKVCache = self.transformer.backend.new_cache(LOSA.page_size)
-        for layer in range(self.model.config.num_layers):
-            self.cache.write(layer, *noise(prefix, layer))
-        self.cache.advance(prefix)
-        self.rng = np.random.default_rng(0)
-        self.ids = self.rng.integers(0, VOCABULARY, BLOCK)
-
-    def policy(self, attention: AttentionConfig) -> AttentionPolicy:
-        """A policy that has seen the first pass of a block."""
-        policy = make_policy(attention, self.model.config, BLOCK)
-        policy.begin_block()
-        policy.begin_pass(PassKind.FIRST, self.cache.length)
-        self._run(policy)
-        policy.begin_pass(PassKind.LATER, self.cache.length)
-        return policy
-
-    def denoising_pass(self, policy: AttentionPolicy) -> None:
-        """A later pass over a block of which a few tokens changed, and proposals for all of it."""
-        self.ids[self.rng.choice(BLOCK, CHANGED, replace=False)] = self.rng.integers(0, VOCABULARY, CHANGED)
-        self._run(policy)
-
-    def _run(self, policy: AttentionPolicy) -> None:
-        inputs = PassInputs(self.ids, np.arange(BLOCK), np.zeros(BLOCK))
-        self.transformer.denoise(inputs, self.cache, policy, self.config)
-
-    def prefix_attention(self, policy: AttentionPolicy) -> Callable[[], None]:
-        """Only the prefix attention of all layers, on the queries of two alternating passes."""
-        queries = [self._queries(), self._queries()]
-
-        def run() -> None:
-            queries.reverse()
-            for layer, q in enumerate(queries[0]):
-                policy.prefix(self.transformer.backend, layer, q, self.cache)
-
-        return run
-
-    def _queries(self) -> list[np.ndarray]:
-        queries: list[np.ndarray] = []
-        policy = make_policy(AttentionConfig(), self.model.config, BLOCK)
-        policy.begin_pass(PassKind.FIRST, self.cache.length)
-        dense = policy.prefix
-        policy.prefix = lambda backend, layer, q, cache: queries.append(q) or dense(backend, layer, q, cache)
-        self.denoising_pass(policy)
-        return queries
+def blocks_after(checkpoint: Path, prefix: int) -> NoiseBlocks:
+    """Blocks of a losart model after a prefix of noise."""
+    return NoiseBlocks(losart.load(checkpoint, device="cpu", dtype="float32"), prefix, BLOCK)
 
 
-def noise(prefix: int, layer: int) -> tuple[np.ndarray, np.ndarray]:
-    """Keys and values of one layer, [prefix, kv_heads, head_dim]."""
-    rng = np.random.default_rng(layer)
-    shape = (prefix, SIZES[SIZE]["num_kv_heads"], SIZES[SIZE]["head_dim"])
-    return rng.standard_normal(shape, np.float32), rng.standard_normal(shape, np.float32)
+def prefix_attention(ours: NoiseBlocks, policy: AttentionPolicy) -> Callable[[], None]:
+    """Only the prefix attention of all layers, on the queries of two alternating passes."""
+    queries = [queries_of(ours), queries_of(ours)]
+
+    def run() -> None:
+        queries.reverse()
+        for layer, q in enumerate(queries[0]):
+            policy.prefix(ours.transformer.backend, layer, q, ours.cache)
+
+    return run
+
+
+def queries_of(ours: NoiseBlocks) -> list[np.ndarray]:
+    """All layers' queries in a pass."""
+    queries: list[np.ndarray] = []
+    policy = make_policy(AttentionConfig(), ours.transformer.config, BLOCK)
+    policy.begin_pass(PassKind.FIRST, ours.cache.length)
+    dense = policy.prefix
+    policy.prefix = lambda backend, layer, q, cache: queries.append(q) or dense(backend, layer, q, cache)
+    ours.denoising_pass(policy)
+    return queries
 
 
 def transformers_pass(checkpoint: Path, prefix: int) -> Callable[[], object] | None:
@@ -127,7 +93,8 @@ def transformers_pass(checkpoint: Path, prefix: int) -> Callable[[], object] | N
     model = Qwen3ForCausalLM(config).float().eval()
     cache = DynamicCache()
     for layer in range(config.num_hidden_layers):
-        k, v = (torch.from_numpy(x).transpose(0, 1)[None].contiguous() for x in noise(prefix, layer))
+        shape = (prefix, config.num_key_value_heads, config.head_dim)
+        k, v = (torch.from_numpy(x).transpose(0, 1)[None].contiguous() for x in noise(shape, layer))
         cache.update(k, v, layer)
     ids = torch.randint(0, VOCABULARY, (1, BLOCK))
     positions = torch.arange(prefix, prefix + BLOCK)[None]
@@ -148,8 +115,8 @@ def threads() -> int:
 
 def beside_transformers(checkpoint: Path, prefix: int, repeats: int) -> dict[str, float]:
     """A dense pass of both, in milliseconds, and their ratio."""
-    ours = Losart(checkpoint, prefix)
-    policy = ours.policy(AttentionConfig())
+    ours = blocks_after(checkpoint, prefix)
+    policy = ours.later_policy(AttentionConfig())
     runs = {"losart": lambda: ours.denoising_pass(policy)}
     rival = transformers_pass(checkpoint, prefix)
     if rival is not None:
@@ -167,11 +134,11 @@ def beside_transformers(checkpoint: Path, prefix: int, repeats: int) -> dict[str
 
 def losa_beside_dense(checkpoint: Path, prefix: int, repeats: int) -> dict[str, Any]:
     """Prefix attention alone and the whole pass, in milliseconds, with ratios and density."""
-    ours = Losart(checkpoint, prefix)
-    policies = {"dense": ours.policy(AttentionConfig()), "losa": ours.policy(LOSA)}
+    ours = blocks_after(checkpoint, prefix)
+    policies = {"dense": ours.later_policy(AttentionConfig()), "losa": ours.later_policy(LOSA)}
     figures: dict[str, Any] = {}
     for title, prepare in (
-        (f"prefix attention at {prefix}", ours.prefix_attention),
+        (f"prefix attention at {prefix}", lambda policy: prefix_attention(ours, policy)),
         (f"whole pass at {prefix}", lambda policy: lambda: ours.denoising_pass(policy)),
     ):
         row = {name: 1e3 * median_seconds(prepare(policy), repeats) for name, policy in policies.items()}

@@ -46,6 +46,32 @@ def block_tokens(ids: np.ndarray, masked: np.ndarray) -> list[int | None]:
     return [None if hidden else token for token, hidden in zip(ids.tolist(), masked.tolist(), strict=True)]
 
 
+def prefill(
+    transformer: Transformer,
+    ids: np.ndarray,
+    cache: PagedKVCache,
+    block_length: int,
+    progress: Progress | None = None,
+) -> None:
+    """Take whole blocks into the cache, in pieces as large as the backend takes them at a time.
+
+    Parameters
+    ----------
+    transformer : Transformer
+    ids : int64 [whole blocks]
+    cache : PagedKVCache
+    block_length : int
+    progress : callable, optional
+        Called after each piece with the tokens done and in all.
+    """
+    step = -(-transformer.prefill_tokens // block_length) * block_length
+    cache.reserve(cache.length + len(ids))
+    for start in range(0, len(ids), step):
+        transformer.prefill(ids[start : start + step], cache, block_length)
+        if progress is not None:
+            progress(min(start + step, len(ids)), len(ids))
+
+
 class BlockDecoder:
     """One generation by block diffusion (SDAR, arXiv 2510.06303).
 
@@ -102,22 +128,13 @@ class BlockDecoder:
         """
         length = self.config.block_length
         whole = len(prompt) - len(prompt) % length
-        self._prefill(np.asarray(prompt[:whole], np.int64), progress)
+        began = time.perf_counter()
+        prefill(self.transformer, np.asarray(prompt[:whole], np.int64), self.cache, length, progress)
+        self.prefill_seconds += time.perf_counter() - began
         known = np.asarray(prompt[whole:], np.int64)
         while self.output.finish_reason is None:
             yield from self._decode_block(known)
             known = known[:0]
-
-    def _prefill(self, ids: np.ndarray, progress: Progress | None) -> None:
-        began = time.perf_counter()
-        length = self.config.block_length
-        step = -(-self.transformer.prefill_tokens // length) * length
-        self.cache.reserve(self.cache.length + len(ids))
-        for start in range(0, len(ids), step):
-            self.transformer.prefill(ids[start : start + step], self.cache, length)
-            if progress is not None:
-                progress(min(start + step, len(ids)), len(ids))
-        self.prefill_seconds += time.perf_counter() - began
 
     def _decode_block(self, known: np.ndarray) -> Iterator[DenoisingPass]:
         """Fix the masked positions after the known head pass by pass, then commit the block.

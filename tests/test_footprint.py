@@ -213,8 +213,8 @@ def test_the_command_prints_table_and_json(without_rival, tmp_path, capsys):
     assert figures["losart"]["tokens"] == figures["transformers"]["tokens"]
     assert "| import |" in printed.out and "| installed |" not in printed.out
     lines = printed.err.splitlines()
-    assert [line.split(": ")[1].split(",")[0] for line in lines] == [f"{i} of 7 steps" for i in range(7)]
-    assert lines[-1].startswith("running transformers, 2 of 2: 6 of 7 steps, ")
+    assert [line.split(": ")[1].split(",")[0] for line in lines] == [f"{i} of 6 steps" for i in range(6)]
+    assert lines[-1].startswith("running transformers, 2 of 2: 5 of 6 steps, ")
 
 
 @pytest.mark.parametrize(

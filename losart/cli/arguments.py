@@ -9,6 +9,7 @@ from typing import Any
 from losart.attention import POLICIES
 from losart.config import DTYPES
 from losart.options import CHOICES, OPTIONS
+from losart.random_checkpoint import SIZES
 from losart.remasking import STRATEGIES
 
 Group = argparse._ArgumentGroup
@@ -17,8 +18,23 @@ Group = argparse._ArgumentGroup
 def add_model(command: argparse.ArgumentParser) -> None:
     """Which checkpoint, and how it is loaded."""
     command.add_argument("model", metavar="MODEL", help="checkpoint directory or hub id")
+    add_loading(command)
+
+
+def add_loading(command: argparse.ArgumentParser) -> None:
+    """How a checkpoint is loaded."""
     command.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     command.add_argument("--dtype", choices=["auto", *DTYPES], default="auto")
+
+
+def add_model_or_size(command: argparse.ArgumentParser) -> None:
+    """Which checkpoint, or random weights of which size."""
+    command.add_argument(
+        "model", metavar="MODEL", nargs="?", help="checkpoint directory or hub id (random weights)"
+    )
+    command.add_argument(
+        "--size", choices=SIZES, default="0.6B", help="of the random weights, without MODEL (0.6B)"
+    )
 
 
 def add_generation(command: argparse.ArgumentParser) -> None:

@@ -10,12 +10,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from losart.cli.arguments import positive
-from losart.cli.progress import Steps
+from losart.cli.arguments import add_model_or_size, positive
+from losart.cli.progress import Steps, write_weights
 from losart.footprint.comparison import compare, step_count
 from losart.footprint.table import markdown
 from losart.loaders import open_checkpoint
-from losart.random_checkpoint import SIZES, write_size
 
 EXAMPLE = "example: losart footprint path/to/SDAR-1.7B-Chat --json footprint.json --table footprint.md"
 
@@ -31,12 +30,7 @@ def add_command(commands: Any) -> None:
         epilog=EXAMPLE,
     )
     command.set_defaults(run=run)
-    command.add_argument(
-        "model", metavar="MODEL", nargs="?", help="checkpoint directory or hub id (random weights)"
-    )
-    command.add_argument(
-        "--size", choices=SIZES, default="0.6B", help="of the random weights, without MODEL (0.6B)"
-    )
+    add_model_or_size(command)
     command.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="(cpu)")
     command.add_argument("--prompt-tokens", type=positive, default=512, metavar="N", help="(512)")
     command.add_argument("--new-tokens", type=positive, default=32, metavar="N", help="(32)")
@@ -61,17 +55,13 @@ def add_command(commands: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     """Measure and print."""
     with ExitStack() as stack:
-        steps = Steps((args.model is None) + step_count(args.installed, args.repeats))
-        stack.enter_context(steps)
         if args.keep:
             args.keep.mkdir(parents=True)
             folder = args.keep.resolve()
         else:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="losart-footprint-")))
-        model = args.model
-        if model is None:
-            steps.begin(f"writing random weights of {args.size}")
-            model = write_size(folder / f"random-{args.size}", args.size)
+        model = args.model or write_weights(folder, args.size)
+        steps = stack.enter_context(Steps(step_count(args.installed, args.repeats)))
         figures = compare(
             open_checkpoint(model),
             folder,

@@ -5,8 +5,13 @@ from __future__ import annotations
 import shutil
 import sys
 import time
+from pathlib import Path
+from typing import Any, TypeVar
 
 from losart.model import Model, load
+from losart.random_checkpoint import write_size
+
+Shown = TypeVar("Shown", bound="Progress")
 
 QUIET_SECONDS = 60.0  # between lines where nobody watches a terminal
 
@@ -57,7 +62,7 @@ class Progress:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
         self._drawn = False
 
-    def __enter__(self) -> Progress:
+    def __enter__(self: Shown) -> Shown:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -85,10 +90,16 @@ class Steps(Progress):
         self._begun += 1
 
 
-def load_model(model: str, device: str, dtype: str) -> Model:
+def load_model(model: str | Path, device: str, dtype: str) -> Model:
     """Load a checkpoint, with progress."""
     with Progress("loading the weights", "layers") as progress:
         return load(model, device, dtype, progress=progress)
+
+
+def write_weights(folder: Path, size: str, **options: Any) -> Path:
+    """Write random weights of a size into a new folder there, with progress; options: `write_size`'s."""
+    with Progress(f"writing random weights of {size}", "MiB") as progress:
+        return write_size(folder / f"random-{size}", size, progress=progress, **options)
 
 
 def _duration(seconds: float) -> str:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+
+from losart.observation import Progress
 
 DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _ITEM_SIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -31,14 +34,32 @@ class RandomTensor:
         return math.prod(self.shape)
 
 
-def write_tensors(directory: Path, tensors: list[RandomTensor], dtype: str, shards: int, seed: int) -> None:
-    """Write `tensors` in this order as a model's file, or as `shards` files and their index."""
+def write_tensors(
+    directory: Path,
+    tensors: list[RandomTensor],
+    dtype: str,
+    shards: int,
+    seed: int,
+    progress: Progress | None = None,
+) -> None:
+    """Write `tensors` in this order as a model's file, or as `shards` files and their index.
+
+    `progress` is called with the MiB written and in all.
+    """
     for stale in directory.glob("model*.safetensors*"):
         stale.unlink()
-    if shards == 1:
-        _write_file(directory / "model.safetensors", tensors, dtype, seed)
-        return
     total = sum(tensor.size for tensor in tensors)
+    done = 0
+
+    def wrote(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress is not None:
+            progress(done >> 20, total * _ITEM_SIZE[dtype] >> 20)
+
+    if shards == 1:
+        _write_file(directory / "model.safetensors", tensors, dtype, seed, wrote)
+        return
     parts: list[list[RandomTensor]] = [[] for _ in range(shards)]
     written = 0
     for tensor in tensors:
@@ -47,14 +68,16 @@ def write_tensors(directory: Path, tensors: list[RandomTensor], dtype: str, shar
     weight_map: dict[str, str] = {}
     for i, part in enumerate(parts):
         name = f"model-{i + 1:05}-of-{shards:05}.safetensors"
-        _write_file(directory / name, part, dtype, seed)
+        _write_file(directory / name, part, dtype, seed, wrote)
         weight_map |= {tensor.name: name for tensor in part}
     metadata = {"total_size": total * _ITEM_SIZE[dtype]}
     index = {"metadata": metadata, "weight_map": weight_map}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _write_file(file: Path, tensors: list[RandomTensor], dtype: str, seed: int) -> None:
+def _write_file(
+    file: Path, tensors: list[RandomTensor], dtype: str, seed: int, wrote: Callable[[int], None]
+) -> None:
     """The safetensors format: length of the header, header in JSON, data."""
     item_size = _ITEM_SIZE[dtype]
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -78,12 +101,13 @@ def _write_file(file: Path, tensors: list[RandomTensor], dtype: str, seed: int) 
                 where = offset + first * item_size
                 jobs.append(pool.submit(_write_chunk, stream, where, tensor, first, dtype, seed))
         for job in jobs:
-            job.result()
+            wrote(job.result())
 
 
 def _write_chunk(
     stream: BinaryIO, offset: int, tensor: RandomTensor, first: int, dtype: str, seed: int
-) -> None:
+) -> int:
+    """Returns the number of bytes."""
     # Seeded by name and place, so that neither the threads nor the shards change a value.
     generator = np.random.default_rng([seed, first, *tensor.name.encode()])
     values = generator.standard_normal(min(_CHUNK, tensor.size - first), dtype=np.float32)
@@ -93,6 +117,7 @@ def _write_chunk(
     while data:  # one call writes 2 GiB at most
         count = os.pwrite(stream.fileno(), data, offset)
         data, offset = data[count:], offset + count
+    return values.size * _ITEM_SIZE[dtype]
 
 
 def _as_dtype(values: np.ndarray, dtype: str) -> np.ndarray:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from losart.observation import Progress
 from losart.random_checkpoint.byte_tokenizer import special_token_ids, write_tokenizer
 from losart.random_checkpoint.tensors import RandomTensor, write_tensors
 
@@ -48,6 +49,7 @@ def write_checkpoint(
     head_gain: float = 2.0,
     seed: int = 0,
     extra_config: dict[str, Any] | None = None,
+    progress: Progress | None = None,
 ) -> Path:
     """Write a checkpoint; the same arguments give the same bytes.
 
@@ -71,6 +73,8 @@ def write_checkpoint(
         Mean of the norms' gains of q and k; its square is the standard deviation of attention's scores.
     extra_config : dict or None
         Further keys of config.json, which win over the others.
+    progress : callable, optional
+        Called while the weights are written with the MiB done and in all.
 
     Returns
     -------
@@ -120,7 +124,7 @@ def write_checkpoint(
     if tokenizer:
         write_tokenizer(directory, vocab_size)
 
-    write_tensors(directory, list(_tensors(config, head_gain)), dtype, shards, seed)
+    write_tensors(directory, list(_tensors(config, head_gain)), dtype, shards, seed, progress)
     return directory
 
 

@@ -1,0 +1,125 @@
+"""`losart bench`: how fast a model runs here."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from losart.attention import POLICIES
+from losart.bench import NoiseBlocks, check_prefix
+from losart.checks import require
+from losart.cli.arguments import add_loading, add_model_or_size, listed, positive
+from losart.cli.progress import Steps, load_model
+from losart.cli.tables import share
+from losart.environment import environment
+from losart.errors import OptionError
+from losart.model import Model
+from losart.options import AttentionConfig
+from losart.random_checkpoint import write_size
+
+EXAMPLE = "example: losart bench path/to/SDAR-1.7B-Chat --lengths 4096,16384 --attention dense,losa"
+LENGTHS = (1024, 4096)
+RANDOM_BLOCK = 16  # block length of the random weights
+
+
+def add_command(commands: Any) -> None:
+    """Add this command to the subparsers of `losart`."""
+    command = commands.add_parser(
+        "bench",
+        help="measure prefill and denoising passes on the device at hand",
+        description="Measure how fast a prompt is prefilled, and how long the first and later passes over a "
+        "block take after prefixes of given lengths, for each attention method. On the CPU keys and values "
+        "are white noise, for sparse methods the worst case: the density says what they read. Lists are "
+        "given with commas.",
+        epilog=EXAMPLE,
+    )
+    command.set_defaults(run=run)
+    add_model_or_size(command)
+    add_loading(command)
+    command.add_argument(
+        "--lengths",
+        type=listed(int),
+        metavar="LIST",
+        help="tokens of the prefix (those of 1024,4096 that the model has)",
+    )
+    command.add_argument("--attention", type=listed(str), metavar="LIST", help="(all that the device has)")
+    command.add_argument(
+        "--budget", type=positive, default=512, metavar="N", help="positions that a query selects (512)"
+    )
+    command.add_argument("--block-length", type=positive, metavar="N", help="(the checkpoint's, else 16)")
+    command.add_argument("--repeats", type=positive, default=3, metavar="N", help="blocks of each (3)")
+    command.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure and print."""
+    with ExitStack() as stack:
+        name = args.model
+        if name is None:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="losart-bench-")))
+            name = write_size(folder / f"random-{args.size}", args.size, block_length=RANDOM_BLOCK)
+        figures = _measure(load_model(name, args.device, args.dtype), Path(name).name, args)
+    if args.json:
+        print(json.dumps(figures, indent=2))
+    else:
+        _print(figures)
+
+
+def _measure(model: Model, name: str, args: argparse.Namespace) -> dict[str, Any]:
+    block_length = args.block_length or model.config.block_length or RANDOM_BLOCK
+    lengths = args.lengths or [n for n in LENGTHS if n <= model.config.max_positions - block_length]
+    require(
+        bool(lengths),
+        OptionError,
+        f"lengths must be given: the model has no room for {LENGTHS[0]} and a block",
+    )
+    for length in lengths:
+        check_prefix(model.config, length, block_length)
+    sparse = model._transformer.backend.sparse
+    methods = args.attention or [method for method in POLICIES if sparse or method == "dense"]
+    for method in methods:  # refuses wrong options
+        model.session(attention=method, budget=args.budget, block_length=block_length)
+    rows = []
+    with Steps(len(lengths) * (1 + len(methods))) as steps:
+        for length in lengths:
+            steps.begin(f"filling a prefix of {length}")
+            blocks = NoiseBlocks(model, length, block_length)
+            passes = {}
+            for method in methods:
+                steps.begin(f"{method} after {length}")
+                times = blocks.pass_times(AttentionConfig(method, args.budget), args.repeats)
+                passes[method] = dataclasses.asdict(times)
+            rows.append(
+                {"prefix": length, "prefill_tokens_per_second": blocks.prefill_rate, "passes": passes}
+            )
+    here = environment()
+    return {
+        "losart": here["losart"],
+        "cpu": here["cpu"]["name"],
+        "threads": here["cpu"]["threads"],
+        "gpu": here["gpu"]["name"] if model.device == "cuda" else None,
+        "model": name,
+        "device": model.device,
+        "dtype": model.dtype,
+        "block_length": block_length,
+        "budget": args.budget,
+        "lengths": rows,
+    }
+
+
+def _print(figures: dict[str, Any]) -> None:
+    machine = figures["gpu"] or f"{figures['cpu']}, {figures['threads']} threads"
+    print(f"{figures['model']} in {figures['dtype']} on {machine}, losart {figures['losart']}")
+    print(f"blocks of {figures['block_length']}, budget {figures['budget']}; milliseconds a pass\n")
+    print(f"{'prefix':>8}  {'prefill':>10}  {'attention':9}  {'first':>8}  {'later':>8}  density")
+    for row in figures["lengths"]:
+        begin = f"{row['prefix']:8}  {row['prefill_tokens_per_second']:6.0f} t/s"
+        for method, times in row["passes"].items():
+            first, later = (f"{1e3 * times[f'{kind}_seconds']:8.1f}" for kind in ("first", "later"))
+            print(f"{begin}  {method:9}  {first}  {later}  {share(times['density']):>7}")
+            begin = " " * len(begin)
