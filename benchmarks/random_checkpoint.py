@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 
+from losart.cli.progress import Progress
 from losart.random_checkpoint import DTYPE_NAMES, SIZES, write_size
 
 
@@ -18,13 +19,15 @@ def main() -> None:
     parser.add_argument("--block-length", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    write_size(
-        arguments.directory,
-        arguments.size,
-        dtype=arguments.dtype,
-        block_length=arguments.block_length,
-        seed=arguments.seed,
-    )
+    with Progress(f"writing random weights of {arguments.size}", "MiB") as progress:
+        write_size(
+            arguments.directory,
+            arguments.size,
+            dtype=arguments.dtype,
+            block_length=arguments.block_length,
+            seed=arguments.seed,
+            progress=progress,
+        )
 
 
 if __name__ == "__main__":

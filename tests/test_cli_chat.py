@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import pty
 import re
@@ -64,6 +65,20 @@ def test_options_and_figures(tiny_checkpoint, capsys, monkeypatch):
     assert [tuple(map(int, figure)) for figure in figures] == expected
     assert expected[1][1] > 0
     assert printed.err.count("tokens per second") == printed.err.count("density") == 2
+
+
+def test_json_is_a_line_for_each_answer(tiny_checkpoint, capsys, monkeypatch):
+    feed(monkeypatch, "Why?\n/reset\nWho?\n")
+    assert main(["chat", str(tiny_checkpoint), *SHORT, "--json"]) == 0
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    chat = losart.Chat(losart.load(tiny_checkpoint, "cpu"), max_new_tokens=20, stop_token_ids=[])
+    expected = [chat.say("Why?")]
+    chat.reset()
+    expected.append(chat.say("Who?"))
+    assert [(a["text"], a["token_ids"], a["finish_reason"]) for a in answers] == [
+        (e.text, e.token_ids, e.finish_reason) for e in expected
+    ]
+    assert [a["stats"]["prompt_tokens"] for a in answers] == [e.stats.prompt_tokens for e in expected]
 
 
 @pytest.mark.parametrize(

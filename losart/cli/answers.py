@@ -19,11 +19,11 @@ def last_result(steps: Iterable[Step]) -> GenerationResult:
     return result
 
 
-def print_json(result: GenerationResult) -> None:
-    """Print a result as one JSON object."""
+def print_json(result: GenerationResult, indent: int | None = 2) -> None:
+    """Print a result as one JSON object; with an indent of None on one line."""
     values = dataclasses.asdict(result)
     values["stats"]["tokens_per_second"] = result.stats.tokens_per_second
-    print(json.dumps(values, indent=2))
+    print(json.dumps(values, indent=indent), flush=True)
 
 
 def print_steps(steps: Iterable[Step]) -> GenerationResult:

@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import Any
 
 from losart.chat import Chat
-from losart.cli.answers import print_figures, print_steps
+from losart.cli.answers import last_result, print_figures, print_json, print_steps
 from losart.cli.arguments import add_generation, add_model, generation_options
 from losart.cli.progress import Progress, load_model
 from losart.errors import LosartError
@@ -37,6 +37,9 @@ def add_command(commands: Any) -> None:
     command.add_argument(
         "--stats", action="store_true", help="print figures after each answer, to standard error"
     )
+    command.add_argument(
+        "--json", action="store_true", help="print each answer as one JSON object, on a line of its own"
+    )
     add_generation(command)
 
 
@@ -55,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
         if line == "/quit":
             return
         try:
-            _take(line, chat, args.stats)
+            _take(line, chat, args)
         except KeyboardInterrupt:
             if not terminal:
                 raise
@@ -66,7 +69,7 @@ def run(args: argparse.Namespace) -> None:
             print(f"losart: {error}", file=sys.stderr)
 
 
-def _take(line: str, chat: Chat, stats: bool) -> None:
+def _take(line: str, chat: Chat, args: argparse.Namespace) -> None:
     command, _, text = line.partition(" ")
     if command == "/reset":
         chat.reset()
@@ -76,8 +79,11 @@ def _take(line: str, chat: Chat, stats: bool) -> None:
         print(f"losart: there is no {command}: {COMMANDS}", file=sys.stderr)
     else:
         with Progress("reading the prompt", "tokens") as progress:
-            result = print_steps(chat.stream(line, progress=progress))
-        if stats:
+            steps = chat.stream(line, progress=progress)
+            result = last_result(steps) if args.json else print_steps(steps)
+        if args.json:
+            print_json(result, indent=None)
+        if args.stats:
             print_figures(result)
 
 
