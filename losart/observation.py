@@ -96,7 +96,8 @@ def observed_layers(
             return ObservedLayer(
                 np.arange(tokens), (every,) * kv_heads, 1.0 if prefix_length else None, dense=True
             )
-        active, ids, counts = map(backend.to_host, (read.tokens, read.pages.ids, read.pages.counts))
+        ids, counts = map(backend.to_host, (read.pages.ids, read.pages.counts))
+        active = np.arange(tokens) if read.tokens is None else backend.to_host(read.tokens)
         lists = tuple(row[:count].copy() for row, count in zip(ids, counts, strict=True))
         positions = sum(int(sizes[row].sum()) for row in lists)
         density = positions / (kv_heads * prefix_length) if prefix_length else None

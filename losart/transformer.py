@@ -149,7 +149,11 @@ class Transformer:
 
             return self.backend.propose(self._forward(ids, cache, attend), inputs, self.head, config)
 
-        return self._run_pass(("denoise", policy.shape, config.sampling), inputs, cache, body, observe)
+        policy.use(self.backend)
+        shape = ("denoise", policy.shape, config.sampling)
+        proposals, positions, observed = self._run_pass(shape, inputs, cache, body, observe)
+        policy.end_pass(positions)
+        return proposals, observed
 
     def commit(
         self, ids: np.ndarray, cache: PagedKVCache, policy: AttentionPolicy, observe: bool = False
@@ -164,7 +168,10 @@ class Transformer:
 
             self._forward(ids, cache, attend)
 
-        _, observed = self._run_pass(("commit", policy.shape), PassInputs(ids), cache, body, observe)
+        policy.use(self.backend)
+        shape = ("commit", policy.shape)
+        _, positions, observed = self._run_pass(shape, PassInputs(ids), cache, body, observe)
+        policy.end_pass(positions)
         cache.advance(len(ids))
         return observed
 
@@ -175,17 +182,17 @@ class Transformer:
         cache: PagedKVCache,
         body: Callable[[Array, Any], Any],
         observe: bool,
-    ) -> tuple[Any, Observed]:
+    ) -> tuple[Any, int, Observed]:
         """Run `body` of the block's ids and of the backend that the policy talks to."""
         backend = self.backend
         if not observe:
-            return backend.run_pass(shape, inputs, cache, lambda ids: body(ids, backend)), None
+            return *backend.run_pass(shape, inputs, cache, lambda ids: body(ids, backend)), None
         # A shape of its own, so that a pass that is captured while it is observed keeps the noted
         # arrays; and the recorder is kept with it, since a replay does not come by here.
         shape = ("observed", shape)
         recorder = self._recorders.setdefault(shape, ReadRecorder(backend))
-        result = backend.run_pass(shape, inputs, cache, lambda ids: body(ids, recorder))
-        return result, observed_layers(
+        result, positions = backend.run_pass(shape, inputs, cache, lambda ids: body(ids, recorder))
+        observed = observed_layers(
             recorder.reads,
             backend,
             kv_heads=self.config.num_kv_heads,
@@ -193,3 +200,4 @@ class Transformer:
             prefix_length=cache.length,
             page_size=cache.page_size,
         )
+        return result, positions, observed

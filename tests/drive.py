@@ -13,6 +13,7 @@ from test_attention_kernels import assert_close
 
 from losart.attention import make_policy
 from losart.attention.base import PassKind
+from losart.backends.base import PassInputs
 from losart.backends.cpu import CpuBackend
 from losart.options import AttentionConfig
 
@@ -53,7 +54,7 @@ class RecordingBackend(CpuBackend):
             for ids, count in zip(pages.ids, pages.counts, strict=True)
         ]
         assert pages.positions == sum(map(len, read))
-        self.reads.append((tokens.tolist(), read))
+        self.reads.append((list(range(len(q))) if tokens is None else tokens.tolist(), read))
         return super().sparse_prefix_attention(q, tokens, pages, cache, layer, into)
 
 
@@ -133,15 +134,25 @@ def drive(case: Case) -> tuple[Any, RecordingBackend, Passes]:
             masked = fewer_masked(masked, kind, mask_rng)
             policy.begin_pass(PassKind(kind), cache.length, np.flatnonzero(masked))
             records = []
-            for layer in range(case.layers):
-                o = policy.attend(backend, layer, q[layer].copy(), k[layer], v[layer], cache)
+
+            def layers(_ids: Any) -> list[Any]:
+                return [
+                    policy.attend(backend, layer, q[layer].copy(), k[layer], v[layer], cache)  # noqa: B023
+                    for layer in range(case.layers)
+                ]
+
+            policy.use(backend)
+            inputs = PassInputs(np.zeros(case.block_length, np.int64))
+            results, positions = backend.run_pass(policy.shape, inputs, cache, layers)
+            policy.end_pass(positions)
+            for layer, o in enumerate(results):
                 expected = references[layer].attend(
                     q[layer], k[layer], v[layer], k_prefix[layer], v_prefix[layer], kind, masked
                 )
                 assert_close(o, expected)
                 record = references[layer].passes[-1]
-                read = [positions.tolist() for positions in record.positions_read]
-                assert backend.reads.pop() == (record.active.tolist(), read)
+                read = [of_head.tolist() for of_head in record.positions_read]
+                assert backend.reads.pop(0) == (record.active.tolist(), read)
                 records.append(record)
             assert not backend.reads
             passes.append((kind, records))

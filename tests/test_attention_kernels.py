@@ -220,7 +220,7 @@ def test_page_masses(case, scale):
     q, (k, v) = case.q(scale), case.kv()
     cache.write(0, k, v)
     cache.advance(len(k))
-    o, lse, masses = backend.prefix_attention_and_masses(q, cache, 0)
+    (o, lse), masses = backend.prefix_attention_and_masses(q, cache, 0)
     k, v = held(k, case.dtype), held(v, case.dtype)
     assert_attention(o, lse, ref.softmax_attention(q, k, v))
     expected = ref.page_mass(q, k, case.page_size).reshape(case.tokens, case.kv_heads, case.group, -1)
@@ -292,7 +292,8 @@ def digest() -> str:
     pages = backend.select_pages(q, np.arange(3, dtype=np.int32), cache, 0, 20)
     block = [np.ascontiguousarray(x[:16]) for x in case.kv()]
     results = [
-        *backend.prefix_attention_and_masses(q, cache, 0),
+        *backend.prefix_attention(q, cache, 0),
+        backend.prefix_attention_and_masses(q, cache, 0)[1],
         *backend.sparse_prefix_attention(q, np.arange(16, dtype=np.int32), pages, cache, 0),
         backend.block_attention(q, *block, backend.prefix_attention(q, cache, 0)),
         kernels.bound_scores(cache.table, 0, q, np.arange(16, dtype=np.int32), case.prefix),

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from losart.attention.reads import ReadLog
-from losart.backends.base import Prefix
+from losart.backends.base import Memory, Prefix
 from losart.cache import PagedKVCache
 from losart.config import ModelConfig
 from losart.options import AttentionConfig
@@ -42,9 +42,12 @@ class AttentionPolicy(ABC):
         What the passes have read so far.
     masked : int32 [any]
         Positions of the block that are masked in this pass, rising.
+    memory : Memory, optional
+        For what one pass leaves for another.
     """
 
     dense_first_pass = False
+    keeps = False  # whether a pass finds what an earlier one left
 
     def __init__(self, config: AttentionConfig, model: ModelConfig, block_length: int) -> None:
         self.config = config
@@ -52,6 +55,7 @@ class AttentionPolicy(ABC):
         self.block_length = block_length
         self.kind = PassKind.FIRST
         self.masked = np.empty(0, np.int32)
+        self.memory: Memory | None = None
         self.reads = ReadLog(model.num_kv_heads, block_length)
 
     def begin_block(self) -> None:
@@ -71,8 +75,23 @@ class AttentionPolicy(ABC):
         self.kind = kind
         self.masked = np.asarray(masked, np.int32)
         layers, dense = self.model.num_layers, self._dense_pass()
-        self.reads.begin_pass(sparse=not dense)
-        self.reads.dense(layers if dense else min(self.config.dense_layers, layers), prefix_length)
+        dense_layers = layers if dense else min(self.config.dense_layers, layers)
+        self.reads.begin_pass(not dense, prefix_length, dense_layers, layers - dense_layers)
+
+    def end_pass(self, positions: int) -> None:
+        """The pass is over.
+
+        Parameters
+        ----------
+        positions : int
+            Prefix positions that sparse attention read, summed over kv heads and layers.
+        """
+        self.reads.end_pass(positions, self._readers)
+
+    @property
+    def _readers(self) -> int:
+        """Tokens that read the prefix in a sparse layer of this pass."""
+        return self.block_length
 
     @property
     def shape(self) -> Hashable:
@@ -80,7 +99,18 @@ class AttentionPolicy(ABC):
 
         `masked` is no part of it: what depends on it is an input of those operations.
         """
-        return type(self), self.config, self.kind, self.block_length
+        key = None if self.memory is None else self.memory.key
+        return type(self), self.config, self.kind, self.block_length, key
+
+    def use(self, backend: Any) -> None:
+        """Be ready for passes on this backend."""
+        if self.keeps and self.memory is None:
+            self.memory = backend.new_memory((type(self), self.config, self.block_length))
+
+    def kept(self, layer: int, name: str) -> Any:
+        """What an earlier pass over the block left in a layer under this name."""
+        assert self.memory is not None
+        return self.memory.arrays[layer, name]
 
     def _dense_pass(self) -> bool:
         if self.kind is PassKind.COMMIT:

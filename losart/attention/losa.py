@@ -2,81 +2,63 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from losart.attention.base import AttentionPolicy, PassKind
 from losart.backends.base import Prefix
-from losart.cache import PagedKVCache, PageList
-
-
-@dataclass
-class LayerState:
-    """One layer's memory of the block.
-
-    Attributes
-    ----------
-    q : [tokens, heads, head_dim]
-        What each token's query change is measured against.
-    prefix : Prefix
-        Each token's prefix attention.
-    masses : [kv_heads, tokens, group, pages], optional
-        Of the first pass, where they select pages.
-    """
-
-    q: Any
-    prefix: Prefix
-    masses: Any = None
+from losart.cache import PagedKVCache
 
 
 class LosaPolicy(AttentionPolicy):
     """Tokens whose queries changed most read the prefix, sparsely; the others reuse their results.
 
-    The first pass over a block is dense and fills the state. In later passes the `active` tokens
-    of largest query change select pages, by QUEST's bound or by the masses of the first pass, and
-    attend to the union per kv head; their new results replace the stored ones.
+    The first pass over a block is dense and fills the memory: `q`, which each token's change is
+    measured against, `prefix`, its result, and with `selector="anchor"` the `masses` of pages. In
+    later passes the `active` tokens of largest query change select pages, by QUEST's bound or by
+    those masses, and attend to the union per kv head; their new results replace the stored ones.
     """
 
     dense_first_pass = True
+    keeps = True
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self._active_count = self.config.active_count(self.block_length)
-        self._state: dict[int, LayerState] = {}
 
-    def begin_block(self) -> None:
-        super().begin_block()
-        self._state.clear()
+    @property
+    def _readers(self) -> int:
+        if self.config.candidates == "masked":
+            return min(self._active_count, len(self.masked))
+        return self._active_count
 
     def prefix(self, backend: Any, layer: int, q: Any, cache: PagedKVCache) -> Prefix:
         if self.kind is PassKind.FIRST:
-            self._state[layer] = self._fill(backend, layer, q, cache)
+            self._fill(backend, layer, q, cache)
         else:
             self._refresh(backend, layer, q, cache)
-        return self._state[layer].prefix
+        return self.kept(layer, "prefix")
 
-    def _fill(self, backend: Any, layer: int, q: Any, cache: PagedKVCache) -> LayerState:
-        if self.config.selector == "quest":
-            return LayerState(q, backend.prefix_attention(q, cache, layer))
-        o, lse, masses = backend.prefix_attention_and_masses(q, cache, layer)
-        return LayerState(q, (o, lse), masses)
+    def _fill(self, backend: Any, layer: int, q: Any, cache: PagedKVCache) -> None:
+        memory, config = self.memory, self.config
+        if config.selector == "quest":
+            prefix = backend.prefix_attention(q, cache, layer)
+        else:
+            prefix, masses = backend.prefix_attention_and_masses(q, cache, layer)
+            count = config.pages_per_query
+            backend.keep_masses(memory, (layer, "masses"), masses, cache, count, summed=False)
+        backend.keep_prefix(memory, (layer, "prefix"), prefix)
+        backend.keep(memory, (layer, "q"), q)
 
     def _refresh(self, backend: Any, layer: int, q: Any, cache: PagedKVCache) -> None:
-        state = self._state[layer]
-        candidates = self.masked if self.config.candidates == "masked" else None
-        active = backend.select_active(q, state.q, self._active_count, candidates)
-        pages = self._select_pages(backend, layer, q, active, cache)
-        # Not the length of `active`, which a backend may have padded.
-        tokens = self._active_count if candidates is None else min(self._active_count, len(candidates))
-        self.reads.sparse(pages.positions, cache.length, tokens)
-        backend.sparse_prefix_attention(q, active, pages, cache, layer, into=state.prefix)
-        if self.config.drift == "previous":
-            state.q = q
+        config, previous = self.config, self.kept(layer, "q")
+        candidates = self.masked if config.candidates == "masked" else None
+        follow = config.drift == "previous"
+        active = backend.select_active(q, previous, self._active_count, candidates, keep=follow)
+        if config.selector == "quest":
+            pages = backend.select_pages(q, active, cache, layer, config.pages_per_query)
         else:
-            backend.copy_tokens(q, active, into=state.q)
-
-    def _select_pages(self, backend: Any, layer: int, q: Any, active: Any, cache: PagedKVCache) -> PageList:
-        count = self.config.pages_per_query
-        if self.config.selector == "quest":
-            return backend.select_pages(q, active, cache, layer, count)
-        return backend.select_pages_by_mass(self._state[layer].masses, active, cache, count)
+            masses = self.kept(layer, "masses")
+            pages = backend.select_pages_by_mass(masses, active, cache, config.pages_per_query)
+        backend.sparse_prefix_attention(q, active, pages, cache, layer, into=self.kept(layer, "prefix"))
+        if not follow:
+            backend.copy_tokens(q, active, into=previous)

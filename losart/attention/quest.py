@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from losart.attention.base import AttentionPolicy
 from losart.backends.base import Prefix
 from losart.cache import PagedKVCache
@@ -15,7 +13,5 @@ class QuestPolicy(AttentionPolicy):
     """Every token selects its pages anew in every layer and pass, the first included."""
 
     def prefix(self, backend: Any, layer: int, q: Any, cache: PagedKVCache) -> Prefix:
-        tokens = np.arange(self.block_length, dtype=np.int32)
-        pages = backend.select_pages(q, tokens, cache, layer, self.config.pages_per_query)
-        self.reads.sparse(pages.positions, cache.length, len(tokens))
-        return backend.sparse_prefix_attention(q, tokens, pages, cache, layer)
+        pages = backend.select_pages(q, None, cache, layer, self.config.pages_per_query)
+        return backend.sparse_prefix_attention(q, None, pages, cache, layer)

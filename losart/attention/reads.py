@@ -18,30 +18,27 @@ class ReadLog:
     def __init__(self, kv_heads: int, block_length: int) -> None:
         self._kv_heads = kv_heads
         self._block_length = block_length
-        self._sparse_pass = False
+        self._pass = (False, 0, 0, 0)
         self._all = _Mean()
         self._sparse = _Mean()
         self._active = _Mean()
 
-    def begin_pass(self, *, sparse: bool) -> None:
-        """Later reads belong to a pass that the method reads sparsely, or to a dense one."""
-        self._sparse_pass = sparse
+    def begin_pass(self, sparse: bool, prefix_length: int, dense_layers: int, sparse_layers: int) -> None:
+        """A pass reads the whole prefix for all tokens in some layers, and some of it in others.
 
-    def dense(self, layers: int, prefix_length: int) -> None:
-        """Some layers of the pass read the whole prefix for all tokens."""
+        `sparse`: whether the method reads sparsely in it, where it may.
+        """
+        self._pass = (sparse, prefix_length, dense_layers, sparse_layers)
+
+    def end_pass(self, positions: int, active: int) -> None:
+        """Its sparse layers read `positions`, summed over layers and kv heads, for `active` tokens each."""
+        sparse, prefix_length, dense_layers, sparse_layers = self._pass
+        self._active.add(sparse_layers * active / self._block_length, sparse_layers)
         if prefix_length:
-            self._add(1.0, layers)
-
-    def sparse(self, positions: int, prefix_length: int, active: int) -> None:
-        """A layer read `positions`, summed over kv heads, for `active` tokens."""
-        self._active.add(active / self._block_length)
-        if prefix_length:
-            self._add(positions / (self._kv_heads * prefix_length))
-
-    def _add(self, density: float, layers: int = 1) -> None:
-        self._all.add(density, layers)
-        if self._sparse_pass:
-            self._sparse.add(density, layers)
+            total = dense_layers + positions / (self._kv_heads * prefix_length)
+            self._all.add(total, dense_layers + sparse_layers)
+            if sparse:
+                self._sparse.add(total, dense_layers + sparse_layers)
 
     @property
     def density(self) -> float | None:
@@ -64,8 +61,8 @@ class _Mean:
         self._total = 0.0
         self._count = 0
 
-    def add(self, value: float, count: int = 1) -> None:
-        self._total += value * count
+    def add(self, total: float, count: int) -> None:
+        self._total += total
         self._count += count
 
     @property

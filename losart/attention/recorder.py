@@ -54,18 +54,18 @@ class ReadRecorder:
 
     def prefix_attention_and_masses(
         self, q: Array, cache: PagedKVCache, layer: int
-    ) -> tuple[Array, Array, Array]:
+    ) -> tuple[Prefix, Array]:
         self.reads[layer] = LayerRead()
         return self._backend.prefix_attention_and_masses(q, cache, layer)
 
     def sparse_prefix_attention(
         self,
         q: Array,
-        tokens: Array,
+        tokens: Array | None,
         pages: PageList,
         cache: PagedKVCache,
         layer: int,
         into: tuple[Array, Array] | None = None,
-    ) -> tuple[Array, Array]:
+    ) -> Prefix:
         self.reads[layer] = LayerRead(tokens, pages)
         return self._backend.sparse_prefix_attention(q, tokens, pages, cache, layer, into)

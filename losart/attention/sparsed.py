@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from losart.attention.base import AttentionPolicy, PassKind
 from losart.backends.base import Prefix
-from losart.cache import PagedKVCache, PageList
+from losart.cache import PagedKVCache
 
 
 class SparsedPolicy(AttentionPolicy):
@@ -19,23 +17,13 @@ class SparsedPolicy(AttentionPolicy):
     """
 
     dense_first_pass = True
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self._pages: dict[int, PageList] = {}
-
-    def begin_block(self) -> None:
-        super().begin_block()
-        self._pages.clear()
+    keeps = True
 
     def prefix(self, backend: Any, layer: int, q: Any, cache: PagedKVCache) -> Prefix:
+        count = self.config.pages_per_query
         if self.kind is PassKind.FIRST:
-            o, lse, masses = backend.prefix_attention_and_masses(q, cache, layer)
-            self._pages[layer] = backend.select_pages_by_score(
-                masses.sum(axis=1), cache, self.config.pages_per_query
-            )
-            return o, lse
-        pages = self._pages[layer]
-        self.reads.sparse(pages.positions, cache.length, self.block_length)
-        tokens = np.arange(self.block_length, dtype=np.int32)
-        return backend.sparse_prefix_attention(q, tokens, pages, cache, layer)
+            prefix, masses = backend.prefix_attention_and_masses(q, cache, layer)
+            backend.keep_masses(self.memory, (layer, "masses"), masses, cache, count, summed=True)
+            return prefix
+        pages = backend.select_pages_by_mass(self.kept(layer, "masses"), None, cache, count)
+        return backend.sparse_prefix_attention(q, None, pages, cache, layer)

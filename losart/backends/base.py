@@ -26,6 +26,22 @@ def _nothing() -> np.ndarray:
     return np.empty(0)
 
 
+@dataclass(eq=False)
+class Memory:
+    """What passes over a block leave for later ones, in one generation at a time.
+
+    Attributes
+    ----------
+    key : hashable
+        Of the arrays' places: passes may be replayed for others with the same key.
+    arrays : dict
+        What was kept, by name: the backend's own.
+    """
+
+    key: Hashable = None
+    arrays: dict[Hashable, Any] = field(default_factory=dict)
+
+
 @dataclass(frozen=True)
 class PassInputs:
     """What the host gives to a pass over a block.
@@ -68,8 +84,11 @@ class Backend(Protocol):
 
     def run_pass(
         self, shape: Hashable, inputs: PassInputs, cache: PagedKVCache, body: Callable[[Array], Any]
-    ) -> Any:
+    ) -> tuple[Any, int]:
         """Run one pass over the block after the cache's prefix: `body` of the block's ids.
+
+        Returns what `body` gave, and the positions that sparse attention read, summed over kv heads
+        and layers.
 
         Parameters
         ----------
@@ -132,32 +151,53 @@ class SparseBackend(Backend, Protocol):
     def to_host(self, array: Array) -> np.ndarray:
         """An array of the last pass as it is when the pass has ended; only observers ask for it."""
 
-    def prefix_attention_and_masses(
-        self, q: Array, cache: PagedKVCache, layer: int
-    ) -> tuple[Array, Array, Array]:
+    def new_memory(self, purpose: Hashable) -> Memory:
+        """A memory for one generation; of equal purpose, arrays of equal names have equal shapes."""
+
+    def keep(self, memory: Memory, name: Hashable, array: Array) -> None:
+        """Later passes find this array's values in the memory under that name."""
+
+    def keep_prefix(self, memory: Memory, name: Hashable, prefix: Prefix) -> None:
+        """As `keep`, of o and log-sum-exp of all tokens, which are kept as a pair."""
+
+    def keep_masses(
+        self, memory: Memory, name: Hashable, masses: Array, cache: PagedKVCache, count: int, summed: bool
+    ) -> None:
+        """As `keep`, of what selecting the top `count` pages by mass needs.
+
+        `summed`: by the mass summed over the block's tokens, instead of for each of them.
+        """
+
+    def prefix_attention_and_masses(self, q: Array, cache: PagedKVCache, layer: int) -> tuple[Prefix, Array]:
         """As `prefix_attention`, and each page's probability mass [kv_heads, tokens, group, pages]."""
 
     def sparse_prefix_attention(
         self,
         q: Array,
-        tokens: Array,
+        tokens: Array | None,
         pages: PageList,
         cache: PagedKVCache,
         layer: int,
         into: tuple[Array, Array] | None = None,
-    ) -> tuple[Array, Array]:
-        """Attention of some tokens over listed pages: their rows of o and log-sum-exp.
+    ) -> Prefix:
+        """Attention of some tokens (None: all) over listed pages.
 
-        Written into the arrays `into`, whose other rows stay as they are.
+        With `into`, the tokens' rows of o and log-sum-exp are written there, and the others stay as
+        they are; without, there must be all tokens.
         """
 
     def select_active(
-        self, q: Array, previous: Array, count: int, candidates: np.ndarray | None = None
+        self,
+        q: Array,
+        previous: Array,
+        count: int,
+        candidates: np.ndarray | None = None,
+        keep: bool = False,
     ) -> Array:
         """The `count` tokens whose queries changed most, rising.
 
         With `candidates`, rising positions of the block, only these; all of them where there are
-        fewer than `count`.
+        fewer than `count`. With `keep`, q is written over `previous` then.
         """
         # Candidates, the masked positions, differ between passes of equal shape. A backend that
         # replays passes must take them from its own copy of the pass's inputs (PassInputs.rows), and
@@ -167,14 +207,15 @@ class SparseBackend(Backend, Protocol):
     def copy_tokens(self, source: Array, tokens: Array, into: Array) -> None:
         """Copy the rows `tokens` of source [all tokens, ...] into the same rows of another array."""
 
-    def select_pages(self, q: Array, tokens: Array, cache: PagedKVCache, layer: int, count: int) -> PageList:
-        """Top `count` pages of each query of `tokens` by QUEST's bound, united per kv head."""
+    def select_pages(
+        self, q: Array, tokens: Array | None, cache: PagedKVCache, layer: int, count: int
+    ) -> PageList:
+        """Top `count` pages of each query of `tokens` (None: all) by QUEST's bound, united per kv head."""
 
-    def select_pages_by_mass(self, masses: Array, tokens: Array, cache: PagedKVCache, count: int) -> PageList:
-        """Top `count` pages of each query of `tokens` by mass, united per kv head.
+    def select_pages_by_mass(
+        self, masses: Array, tokens: Array | None, cache: PagedKVCache, count: int
+    ) -> PageList:
+        """Top `count` pages of each query of `tokens` (None: all) by mass, united per kv head.
 
-        `masses` are those of `prefix_attention_and_masses`, [kv_heads, all tokens, group, pages].
+        `masses` are what `keep_masses` kept, for the same count.
         """
-
-    def select_pages_by_score(self, scores: Array, cache: PagedKVCache, count: int) -> PageList:
-        """Top `count` pages of each row of scores [kv_heads, rows, pages], united per kv head."""

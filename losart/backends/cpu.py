@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -14,7 +15,7 @@ import losart.backends._cpu_kernels as kernels
 import losart.backends._skinny_linear as skinny_linear
 from losart._active_set import query_change, select_active
 from losart._kv_index import PageTable, positions_in, union_of_top_pages
-from losart.backends.base import PassInputs
+from losart.backends.base import Memory, PassInputs
 from losart.cache import PagedKVCache, PageList, chunk_positions
 from losart.config import ModelConfig
 from losart.errors import ConfigError
@@ -75,6 +76,7 @@ class CpuBackend:
         frequencies, self._rope_factor = inverse_frequencies(config.rope, config.head_dim)
         self._frequencies = frequencies
         self._rotation: tuple[tuple[int, int], np.ndarray, np.ndarray] | None = None
+        self._read = threading.local()  # positions that sparse attention read in a thread's pass
 
     # -- weights and cache
 
@@ -107,8 +109,9 @@ class CpuBackend:
 
     def run_pass(
         self, shape: Hashable, inputs: PassInputs, cache: PagedKVCache, body: Callable[[np.ndarray], Any]
-    ) -> Any:
-        return body(inputs.ids)
+    ) -> tuple[Any, int]:
+        self._read.positions = 0
+        return body(inputs.ids), self._read.positions
 
     def run_prefill(self, ids: np.ndarray, cache: PagedKVCache, body: Callable[[np.ndarray], Any]) -> None:
         body(ids)
@@ -201,9 +204,31 @@ class CpuBackend:
         kernels.attend_pages(cache.table, layer, q, _all_tokens(q), None, cache.length, o, lse)
         return o, lse
 
+    # No pass is replayed: what it leaves is kept as it is.
+
+    def new_memory(self, purpose: Hashable) -> Memory:
+        return Memory()
+
+    def keep(self, memory: Memory, name: Hashable, array: np.ndarray) -> None:
+        memory.arrays[name] = array
+
+    def keep_prefix(self, memory: Memory, name: Hashable, prefix: tuple[np.ndarray, np.ndarray]) -> None:
+        memory.arrays[name] = prefix
+
+    def keep_masses(
+        self,
+        memory: Memory,
+        name: Hashable,
+        masses: np.ndarray,
+        cache: PagedKVCache,
+        count: int,
+        summed: bool,
+    ) -> None:
+        memory.arrays[name] = masses.sum(axis=1, keepdims=True) if summed else masses
+
     def prefix_attention_and_masses(
         self, q: np.ndarray, cache: PagedKVCache, layer: int
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    ) -> tuple[tuple[np.ndarray, np.ndarray], np.ndarray]:
         o, lse = _new_result(q)
         kv_heads, group = self.config.num_kv_heads, self.config.group_size
         page_slabs = cache.page_size // kernels.SLAB_POSITIONS
@@ -219,18 +244,20 @@ class CpuBackend:
         factor = np.exp(tops - row_lse)
         sums *= np.repeat(factor, kernels.TILE_POSITIONS // kernels.SLAB_POSITIONS, axis=2)[:, :, :slabs]
         masses = sums.reshape(kv_heads, len(q), group, cache.pages, page_slabs).sum(axis=-1)
-        return o, lse, masses
+        return (o, lse), masses
 
     def sparse_prefix_attention(
         self,
         q: np.ndarray,
-        tokens: np.ndarray,
+        tokens: np.ndarray | None,
         pages: PageList,
         cache: PagedKVCache,
         layer: int,
         into: tuple[np.ndarray, np.ndarray] | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         o, lse = into or _new_result(q)
+        tokens = _all_tokens(q) if tokens is None else tokens
+        self._read.positions = getattr(self._read, "positions", 0) + pages.positions
         kernels.attend_pages(cache.table, layer, q, tokens, (pages.ids, pages.counts), cache.length, o, lse)
         return o, lse
 
@@ -252,9 +279,16 @@ class CpuBackend:
     # -- selection
 
     def select_active(
-        self, q: np.ndarray, previous: np.ndarray, count: int, candidates: np.ndarray | None = None
+        self,
+        q: np.ndarray,
+        previous: np.ndarray,
+        count: int,
+        candidates: np.ndarray | None = None,
+        keep: bool = False,
     ) -> np.ndarray:
         change = query_change(q, previous)
+        if keep:
+            np.copyto(previous, q)
         if candidates is None:
             return select_active(change, count)
         return candidates[select_active(change[candidates], min(count, len(candidates)))]
@@ -263,21 +297,18 @@ class CpuBackend:
         into[tokens] = source[tokens]
 
     def select_pages(
-        self, q: np.ndarray, tokens: np.ndarray, cache: PagedKVCache, layer: int, count: int
+        self, q: np.ndarray, tokens: np.ndarray | None, cache: PagedKVCache, layer: int, count: int
     ) -> PageList:
-        scores = kernels.bound_scores(cache.table, layer, q, tokens, cache.length)
-        return self.select_pages_by_score(scores, cache, count)
+        tokens = _all_tokens(q) if tokens is None else tokens
+        return _top_pages(kernels.bound_scores(cache.table, layer, q, tokens, cache.length), cache, count)
 
     def select_pages_by_mass(
-        self, masses: np.ndarray, tokens: np.ndarray, cache: PagedKVCache, count: int
+        self, masses: np.ndarray, tokens: np.ndarray | None, cache: PagedKVCache, count: int
     ) -> PageList:
-        kv_heads, _, group, pages = masses.shape
-        scores = masses.take(tokens, axis=1).reshape(kv_heads, len(tokens) * group, pages)
-        return self.select_pages_by_score(scores, cache, count)
-
-    def select_pages_by_score(self, scores: np.ndarray, cache: PagedKVCache, count: int) -> PageList:
-        ids, counts = union_of_top_pages(scores, cache.pages, min(count, cache.pages + 1))
-        return PageList(ids, counts, positions_in(ids, counts, cache.page_size, cache.length))
+        if tokens is not None:
+            masses = masses.take(tokens, axis=1)
+        kv_heads, token_count, group, pages = masses.shape
+        return _top_pages(masses.reshape(kv_heads, token_count * group, pages), cache, count)
 
     # -- sampling
 
@@ -294,6 +325,12 @@ class CpuBackend:
             top_p=config.top_p,
             with_entropy=config.remasking == "entropy_bounded",
         )
+
+
+def _top_pages(scores: np.ndarray, cache: PagedKVCache, count: int) -> PageList:
+    """Top `count` pages of each row of scores [kv_heads, rows, pages], united per kv head."""
+    ids, counts = union_of_top_pages(scores, cache.pages, min(count, cache.pages + 1))
+    return PageList(ids, counts, positions_in(ids, counts, cache.page_size, cache.length))
 
 
 def _blas_multiply(x: np.ndarray, weight: np.ndarray, out: np.ndarray) -> None:

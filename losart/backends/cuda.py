@@ -143,7 +143,7 @@ class CudaBackend:
 
     def run_pass(
         self, shape: Hashable, inputs: PassInputs, cache: PagedKVCache, body: Callable[[Any], Any]
-    ) -> Any:
+    ) -> tuple[Any, int]:
         tokens = len(inputs.ids)
         cache.reserve(cache.length + tokens)
         with self._running("a pass"), cupy.cuda.using_allocator(self._pool.malloc):
