@@ -37,6 +37,7 @@ PRODUCT = (*COMMON, "product.cuh")
 CACHE = (*COMMON, "cache.cuh")
 ATTENTION = (*CACHE, "attention.cuh")
 PARTS = (*COMMON, "parts.cuh")
+BOUNDS = (*COMMON, "bounds.cuh")
 TENSOR = (*COMMON, "tensor.cuh")
 TENSOR_ATTENTION = (*CACHE, "tensor.cuh", "tensor_attention.cuh")
 HOPPER_ATTENTION = (*CACHE, "tensor.cuh", "hopper.cuh", "hopper_attention.cuh")
@@ -52,11 +53,21 @@ FILES = {
     "prefix_attention": KernelFile(ATTENTION, spills=True),
     "prefix_attention_tensor": KernelFile(TENSOR_ATTENTION, SIXTEEN_BIT),
     "prefix_attention_hopper": KernelFile(HOPPER_ATTENTION, SIXTEEN_BIT),
+    "sparse_attention": KernelFile(ATTENTION, spills=True),
+    "sparse_attention_tensor": KernelFile(TENSOR_ATTENTION, SIXTEEN_BIT),
     "merge_parts": KernelFile(PARTS),
     "block_attention": KernelFile(PARTS),
     "causal_attention": KernelFile(ATTENTION, spills=True),
     "causal_attention_tensor": KernelFile(TENSOR_ATTENTION, SIXTEEN_BIT),
     "causal_attention_hopper": KernelFile(HOPPER_ATTENTION, SIXTEEN_BIT),
+    "query_change": KernelFile(COMMON),
+    "copy_tokens": KernelFile(COMMON),
+    "page_scores": KernelFile(BOUNDS),
+    "page_scores_tensor": KernelFile((*BOUNDS, "tensor.cuh"), SIXTEEN_BIT),
+    "page_masses": KernelFile(ATTENTION, spills=True),
+    "page_masses_tensor": KernelFile(TENSOR_ATTENTION, SIXTEEN_BIT),
+    "top_pages": KernelFile(COMMON),
+    "list_pages": KernelFile(COMMON),
     "logit_slices": KernelFile((*PRODUCT, "logit_row.cuh")),
     "sample": KernelFile((*COMMON, "logit_row.cuh")),
 }

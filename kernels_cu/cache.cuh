@@ -29,6 +29,26 @@ struct CacheView {
     }
 };
 
+/* Which positions rows see: the whole prefix, or those of a list of pages, one after the other. */
+struct Whole {
+    __device__ __forceinline__ int operator()(int place) const { return place; }
+};
+
+struct Listed {
+    const int *pages;
+    int page_size;
+    __device__ __forceinline__ int operator()(int place) const
+    {
+        return pages[place / page_size] * page_size + place % page_size;
+    }
+};
+
+/* Positions of a list of pages, rising, of a prefix of this length. */
+__device__ __forceinline__ int listed_positions(const int *pages, int count, int page_size, int length)
+{
+    return count ? (count - 1) * page_size + min(page_size, length - pages[count - 1] * page_size) : 0;
+}
+
 /* A kernel's parameters that make up a CacheView, and the view made of them. */
 #define CACHE_PARAMETERS                                                                          \
     const unsigned long long *cache_chunks, const int *cache_length, int cache_layer, int cache_kv_heads, \

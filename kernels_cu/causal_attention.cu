@@ -15,10 +15,10 @@ extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS)
         int position = *cache.length + min(first_row + (int)threadIdx.x, last_row) / group;
         limit[threadIdx.x] = (position / block_length + 1) * block_length;
     }
-    load_queries(shared, q, first_row, rows, kv_head, group, heads, dim);
+    load_queries(shared, q, nullptr, first_row, rows, kv_head, group, heads, dim);
     __syncthreads();
     Rows state;
-    attend(state, shared, limit, 0, limit[ROWS - 1], cache, kv_head, shared + ROWS * dim);
+    attend(state, shared, limit, 0, limit[ROWS - 1], cache, Whole(), kv_head, shared + ROWS * dim);
     for (int r = 0; r < ROWS_OF_WARP; r++) {
         int row = first_row + threadIdx.x / WARP * ROWS_OF_WARP + r, lane = threadIdx.x % WARP;
         if (row >= rows) break;

@@ -19,19 +19,9 @@ extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS)
     int first = (int)((long long)tiles * part / parts) * WARP;
     int last = min(length, (int)((long long)tiles * (part + 1) / parts) * WARP);
     if (threadIdx.x < ROWS) limit[threadIdx.x] = length;
-    load_queries(shared, q, blockIdx.z * ROWS, rows, kv_head, group, heads, dim);
+    load_queries(shared, q, nullptr, blockIdx.z * ROWS, rows, kv_head, group, heads, dim);
     __syncthreads();
     Rows state;
-    attend(state, shared, limit, first, last, cache, kv_head, shared + ROWS * dim);
-    for (int r = 0; r < ROWS_OF_WARP; r++) {
-        int row = blockIdx.z * ROWS + threadIdx.x / WARP * ROWS_OF_WARP + r, lane = threadIdx.x % WARP;
-        if (row >= rows) break;
-        size_t at = ((size_t)part * tokens + row / group) * heads + kv_head * group + row % group;
-        for (int i = 0; i < CHANNELS_OF_LANE; i++)
-            if (lane + i * WARP < dim) o[at * dim + lane + i * WARP] = state.o[r][i];
-        if (lane == 0) {
-            tops[at] = state.top[r];
-            totals[at] = state.total[r];
-        }
-    }
+    attend(state, shared, limit, first, last, cache, Whole(), kv_head, shared + ROWS * dim);
+    write_part(state, part, blockIdx.z * ROWS, rows, tokens, kv_head, group, heads, dim, o, tops, totals);
 }

@@ -26,8 +26,9 @@ __device__ __forceinline__ unsigned place(unsigned tile, int row, int piece)
     return tile + row / 8 * (HEAD_DIM * 16) + piece / 8 * 1024 + row % 8 * 128 + ((piece % 8) ^ (row % 8)) * 16;
 }
 
-__device__ __forceinline__ void load_queries(TensorRows &state, const float *q, int first_row, int rows,
-                                             int kv_head, int group, int heads)
+/* With `tokens`, row r is of token tokens[r / group]; where that is negative, of any. */
+__device__ __forceinline__ void load_queries(TensorRows &state, const float *q, const int *tokens, int first_row,
+                                             int rows, int kv_head, int group, int heads)
 {
     int lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
     float scale = rsqrtf((float)HEAD_DIM) * 1.44269504f;
@@ -37,7 +38,8 @@ __device__ __forceinline__ void load_queries(TensorRows &state, const float *q, 
         state.row[half] = row;
         state.top[half] = -INFINITE;
         state.total[half] = 0;
-        const float *from = q + ((size_t)(there / group) * heads + kv_head * group + there % group) * HEAD_DIM;
+        int token = tokens ? max(tokens[there / group], 0) : there / group;
+        const float *from = q + ((size_t)token * heads + kv_head * group + there % group) * HEAD_DIM;
 #pragma unroll
         for (int k = 0; k < HEAD_DIM / 16; k++) {
             float2 low = *(const float2 *)(from + k * 16 + t * 2), high = *(const float2 *)(from + k * 16 + 8 + t * 2);
@@ -51,42 +53,70 @@ __device__ __forceinline__ void load_queries(TensorRows &state, const float *q, 
         for (int i = 0; i < 4; i++) state.sum[d][i] = 0;
 }
 
-/* Tiles first <= tile < last; only in those from `ragged` on is a position hidden from a row. */
-__device__ __forceinline__ void attend(TensorRows &state, const CacheView &cache, int kv_head, int first, int last,
-                                       int ragged, unsigned shared)
+/* Scores of the warp's rows and its keys of a tile. */
+__device__ __forceinline__ void scores_of_tile(float (&score)[WARP_KEYS / 8][4], const TensorRows &state, unsigned keys)
+{
+    int key_warp = threadIdx.x / WARP % KEY_WARPS, lane = threadIdx.x % WARP;
+#pragma unroll
+    for (int k = 0; k < HEAD_DIM / 32; k++)
+#pragma unroll
+        for (int n = 0; n < WARP_KEYS / 8; n++) {
+            unsigned b[4]; /* 8 keys, 32 channels */
+            load_matrices(b, place(keys, key_warp * WARP_KEYS + n * 8 + lane % 8, k * 4 + lane / 8));
+            const unsigned(&low)[4] = state.query[2 * k], (&high)[4] = state.query[2 * k + 1];
+            mma(score[n], low[0], low[1], low[2], low[3], b[0], b[1]);
+            mma(score[n], high[0], high[1], high[2], high[3], b[2], b[3]);
+        }
+}
+
+/* From the cache to shared memory: pieces of 16 bytes of a tile's keys and values. */
+__device__ __forceinline__ void load_tile(unsigned to, const CacheView &cache, Whole, int kv_head, int tile, int)
+{
+    const Held *keys = cache.group(0, kv_head, tile * TILE), *values = cache.group(1, kv_head, tile * TILE);
+#pragma unroll
+    for (int i = threadIdx.x; i < TILE * PIECES; i += THREADS) {
+        copy_16_bytes_async(to + i * 16, keys + i * 8);
+        copy_16_bytes_async(to + TILE_BYTES + i * 16, values + i * 8);
+    }
+}
+
+/* Places from `end` on are in no page: zeros. */
+__device__ __forceinline__ void load_tile(unsigned to, const CacheView &cache, const Listed &where, int kv_head,
+                                          int tile, int end)
+{
+#pragma unroll
+    for (int i = threadIdx.x; i < TILE * PIECES; i += THREADS) {
+        int place = tile * TILE + i / HEAD_DIM * 8, piece = i % HEAD_DIM * 8;
+        bool there = place < end;
+        int position = where(there ? place : tile * TILE);
+        copy_or_zero_16_bytes_async(to + i * 16, cache.group(0, kv_head, position) + piece, there);
+        copy_or_zero_16_bytes_async(to + TILE_BYTES + i * 16, cache.group(1, kv_head, position) + piece, there);
+    }
+}
+
+/* Tiles first <= tile < last of the places that `where` has; only in those from `ragged` on is a place hidden from
+ * a row. */
+template <class Where>
+__device__ __forceinline__ void attend(TensorRows &state, const CacheView &cache, const Where &where, int kv_head,
+                                       int first, int last, int ragged, unsigned shared)
 {
     int key_warp = threadIdx.x / WARP % KEY_WARPS, lane = threadIdx.x % WARP, t = lane % 4;
-    auto load_tile = [&](int tile) {
-        const Held *keys = cache.group(0, kv_head, tile * TILE), *values = cache.group(1, kv_head, tile * TILE);
-        unsigned to = shared + (tile - first) % STAGES * (2 * TILE_BYTES);
-#pragma unroll
-        for (int i = threadIdx.x; i < TILE * PIECES; i += THREADS) {
-            copy_16_bytes_async(to + i * 16, keys + i * 8);
-            copy_16_bytes_async(to + TILE_BYTES + i * 16, values + i * 8);
-        }
+    auto load = [&](int tile) {
+        load_tile(shared + (tile - first) % STAGES * (2 * TILE_BYTES), cache, where, kv_head, tile, state.limit[0]);
     };
     for (int s = 0; s < STAGES - 1; s++) {
-        if (first + s < last) load_tile(first + s);
+        if (first + s < last) load(first + s);
         commit_copies();
     }
     for (int tile = first; tile < last; tile++) {
         wait_copies<STAGES - 2>();
         __syncthreads();
-        if (tile + STAGES - 1 < last) load_tile(tile + STAGES - 1);
+        if (tile + STAGES - 1 < last) load(tile + STAGES - 1);
         commit_copies();
 
         unsigned keys = shared + (tile - first) % STAGES * (2 * TILE_BYTES), values = keys + TILE_BYTES;
         float score[WARP_KEYS / 8][4] = {};
-#pragma unroll
-        for (int k = 0; k < HEAD_DIM / 32; k++)
-#pragma unroll
-            for (int n = 0; n < WARP_KEYS / 8; n++) {
-                unsigned b[4]; /* 8 keys, 32 channels */
-                load_matrices(b, place(keys, key_warp * WARP_KEYS + n * 8 + lane % 8, k * 4 + lane / 8));
-                unsigned(&low)[4] = state.query[2 * k], (&high)[4] = state.query[2 * k + 1];
-                mma(score[n], low[0], low[1], low[2], low[3], b[0], b[1]);
-                mma(score[n], high[0], high[1], high[2], high[3], b[2], b[3]);
-            }
+        scores_of_tile(score, state, keys);
 
         if (tile >= ragged)
 #pragma unroll
@@ -144,5 +174,58 @@ __device__ __forceinline__ void attend(TensorRows &state, const CacheView &cache
     for (int half = 0; half < 2; half++) {
         state.total[half] += __shfl_xor_sync(~0u, state.total[half], 1);
         state.total[half] += __shfl_xor_sync(~0u, state.total[half], 2);
+    }
+}
+
+#define SUM_STRIDE (HEAD_DIM + 8) /* of a row of sums: rows of a warp do not meet in banks */
+#define SLOT_FLOATS (16 * SUM_STRIDE + 2 * 16) /* a warp's sums, tops and totals */
+
+/* This block's rows of one part, its key warps' added up: unnormalised o [parts, tokens, heads, head_dim], maximum and
+ * sum [parts, tokens, heads]. Where the tiles were, each warp leaves its sums. */
+__device__ __forceinline__ void write_part(const TensorRows &state, float *shared, int part, int first_row, int rows,
+                                           int tokens, int kv_head, int group, int heads, float *o, float *tops,
+                                           float *totals)
+{
+    int g = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
+    float *sums = shared + threadIdx.x / WARP * SLOT_FLOATS;
+    wait_copies<0>();
+    __syncthreads();
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        int row = g + half * 8;
+#pragma unroll
+        for (int d = 0; d < HEAD_DIM / 8; d++)
+            *(float2 *)(sums + row * SUM_STRIDE + d * 8 + t * 2) =
+                make_float2(state.sum[d][half * 2], state.sum[d][half * 2 + 1]);
+        if (t == 0) {
+            sums[16 * SUM_STRIDE + row] = state.top[half];
+            sums[16 * SUM_STRIDE + 16 + row] = state.total[half];
+        }
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < BLOCK_ROWS * (HEAD_DIM / 4); i += THREADS) {
+        int row = i / (HEAD_DIM / 4), channel = i % (HEAD_DIM / 4) * 4, place = row % 16;
+        if (first_row + row >= rows) break;
+        const float *slots = shared + row / 16 * KEY_WARPS * SLOT_FLOATS;
+        float top = -INFINITE, total = 0;
+        float4 sum = make_float4(0, 0, 0, 0);
+#pragma unroll
+        for (int s = 0; s < KEY_WARPS; s++) top = fmaxf(top, slots[s * SLOT_FLOATS + 16 * SUM_STRIDE + place]);
+        float base = top == -INFINITE ? 0.0f : top;
+#pragma unroll
+        for (int s = 0; s < KEY_WARPS; s++) {
+            const float *slot = slots + s * SLOT_FLOATS;
+            float factor = exp2f(slot[16 * SUM_STRIDE + place] - base);
+            float4 more = *(const float4 *)(slot + place * SUM_STRIDE + channel);
+            total += slot[16 * SUM_STRIDE + 16 + place] * factor;
+            sum.x += more.x * factor, sum.y += more.y * factor, sum.z += more.z * factor, sum.w += more.w * factor;
+        }
+        row += first_row;
+        size_t at = ((size_t)part * tokens + row / group) * heads + kv_head * group + row % group;
+        *(float4 *)(o + at * HEAD_DIM + channel) = sum;
+        if (channel == 0) {
+            tops[at] = top * 0.69314718f; /* of the natural exponential */
+            totals[at] = total;
+        }
     }
 }

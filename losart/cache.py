@@ -23,13 +23,13 @@ class PageList:
     ids : int32 [kv_heads, capacity]
         Rising page ids, valid up to the head's count.
     counts : int32 [kv_heads]
-    positions : int
-        Positions in all listed pages, summed over kv heads.
+    positions : int, optional
+        Positions in all listed pages, summed over kv heads; None where the device counts them.
     """
 
     ids: Any
     counts: Any
-    positions: int
+    positions: int | None
 
 
 def chunk_positions(page_size: int) -> int:

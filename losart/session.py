@@ -60,14 +60,9 @@ class Session:
         self._forget()
 
     def _check_options(self) -> None:
-        options, backend = self.options, self._transformer.backend
+        options = self.options
         strategy(options.remasking)
         make_policy(options.attention, self._transformer.config, options.block_length)
-        if options.attention.method != "dense" and not backend.sparse:
-            raise OptionError(
-                f"attention {options.attention.method!r} does not run on {backend.name} in this version of "
-                f"losart; use 'dense', or load the model with device='cpu'"
-            )
         if options.stop and self._tokenizer is None:
             raise OptionError("stop: the checkpoint has no tokenizer; give stop_token_ids")
 

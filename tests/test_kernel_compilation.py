@@ -11,7 +11,17 @@ from pathlib import Path
 import pytest
 
 import losart.kernels_cu
-from losart.backends.cuda_plans import Card, Plan, causal_plan, prefix_plan, product_plan
+from losart.backends.cuda_plans import (
+    Card,
+    Plan,
+    causal_plan,
+    masses_plan,
+    prefix_plan,
+    product_plan,
+    scores_plan,
+    sparse_plan,
+    top_pages_plan,
+)
 from losart.errors import DeviceError
 from losart.kernels_cu import FILES, Defines, KernelFile, compile_options, source
 from losart.kernels_cu.compiler import compile_cubin, nvrtc_version
@@ -25,20 +35,32 @@ CARDS = {
     "sm_100": Card((10, 0), 148, 227 << 10, 228 << 10),
     "sm_120": Card((12, 0), 170, 99 << 10, 100 << 10),
 }
-PLANNED = ("linear", "prefix_attention", "causal_attention")
+PLANNED = (
+    "linear",
+    "prefix_attention",
+    "sparse_attention",
+    "causal_attention",
+    "page_scores",
+    "page_masses",
+    "top_pages",
+)
 TOKENS = (1, 4, 16, 20, 32, 33, 44, 52, 64)
 HEADS = ((8, 8), (16, 8), (32, 8), (8, 1))  # and kv heads
 
 
 def plans(card: Card) -> Iterator[Plan]:
     """Launches that stand for all that the card will see."""
+    for pages in (100, 2048, 8192, 1 << 16):
+        yield top_pages_plan(20, 8, pages)
     for tensor in (True, False):
         for tokens in (*TOKENS, 2048):
             yield product_plan(card, tensor, tokens, 4096, 4096)
         for heads, kv_heads in HEADS:
             for head_dim in (64, 80, 128):
                 for tokens in TOKENS:
-                    yield prefix_plan(card, tensor, tokens, heads, kv_heads, head_dim)
+                    shape = (card, tensor, tokens, heads, kv_heads, head_dim)
+                    yield from (plan(*shape) for plan in (prefix_plan, sparse_plan, masses_plan))
+                    yield scores_plan(card, tensor, tokens * heads // kv_heads, kv_heads, head_dim)
                 yield causal_plan(card, tensor, 2048, heads, kv_heads, head_dim)
 
 

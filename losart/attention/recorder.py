@@ -52,9 +52,7 @@ class ReadRecorder:
         self.reads[layer] = LayerRead()
         return self._backend.prefix_attention(q, cache, layer)
 
-    def prefix_attention_and_masses(
-        self, q: Array, cache: PagedKVCache, layer: int
-    ) -> tuple[Prefix, Array]:
+    def prefix_attention_and_masses(self, q: Array, cache: PagedKVCache, layer: int) -> tuple[Prefix, Array]:
         self.reads[layer] = LayerRead()
         return self._backend.prefix_attention_and_masses(q, cache, layer)
 

@@ -66,7 +66,6 @@ class Backend(Protocol):
 
     name: str
     dtype: str
-    sparse: bool  # whether it is a SparseBackend
     prefill_tokens: int  # of the prompt that go through the model at a time
 
     # -- weights and cache

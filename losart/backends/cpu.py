@@ -63,7 +63,6 @@ class CpuBackend:
     """
 
     name = "cpu"
-    sparse = True
     prefill_tokens = 512
 
     def __init__(self, config: ModelConfig, dtype: str) -> None:
@@ -257,6 +256,7 @@ class CpuBackend:
     ) -> tuple[np.ndarray, np.ndarray]:
         o, lse = into or _new_result(q)
         tokens = _all_tokens(q) if tokens is None else tokens
+        assert pages.positions is not None
         self._read.positions = getattr(self._read, "positions", 0) + pages.positions
         kernels.attend_pages(cache.table, layer, q, tokens, (pages.ids, pages.counts), cache.length, o, lse)
         return o, lse

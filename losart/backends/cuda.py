@@ -1,56 +1,36 @@
-"""The CUDA backend: CuPy arrays, our own kernels (kernels_cu), one CUDA graph per denoising pass.
+"""The CUDA backend: on top of dense attention, what the sparse policies of losart.attention ask for.
 
-The residual stream, queries, keys and values of a block are float32; weights, the cache and what
-enters a product are held in the backend's dtype, 16-bit ones as their bits. The host tells a pass its
-ids, random numbers and the prefix's length through device buffers that stay in place, so that a
-captured pass can be replayed as the prefix grows.
+All of it happens in the pass's CUDA graph. Nothing is selected on the host, so that a captured pass can be
+replayed: lists of tokens and pages have room for the most that there can be, and what there is is read from
+device memory.
 """
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager, suppress
-from ctypes import c_double
+import itertools
+import weakref
+from collections.abc import Hashable
 from typing import Any
 
 import cupy
 import numpy as np
 
-from losart.backends.base import PassInputs
-from losart.backends.cuda_graph import CapturedPass, DeviceInputs
-from losart.backends.cuda_pages import HELD_AS, CudaPageTable, PagesInPlace
-from losart.backends.cuda_plans import (
-    COLUMNS,
-    SKINNY_TOKENS,
-    Card,
-    Plan,
-    causal_plan,
-    prefix_plan,
-    product_plan,
-)
-from losart.backends.cuda_products import blas_product
-from losart.backends.cuda_results import NO_PRODUCT, PrefixParts, Product
-from losart.backends.cuda_weights import WeightLoader, memory_errors
-from losart.cache import PagedKVCache, chunk_positions
-from losart.checks import require
+from losart.backends.base import Memory
+from losart.backends.cuda_dense import DenseCudaBackend
+from losart.backends.cuda_graph import outside_passes
+from losart.backends.cuda_plans import Plan, masses_plan, scores_plan, sparse_plan, top_pages_plan
+from losart.backends.cuda_results import PrefixParts
+from losart.cache import PagedKVCache, PageList
 from losart.config import ModelConfig
-from losart.errors import ConfigError, NumericalError, OutOfMemoryError
-from losart.kernels_cu import kernel
-from losart.options import GenerationConfig
-from losart.rope import inverse_frequencies
-from losart.sampling import NOT_FINITE, Proposals, float32_temperature
 
-LARGEST_HEAD_DIM = 256  # attention.cuh
-LOGIT_SLICES = 64
-NORM_BYTES = 8  # of shared memory for each channel; add_rms_norm.cu
-CAPTURED_PASSES = 32  # kept, of those used last
-ROW_BYTES = 32  # of logit_row.cuh's Row
+UNIT = 16  # positions of a mass; page_masses.cu
+FREE_MEMORIES = 4  # kept for generations to come
 
 
-class CudaBackend:
-    """Implements `losart.backends.base.Backend`.
+class CudaBackend(DenseCudaBackend):
+    """Implements `losart.backends.base.SparseBackend`.
+
+    Lists of tokens are int32 [count] on the device; places after the last token hold -1.
 
     Parameters
     ----------
@@ -59,275 +39,182 @@ class CudaBackend:
         In which weights, keys and values are held.
     """
 
-    name = "cuda"
-    sparse = False
-    prefill_tokens = 2048
-
     def __init__(self, config: ModelConfig, dtype: str) -> None:
-        for name in ("hidden_size", "intermediate_size"):
-            size = getattr(config, name)
-            require(size % 4 == 0, ConfigError, f"{name} must be a multiple of 4 on CUDA, not {size}")
-        if config.head_dim > LARGEST_HEAD_DIM:
-            raise ConfigError(f"head_dim must be {LARGEST_HEAD_DIM} at most on CUDA, not {config.head_dim}")
-        self.config = config
-        self.dtype = dtype
-        self.device = cupy.cuda.Device()
-        self.card = _card(self.device)
-        norm_bytes = NORM_BYTES * config.hidden_size
-        if norm_bytes > self.card.shared_per_block:
-            raise ConfigError(f"hidden_size {config.hidden_size} is too large for this GPU's shared memory")
-        self.stream = cupy.cuda.Stream(non_blocking=True)
-        # What passes allocate from, and captured graphs hold addresses of.
-        self._pool = cupy.cuda.MemoryPool(self._allocate)
-        self._loader = WeightLoader(dtype, self.stream)
-        self._passes: OrderedDict[Hashable, CapturedPass] = OrderedDict()
-        self._lock = threading.RLock()
-        self._inputs: dict[int, DeviceInputs] = {}
-        frequencies, self._rope_factor = inverse_frequencies(config.rope, config.head_dim)
-        with self.stream:
-            self._frequencies = cupy.asarray(frequencies)
-            self._pages = PagesInPlace(config.max_positions)
-        self._tensor = dtype != "float32"
-        # Whether products of many tokens may go to cuBLAS: in prefill, for it cannot be captured.
-        self.blas = False
+        super().__init__(config, dtype)
+        self._memory_keys = itertools.count()
+        self._free: list[tuple[Hashable, Hashable, dict[Hashable, Any]]] = []
+        with self.stream:  # both are zeros between kernels
+            self._marks = cupy.zeros((config.num_kv_heads, -(-self._most_pages(UNIT) // 32)), np.uint32)
+            self._done = cupy.zeros(1, np.uint32)
 
-    def _launch(self, name: str, grid: tuple[int, ...], threads: int, *args: Any, shared: int = 0) -> None:
-        kernel(name, self.dtype)(grid, threads, *args, shared=shared)
+    def _most_pages(self, page_size: int) -> int:
+        """Pages of the longest prefix that a pass can have: its block begins within the positions."""
+        return -(-self.config.max_positions // page_size)
 
-    def _launch_plan(self, plan: Plan, *args: Any) -> None:
-        kernel(plan.kernel, self.dtype, plan.defines)(plan.grid, plan.threads, *args, shared=plan.shared)
+    # -- between passes
 
-    # -- weights and cache
+    def new_memory(self, purpose: Hashable) -> Memory:
+        with self._lock:
+            free = next((entry for entry in self._free if entry[0] == purpose), None)
+            if free is not None:
+                self._free.remove(free)
+        memory = Memory(next(self._memory_keys)) if free is None else Memory(*free[1:])
+        weakref.finalize(memory, self._take_back, purpose, memory.key, memory.arrays).atexit = False
+        return memory
 
-    def upload(self, *tensors: Any) -> Any:
-        with self._running("the weights"):
-            return self._loader.matrix(*tensors)
+    def _take_back(self, purpose: Hashable, key: Hashable, arrays: dict[Hashable, Any]) -> None:
+        """A memory that no generation has any more, for the next one."""
+        with self._lock:
+            self._free.append((purpose, key, arrays))
+            # With one that is dropped its key is lost: what was captured with it is never replayed.
+            del self._free[:-FREE_MEMORIES]
 
-    def upload_vector(self, *tensors: Any) -> Any:
-        with self._running("the weights"):
-            return self._loader.vector(*tensors)
+    def _array(self, memory: Memory, name: Hashable, shape: tuple[int, ...], dtype: Any) -> Any:
+        if name not in memory.arrays:
+            with outside_passes():
+                memory.arrays[name] = cupy.empty(shape, dtype)
+        return memory.arrays[name]
 
-    def new_cache(self, page_size: int) -> PagedKVCache:
-        table = CudaPageTable(self.config, page_size, chunk_positions(page_size), self.dtype, self._write)
+    def keep(self, memory: Memory, name: Hashable, array: Any) -> None:
+        self.copy_tokens(array, None, self._array(memory, name, array.shape, array.dtype))
 
-        def allocate(shape: tuple[int, ...], dtype: str) -> Any:
-            with self._running("the KV cache"):
-                return cupy.zeros(shape, HELD_AS[dtype])
+    def keep_prefix(self, memory: Memory, name: Hashable, prefix: Any) -> None:
+        parts = self.as_parts(prefix)
+        if name not in memory.arrays:
+            with outside_passes():
+                memory.arrays[name] = self._new_result(parts)
+        self._merge(parts, None, memory.arrays[name])
 
-        return PagedKVCache(table, allocate)
+    def keep_masses(
+        self, memory: Memory, name: Hashable, masses: Any, cache: PagedKVCache, count: int, summed: bool
+    ) -> None:
+        kv_heads, tokens, group, _ = masses.shape
+        rows, sums = (group, tokens) if summed else (tokens * group, 1)
+        count = min(count, self._most_pages(cache.page_size))
+        ids = self._array(memory, name, (kv_heads, rows, count), np.int32)
+        self._top_pages(masses, sums, cache.page_size // UNIT, rows, None, cache, count, ids)
 
-    # -- running
+    def copy_tokens(self, source: Any, tokens: Any, into: Any) -> None:
+        count = len(source) if tokens is None else len(tokens)
+        if count:
+            self._launch("copy_tokens", (count,), 256, source, tokens, into, source[0].size)
 
-    @contextmanager
-    def _running(self, purpose: str) -> Iterator[None]:
-        """On the backend's device and stream, one thread at a time."""
-        with self._lock, self.device, self.stream, memory_errors(purpose):
-            yield
+    # -- selection
 
-    def _allocate(self, size: int) -> Any:
-        """Memory for the pool of passes.
-
-        When there is none, CuPy frees the pool's free blocks, and captured graphs work in those: first
-        the cached blocks of all else go, and then the graphs.
-        """
-        memory = cupy.cuda.memory
-        try:
-            return memory.MemoryPointer(memory.Memory(size), 0)
-        except cupy.cuda.runtime.CUDARuntimeError:
-            cupy.get_default_memory_pool().free_all_blocks()
-        try:
-            return memory.MemoryPointer(memory.Memory(size), 0)
-        except cupy.cuda.runtime.CUDARuntimeError:
-            self._passes.clear()
-            raise
-
-    def run_pass(
-        self, shape: Hashable, inputs: PassInputs, cache: PagedKVCache, body: Callable[[Any], Any]
-    ) -> tuple[Any, int]:
-        tokens = len(inputs.ids)
-        cache.reserve(cache.length + tokens)
-        with self._running("a pass"), cupy.cuda.using_allocator(self._pool.malloc):
-            self._place(inputs, cache)
-            key = (shape, tokens, cache.page_size)
-            if key in self._passes:
-                self._passes.move_to_end(key)
-                return self._fetch(self._passes[key].launch(), inputs)
-            # By launches, which compiles the kernels and fills the pool; captured for next time.
-            result = self._fetch(body(self._given.ids), inputs)
-            with suppress(OutOfMemoryError), memory_errors("a captured pass"):
-                self._passes[key] = CapturedPass(self.stream, body, self._given.ids)
-            if len(self._passes) > CAPTURED_PASSES:
-                self._passes.popitem(last=False)
-            return result
-
-    def run_prefill(self, ids: np.ndarray, cache: PagedKVCache, body: Callable[[Any], Any]) -> None:
-        cache.reserve(cache.length + len(ids))
-        with self._running("a piece of the prompt"):
-            self._place(PassInputs(ids), cache)
-            self.blas = True
-            try:
-                body(self._given.ids)
-            finally:
-                self.blas = False
-            self.stream.synchronize()
-
-    def _place(self, inputs: PassInputs, cache: PagedKVCache) -> None:
-        """Bring the pass's inputs to where its kernels look for them."""
-        tokens = len(inputs.ids)
-        if tokens not in self._inputs:
-            self._inputs[tokens] = DeviceInputs(tokens)
-        self._given = self._inputs[tokens]
-        self._given.set(inputs, cache.length, self.stream)
-        self._pages.place(cache.table, self.stream)
-
-    def _fetch(self, given: Any, inputs: PassInputs) -> Proposals | None:
-        if given is None:
-            return None
-        tokens, confidence, entropy, finite = given.get()[:, : len(inputs.rows)]
-        if not finite.all():
-            raise NumericalError(NOT_FINITE)
-        return Proposals(tokens.astype(np.int64), confidence.view(np.float32), entropy.view(np.float32))
-
-    # -- transformer
-
-    def embed(self, table: Any, ids: Any) -> Any:
-        x = cupy.empty((len(ids), table.shape[1]), np.float32)
-        self._launch("embedding", (-(-table.shape[1] // 256), len(ids)), 256, table, ids, x, table.shape[1])
-        return x
-
-    def linear(self, x: Any, matrix: Any, bias: Any | None = None) -> Product:
-        (tokens, inner), rows = x.shape, len(matrix)
-        if self.blas and tokens > SKINNY_TOKENS:
-            values = blas_product(x, matrix, self.dtype)
-            if values is not None:
-                return Product(values[None], bias)
-        plan = product_plan(self.card, self._tensor, tokens, rows, inner)
-        values = cupy.empty((plan.parts, tokens, rows), np.float32)
-        share = (plan.share,) if plan.kernel == "linear_tensor" else ()
-        self._launch_plan(plan, x, matrix, values, tokens, rows, inner, *share)
-        steps = -(-inner // COLUMNS) if share else 1
-        return Product(values, bias, steps, plan.share)
-
-    def add_rms_norm(self, x: Any, delta: Product | None, gain: Any) -> tuple[Any, Any]:
-        tokens, hidden = x.shape
-        total, y = cupy.empty_like(x), cupy.empty(x.shape, HELD_AS[self.dtype])
+    def select_active(
+        self,
+        q: Any,
+        previous: Any,
+        count: int,
+        candidates: np.ndarray | None = None,
+        keep: bool = False,
+    ) -> Any:
+        active, change = cupy.empty(count, np.int32), cupy.empty(len(q), np.float32)
+        masked = (None, None) if candidates is None else (self._given.rows, self._given.count)
+        # With a count of 0 too: the kernel that follows relies on one that waits (common.cuh).
         self._launch(
-            "add_rms_norm",
-            (tokens,),
-            min(1024, -(-hidden // 128) * 32),
-            *(x, *(delta.arguments if delta else NO_PRODUCT), gain, total, y, hidden),
-            self.config.rms_norm_eps,
-            shared=NORM_BYTES * hidden,
+            "query_change",
+            (len(q),),
+            256,
+            *(q, previous, q[0].size, int(keep), *masked, change, self._done, active, count),
         )
-        return total, y
+        return active
 
-    def split_heads(
-        self, qkv: Product, q_norm: Any, k_norm: Any, cache: PagedKVCache
-    ) -> tuple[Any, Any, Any]:
-        c, tokens = self.config, len(qkv)
-        q = cupy.empty((tokens, c.num_heads, c.head_dim), np.float32)
-        k = cupy.empty((tokens, c.num_kv_heads, c.head_dim), np.float32)
-        v = cupy.empty_like(k)
+    def select_pages(self, q: Any, tokens: Any, cache: PagedKVCache, layer: int, count: int) -> PageList:
+        c, token_count = self.config, len(q) if tokens is None else len(tokens)
+        rows, pages = token_count * c.group_size, self._most_pages(cache.page_size)
+        if not rows:
+            return self._no_pages()
+        scores = cupy.empty((c.num_kv_heads, rows, pages), np.float32)
+        plan = scores_plan(self.card, self._tensor, rows, c.num_kv_heads, c.head_dim)
+        table = cache.table
+        bounds = (self._pages.bounds, self._given.length, layer, c.num_kv_heads)
+        sizes = (cache.page_size, table.positions_per_chunk, c.head_dim)
+        self._launch_plan(plan, q, tokens, rows, c.num_heads, *bounds, *sizes, scores, pages)
+        self._top_pages(scores, 1, 1, rows, tokens, cache, min(count, pages), None)
+        return self._list_pages(None, tokens, cache, min(pages, rows * count))
+
+    def select_pages_by_mass(self, masses: Any, tokens: Any, cache: PagedKVCache, count: int) -> PageList:
+        rows = masses.shape[1] if tokens is None else len(tokens) * self.config.group_size
+        if not rows:
+            return self._no_pages()
+        return self._list_pages(
+            masses, tokens, cache, min(self._most_pages(cache.page_size), rows * masses.shape[2])
+        )
+
+    def _top_pages(
+        self,
+        scores: Any,
+        sums: int,
+        units: int,
+        rows: int,
+        tokens: Any,
+        cache: PagedKVCache,
+        count: int,
+        ids: Any,
+    ) -> None:
+        """Top pages of each row, marked or, with `ids`, listed there."""
+        plan = top_pages_plan(rows, self.config.num_kv_heads, self._most_pages(cache.page_size))
+        given = (self._given.length, cache.page_size, tokens, self.config.group_size, count)
+        marks = (self._marks, self._marks.shape[1]) if ids is None else (None, 0)
+        self._launch_plan(plan, scores, sums, units, scores.shape[-1], *given, *marks, ids)
+
+    def _list_pages(self, selected: Any, tokens: Any, cache: PagedKVCache, capacity: int) -> PageList:
+        c = self.config
+        ids = cupy.empty((c.num_kv_heads, capacity), np.int32)
+        counts = cupy.empty(c.num_kv_heads, np.int32)
+        rows, count = (0, 0) if selected is None else selected.shape[1:]
         self._launch(
-            "split_heads",
-            (tokens, c.num_heads + 2 * c.num_kv_heads),
-            -(-c.head_dim // 64) * 32,
-            *(*qkv.arguments, q_norm, k_norm, self._frequencies, float(self._rope_factor)),
-            *(self._given.length, q, k, v, c.num_heads, c.num_kv_heads, c.head_dim, c.rms_norm_eps),
+            "list_pages",
+            (c.num_kv_heads,),
+            1024,
+            *(self._marks, self._marks.shape[1], selected, rows, count),
+            *(tokens, 0 if tokens is None else len(tokens), c.group_size),
+            *(self._given.length, cache.page_size, ids, capacity, counts, self._given.positions),
         )
-        return q, k, v
+        self.counted = True
+        return PageList(ids, counts, None)
 
-    def silu_gate(self, gate_up: Product) -> Any:
-        tokens, ffn = len(gate_up), gate_up.rows // 2
-        y = cupy.empty((tokens, ffn), HELD_AS[self.dtype])
-        self._launch("silu_gate", (-(-ffn // 512), tokens), 128, *gate_up.arguments, y, ffn)
-        return y
+    def _no_pages(self) -> PageList:
+        kv_heads = self.config.num_kv_heads
+        return PageList(cupy.empty((kv_heads, 0), np.int32), cupy.zeros(kv_heads, np.int32), None)
 
     # -- attention
 
-    def _cache_arguments(self, table: CudaPageTable, layer: int) -> tuple[Any, ...]:
-        c = self.config
-        sizes = (layer, c.num_kv_heads, table.positions_per_chunk, c.head_dim)
-        return self._pages.kv, self._given.length, *sizes
-
-    def _write(self, table: CudaPageTable, layer: int, k: Any, v: Any) -> None:
-        self._launch(
-            "cache_write",
-            (self.config.num_kv_heads, -(-len(k) // table.page_size) + 1),
-            -(-self.config.head_dim // 32) * 32,
-            *(*self._cache_arguments(table, layer), self._pages.bounds, table.page_size, k, v, len(k)),
-        )
-
-    def causal_attention(self, q: Any, cache: PagedKVCache, layer: int, block_length: int) -> Any:
-        o = cupy.empty(q.shape, HELD_AS[self.dtype])
-        plan = causal_plan(self.card, self._tensor, *self._shape(q))
+    def prefix_attention_and_masses(self, q: Any, cache: PagedKVCache, layer: int) -> tuple[Any, Any]:
+        c, tokens = self.config, len(q)
+        o, lse = self.merge(self.prefix_attention(q, cache, layer))
+        units = self._most_pages(UNIT) + cache.page_size // UNIT
+        masses = cupy.empty((c.num_kv_heads, tokens, c.group_size, units), np.float32)
+        plan = masses_plan(self.card, self._tensor, *self._shape(q))
         arguments = self._cache_arguments(cache.table, layer)
-        self._launch_plan(plan, q, *arguments, o, len(q), self.config.num_heads, block_length)
-        return o
+        self._launch_plan(plan, q, lse, *arguments, masses, units, tokens, c.num_heads)
+        return (o, lse), masses
 
-    def prefix_attention(self, q: Any, cache: PagedKVCache, layer: int) -> PrefixParts:
-        plan = prefix_plan(self.card, self._tensor, *self._shape(q))
-        o = cupy.empty((plan.parts, *q.shape), np.float32)
-        tops, totals = (cupy.empty(o.shape[:3], np.float32) for _ in range(2))
-        arguments = self._cache_arguments(cache.table, layer)
-        self._launch_plan(plan, q, *arguments, o, tops, totals, *q.shape[:2])
-        return PrefixParts(o, tops, totals)
-
-    def _shape(self, q: Any) -> tuple[int, int, int, int]:
-        return len(q), self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
-
-    def block_attention(self, q: Any, k: Any, v: Any, prefix: PrefixParts) -> Any:
-        tokens, heads, dim = q.shape
-        o = cupy.empty(q.shape, HELD_AS[self.dtype])
-        self._launch(
-            "block_attention",
-            (tokens, heads),
-            -(-dim // 32) * 32,
-            *(q, k, v, *prefix.arguments, o, tokens, self.config.num_kv_heads, dim),
-            shared=4 * tokens,
+    def sparse_prefix_attention(
+        self,
+        q: Any,
+        tokens: Any,
+        pages: PageList,
+        cache: PagedKVCache,
+        layer: int,
+        into: tuple[Any, Any] | None = None,
+    ) -> Any:
+        c, count = self.config, len(q) if tokens is None else len(tokens)
+        if not count:
+            return into
+        plan: Plan = sparse_plan(self.card, self._tensor, count, c.num_heads, c.num_kv_heads, c.head_dim)
+        parts = PrefixParts.empty(plan.parts, count, c.num_heads, c.head_dim)
+        self._launch_plan(
+            plan,
+            *(q, tokens, *self._cache_arguments(cache.table, layer)),
+            *(pages.ids, pages.ids.shape[1], pages.counts, cache.page_size),
+            *(parts.o, parts.tops, parts.totals, count, c.num_heads),
         )
-        return o
+        if into is None:
+            return parts
+        self._merge(parts, tokens, into)
+        return into
 
-    def merge(self, parts: PrefixParts) -> tuple[Any, Any]:
-        """o [tokens, heads, head_dim] and log-sum-exp [tokens, heads] of attention over the prefix."""
-        tokens, heads, dim = parts.o.shape[1:]
-        o, lse = cupy.empty((tokens, heads, dim), np.float32), cupy.empty((tokens, heads), np.float32)
-        self._launch("merge_parts", (tokens, heads), -(-dim // 32) * 32, *parts.arguments, o, lse, dim)
-        return o, lse
-
-    # -- sampling
-
-    def propose(self, hidden: Any, inputs: PassInputs, head: Any, config: GenerationConfig) -> Any:
-        logits = self.linear(hidden, head)
-        tokens, vocab, given = len(logits), logits.rows, self._given
-        slices = cupy.empty((tokens, LOGIT_SLICES, ROW_BYTES), np.uint8)
-        kept = cupy.empty((tokens, vocab), np.float32) if config.temperature else None
-        temperature = float32_temperature(config.temperature)
-        self._launch(
-            "logit_slices",
-            (LOGIT_SLICES, tokens),
-            256,
-            *(*logits.arguments, given.rows, given.count, config.mask_token_id),
-            *(temperature, slices, kept),
-            shared=16 * -(-vocab // (4 * LOGIT_SLICES)),
-        )
-        results = cupy.empty((4, tokens), np.int32)
-        self._launch(
-            "sample",
-            (tokens,),
-            1024,
-            *(slices, LOGIT_SLICES, kept, vocab, given.rows, given.count, given.uniforms),
-            *(temperature, config.top_k, c_double(config.top_p), *results),
-        )
-        return results
-
-
-def _card(device: Any) -> Card:
-    limits = device.attributes
-    major, minor = divmod(int(device.compute_capability), 10)
-    return Card(
-        (major, minor),
-        limits["MultiProcessorCount"],
-        limits["MaxSharedMemoryPerBlockOptin"],
-        limits["MaxSharedMemoryPerMultiprocessor"],
-    )
+    def to_host(self, array: Any) -> np.ndarray:
+        return array.get(stream=self.stream)

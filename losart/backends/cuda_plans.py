@@ -80,9 +80,7 @@ def product_plan(card: Card, tensor: bool, tokens: int, rows: int, inner: int) -
         blocks, room = 1, card.shared_per_block
     stages = min(12, room // stage)
     units = ceil(rows / PANEL) * steps
-    share = max(
-        ceil(units / (blocks * card.processors)), min(LEAST_SHARE, ceil(units / card.processors))
-    )
+    share = max(ceil(units / (blocks * card.processors)), min(LEAST_SHARE, ceil(units / card.processors)))
     return Plan(
         "linear_tensor",
         (ceil(units / share),),
@@ -97,24 +95,57 @@ def product_plan(card: Card, tensor: bool, tokens: int, rows: int, inner: int) -
 def prefix_plan(card: Card, tensor: bool, tokens: int, heads: int, kv_heads: int, head_dim: int) -> Plan:
     """Attention of a block's queries over the prefix."""
     rows = tokens * (heads // kv_heads)
-    if not tensor or head_dim not in TENSOR_HEAD_DIMS:
-        parts = max(1, 2 * card.processors // kv_heads)
-        grid = (kv_heads, parts, ceil(rows / PLAIN_ROWS))
-        return Plan("prefix_attention", grid, 256, _plain_shared(head_dim), parts=parts)
-    if card.hopper:
+    if card.hopper and tensor and head_dim in TENSOR_HEAD_DIMS:
         row_groups = 1 if rows <= 64 else 2
         blocks = ceil(rows / (64 * row_groups))
         splits = max(1, card.processors // (kv_heads * blocks))
         defines, shared = _hopper_defines(card, head_dim, 64, row_groups, 32, 6)
         grid = (kv_heads, splits, blocks)
         return Plan("prefix_attention_hopper", grid, 256 + 32, shared, defines, parts=splits)
+    return _split_plan(card, "prefix_attention", tensor, rows, kv_heads, head_dim)
+
+
+def sparse_plan(card: Card, tensor: bool, tokens: int, heads: int, kv_heads: int, head_dim: int) -> Plan:
+    """Attention of some tokens' queries over listed pages."""
+    return _split_plan(card, "sparse_attention", tensor, tokens * (heads // kv_heads), kv_heads, head_dim)
+
+
+def masses_plan(card: Card, tensor: bool, tokens: int, heads: int, kv_heads: int, head_dim: int) -> Plan:
+    """Masses of pages."""
+    return _split_plan(card, "page_masses", tensor, tokens * (heads // kv_heads), kv_heads, head_dim)
+
+
+def _split_plan(card: Card, kernel: str, tensor: bool, rows: int, kv_heads: int, head_dim: int) -> Plan:
+    """A kernel whose thread blocks share keys and values out among them, for all rows of a kv head."""
+    if not tensor or head_dim not in TENSOR_HEAD_DIMS:
+        parts = max(1, 2 * card.processors // kv_heads)
+        grid = (kv_heads, parts, ceil(rows / PLAIN_ROWS))
+        return Plan(kernel, grid, 256, _plain_shared(head_dim), parts=parts)
     row_warps = next((n for n in (1, 2, 4) if 16 * n >= rows), 8)
     key_warps = 4 if row_warps == 1 else 8 // row_warps
     blocks = ceil(rows / (16 * row_warps))
     splits = max(1, card.processors // (kv_heads * blocks))
     defines, shared = _tensor_defines(card, head_dim, row_warps, key_warps)
     grid, threads = (kv_heads, splits, blocks), 32 * row_warps * key_warps
-    return Plan("prefix_attention_tensor", grid, threads, shared, defines, parts=splits * key_warps)
+    return Plan(f"{kernel}_tensor", grid, threads, shared, defines, parts=splits)
+
+
+def scores_plan(card: Card, tensor: bool, rows: int, kv_heads: int, head_dim: int) -> Plan:
+    """Bounds of pages for `rows` queries a kv head."""
+    blocks = 2 * card.processors
+    if not tensor or head_dim not in TENSOR_HEAD_DIMS:
+        grid = (kv_heads, max(1, blocks // kv_heads), ceil(rows / PLAIN_ROWS))
+        return Plan("page_scores", grid, 256, PLAIN_ROWS * 2 * head_dim * 4)
+    tiles = min(8, ceil(rows / 8))
+    slices = ceil(rows / (8 * tiles))
+    grid = (kv_heads, max(1, blocks // (kv_heads * slices)), slices)
+    defines = (("HEAD_DIM", head_dim), ("ROW_TILES", tiles))
+    return Plan("page_scores_tensor", grid, 256, head_dim // 16 * 2 * tiles * 512, defines)
+
+
+def top_pages_plan(rows: int, kv_heads: int, pages: int) -> Plan:
+    """The top pages of `rows` rows a kv head, of `pages` at most."""
+    return Plan("top_pages", (rows, kv_heads), 1024, 0, (("KEYS", min(16, ceil(pages / 1024))),))
 
 
 def causal_plan(card: Card, tensor: bool, tokens: int, heads: int, kv_heads: int, head_dim: int) -> Plan:

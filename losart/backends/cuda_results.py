@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import cupy
+import numpy as np
+
 
 @dataclass(frozen=True)
 class Product:
@@ -53,6 +56,13 @@ class PrefixParts:
     o: Any
     tops: Any
     totals: Any
+
+    @classmethod
+    def empty(cls, parts: int, tokens: int, heads: int, head_dim: int) -> PrefixParts:
+        """Parts for a kernel to write."""
+        shape = (parts, tokens, heads)
+        tops, totals = (cupy.empty(shape, np.float32) for _ in range(2))
+        return cls(cupy.empty((*shape, head_dim), np.float32), tops, totals)
 
     @property
     def arguments(self) -> tuple[Any, ...]:

@@ -80,8 +80,7 @@ def _measure(model: Model, name: str, args: argparse.Namespace) -> dict[str, Any
     )
     for length in lengths:
         check_prefix(model.config, length, block_length)
-    sparse = model._transformer.backend.sparse
-    methods = args.attention or [method for method in POLICIES if sparse or method == "dense"]
+    methods = args.attention or list(POLICIES)
     for method in methods:  # refuses wrong options
         model.session(attention=method, budget=args.budget, block_length=block_length)
     rows = []

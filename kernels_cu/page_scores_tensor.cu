@@ -1,0 +1,65 @@
+/* page_scores.cu on tensor cores, for 16-bit bounds: a product of pages and rows over 2 * head_dim channels.
+ * A query is two 16-bit values, what rounding leaves being the second, which makes its product as good as
+ * one of 16 (bfloat16) or 22 bits.
+ *
+ * Compiled with HEAD_DIM (64 or 128) and ROW_TILES, the rows of a thread block by 8. A warp takes 16 pages at
+ * a time: their bounds go straight to registers, all under way at once. Which channel stands where in a
+ * product does not matter as long as both sides agree: lane 4 g + t has of each 32 channels the 8 from 8 t on,
+ * 16 bytes, of pages g and g + 8. Rows are in shared memory as the lanes want them.
+ *
+ * Grid: (kv_heads, splits, rows / (8 * ROW_TILES)), 256 threads. Moves the bounds in, once in each z. */
+#define CHUNKS (2 * HEAD_DIM / 32)
+
+extern "C" __global__ void __launch_bounds__(256)
+    page_scores_tensor(const float *q, const int *tokens, int rows, int heads, BOUNDS_PARAMETERS, float *scores,
+                       int stride)
+{
+    extern __shared__ uint4 row_pieces[]; /* [CHUNKS][2 steps][ROW_TILES][lane]: pairs b0, b1, then their rests */
+    BoundsView bounds = BOUNDS_VIEW;
+    int kv_head = blockIdx.x, group = heads / bounds.kv_heads, first_row = blockIdx.z * 8 * ROW_TILES;
+    int pages = (*cache_length + page_size - 1) / page_size;
+    int lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4, warps = 256 / WARP;
+    wait_for_previous();
+    let_next_start();
+    for (int i = threadIdx.x; i < CHUNKS * 2 * ROW_TILES * WARP; i += 256) {
+        int row = first_row + i / WARP % ROW_TILES * 8 + i % WARP / 4, token = row >= rows ? -1 : tokens ? tokens[row / group] : row / group;
+        int channel = i / (2 * ROW_TILES * WARP) * 32 + i % 4 * 8 + i / (ROW_TILES * WARP) % 2 * 4;
+        const float *from = q + ((size_t)token * heads + kv_head * group + row % group) * HEAD_DIM;
+        float x[4], rest[4];
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            x[j] = token < 0 ? 0.0f : facing(from, channel + j, HEAD_DIM);
+            rest[j] = x[j] - widen(narrow(x[j]));
+        }
+        row_pieces[i] = make_uint4(pack(x[0], x[1]), pack(x[2], x[3]), pack(rest[0], rest[1]), pack(rest[2], rest[3]));
+    }
+    __syncthreads();
+    int tiles = (pages + 15) / 16;
+    for (int tile = blockIdx.y * warps + threadIdx.x / WARP; tile < tiles; tile += gridDim.y * warps) {
+        /* The last tile's pages beyond the prefix's are taken for its last one. */
+        const uint4 *low = (const uint4 *)bounds.page(kv_head, min(tile * 16 + g, pages - 1));
+        const uint4 *high = (const uint4 *)bounds.page(kv_head, min(tile * 16 + g + 8, pages - 1));
+        uint4 a[CHUNKS], b[CHUNKS];
+#pragma unroll
+        for (int c = 0; c < CHUNKS; c++) a[c] = low[c * 4 + t], b[c] = high[c * 4 + t];
+        float score[ROW_TILES][4] = {};
+#pragma unroll
+        for (int c = 0; c < CHUNKS; c++)
+#pragma unroll
+            for (int n = 0; n < ROW_TILES; n++) {
+                uint4 first = row_pieces[(c * 2 * ROW_TILES + n) * WARP + lane];
+                uint4 second = row_pieces[((c * 2 + 1) * ROW_TILES + n) * WARP + lane];
+                mma(score[n], a[c].x, b[c].x, a[c].y, b[c].y, first.x, first.y);
+                mma(score[n], a[c].x, b[c].x, a[c].y, b[c].y, first.z, first.w);
+                mma(score[n], a[c].z, b[c].z, a[c].w, b[c].w, second.x, second.y);
+                mma(score[n], a[c].z, b[c].z, a[c].w, b[c].w, second.z, second.w);
+            }
+#pragma unroll
+        for (int n = 0; n < ROW_TILES; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                int row = first_row + n * 8 + t * 2 + i % 2, page = tile * 16 + g + i / 2 * 8;
+                if (row < rows && page < pages) scores[((size_t)kv_head * rows + row) * stride + page] = score[n][i];
+            }
+    }
+}
