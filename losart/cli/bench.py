@@ -14,13 +14,12 @@ from losart.attention import POLICIES
 from losart.bench import NoiseBlocks, check_prefix
 from losart.checks import require
 from losart.cli.arguments import add_loading, add_model_or_size, listed, positive
-from losart.cli.progress import Steps, load_model
+from losart.cli.progress import Steps, load_model, write_weights
 from losart.cli.tables import share
 from losart.environment import environment
 from losart.errors import OptionError
 from losart.model import Model
 from losart.options import AttentionConfig
-from losart.random_checkpoint import write_size
 
 EXAMPLE = "example: losart bench path/to/SDAR-1.7B-Chat --lengths 4096,16384 --attention dense,losa"
 LENGTHS = (1024, 4096)
@@ -61,8 +60,8 @@ def run(args: argparse.Namespace) -> None:
     with ExitStack() as stack:
         name = args.model
         if name is None:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="losart-bench-")))
-            name = write_size(folder / f"random-{args.size}", args.size, block_length=RANDOM_BLOCK)
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="losart-bench-"))
+            name = write_weights(Path(folder), args.size, block_length=RANDOM_BLOCK)
         figures = _measure(load_model(name, args.device, args.dtype), Path(name).name, args)
     if args.json:
         print(json.dumps(figures, indent=2))

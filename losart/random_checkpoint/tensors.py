@@ -100,8 +100,12 @@ def _write_file(
             for first in range(0, tensor.size, _CHUNK):
                 where = offset + first * item_size
                 jobs.append(pool.submit(_write_chunk, stream, where, tensor, first, dtype, seed))
-        for job in jobs:
-            wrote(job.result())
+        try:
+            for job in jobs:
+                wrote(job.result())
+        except BaseException:  # an interrupt should not wait for what has not begun
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def _write_chunk(
