@@ -28,9 +28,9 @@ import losart
 from losart.attention import make_policy
 from losart.attention.base import AttentionPolicy, PassKind
 from losart.bench import NoiseBlocks, noise
+from losart.cli.progress import Steps, write_weights
 from losart.environment import cpu_name
 from losart.options import AttentionConfig
-from losart.random_checkpoint import SIZES, write_checkpoint
 
 SIZE = "0.6B"
 VOCABULARY = 150_000  # transformers' ids are drawn below this
@@ -150,13 +150,18 @@ def losa_beside_dense(checkpoint: Path, prefix: int, repeats: int) -> dict[str, 
 
 def measure(checkpoint: Path, repeats: int) -> dict[str, Any]:
     """All figures."""
+    with Steps(2) as steps:
+        steps.begin("losart beside transformers")
+        short = beside_transformers(checkpoint, SHORT_PREFIX, repeats)
+        steps.begin("LoSA beside dense attention")
+        long = losa_beside_dense(checkpoint, LONG_PREFIX, repeats)
     return {
         "threads": threads(),
         "cpu": cpu_name(),
         "losart": f"{losart.__version__}, commit {commit()}",
         "command": " ".join(["python", *sys.argv]),
-        f"dense pass at {SHORT_PREFIX}": beside_transformers(checkpoint, SHORT_PREFIX, repeats),
-        **losa_beside_dense(checkpoint, LONG_PREFIX, repeats),
+        f"dense pass at {SHORT_PREFIX}": short,
+        **long,
     }
 
 
@@ -177,9 +182,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint = args.checkpoint or write_checkpoint(
-            Path(folder) / "checkpoint", **SIZES[SIZE], dtype="float32", block_length=BLOCK
-        )
+        checkpoint = args.checkpoint or write_weights(Path(folder), SIZE, dtype="float32", block_length=BLOCK)
         figures = measure(checkpoint, args.repeats)
     print_table(figures)
     if args.json:
