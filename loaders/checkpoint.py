@@ -48,13 +48,13 @@ class Checkpoint:
         return self.config.dtype or self.tensors["embed"].dtype
 
 
-def open_checkpoint(model: str | os.PathLike[str]) -> Checkpoint:
+def open_checkpoint(model: str | os.PathLike[str] | None = None) -> Checkpoint:
     """Open a checkpoint without reading its weights.
 
     Parameters
     ----------
-    model : str or path
-        A directory, or a hub id ("org/name").
+    model : str or path, optional
+        A directory, or a hub id ("org/name"); without one, the small checkpoint that comes with losart.
 
     Raises
     ------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from importlib.resources import files
 from pathlib import Path
 
 from losart.errors import CheckpointError
@@ -22,19 +23,22 @@ _FILES = [
 ]
 
 
-def checkpoint_directory(model: str | os.PathLike[str]) -> Path:
+def checkpoint_directory(model: str | os.PathLike[str] | None) -> Path:
     """The directory of a checkpoint.
 
     Parameters
     ----------
-    model : str or path
-        A directory, or else a hub id ("org/name"), which is fetched into the hub's cache.
+    model : str, path or None
+        A directory, or else a hub id ("org/name"), which is fetched into the hub's cache; None for the
+        small checkpoint that comes with losart.
 
     Raises
     ------
     CheckpointError
         If there is no such directory, or the hub has no such model or cannot be reached.
     """
+    if model is None:
+        return Path(str(files("losart") / "small_checkpoint"))
     if not isinstance(model, (str, os.PathLike)) or not isinstance(os.fspath(model), str):
         raise CheckpointError(f"a checkpoint is named by a string or a path, not {model!r}")
     if os.path.isdir(model):

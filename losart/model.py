@@ -171,7 +171,7 @@ class Model:
 
 
 def load(
-    model: str | os.PathLike[str],
+    model: str | os.PathLike[str] | None = None,
     device: str = "auto",
     dtype: str = "auto",
     *,
@@ -181,8 +181,9 @@ def load(
 
     Parameters
     ----------
-    model : str or path
-        A checkpoint directory, or a hub id ("org/name"; works offline from the hub's cache).
+    model : str or path, optional
+        A checkpoint directory, or a hub id ("org/name"; works offline from the hub's cache). Without
+        one, the small checkpoint that comes with losart; its README.md says what it can do.
     device : {"auto", "cpu", "cuda"}
         "auto" takes CUDA where it works, else the CPU.
     dtype : {"auto", "float32", "bfloat16", "float16"}
@@ -202,7 +203,7 @@ def load(
 
 
 def generate(
-    model: str | os.PathLike[str] | Model,
+    model: str | os.PathLike[str] | Model | None,
     prompt: Prompt | Sequence[Prompt],
     *,
     device: str = "auto",
@@ -210,6 +211,8 @@ def generate(
     **options: Any,
 ) -> GenerationResult | list[GenerationResult]:
     """Load a checkpoint and generate from it: `load` and `Model.generate` in one.
+
+    `model` is what `load` takes, None for the checkpoint that comes with losart, or a `Model`.
 
     To generate more than once, load the model once and call its `generate`.
     """

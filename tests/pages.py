@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md")))
+CARD = ROOT / "losart" / "small_checkpoint" / "README.md"
+PAGES = (ROOT / "README.md", ROOT / "CHANGELOG.md", CARD, *sorted((ROOT / "docs").glob("*.md")))
 
 
 def run_block(page: str, number: int, namespace: dict[str, Any]) -> None:

@@ -118,7 +118,7 @@ def test_mistakes_give_one_line_and_a_code(tiny_checkpoint, tmp_path, capsys, ar
     assert error.count("\n") == 1
 
 
-@pytest.mark.parametrize("arguments", [[], ["generate"], ["nonsense"], ["generate", "x", "--remasking", "y"]])
+@pytest.mark.parametrize("arguments", [[], ["chat"], ["nonsense"], ["generate", "x", "--remasking", "y"]])
 def test_wrong_usage_exits_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as exit_:
         main(arguments)

@@ -47,6 +47,15 @@ def test_types_are_shipped():
     assert (Path(losart.__file__).parent / "py.typed").exists()
 
 
+def test_a_checkpoint_is_shipped_with_its_card():
+    folder = Path(losart.__file__).parent / "small_checkpoint"
+    files = {file.name: file.stat().st_size for file in folder.iterdir()}
+    weights = {"model.safetensors", "config.json", "generation_config.json"}
+    assert files.keys() == weights | {"tokenizer.json", "tokenizer_config.json", "README.md"}
+    assert sum(files.values()) <= 16e6
+    assert run_python("import losart; print(losart.load(device='cpu').config.block_length)") == "16"
+
+
 @pytest.mark.parametrize(
     ("package", "extras"), [("torch", {"parity", "train"}), ("transformers", {"parity"})]
 )

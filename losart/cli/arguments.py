@@ -15,9 +15,15 @@ from losart.remasking import STRATEGIES
 Group = argparse._ArgumentGroup
 
 
-def add_model(command: argparse.ArgumentParser) -> None:
+def add_model(command: argparse.ArgumentParser, required: bool = False) -> None:
     """Which checkpoint, and how it is loaded."""
-    command.add_argument("model", metavar="MODEL", help="checkpoint directory or hub id")
+    command.add_argument(
+        "model",
+        metavar="MODEL",
+        nargs=None if required else "?",
+        help="checkpoint directory or hub id"
+        + ("" if required else " (the small one that comes with losart)"),
+    )
     add_loading(command)
 
 

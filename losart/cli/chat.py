@@ -32,7 +32,7 @@ def add_command(commands: Any) -> None:
         epilog=EXAMPLE,
     )
     command.set_defaults(run=run)
-    add_model(command)
+    add_model(command, required=True)  # the checkpoint that comes with losart does not chat
     command.add_argument("--system", metavar="TEXT", help="the system message")
     command.add_argument(
         "--stats", action="store_true", help="print figures after each answer, to standard error"

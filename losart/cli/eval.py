@@ -150,7 +150,7 @@ def _run_locality(args: argparse.Namespace, given: dict[str, Any], options: dict
 
 def _facts(args: argparse.Namespace, model: Any, config: Any) -> dict[str, Any]:
     return {
-        "model": args.model,
+        "model": args.model or "small_checkpoint",
         "device": model.device,
         "dtype": model.dtype,
         "seed": config.seed,

@@ -88,6 +88,8 @@ def _prompt_text(args: argparse.Namespace) -> str:
     if args.prompt is not None:
         return args.prompt
     file = args.prompt_file or "-"
+    if file == "-" and sys.stdin.isatty():
+        print("the prompt is read from standard input, to its end (Ctrl-D)", file=sys.stderr)
     try:
         data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
         return data.decode("utf-8")
