@@ -7,7 +7,7 @@ import pytest
 from losart.cli import main
 from losart.eval import TASKS
 from losart.eval.vocabulary import VOCABULARY_SIZE, write_tokenizer
-from losart.model import Model
+from losart.session import Session
 
 SMALL = ["--device", "cpu", "--lengths", "1500", "--samples", "1", "--max-new-tokens", "4"]
 
@@ -48,7 +48,7 @@ def test_a_checkpoint_with_the_symbols_is_asked_in_symbols(make_checkpoint, tmp_
 
 
 def test_an_interrupt_leaves_the_cells_that_were_done(tiny_checkpoint, tmp_path, capsys, monkeypatch):
-    generate, calls = Model.generate, []
+    generate, calls = Session.generate, []
 
     def interrupted(self, *args, **options):
         calls.append(options)
@@ -56,7 +56,7 @@ def test_an_interrupt_leaves_the_cells_that_were_done(tiny_checkpoint, tmp_path,
             raise KeyboardInterrupt
         return generate(self, *args, **options)
 
-    monkeypatch.setattr(Model, "generate", interrupted)
+    monkeypatch.setattr(Session, "generate", interrupted)
     file = tmp_path / "eval.json"
     arguments = ["--tasks", "key", "--attention", "dense,quest", "--json", str(file)]
     assert main(["eval", str(tiny_checkpoint), *SMALL, *arguments]) == 130

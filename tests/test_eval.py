@@ -1,5 +1,6 @@
 """Evaluation: English questions, the grid, the figures of a cell, models that know the answers."""
 
+import itertools
 import math
 from types import SimpleNamespace
 
@@ -27,9 +28,9 @@ class Oracle:
         self.asked = []
 
     def session(self, **options):
-        pass
+        return SimpleNamespace(generate=lambda prompt: self.answer(prompt, options))
 
-    def generate(self, prompt, **options):
+    def answer(self, prompt, options):
         self.asked.append((prompt, options))
         text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
         stats = losart.Stats(100, 8, 0, 96, 3, 1, 0.5, 2.0, 0.25, 0.5, 0.75)
@@ -69,6 +70,18 @@ def test_normalised_answers_are_their_numbers():
     assert numbers("The codes are 12345, and\n678.") == "12345 678"
 
 
+@pytest.mark.parametrize(("task", "length", "most"), [("keys-2", 256, 8), ("last", 1024, 3)])
+def test_questions_about_one_document_are_asked_in_turn_and_none_twice(task, length, most):
+    prompts = [one.prompt for one in make_questions(None, TASKS[task], length, 40, 5, "symbols")]
+    assert len(set(prompts)) == len(prompts) == 40
+    in_turn = itertools.groupby(prompts, lambda prompt: prompt.rsplit("\n", 2)[0])
+    documents, counts = zip(*((document, len(list(asked))) for document, asked in in_turn), strict=True)
+    assert len(set(documents)) == len(documents)
+    assert 1 < max(counts) <= most
+    fewer = make_questions(None, TASKS[task], length, 7, 5, "symbols")
+    assert [one.prompt for one in fewer] == prompts[:7]
+
+
 def test_style_follows_the_chat_template(model, symbol_tokenizer):
     assert find_style(model) == "english"
     assert find_style(Oracle(symbol_tokenizer, None)) == "symbols"
@@ -100,6 +113,7 @@ def test_figures_of_a_cell(symbol_tokenizer):
     assert (cell.low, cell.high) == wilson_interval(2, 4)
     assert (cell.sparse_density, cell.density, cell.active_fraction) == (0.5, 0.75, 0.25)
     assert (cell.tokens_per_second, cell.passes_per_question) == (4.0, 4.0)
+    assert cell.prefilled_tokens == 4 * 96
     options = {"attention": "losa", "budget": 64, "active": 3, "commit": "sparse", "max_new_tokens": 16}
     assert all(given == {**options, "seed": 0} for _, given in oracle.asked)
 

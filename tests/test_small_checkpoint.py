@@ -12,7 +12,7 @@ import pytest
 import losart
 from losart.cli import main
 from losart.errors import CheckpointError
-from losart.eval import TASKS
+from losart.eval import TASKS, EvalConfig, evaluate
 from losart.eval.questions import make_questions
 
 DIRECTORY = Path(losart.__file__).parent / "small_checkpoint"
@@ -28,12 +28,23 @@ def question(model):
     return next(make_questions(model, TASKS["keys-2"], 512, 1, 0, "symbols"))
 
 
+def test_it_answers(model):
+    cells = evaluate(model, EvalConfig(("key", "keys-4"), (256,), ("dense", "losa"), samples=6))
+    assert len(cells) == 4 and all(cell.right >= 5 for cell in cells)
+
+
 @pytest.mark.parametrize("attention", ["dense", "losa"])
-@pytest.mark.parametrize("task", ["key", "keys-4", "values"])
-def test_it_answers(model, task, attention):
-    asked = list(make_questions(model, TASKS[task], 256, 6, 1, "symbols"))
-    right = [one.is_right(model.generate(one.prompt, attention=attention).text) for one in asked]
-    assert sum(right) >= 5
+def test_evaluation_prefills_a_document_once(model, attention):
+    """And its figures are those of each question asked by itself."""
+    (cell,) = evaluate(model, EvalConfig(("keys-2",), (256,), (attention,), (64,), samples=3))
+    asked = list(make_questions(model, TASKS["keys-2"], 256, 3, 0, "symbols"))
+    assert cell.prefilled_tokens == 256 + 2 * 16
+    setting = {"attention": attention} | ({} if attention == "dense" else {"budget": 64})
+    alone = [model.generate(one.prompt, max_new_tokens=16, **setting) for one in asked]
+    right = sum(one.is_right(answer.text) for one, answer in zip(asked, alone, strict=True))
+    assert cell.right == right
+    assert cell.passes_per_question == sum(one.stats.forward_passes for one in alone) / 3
+    assert cell.density == pytest.approx(sum(one.stats.density for one in alone) / 3, rel=0.02)
 
 
 def test_no_model_is_that_of_its_directory(model, question):

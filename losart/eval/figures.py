@@ -23,6 +23,7 @@ class Figures:
     sparse_density, density, active_fraction : float or None
         Means over the questions of `losart.Stats`' figures.
     tokens_per_second : float
+        New tokens over the seconds of decoding; those of prefill do not count.
     passes_per_question : float
         Denoising and commit passes.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from losart.eval.tasks import TASKS, Task
 from losart.eval.vocabulary import FIRST_SYMBOL, vocabulary
 
 STYLES = ("auto", "symbols", "english")
+QUESTIONS_PER_DOCUMENT = 8  # at most; of symbols
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ def find_style(model: Any, style: str = "auto") -> str:
 def make_questions(
     model: Any, task: Task, length: int, samples: int, seed: int, style: str
 ) -> Iterator[Question]:
-    """Questions, each about a document of its own.
+    """Questions: in "symbols" up to 8 in turn about one document, in "english" each about its own.
 
     Parameters
     ----------
@@ -74,18 +76,26 @@ def make_questions(
         The first of more questions are the same.
     style : {"symbols", "english"}
     """
-    for sample in range(samples):
-        rng = np.random.default_rng([seed, list(TASKS).index(task.name), length, sample])
-        if style == "symbols":
-            yield _symbolic(rng, task, length)
-        else:
-            yield _english(rng, task, length, model)
+    documents = (
+        np.random.default_rng([seed, list(TASKS).index(task.name), length, number])
+        for number in itertools.count()
+    )
+    if style == "symbols":
+        questions = (question for rng in documents for question in _symbolic(rng, task, length))
+    else:
+        questions = (_english(rng, task, length, model) for rng in documents)
+    return itertools.islice(questions, samples)
 
 
-def _symbolic(rng: np.random.Generator, task: Task, length: int) -> Question:
-    batch = symbols.make_batch(rng, 1, length, {task.name: 1.0}, split="eval")
-    prompt = symbol_text.prompt_text(batch.documents[0], batch.questions[0, 0])
-    return Question(prompt, symbol_text.answer_text(batch.answers[0, 0]), _words)
+def _symbolic(rng: np.random.Generator, task: Task, length: int) -> Iterator[Question]:
+    """Different questions about a document: fewer than the most where some were drawn twice."""
+    batch = symbols.make_batch(
+        rng, 1, length, {task.name: 1.0}, questions=QUESTIONS_PER_DOCUMENT, split="eval"
+    )
+    _, places = np.unique(batch.questions[0], axis=0, return_index=True)
+    for place in np.sort(places):
+        prompt = symbol_text.prompt_text(batch.documents[0], batch.questions[0, place])
+        yield Question(prompt, symbol_text.answer_text(batch.answers[0, place]), _words)
 
 
 def _words(text: str) -> str:
