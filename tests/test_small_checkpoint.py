@@ -71,6 +71,13 @@ def test_generate_without_a_model(question, tmp_path, capsys, monkeypatch, sourc
     assert capsys.readouterr().out == f"{question.answer}\n"
 
 
+def test_words_that_it_does_not_know_are_no_silent_nonsense(capsys):
+    assert main(["generate", "--device", "cpu", "--prompt", "Why is the sky blue?"]) == 0
+    error = capsys.readouterr().err
+    assert error.startswith("losart: 2 of 6 words of the prompt are unknown to the small checkpoint")
+    assert error.count("\n") == 1
+
+
 def test_a_model_may_follow_the_options(tiny_checkpoint, capsys):
     options = ["--device", "cpu", "--prompt", "Why?", "--max-new-tokens", "8"]
     assert main(["generate", *options, str(tiny_checkpoint)]) == 0

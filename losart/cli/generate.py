@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from losart.cli.arguments import add_generation, add_model, generation_options
 from losart.cli.progress import Progress, load_model
 from losart.cli.watch import watch
 from losart.errors import PromptError
+from losart.model import Model
 from losart.observation import ObservedPass, Observer
 from losart.trace import TraceWriter
 
@@ -55,6 +57,8 @@ def run(args: argparse.Namespace) -> None:
     """Generate and print."""
     text = _prompt_text(args)
     model = load_model(args.model, args.device, args.dtype)
+    if args.model is None:
+        _warn_of_unknown_words(model, text)
     session = model.session(**generation_options(args))
     prompt = [{"role": "user", "content": text}] if args.chat else text
     observers: list[Observer] = []
@@ -82,6 +86,20 @@ def run(args: argparse.Namespace) -> None:
         print_json(result)
     if args.stats:
         print_figures(result)
+
+
+def _warn_of_unknown_words(model: Model, text: str) -> None:
+    from losart.eval.vocabulary import UNKNOWN
+
+    assert model.tokenizer is not None
+    ids = model.tokenizer.encode(text)
+    count = ids.count(model.tokenizer.token_to_id(UNKNOWN))
+    if count:
+        warnings.warn(
+            f"{count} of {len(ids)} words of the prompt are unknown to the small checkpoint that comes with "
+            f"losart, which knows no natural language: name a MODEL",
+            stacklevel=2,
+        )
 
 
 def _prompt_text(args: argparse.Namespace) -> str:
