@@ -110,6 +110,7 @@ def active_sets(queries: list[np.ndarray], **options: Any) -> list[list[int]]:
     cache.advance(100)
     k, v = rng.standard_normal((2, tokens, heads, width), np.float32)
     policy = make_policy(AttentionConfig("losa", budget=16, **options), model, tokens)
+    policy.use(backend)
     policy.begin_block()
     for n, q in enumerate(queries):
         policy.begin_pass(PassKind.LATER if n else PassKind.FIRST, cache.length, range(tokens))

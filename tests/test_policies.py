@@ -76,6 +76,8 @@ def test_everything_read_and_active_is_dense_attention_to_the_bit(method):
     cache.advance(1203)
     options = {"budget": 1203, "active": 1.0, "commit": "sparse"}
     policies = [make_policy(AttentionConfig(name, **options), model, 5) for name in ("dense", method)]
+    for policy in policies:
+        policy.use(backend)
     for kind in PASSES:
         q = rng.standard_normal((5, 6, 32), np.float32)
         k, v = rng.standard_normal((2, 5, 2, 32), np.float32)

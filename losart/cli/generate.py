@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> None:
         progress = stack.enter_context(Progress("reading the prompt", "tokens"))
         steps = session.stream(prompt, progress=progress, observer=observer)
         if args.trace:  # only now: a mistake in the prompt leaves an older file as it is
-            trace = stack.enter_context(TraceWriter(args.trace, session, args.model))
+            trace = stack.enter_context(TraceWriter(args.trace, session, args.model or "small_checkpoint"))
             observers.append(trace)
         if args.watch:
             passes = stack.enter_context(watch(model.tokenizer, session.options.attention.page_size))

@@ -90,7 +90,7 @@ class Steps(Progress):
         self._begun += 1
 
 
-def load_model(model: str | Path, device: str, dtype: str) -> Model:
+def load_model(model: str | Path | None, device: str, dtype: str) -> Model:
     """Load a checkpoint, with progress."""
     with Progress("loading the weights", "layers") as progress:
         return load(model, device, dtype, progress=progress)
