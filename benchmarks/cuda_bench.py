@@ -24,6 +24,7 @@ import cuda_pass
 import cuda_prefill
 import cuda_prefix
 import cuda_products
+import cuda_sparse
 from attempts import attempt, reason
 from cuda_bandwidth import copy_bandwidth
 from environment import commit, gpu_name, versions
@@ -45,6 +46,14 @@ SECTIONS = {
         "SDAR-8B's heads, one layer; losart with the merge of its parts; torch's flash attention with the "
         "query heads of a kv head as rows. Medians of graph replays, keys and values not in the L2 cache.",
         lambda bandwidth, quick, _: cuda_prefix.rows(bandwidth, quick),
+    ),
+    "sparse": Section(
+        "Prefix attention of later passes, microseconds",
+        "SDAR-8B's heads, block 16, one layer; sparse methods with all that they do: change of queries, "
+        "ranking and selection of pages, attention over them, merge. losa 5 and 8: active tokens; anchor: "
+        "losa with the selector anchor. read: the share of the prefix that is read, beside bounds. Keys and "
+        "queries with topics (`cuda_topics.py`); medians of graph replays, nothing in the L2 cache.",
+        lambda _, quick, __: cuda_sparse.rows(quick),
     ),
     "pass": Section(
         "Whole denoising pass, milliseconds",

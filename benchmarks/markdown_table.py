@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 LENGTHS = ("prefix", "prompt")  # counted in K
-COUNTS = ("block",)
+COUNTS = ("block", "budget")
 
 
 def markdown_table(rows: list[dict[str, Any]]) -> str:
@@ -17,7 +17,7 @@ def markdown_table(rows: list[dict[str, Any]]) -> str:
 
 
 def cell(key: str, value: Any) -> str:
-    """Three digits or so; "4.10x" for ratios; why a figure is missing."""
+    """Three digits or so; "4.10x" for ratios, "2.5%" for what is read; why a figure is missing."""
     if value is None:
         return ""
     if isinstance(value, str):
@@ -26,6 +26,8 @@ def cell(key: str, value: Any) -> str:
         return f"{value // 1024}K"
     if key in COUNTS:
         return str(value)
+    if key.endswith(" read"):
+        return f"{value:.1%}"
     if "/" in key:
         return f"{value:.2f}x"
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"

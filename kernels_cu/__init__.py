@@ -66,8 +66,8 @@ FILES = {
     "page_scores_tensor": KernelFile((*BOUNDS, "tensor.cuh"), SIXTEEN_BIT),
     "page_masses": KernelFile(ATTENTION, spills=True),
     "page_masses_tensor": KernelFile(TENSOR_ATTENTION, SIXTEEN_BIT),
-    "top_pages": KernelFile(COMMON),
-    "list_pages": KernelFile(COMMON),
+    "top_pages": KernelFile((*COMMON, "page_list.cuh")),
+    "list_pages": KernelFile((*COMMON, "page_list.cuh")),
     "logit_slices": KernelFile((*PRODUCT, "logit_row.cuh")),
     "sample": KernelFile((*COMMON, "logit_row.cuh")),
 }

@@ -18,7 +18,18 @@ extern "C" __global__ void __launch_bounds__(256)
     BoundsView bounds = BOUNDS_VIEW;
     int kv_head = blockIdx.x, group = heads / bounds.kv_heads, first_row = blockIdx.z * 8 * ROW_TILES;
     int pages = (*cache_length + page_size - 1) / page_size;
-    int lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4, warps = 256 / WARP;
+    int lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4, tiles = (pages + 15) / 16;
+    uint4 a[CHUNKS], b[CHUNKS];
+    auto load = [&](int tile) {
+        if (tile >= tiles) return;
+        /* The last tile's pages beyond the prefix's are taken for its last one. */
+        const uint4 *low = (const uint4 *)bounds.page(kv_head, min(tile * 16 + g, pages - 1));
+        const uint4 *high = (const uint4 *)bounds.page(kv_head, min(tile * 16 + g + 8, pages - 1));
+#pragma unroll
+        for (int c = 0; c < CHUNKS; c++) a[c] = low[c * 4 + t], b[c] = high[c * 4 + t];
+    };
+    int tile = blockIdx.y * (256 / WARP) + threadIdx.x / WARP;
+    load(tile); /* the prefix was there before the pass began */
     wait_for_previous();
     let_next_start();
     for (int i = threadIdx.x; i < CHUNKS * 2 * ROW_TILES * WARP; i += 256) {
@@ -34,14 +45,7 @@ extern "C" __global__ void __launch_bounds__(256)
         row_pieces[i] = make_uint4(pack(x[0], x[1]), pack(x[2], x[3]), pack(rest[0], rest[1]), pack(rest[2], rest[3]));
     }
     __syncthreads();
-    int tiles = (pages + 15) / 16;
-    for (int tile = blockIdx.y * warps + threadIdx.x / WARP; tile < tiles; tile += gridDim.y * warps) {
-        /* The last tile's pages beyond the prefix's are taken for its last one. */
-        const uint4 *low = (const uint4 *)bounds.page(kv_head, min(tile * 16 + g, pages - 1));
-        const uint4 *high = (const uint4 *)bounds.page(kv_head, min(tile * 16 + g + 8, pages - 1));
-        uint4 a[CHUNKS], b[CHUNKS];
-#pragma unroll
-        for (int c = 0; c < CHUNKS; c++) a[c] = low[c * 4 + t], b[c] = high[c * 4 + t];
+    while (tile < tiles) {
         float score[ROW_TILES][4] = {};
 #pragma unroll
         for (int c = 0; c < CHUNKS; c++)
@@ -61,5 +65,6 @@ extern "C" __global__ void __launch_bounds__(256)
                 int row = first_row + n * 8 + t * 2 + i % 2, page = tile * 16 + g + i / 2 * 8;
                 if (row < rows && page < pages) scores[((size_t)kv_head * rows + row) * stride + page] = score[n][i];
             }
+        load(tile += gridDim.y * (256 / WARP));
     }
 }

@@ -5,32 +5,37 @@
  * where rows is null. active [count] gets the active tokens, rising, and then -1. With `keep`, q is written over
  * previous. `done` is 0 between launches.
  *
- * Grid: tokens, 256 threads; the block that ends last takes the active set. Moves q and previous in. */
+ * Grid: tokens, 1024 threads; the block that ends last takes the active set. Moves q and previous in; width is a
+ * multiple of 4. */
+#define THREADS 1024
+
 __device__ __forceinline__ double sum_of_block(double x, double *shared)
 {
     for (int lane = WARP / 2; lane; lane /= 2) x += __shfl_xor_sync(~0u, x, lane);
     if (threadIdx.x % WARP == 0) shared[threadIdx.x / WARP] = x;
     __syncthreads();
-    x = 0;
-    for (int warp = 0; warp < blockDim.x / WARP; warp++) x += shared[warp];
+    x = shared[threadIdx.x % WARP];
+    for (int lane = WARP / 2; lane; lane /= 2) x += __shfl_xor_sync(~0u, x, lane);
     return x;
 }
 
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(THREADS)
     query_change(const float *q, float *previous, int width, int keep, const int *rows, const int *row_count,
                  float *change, unsigned *done, int *active, int count)
 {
-    __shared__ double shared[256 / WARP];
+    __shared__ double shared[THREADS / WARP];
     __shared__ bool last;
     wait_for_previous();
     let_next_start();
-    size_t first = (size_t)blockIdx.x * width;
+    const float4 *from = (const float4 *)(q + (size_t)blockIdx.x * width);
+    float4 *before = (float4 *)(previous + (size_t)blockIdx.x * width);
     double total = 0;
-    for (int i = threadIdx.x; i < width; i += blockDim.x) {
-        float now = q[first + i];
-        double difference = (double)now - previous[first + i];
-        total += difference * difference;
-        if (keep) previous[first + i] = now;
+    for (int i = threadIdx.x; i < width / 4; i += THREADS) {
+        float4 now = from[i], then = before[i];
+        double x = (double)now.x - then.x, y = (double)now.y - then.y, z = (double)now.z - then.z,
+               w = (double)now.w - then.w;
+        total += x * x + y * y + z * z + w * w;
+        if (keep) before[i] = now;
     }
     total = sum_of_block(total, shared);
     if (threadIdx.x == 0) {

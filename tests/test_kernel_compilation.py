@@ -51,7 +51,7 @@ HEADS = ((8, 8), (16, 8), (32, 8), (8, 1))  # and kv heads
 def plans(card: Card) -> Iterator[Plan]:
     """Launches that stand for all that the card will see."""
     for pages in (100, 2048, 8192, 1 << 16):
-        yield top_pages_plan(20, 8, pages)
+        yield from (top_pages_plan(20, 8, pages, unite) for unite in (False, True))
     for tensor in (True, False):
         for tokens in (*TOKENS, 2048):
             yield product_plan(card, tensor, tokens, 4096, 4096)

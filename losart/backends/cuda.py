@@ -45,7 +45,7 @@ class CudaBackend(DenseCudaBackend):
         self._free: list[tuple[Hashable, Hashable, dict[Hashable, Any]]] = []
         with self.stream:  # both are zeros between kernels
             self._marks = cupy.zeros((config.num_kv_heads, -(-self._most_pages(UNIT) // 32)), np.uint32)
-            self._done = cupy.zeros(1, np.uint32)
+            self._done = cupy.zeros(config.num_kv_heads, np.uint32)
 
     def _most_pages(self, page_size: int) -> int:
         """Pages of the longest prefix that a pass can have: its block begins within the positions."""
@@ -115,7 +115,7 @@ class CudaBackend(DenseCudaBackend):
         self._launch(
             "query_change",
             (len(q),),
-            256,
+            1024,
             *(q, previous, q[0].size, int(keep), *masked, change, self._done, active, count),
         )
         return active
@@ -131,16 +131,33 @@ class CudaBackend(DenseCudaBackend):
         bounds = (self._pages.bounds, self._given.length, layer, c.num_kv_heads)
         sizes = (cache.page_size, table.positions_per_chunk, c.head_dim)
         self._launch_plan(plan, q, tokens, rows, c.num_heads, *bounds, *sizes, scores, pages)
-        self._top_pages(scores, 1, 1, rows, tokens, cache, min(count, pages), None)
-        return self._list_pages(None, tokens, cache, min(pages, rows * count))
+        found, listing = self._new_list(min(pages, rows * count))
+        count = min(count, pages)
+        self._top_pages(scores, 1, 1, rows, tokens, cache, count, *listing[:4], self._done, *listing[4:])
+        return found
 
     def select_pages_by_mass(self, masses: Any, tokens: Any, cache: PagedKVCache, count: int) -> PageList:
-        rows = masses.shape[1] if tokens is None else len(tokens) * self.config.group_size
-        if not rows:
+        _, rows, count = masses.shape
+        wanted = rows if tokens is None else len(tokens) * self.config.group_size
+        if not wanted:
             return self._no_pages()
-        return self._list_pages(
-            masses, tokens, cache, min(self._most_pages(cache.page_size), rows * masses.shape[2])
+        found, (ids, capacity, *rest) = self._new_list(min(self._most_pages(cache.page_size), wanted * count))
+        self._launch(
+            "list_pages",
+            (self.config.num_kv_heads,),
+            1024,
+            *(masses, rows, count, tokens, 0 if tokens is None else len(tokens), self.config.group_size),
+            *(self._given.length, cache.page_size, ids, capacity, *rest),
         )
+        return found
+
+    def _new_list(self, capacity: int) -> tuple[PageList, tuple[Any, ...]]:
+        """A list for so many pages a kv head, and kernels' arguments by which they fill it."""
+        kv_heads = self.config.num_kv_heads
+        ids, counts = cupy.empty((kv_heads, capacity), np.int32), cupy.empty(kv_heads, np.int32)
+        self.counted = True
+        marks = (self._marks, self._marks.shape[1])
+        return PageList(ids, counts, None), (ids, capacity, *marks, counts, self._given.positions)
 
     def _top_pages(
         self,
@@ -151,29 +168,14 @@ class CudaBackend(DenseCudaBackend):
         tokens: Any,
         cache: PagedKVCache,
         count: int,
-        ids: Any,
+        *into: Any,
     ) -> None:
-        """Top pages of each row, marked or, with `ids`, listed there."""
-        plan = top_pages_plan(rows, self.config.num_kv_heads, self._most_pages(cache.page_size))
+        """Top pages of each row, each for itself, or united where there is all that a list takes."""
+        pages, kv_heads = self._most_pages(cache.page_size), self.config.num_kv_heads
+        plan = top_pages_plan(rows, kv_heads, pages, unite=len(into) > 1)
         given = (self._given.length, cache.page_size, tokens, self.config.group_size, count)
-        marks = (self._marks, self._marks.shape[1]) if ids is None else (None, 0)
-        self._launch_plan(plan, scores, sums, units, scores.shape[-1], *given, *marks, ids)
-
-    def _list_pages(self, selected: Any, tokens: Any, cache: PagedKVCache, capacity: int) -> PageList:
-        c = self.config
-        ids = cupy.empty((c.num_kv_heads, capacity), np.int32)
-        counts = cupy.empty(c.num_kv_heads, np.int32)
-        rows, count = (0, 0) if selected is None else selected.shape[1:]
-        self._launch(
-            "list_pages",
-            (c.num_kv_heads,),
-            1024,
-            *(self._marks, self._marks.shape[1], selected, rows, count),
-            *(tokens, 0 if tokens is None else len(tokens), c.group_size),
-            *(self._given.length, cache.page_size, ids, capacity, counts, self._given.positions),
-        )
-        self.counted = True
-        return PageList(ids, counts, None)
+        into = into if len(into) > 1 else (*into, 0, None, 0, None, None, None)
+        self._launch_plan(plan, scores, sums, units, scores.shape[-1], *given, *into)
 
     def _no_pages(self) -> PageList:
         kv_heads = self.config.num_kv_heads

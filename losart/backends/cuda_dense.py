@@ -66,6 +66,8 @@ class DenseCudaBackend:
         for name in ("hidden_size", "intermediate_size"):
             size = getattr(config, name)
             require(size % 4 == 0, ConfigError, f"{name} must be a multiple of 4 on CUDA, not {size}")
+        width = config.num_heads * config.head_dim
+        require(width % 4 == 0, ConfigError, f"num_heads * head_dim must be a multiple of 4, not {width}")
         if config.head_dim > LARGEST_HEAD_DIM:
             raise ConfigError(f"head_dim must be {LARGEST_HEAD_DIM} at most on CUDA, not {config.head_dim}")
         self.config = config

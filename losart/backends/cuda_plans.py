@@ -143,9 +143,10 @@ def scores_plan(card: Card, tensor: bool, rows: int, kv_heads: int, head_dim: in
     return Plan("page_scores_tensor", grid, 256, head_dim // 16 * 2 * tiles * 512, defines)
 
 
-def top_pages_plan(rows: int, kv_heads: int, pages: int) -> Plan:
+def top_pages_plan(rows: int, kv_heads: int, pages: int, unite: bool) -> Plan:
     """The top pages of `rows` rows a kv head, of `pages` at most."""
-    return Plan("top_pages", (rows, kv_heads), 1024, 0, (("KEYS", min(16, ceil(pages / 1024))),))
+    defines = (("KEYS", min(16, ceil(pages / 512))), ("UNITE", int(unite)))
+    return Plan("top_pages", (rows, kv_heads), 512, 0, defines)
 
 
 def causal_plan(card: Card, tensor: bool, tokens: int, heads: int, kv_heads: int, head_dim: int) -> Plan:

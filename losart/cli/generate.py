@@ -93,7 +93,8 @@ def _warn_of_unknown_words(model: Model, text: str) -> None:
 
     assert model.tokenizer is not None
     ids = model.tokenizer.encode(text)
-    count = ids.count(model.tokenizer.token_to_id(UNKNOWN))
+    unknown = model.tokenizer.token_to_id(UNKNOWN)
+    count = 0 if unknown is None else ids.count(unknown)
     if count:
         warnings.warn(
             f"{count} of {len(ids)} words of the prompt are unknown to the small checkpoint that comes with "
