@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 from types import SimpleNamespace
 
 import english_solver
@@ -70,14 +71,24 @@ def test_normalised_answers_are_their_numbers():
     assert numbers("The codes are 12345, and\n678.") == "12345 678"
 
 
-@pytest.mark.parametrize(("task", "length", "most"), [("keys-2", 256, 8), ("last", 1024, 3)])
-def test_questions_about_one_document_are_asked_in_turn_and_none_twice(task, length, most):
+@pytest.mark.parametrize(
+    ("task", "length", "most"),
+    [("key", 1024, 8), ("keys-2", 256, 4), ("last", 1024, 3), ("chains-2", 1024, 2)],
+)
+def test_questions_about_one_document_are_asked_in_turn_and_share_no_fact(task, length, most):
     prompts = [one.prompt for one in make_questions(None, TASKS[task], length, 40, 5, "symbols")]
     assert len(set(prompts)) == len(prompts) == 40
     in_turn = itertools.groupby(prompts, lambda prompt: prompt.rsplit("\n", 2)[0])
-    documents, counts = zip(*((document, len(list(asked))) for document, asked in in_turn), strict=True)
-    assert len(set(documents)) == len(documents)
-    assert 1 < max(counts) <= most
+    documents = {document: list(asked) for document, asked in in_turn}
+    assert sum(map(len, documents.values())) == 40
+    assert 1 < max(map(len, documents.values())) <= most
+    for asked in documents.values():
+        names = []
+        for prompt in asked:
+            keys = re.findall(r"\w+-\w+", prompt.splitlines()[-1].lower())
+            names.append({key.replace("-", " ") for key in keys})
+            names[-1] |= set(re.findall(r"\w+ \w+", symbol_solver.solve(prompt)))
+        assert len(set.union(*names)) == sum(map(len, names))
     fewer = make_questions(None, TASKS[task], length, 7, 5, "symbols")
     assert [one.prompt for one in fewer] == prompts[:7]
 

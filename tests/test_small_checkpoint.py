@@ -36,8 +36,8 @@ def test_it_answers(model):
 @pytest.mark.parametrize("attention", ["dense", "losa"])
 def test_evaluation_prefills_a_document_once(model, attention):
     """And its figures are those of each question asked by itself."""
-    (cell,) = evaluate(model, EvalConfig(("keys-2",), (256,), (attention,), (64,), samples=3))
-    asked = list(make_questions(model, TASKS["keys-2"], 256, 3, 0, "symbols"))
+    (cell,) = evaluate(model, EvalConfig(("key",), (256,), (attention,), (64,), samples=3))
+    asked = list(make_questions(model, TASKS["key"], 256, 3, 0, "symbols"))
     assert cell.prefilled_tokens == 256 + 2 * 16
     setting = {"attention": attention} | ({} if attention == "dense" else {"budget": 64})
     alone = [model.generate(one.prompt, max_new_tokens=16, **setting) for one in asked]

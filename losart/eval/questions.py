@@ -88,14 +88,18 @@ def make_questions(
 
 
 def _symbolic(rng: np.random.Generator, task: Task, length: int) -> Iterator[Question]:
-    """Different questions about a document: fewer than the most where some were drawn twice."""
+    """Questions about a document that share no fact: one that is hard to find counts but once."""
     batch = symbols.make_batch(
         rng, 1, length, {task.name: 1.0}, questions=QUESTIONS_PER_DOCUMENT, split="eval"
     )
-    _, places = np.unique(batch.questions[0], axis=0, return_index=True)
-    for place in np.sort(places):
-        prompt = symbol_text.prompt_text(batch.documents[0], batch.questions[0, place])
-        yield Question(prompt, symbol_text.answer_text(batch.answers[0, place]), _words)
+    asked: set[tuple[int, ...]] = set()
+    for question, answer in zip(batch.questions[0], batch.answers[0], strict=True):
+        pairs = np.concatenate([question, answer]).reshape(-1, 2)
+        names = set(map(tuple, pairs[(pairs >= FIRST_SYMBOL).all(axis=1)].tolist()))
+        if asked.isdisjoint(names):
+            asked |= names
+            prompt = symbol_text.prompt_text(batch.documents[0], question)
+            yield Question(prompt, symbol_text.answer_text(answer), _words)
 
 
 def _words(text: str) -> str:
