@@ -63,7 +63,8 @@ FILES = {
     "query_change": KernelFile(COMMON),
     "copy_tokens": KernelFile(COMMON),
     "page_scores": KernelFile(BOUNDS),
-    "page_scores_tensor": KernelFile((*BOUNDS, "tensor.cuh"), SIXTEEN_BIT),
+    # On capability 10.0 the compiler loads all rows' pieces at once.
+    "page_scores_tensor": KernelFile((*BOUNDS, "tensor.cuh"), SIXTEEN_BIT, spills=True),
     "page_masses": KernelFile(ATTENTION, spills=True),
     "page_masses_tensor": KernelFile(TENSOR_ATTENTION, SIXTEEN_BIT),
     "top_pages": KernelFile((*COMMON, "page_list.cuh")),
