@@ -1,5 +1,7 @@
 """Symbolic tasks: their answers follow from the text, and the text has the ids that training sees."""
 
+from zlib import crc32
+
 import numpy as np
 import pytest
 from symbol_solver import solve
@@ -103,6 +105,30 @@ def test_equal_seeds_give_equal_batches():
     for name in ("documents", "questions", "answers", "tasks"):
         assert np.array_equal(getattr(one, name), getattr(same, name))
     assert not np.array_equal(one.documents, other.documents)
+
+
+def test_the_questions_of_a_seed_stay_the_same():
+    """So that scores of different versions are of the same questions."""
+    batch = make_batch(np.random.default_rng(6), 2, 256, questions=3, split="eval")
+    parts = (batch.documents, batch.questions, batch.answers, batch.tasks)
+    sums = [crc32(part.astype("<i4").tobytes()) for part in parts]
+    assert sums == [1471667754, 1762542235, 896453637, 1179128505]
+
+
+def test_sources_are_where_the_answers_stand():
+    batch = make_batch(np.random.default_rng(10), 4, 512, questions=64)
+    symbols = batch.answers >= FIRST_SYMBOL
+    assert ((batch.sources >= 0) == symbols).all() and batch.sources.dtype == np.int32
+    row, question, place = np.nonzero(symbols)
+    source = batch.sources[symbols]
+    assert (batch.documents[row, source] == batch.answers[symbols]).all()
+    # Of a question's first pair the key stands right before it; values of one key go back in the document.
+    first = place == 0
+    for back, part in ((2, 0), (1, 1)):
+        told = batch.documents[row[first], source[first] - back]
+        assert (told == batch.questions[row[first], question[first], part]).all()
+    values = batch.sources[batch.tasks == list(TASKS).index("values")]
+    assert len(values) and (values[:, 0] > values[:, 2]).all() and (values[:, 2] > values[:, 4]).all()
 
 
 def test_tasks_are_drawn_by_their_weights():

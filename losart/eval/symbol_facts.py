@@ -33,8 +33,9 @@ class SymbolFacts:
     single_keys: np.ndarray
     single_values: np.ndarray
 
-    def told(self, rng: np.random.Generator) -> np.ndarray:
-        """All facts, key and value, in a random order in which they can be told: [rows, facts, 4]."""
+    @property
+    def listed(self) -> np.ndarray:
+        """All facts, key and value: [rows, facts, 4]. Chains first, then repeated ones, then single ones."""
         rows = len(self.chain_keys)
         keys = [
             self.chain_keys,
@@ -42,29 +43,39 @@ class SymbolFacts:
             self.single_keys,
         ]
         values = [self.chain_values, self.repeated_values, self.single_values]
-        facts = np.concatenate(
+        return np.concatenate(
             [
                 np.concatenate([key, value], axis=-1).reshape(rows, -1, 4)
                 for key, value in zip(keys, values, strict=True)
             ],
             axis=1,
         )
-        places = rng.permuted(np.tile(np.arange(facts.shape[1]), (rows, 1)), axis=1)
-        first, repeated = self.chain_keys.shape[1] * CHAIN_FACTS, self.repeated_keys.shape[1]
-        times = slice(first, first + repeated * TIMES_SET)
+
+    def order(self, rng: np.random.Generator) -> np.ndarray:
+        """A random order in which they can be told: the place of each of `listed`, [rows, facts]."""
+        rows, repeated = self.repeated_keys.shape[:2]
+        facts = self.first_single + self.single_keys.shape[1]
+        places = rng.permuted(np.tile(np.arange(facts), (rows, 1)), axis=1)
+        times = slice(self.first_repeated, self.first_single)
         in_order = np.sort(places[:, times].reshape(rows, repeated, TIMES_SET), axis=-1)
         places[:, times] = in_order.reshape(rows, -1)
-        told = np.empty_like(facts)
-        told[np.arange(rows)[:, None], places] = facts
-        return told
+        return places
 
     @property
-    def plain(self) -> tuple[np.ndarray, np.ndarray]:
-        """Keys that are set once and their values, each [rows, keys, 2]."""
-        rows = len(self.chain_keys)
-        keys = np.concatenate([self.chain_keys.reshape(rows, -1, 2), self.single_keys], axis=1)
-        values = np.concatenate([self.chain_values.reshape(rows, -1, 2), self.single_values], axis=1)
-        return keys, values
+    def first_repeated(self) -> int:
+        """Number among `listed` of the first repeated fact."""
+        return self.chain_keys.shape[1] * CHAIN_FACTS
+
+    @property
+    def first_single(self) -> int:
+        """Number among `listed` of the first single fact."""
+        return self.first_repeated + self.repeated_keys.shape[1] * TIMES_SET
+
+    @property
+    def plain(self) -> np.ndarray:
+        """Numbers among `listed` of the facts whose key is set once: [keys]."""
+        single = self.first_single + np.arange(self.single_keys.shape[1])
+        return np.concatenate([np.arange(self.first_repeated), single])
 
 
 def draw_facts(rng: np.random.Generator, rows: int, count: int, split: str) -> SymbolFacts:

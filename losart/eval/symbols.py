@@ -23,7 +23,7 @@ import numpy as np
 from losart.checks import is_int, require
 from losart.errors import OptionError
 from losart.eval.symbol_facts import SymbolFacts, draw_facts
-from losart.eval.tasks import CHAIN_FACTS, TASKS, Task
+from losart.eval.tasks import CHAIN_FACTS, TASKS, TIMES_SET, Task
 from losart.eval.vocabulary import ASK, EARLIER, END, FIRST_FILLER, FIRST_SYMBOL, HOP, PAD, token_id
 
 BLOCK = 16  # tokens of a question, and of an answer
@@ -44,12 +44,15 @@ class SymbolBatch:
     questions, answers : int32 [rows, questions, 16]
     tasks : int32 [rows, questions]
         Indices into `list(TASKS)`.
+    sources : int32 [rows, questions, 16]
+        Position in the document of the token that each of `answers` repeats; -1 for `end` and `pad`.
     """
 
     documents: np.ndarray
     questions: np.ndarray
     answers: np.ndarray
     tasks: np.ndarray
+    sources: np.ndarray
 
 
 def fact_count(tokens: int) -> int:
@@ -101,16 +104,20 @@ def make_batch(
         require(name in TASKS, OptionError, f"tasks must be among {', '.join(TASKS)}, not {name!r}")
 
     drawn_facts = draw_facts(rng, rows, facts, split)
-    documents = _documents(rng, tokens, drawn_facts.told(rng))
+    listed = drawn_facts.listed
+    documents, starts = _documents(rng, tokens, listed, drawn_facts.order(rng))
     weights = np.array([wanted.get(name, 0.0) for name in TASKS])
     drawn = rng.choice(len(TASKS), size=(rows, questions), p=weights / weights.sum()).astype(np.int32)
-    asked = np.empty((rows, questions, BLOCK), np.int32)
-    answers = np.empty((rows, questions, BLOCK), np.int32)
+    asked, answers, sources = (np.empty((rows, questions, BLOCK), np.int32) for _ in range(3))
     for index, task in enumerate(TASKS.values()):
         row, column = np.nonzero(drawn == index)
         if len(row):
-            asked[row, column], answers[row, column] = _blocks(task, *_ask(rng, task, drawn_facts, row))
-    return SymbolBatch(documents, asked, answers, drawn)
+            number = _ask(rng, task, drawn_facts, len(row))
+            found = row[:, None, None], number
+            asked[row, column], answers[row, column], sources[row, column] = _blocks(
+                task, listed[found], starts[found]
+            )
+    return SymbolBatch(documents, asked, answers, drawn, sources)
 
 
 def _check(length: int, facts: int, split: str) -> None:
@@ -127,36 +134,35 @@ def _check(length: int, facts: int, split: str) -> None:
     require(split in SPLITS, OptionError, f"split must be {' or '.join(SPLITS)}, not {split!r}")
 
 
-def _documents(rng: np.random.Generator, tokens: int, told: np.ndarray) -> np.ndarray:
-    """Facts [rows, facts, 4], in their order, at random places among filler: ids [rows, tokens]."""
-    rows, facts, _ = told.shape
+def _documents(
+    rng: np.random.Generator, tokens: int, listed: np.ndarray, order: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Facts [rows, facts, 4], told in an order [rows, facts], at random places among filler.
+
+    Ids [rows, tokens], and where each fact starts [rows, facts].
+    """
+    rows, facts, _ = listed.shape
     documents = rng.integers(FIRST_FILLER, FIRST_SYMBOL, size=(rows, tokens), dtype=np.int32)
     room = tokens - (FACT - 1) * facts  # a fact takes one place here, and opens three more
     places = np.argpartition(rng.random((rows, room), dtype=np.float32), facts - 1, axis=1)[:, :facts]
-    starts = np.sort(places, axis=1) + (FACT - 1) * np.arange(facts)
-    where = starts[:, :, None] + np.arange(FACT)
-    documents[np.arange(rows)[:, None, None], where] = FIRST_SYMBOL + told
-    return documents
+    in_order = np.sort(places, axis=1) + (FACT - 1) * np.arange(facts)
+    row = np.arange(rows)[:, None]
+    starts = in_order[row, order]
+    documents[row[:, :, None], starts[:, :, None] + np.arange(FACT)] = FIRST_SYMBOL + listed
+    return documents, starts
 
 
-def _ask(
-    rng: np.random.Generator, task: Task, facts: SymbolFacts, row: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Keys [n, keys, 2] to ask the documents `row` [n] for, and values [n, keys, values or hops, 2]."""
-    row = row[:, None]
+def _ask(rng: np.random.Generator, task: Task, facts: SymbolFacts, count: int) -> np.ndarray:
+    """Numbers among the listed facts that `count` questions ask for, [count, keys, values or hops]."""
     if task.overwritten:
-        chosen = rng.integers(facts.repeated_keys.shape[1], size=row.shape)
-        newest_first = facts.repeated_values[row, chosen][:, :, ::-1]
-        return facts.repeated_keys[row, chosen], newest_first[:, :, : task.values]
+        chosen = rng.integers(facts.repeated_keys.shape[1], size=(count, 1, 1))
+        newest_first = TIMES_SET - 1 - np.arange(task.values)
+        return facts.first_repeated + chosen * TIMES_SET + newest_first
     if task.hops > 1:
-        chosen = _distinct(rng, len(row), facts.chain_keys.shape[1], task.keys)
+        chosen = _distinct(rng, count, facts.chain_keys.shape[1], task.keys)
         start = rng.integers(CHAIN_FACTS - task.hops + 1, size=chosen.shape)
-        hops = start[..., None] + np.arange(task.hops)
-        values = facts.chain_values[row[..., None], chosen[..., None], hops]
-        return facts.chain_keys[row, chosen, start], values
-    keys, plain_values = facts.plain
-    chosen = _distinct(rng, len(row), keys.shape[1], task.keys)
-    return keys[row, chosen], plain_values[row, chosen][:, :, None]
+        return (chosen * CHAIN_FACTS + start)[..., None] + np.arange(task.hops)
+    return facts.plain[_distinct(rng, count, len(facts.plain), task.keys)][..., None]
 
 
 def _distinct(rng: np.random.Generator, rows: int, high: int, count: int) -> np.ndarray:
@@ -164,15 +170,20 @@ def _distinct(rng: np.random.Generator, rows: int, high: int, count: int) -> np.
     return np.argsort(rng.random((rows, high), dtype=np.float32), axis=1)[:, :count]
 
 
-def _blocks(task: Task, key: np.ndarray, value: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Questions and answers [n, 16] of keys [n, keys, 2] and their values [n, keys, values or hops, 2]."""
-    n, width = len(key), 2 * task.pairs
+def _blocks(task: Task, facts: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Questions, answers and their sources, each [n, 16].
+
+    Of facts [n, keys, values or hops, 4], and where in the document they start [n, keys, values or hops].
+    """
+    n, width = len(facts), 2 * task.pairs
     question = np.full((n, BLOCK), token_id(ASK), np.int32)
     answer = np.full((n, BLOCK), token_id(PAD), np.int32)
+    source = np.full((n, BLOCK), -1, np.int32)
     mark = token_id(HOP if task.hops > 1 else EARLIER)
     slots = np.full((n, task.keys, width // task.keys), mark, np.int32)
-    slots[:, :, :2] = FIRST_SYMBOL + key
+    slots[:, :, :2] = FIRST_SYMBOL + facts[:, :, 0, :2]
     question[:, :width] = slots.reshape(n, width)
-    answer[:, :width] = FIRST_SYMBOL + value.reshape(n, width)
+    answer[:, :width] = FIRST_SYMBOL + facts[..., 2:].reshape(n, width)
     answer[:, width] = token_id(END)
-    return question, answer
+    source[:, :width] = (starts[..., None] + (2, 3)).reshape(n, width)
+    return question, answer, source
