@@ -12,7 +12,7 @@ FOLDERS = ("losart", "loaders", "kernels_cu", "benchmarks", "tests", "docs")
 SOURCES = {file.name for folder in FOLDERS for file in (ROOT / folder).rglob("*.*")}
 # Files of a checkpoint, and those that a page has its reader write.
 ELSEWHERE = {
-    *("config.json", "generation_config.json", "tokenizer.json"),
+    *("config.json", "generation_config.json", "tokenizer.json", "training.json"),
     *("dataset2prompt.json", "dataset2maxlen.json"),  # LongBench's
     *("losart/attention/window.py", "kernels_cu/NAME.cu", "benchmarks/cuda_NAME.py"),
 }

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import reference as ref
 
 import losart
 
@@ -11,25 +12,35 @@ pytestmark = pytest.mark.parity
 torch = pytest.importorskip("torch", reason="training needs torch")
 
 import recall_rows  # noqa: E402
-import train  # noqa: E402
-from recall_losses import copy_loss, look_back_loss  # noqa: E402
+from recall_losses import copy_loss, look_back_loss, page_bound_loss  # noqa: E402
 from row_layout import Layout  # noqa: E402
 from schedule import Stage  # noqa: E402
 from sdar_directory import write_checkpoint  # noqa: E402
 from small_sdar import ModelShape, SmallSdar  # noqa: E402
+from summary import write_summary  # noqa: E402
+from trainer import RECALL_EVERY, Trainer  # noqa: E402
 
-from losart.eval.vocabulary import VOCABULARY_SIZE, write_tokenizer  # noqa: E402
+from losart.eval.symbols import BLOCK  # noqa: E402
+from losart.eval.tasks import TASKS  # noqa: E402
+from losart.eval.vocabulary import (  # noqa: E402
+    FIRST_SYMBOL,
+    HOP,
+    VOCABULARY_SIZE,
+    token_id,
+    write_tokenizer,
+)
 
 CPU = torch.device("cpu")
-SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "head_dim": 32, "intermediate_size": 96}
-STAGES = (Stage(128, 3, 4), Stage(256, 2, 4, enough=2.0))
+SMALL = ModelShape(VOCABULARY_SIZE, hidden_size=64, num_hidden_layers=2, head_dim=32, intermediate_size=96)
+ON_CPU = {"device": "cpu", "shape": SMALL}
+STAGES = (Stage(128, 3, 4), Stage(256, 2, 4))
 
 
 @pytest.fixture
 def model():
     """Weights under which every token of a row matters to every answer."""
     torch.manual_seed(1)
-    model = SmallSdar(ModelShape(VOCABULARY_SIZE, **SMALL))
+    model = SmallSdar(SMALL)
     for parameter in model.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=1.5 * parameter.shape[1] ** -0.5)
@@ -38,7 +49,7 @@ def model():
 
 def asked(prompt, questions):
     """A row whose answers are all masked, and its layout."""
-    ids, _, _ = recall_rows.rows(np.random.default_rng(prompt), 1, prompt, questions)
+    ids = recall_rows.make_rows(np.random.default_rng(prompt), 1, prompt, questions).ids
     layout = recall_rows.layout(prompt, questions, CPU)
     ids[:, layout.answers.flatten()] = recall_rows.SPECIAL["mask"]
     return ids, layout
@@ -47,23 +58,23 @@ def asked(prompt, questions):
 @torch.no_grad()
 def test_questions_of_a_row_do_not_see_each_other(model):
     ids, layout = asked(256, 5)
-    together = model(ids, layout, 1)[0][0, layout.answers]
+    together = model(ids, layout)[0][0, layout.answers]
     for number, places in enumerate(layout.answers):
         group = torch.arange(places[0] - 16, places[-1] + 1)
         alone = torch.cat([ids[:, : layout.document], ids[:, group]], dim=1)
-        hidden = model(alone, recall_rows.layout(256, 1, CPU), 1)[0]
+        hidden = model(alone, recall_rows.layout(256, 1, CPU))[0]
         assert torch.allclose(hidden[0, -16:], together[number], atol=1e-4)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("prompt", [128, 336])
 def test_losart_runs_what_was_trained(model, tmp_path, prompt):
-    write_checkpoint(model, tmp_path, recall_rows.SPECIAL, recall_rows.BLOCK)
+    write_checkpoint(model, tmp_path, recall_rows.SPECIAL, BLOCK)
     write_tokenizer(tmp_path)
     rounded = SmallSdar(model.shape)
     rounded.load_state_dict({name: value.bfloat16().float() for name, value in model.state_dict().items()})
     ids, layout = asked(prompt, 1)
-    logits = rounded.logits(rounded(ids, layout, 1)[0][0, layout.answers[0]])
+    logits = rounded.logits(rounded(ids, layout)[0][0, layout.answers[0]])
     logits[:, recall_rows.SPECIAL["mask"]] = -torch.inf
     found = losart.load(tmp_path, device="cpu", dtype="float32").generate(
         ids[0, :prompt].tolist(), max_new_tokens=16, denoising_steps=1, stop_token_ids=[]
@@ -79,38 +90,132 @@ def test_looking_back(model):
     assert layout.back(places, 16).tolist() == [-1, -1, 47, 48, 63, 64, 48, 52, 111]
 
 
-def test_auxiliary_losses_fall_by_their_gradients(model):
-    ids, layout = asked(128, 4)
+def drawn(count=2, prompt=128, questions=4, samples=32):
+    rows = recall_rows.make_rows(np.random.default_rng(3), count, prompt, questions, samples=samples)
+    return rows, recall_rows.layout(prompt, questions, CPU)
 
-    def losses():
+
+def test_rows_say_what_is_masked_and_where_answers_stand():
+    rows, layout = drawn(count=8, prompt=256, questions=16, samples=512)
+    mask, ids = recall_rows.SPECIAL["mask"], rows.ids
+    assert (ids.flatten()[rows.masked] == mask).all() and (ids == mask).sum() == len(rows.masked)
+    whole = ids.flatten().index_copy(0, rows.masked, rows.targets).view_as(ids)
+    assert (whole.gather(1, rows.looking) == ids.gather(1, rows.sources)).all()
+    assert rows.looking.shape == (8, 64) and (rows.sources < layout.document).all()
+    assert set(rows.looking.flatten().tolist()) <= set(layout.answers.flatten().tolist())
+    hidden = ids.gather(1, rows.looking) == mask
+    assert hidden.any() and not hidden.all()
+    # What cannot be known is not counted: past a hop, symbols whose key is masked.
+    hop, block = token_id(HOP), BLOCK
+    for place, task in zip(rows.masked.tolist(), rows.tasks.tolist(), strict=True):
+        pair = place - place % 2
+        past = ids.flatten()[place - block] == hop and (ids.flatten()[pair - 2 : pair] == mask).any()
+        symbol = whole.flatten()[place] >= FIRST_SYMBOL
+        assert (task == recall_rows.NOT_COUNTED) == bool(past or not symbol)
+
+
+def test_recall_is_the_share_of_what_can_be_known():
+    tasks = torch.tensor([0, 0, 0, 2, recall_rows.NOT_COUNTED])
+    right = torch.tensor([True, True, False, False, True])
+    assert recall_rows.recall(right, tasks) == {"key": pytest.approx(2 / 3), "keys-4": 0.0}
+
+
+@torch.no_grad()
+def test_page_bound_loss_is_that_of_quests_bounds(model):
+    rows, layout = drawn()
+    before = model(rows.ids, layout)[1]
+    attention = model.model.layers[1].self_attn
+    x = model.model.layers[1].input_layernorm(before[1])
+    q, k, _ = (
+        part.transpose(1, 2).numpy() for part in attention.project(x, *model.rotation(layout.positions))
+    )
+    scale, losses, weights = 32**-0.5, [], []
+    for row in range(len(rows.ids)):
+        keys, queries = k[row, : layout.document], q[row, rows.looking[row]]
+        page = rows.sources[row].numpy() // 16
+        bounds = scale * ref.quest_scores(queries, *ref.page_bounds(keys, 16))
+        for head in range(queries.shape[1]):
+            scores = np.exp(scale * queries[:, head] @ keys[:, head // 4].T)
+            for sample, right in enumerate(page):
+                of_page = scores[sample, 16 * right : 16 * right + 16].sum() / scores[sample].sum()
+                weights.append(of_page)
+                chances = np.exp(bounds[sample, head] - bounds[sample, head].max())
+                losses.append(-np.log(chances[right] / chances.sum()))
+    expected = np.dot(weights, losses) / np.sum(weights)
+    assert page_bound_loss(model, before, layout, rows).item() == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["look_back", "copy", "page_bound"])
+def test_auxiliary_losses_fall_by_their_gradients(model, name):
+    rows, layout = drawn()
+
+    def loss():
         torch.manual_seed(0)
-        kept = model(ids, layout, 1)[1]
-        return look_back_loss(model, ids, layout, (1, 16), 64) + copy_loss(model, ids, kept, 64)
+        if name == "look_back":
+            return look_back_loss(model, rows.ids, layout, (1, 16), 64)
+        before = model(rows.ids, layout)[1]
+        if name == "copy":
+            return copy_loss(model, rows.ids, before[1], 64)
+        return page_bound_loss(model, before, layout, rows)
 
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
-    first = losses()
+    first = loss()
     for _ in range(5):
         optimizer.zero_grad()
-        losses().backward()
+        loss().backward()
         optimizer.step()
-    assert losses() < 0.8 * first
+    assert loss() < 0.8 * first
 
 
 def test_training_goes_on_where_it_was_left(tmp_path):
-    whole, cut = (train.Trainer(tmp_path / name, STAGES, 1.0, device="cpu") for name in ("whole", "cut"))
+    whole, cut = (Trainer(tmp_path / name, STAGES, 1.0, **ON_CPU) for name in ("whole", "cut"))
     for _ in range(2):
         whole.learn()
         cut.learn()
     cut.save()
-    cut = train.Trainer(tmp_path / "cut", STAGES, 1.0, device="cpu")
+    cut = Trainer(tmp_path / "cut", STAGES, 1.0, **ON_CPU)
     assert cut.resume() and cut.state == whole.state
     assert cut.learn() == whole.learn()
 
 
+def test_steps_follow_from_seed_and_step_whatever_was_drawn_ahead(tmp_path):
+    """Rows drawn ahead for a stage that ended meanwhile are not used."""
+    trainer = Trainer(tmp_path, STAGES, 1.0, **ON_CPU)
+    trainer.learn()  # draws the next step's rows of the first stage
+    trainer.state.began.append(1)
+    number, rows = trainer._next_rows()
+    expected, fresh = trainer._draw(1, 1)
+    assert number == expected and torch.equal(rows.ids, fresh.ids)
+
+
+def test_the_next_stage_begins_when_enough_is_learnt(tmp_path):
+    easy = (Stage(128, 2, 4, enough=-1.0), Stage(256, 2, 4))
+    trainer = Trainer(tmp_path, easy, 1.0, **ON_CPU)
+    trainer.learn()
+    assert trainer.state.began == [0, 1] and trainer.state.stage == 1
+    trainer.state.step = RECALL_EVERY
+    trainer.learn()
+    assert trainer.state.stage == 1  # the last one
+
+
 def test_training_ends_and_logs(tmp_path):
-    trainer = train.Trainer(tmp_path, STAGES, minutes=0.05, device="cpu")
+    trainer = Trainer(tmp_path, STAGES, minutes=0.05, **ON_CPU)
     assert not trainer.run(limit=0.0)
     assert trainer.run(limit=60.0)
     assert trainer.state.seconds >= 3 and (tmp_path / "training.pt").exists()
     for line in (tmp_path / "log.jsonl").read_text().splitlines():
-        assert json.loads(line)["loss"] > 0
+        row = json.loads(line)
+        assert (
+            row["loss"] > 0
+            and set(row["recall"]) == {"128", "256"}
+            and set(row["recall"]["128"]) == set(TASKS)
+        )
+    write_summary(trainer, tmp_path / "training.json")
+    summary = json.loads((tmp_path / "training.json").read_text())
+    assert (summary["steps"], summary["seed"], summary["device"]) == (trainer.state.step, 0, "cpu")
+    assert [stage["first_step"] for stage in summary["stages"]] == [0, None]
+
+
+def test_a_loss_of_no_weight_is_left_out(tmp_path):
+    trainer = Trainer(tmp_path, STAGES, 1.0, **ON_CPU, page_bound=0.0)
+    assert set(trainer.learn()) == {"loss", "look_back", "copy"}

@@ -61,14 +61,20 @@ class Attention(nn.Module):
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q [rows, heads, tokens, head_dim], and k and v [rows, kv_heads, tokens, head_dim]."""
+        return self.queries(x, cos, sin), self.keys(x, cos, sin), self._heads(self.v_proj(x))
 
-        def heads(projected: Tensor) -> Tensor:
-            return projected.unflatten(-1, (-1, self.shape.head_dim)).transpose(1, 2)
+    def queries(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """[rows, heads, tokens, head_dim], normed and rotated."""
+        q = self._heads(self.q_proj(x))
+        return rotate(self.q_norm(q), cos, sin).to(q.dtype)
 
-        v = heads(self.v_proj(x))
-        q = rotate(self.q_norm(heads(self.q_proj(x))), cos, sin).to(v.dtype)
-        k = rotate(self.k_norm(heads(self.k_proj(x))), cos, sin).to(v.dtype)
-        return q, k, v
+    def keys(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """[rows, kv_heads, tokens, head_dim], normed and rotated."""
+        k = self._heads(self.k_proj(x))
+        return rotate(self.k_norm(k), cos, sin).to(k.dtype)
+
+    def _heads(self, projected: Tensor) -> Tensor:
+        return projected.unflatten(-1, (-1, self.shape.head_dim)).transpose(1, 2)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> Tensor:
         q, k, v = self.project(x, cos, sin)
@@ -132,23 +138,22 @@ class SmallSdar(nn.Module):
         angles = torch.cat([angles, angles], -1)
         return angles.cos().float(), angles.sin().float()
 
-    def forward(self, ids: Tensor, layout: Layout, keep: int) -> tuple[Tensor, Tensor]:
-        """Hidden states after the last norm, and the residual stream before layer `keep`.
+    def forward(self, ids: Tensor, layout: Layout) -> tuple[Tensor, list[Tensor]]:
+        """Hidden states after the last norm, and the residual stream before each layer.
 
         Parameters
         ----------
         ids : int64 [rows, tokens]
         layout : Layout
             Positions of the tokens, and what each of them sees.
-        keep : int
         """
-        x = kept = self.model.embed_tokens(ids)
+        x = self.model.embed_tokens(ids)
+        before = []
         cos, sin = self.rotation(layout.positions)
-        for index, layer in enumerate(self.model.layers):
-            if index == keep:
-                kept = x
+        for layer in self.model.layers:
+            before.append(x)
             x = layer(x, cos, sin, layout)
-        return self.model.norm(x), kept
+        return self.model.norm(x), before
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits of hidden states."""
