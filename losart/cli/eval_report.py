@@ -28,11 +28,15 @@ class JsonReport:
         What was measured.
     key : str
         Of the list of cells.
+    done : sequence of dataclasses
+        Cells that are there already, with which the file begins when it is next written.
     """
 
-    def __init__(self, file: str | None, facts: dict[str, Any], key: str = "cells") -> None:
+    def __init__(
+        self, file: str | None, facts: dict[str, Any], key: str = "cells", done: Sequence[Any] = ()
+    ) -> None:
         self._file = Path(file) if file else None
-        self._cells: list[dict[str, Any]] = []
+        self._cells: list[dict[str, Any]] = [dataclasses.asdict(cell) for cell in done]
         self._report = {"losart": losart.__version__, **facts, key: self._cells}
         if self._file is not None and (self._file.is_dir() or not self._file.parent.is_dir()):
             code = errno.EISDIR if self._file.is_dir() else errno.ENOENT

@@ -1,0 +1,148 @@
+"""The cells of the accuracy study: groups of settings, each of which varies one thing around a base point."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from losart.eval import TASKS
+
+Setting = dict[str, Any]  # options of `Model.generate`; one that has its default is left out
+
+LENGTHS = (8192, 4096)
+CORE = ("keys-4", "chain-2", "values", "chains-2")  # those that methods answer differently
+BLOCK = 16
+
+BUDGETS = (64, 256, 1024, 128, 512, 32, 16)  # the most telling first
+BUDGET = 256
+SHARED: Setting = {"remasking": "low_confidence_static", "denoising_steps": 8}  # two tokens a pass
+DENSE = SHARED | {"attention": "dense"}
+QUEST = SHARED | {"attention": "quest", "budget": BUDGET}
+SPARSED = SHARED | {"attention": "sparsed", "budget": BUDGET}
+LOSA = SHARED | {"attention": "losa", "budget": BUDGET, "active": 5}
+ANCHOR = LOSA | {"selector": "anchor"}
+SPARSE_METHODS = (LOSA, QUEST, SPARSED, ANCHOR)
+
+BEYOND_THE_PAPER: tuple[Setting, ...] = (
+    {"selector": "anchor"},
+    {"drift": "refresh"},
+    {"candidates": "masked"},
+)
+
+
+def together(options: Sequence[Setting]) -> list[Setting]:
+    """Each of the options alone, any two of them, ..., and all."""
+    chosen = (some for count in range(len(options)) for some in itertools.combinations(options, count + 1))
+    return [dict(item for option in some for item in option.items()) for some in chosen]
+
+
+def vary(methods: Sequence[Setting], *changes: Setting) -> list[Setting]:
+    """All methods with each change."""
+    return [method | change for change in changes for method in methods]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Settings that are compared with each other, on the same questions.
+
+    Attributes
+    ----------
+    title, note : str
+        For the report.
+    settings : list of Setting
+    tasks : tuple of str
+    """
+
+    title: str
+    note: str
+    settings: list[Setting]
+    tasks: tuple[str, ...] = CORE
+
+
+GROUPS = {
+    "budgets": Group(
+        "Budgets",
+        "LoSA with 5 active tokens; beside it LoSA with `selector=anchor`.",
+        [DENSE, *vary(SPARSE_METHODS, *({"budget": budget} for budget in BUDGETS))],
+    ),
+    "tasks": Group(
+        "All tasks",
+        "Budget 64.",
+        [
+            DENSE,
+            *vary([LOSA, QUEST, SPARSED, ANCHOR, ANCHOR | {"candidates": "masked"}], {"budget": 64}),
+        ],
+        tuple(TASKS),
+    ),
+    "options": Group(
+        "Options beyond the paper",
+        "LoSA with 5 active tokens: `selector`, `drift` and `candidates`, alone and together.",
+        [
+            setting
+            for budget in (64, BUDGET)
+            for setting in vary([LOSA | {"budget": budget}], {}, *together(BEYOND_THE_PAPER))
+        ],
+    ),
+    "active": Group(
+        "Active tokens",
+        f"Budget {BUDGET}.",
+        vary([LOSA, ANCHOR], *({"active": count} for count in (1, 3, 5, 8))),
+    ),
+    "tokens": Group(
+        "Tokens fixed in a pass",
+        f"Budget {BUDGET}; 16, 8 and 4 passes over a block.",
+        vary([DENSE, *SPARSE_METHODS], *({"denoising_steps": BLOCK // tokens} for tokens in (1, 2, 4))),
+    ),
+    "commit": Group(
+        "Commit",
+        f"Budget {BUDGET}; the pass that writes a block's keys and values, dense and sparse.",
+        vary(SPARSE_METHODS, {}, {"commit": "sparse"}),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A cell to be measured: a task at a length with a setting."""
+
+    task: str
+    length: int
+    setting: Setting
+
+    @property
+    def key(self) -> str:
+        """Equal for equal cells."""
+        return cell_key(self.task, self.length, self.setting)
+
+
+def cell_key(task: str, length: int, setting: Mapping[str, Any]) -> str:
+    """What tells one cell from another."""
+    return json.dumps([task, length, sorted(setting.items())])
+
+
+def cells(
+    groups: Sequence[str] = tuple(GROUPS), lengths: Sequence[int] = LENGTHS, tasks: Sequence[str] = ()
+) -> list[Asked]:
+    """The cells of some groups, those first that say most; one that several groups have is there once.
+
+    Parameters
+    ----------
+    groups : sequence of str
+        Keys of `GROUPS`.
+    lengths : sequence of int
+    tasks : sequence of str
+        Only these of a group's tasks; all, if there are none.
+    """
+
+    def every() -> Iterator[Asked]:
+        for length in lengths:
+            for name in groups:
+                for setting in GROUPS[name].settings:
+                    for task in GROUPS[name].tasks:
+                        if not tasks or task in tasks:
+                            yield Asked(task, length, setting)
+
+    return list({cell.key: cell for cell in every()}.values())
