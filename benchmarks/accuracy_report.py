@@ -1,0 +1,162 @@
+"""Tables and pictures of what `accuracy_study.py` measured, and of `losart eval --locality`.
+
+    python benchmarks/accuracy_report.py benchmarks/results/accuracy.json
+
+writes accuracy.md and pictures beside the JSON; with --locality FILE also those of its locality.
+Pictures need matplotlib: pip install 'losart[plot]'.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from accuracy_grid import BLOCK, GROUPS, SHARED, Group, Setting, cell_key
+from accuracy_pictures import draw_accuracy, draw_locality
+
+from losart.cli.tables import share
+from losart.errors import DataError, LosartError
+from losart.eval import TASKS
+from losart.eval.figures import mean
+from losart.eval.locality import KINDS, TOP
+
+Cells = dict[str, dict[str, Any]]  # by `cell_key`
+
+
+def read(file: Path, key: str) -> dict[str, Any]:
+    """A report with a list under `key` that is not empty."""
+    try:
+        report = json.loads(file.read_text("utf-8"))
+        there = bool(report[key])
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{file} has no {key}") from error
+    if not there:
+        raise DataError(f"{file} has no {key} yet")
+    return dict(report)
+
+
+def label(setting: Setting) -> str:
+    """A setting in words, without what all have."""
+    steps = setting["denoising_steps"]
+    words = [str(setting["attention"])]
+    words += [f"{name} {value}" for name, value in setting.items() if name not in {*SHARED, "attention"}]
+    if steps != SHARED["denoising_steps"]:
+        words.append(f"tokens a pass {BLOCK // steps}")
+    return ", ".join(words)
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """All groups' tables, for each length."""
+    cells = {cell_key(cell["task"], cell["length"], cell["setting"]): cell for cell in report["cells"]}
+    commits = ", ".join(sorted({cell["commit"] for cell in report["cells"]}))
+    parts = [
+        "# Accuracy of attention methods\n\n"
+        f"{report['samples']} questions a cell, answered by the checkpoint that comes with losart, greedily, "
+        f"in blocks of {BLOCK}, with two tokens fixed in a pass where nothing else is said. Percent answered "
+        "right, with 95% intervals (Wilson); density of the passes that are read sparsely, and of all, means "
+        f"over the tasks shown.\n\n{report['device_name']}, {report['dtype']}, commit {commits}: "
+        f"`{report['command']}`\n"
+    ]
+    for length in sorted({cell["length"] for cell in report["cells"]}):
+        parts += [
+            f"## {group.title}, {length:,} tokens\n\n{group.note}\n\n{rows}"
+            for group in GROUPS.values()
+            if (rows := table(group, length, cells))
+        ]
+    return "\n".join(parts)
+
+
+def table(group: Group, length: int, cells: Cells) -> str:
+    """A row for each setting of which there is something; empty without any."""
+    lines = []
+    for setting in sorted(group.settings, key=lambda one: one.get("budget", 0)):
+        row = [cells.get(cell_key(task, length, setting)) for task in group.tasks]
+        there = [cell for cell in row if cell is not None]
+        if there:
+            densities = [mean(cell[name] for cell in there) for name in ("sparse_density", "density")]
+            lines.append([label(setting), *map(accuracy, row), *map(share, densities)])
+    if not lines:
+        return ""
+    head = ["setting", *(f"`{task}`" for task in group.tasks), "sparse", "density"]
+    return rows_of([head, ["---"] * len(head), *lines])
+
+
+def accuracy(cell: dict[str, Any] | None) -> str:
+    """With its interval; empty where it has not been measured."""
+    if cell is None:
+        return ""
+    low, right, high = (100 * cell[name] for name in ("low", "accuracy", "high"))
+    return f"{right:.1f} ({low:.1f} - {high:.1f})"
+
+
+def locality_markdown(report: dict[str, Any]) -> str:
+    """A layer a row."""
+    head = ["layer", *(f"top {count}" for count in TOP), *KINDS]
+    lines = [
+        [
+            "all" if layer["layer"] is None else str(layer["layer"]),
+            *(share(layer["top"][str(count)]) for count in TOP),
+            *(share(layer["change"][kind]) for kind in KINDS),
+        ]
+        for layer in report["layers"]
+    ]
+    note = (
+        "# Locality\n\nShare of the queries' change from pass to pass in the tokens of a block that changed "
+        f"most, and in each kind of token ([what the columns mean](../../docs/evaluation.md#locality)). "
+        f"`losart eval --locality`, {report['samples']} questions a task and length, on the CPU, "
+        f"{report['dtype']}, options {report['options']}.\n\n![locality](locality.png)\n\n"
+    )
+    return note + rows_of([head, ["---"] * len(head), *lines])
+
+
+def rows_of(lines: list[list[str]]) -> str:
+    """Lines of a Markdown table."""
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def write_accuracy(file: Path) -> None:
+    """Tables, and a picture for each length."""
+    report = read(file, "cells")
+    text = markdown(report)
+    budgets = GROUPS["budgets"]
+    for length in sorted({cell["length"] for cell in report["cells"]}):
+        tasks = [task for task in TASKS if task in budgets.tasks]
+        picture = file.with_name(f"{file.stem}_{length}.png")
+        draw_accuracy(report["cells"], budgets.settings, tasks, length).savefig(picture)
+        text += f"\n![accuracy against density, {length} tokens]({picture.name})\n"
+        print(picture)
+    file.with_suffix(".md").write_text(text, "utf-8")
+    print(file.with_suffix(".md"))
+
+
+def write_locality(file: Path) -> None:
+    """A table and a picture."""
+    report = read(file, "layers")
+    draw_locality(report["layers"]).savefig(file.with_name("locality.png"))
+    file.with_name("locality.md").write_text(locality_markdown(report), "utf-8")
+    print(file.with_name("locality.md"))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("file", type=Path, nargs="?", metavar="FILE", help="JSON of accuracy_study.py")
+    parser.add_argument("--locality", type=Path, metavar="FILE", help="JSON of losart eval --locality")
+    args = parser.parse_args()
+    if args.file is None and args.locality is None:
+        parser.error("give FILE or --locality FILE")
+    try:
+        if args.file is not None:
+            write_accuracy(args.file)
+        if args.locality is not None:
+            write_locality(args.locality)
+    except (LosartError, OSError) as error:
+        print(f"losart: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

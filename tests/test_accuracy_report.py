@@ -1,0 +1,73 @@
+"""The accuracy study's tables and pictures."""
+
+import json
+import sys
+
+import accuracy_report
+import pytest
+from accuracy_grid import DENSE, LOSA, QUEST, SPARSED
+
+
+def cell(setting, task, accuracy, sparse):
+    figures = {"accuracy": accuracy, "low": accuracy - 0.1, "high": accuracy + 0.1}
+    density = {"sparse_density": sparse, "density": 0.5}
+    names = {"task": task, "length": 8192, "commit": "abc", "setting": setting}
+    return names | figures | density | {name: setting.get(name) for name in ("attention", "budget")}
+
+
+@pytest.fixture
+def study(tmp_path):
+    cells = [
+        cell(DENSE, "values", 0.9, None),
+        cell(LOSA, "values", 0.5, 0.02),
+        cell(LOSA, "keys-4", 0.25, 0.04),
+        cell(QUEST | {"denoising_steps": 4}, "values", 0.125, 0.05),
+    ]
+    facts = {"samples": 400, "device_name": "a card", "dtype": "bfloat16", "command": "python x"}
+    file = tmp_path / "study.json"
+    file.write_text(json.dumps(facts | {"cells": cells}))
+    return file
+
+
+def report(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["accuracy_report.py", *map(str, arguments)])
+    return accuracy_report.main()
+
+
+def test_tables_say_what_was_measured_and_leave_open_what_was_not(study):
+    text = accuracy_report.markdown(json.loads(study.read_text()))
+    assert "a card, bfloat16, commit abc: `python x`" in text
+    budgets, *_, tokens = [part for part in text.split("## ") if part.startswith(("Budgets", "Tokens"))]
+    lines = [line for line in budgets.splitlines() if line.startswith("|")]
+    assert lines[0] == "| setting | `keys-4` | `chain-2` | `values` | `chains-2` | sparse | density |"
+    assert lines[2:] == [
+        "| dense |  |  | 90.0 (80.0 - 100.0) |  | - | 50.0% |",
+        "| losa, budget 256, active 5 | 25.0 (15.0 - 35.0) |  | 50.0 (40.0 - 60.0) |  | 3.0% | 50.0% |",
+    ]
+    assert "| quest, budget 256, tokens a pass 4 |" in tokens
+    assert accuracy_report.label(SPARSED) not in text
+
+
+def test_pictures_stand_beside_the_figures(study, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    kinds = {"unmasked": 0.5, "neighbours": 0.3, "others": 0.2}
+    layers = [
+        {"layer": layer, "top": {"1": 0.4, "3": 0.7, "5": 0.9, "8": 1.0}, "change": kinds}
+        for layer in (0, 1, None)
+    ]
+    locality = tmp_path / "changes.json"
+    facts = {"samples": 8, "dtype": "bfloat16", "options": {}}
+    locality.write_text(json.dumps(facts | {"layers": layers}))
+    assert report(monkeypatch, study, "--locality", locality) == 0
+    for picture in ("study_8192.png", "locality.png"):
+        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+    assert "(study_8192.png)" in (tmp_path / "study.md").read_text()
+    assert "| all | 40.0% | 70.0% | 90.0% | 100.0% | 50.0% |" in (tmp_path / "locality.md").read_text()
+
+
+def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys):
+    assert report(monkeypatch, tmp_path / "none.json") == 1
+    (tmp_path / "other.json").write_text("[1]")
+    assert report(monkeypatch, tmp_path / "other.json") == 1
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 2 and "none.json" in errors[0] and errors[1].endswith("other.json has no cells")
