@@ -123,6 +123,16 @@ def cell_key(task: str, length: int, setting: Mapping[str, Any]) -> str:
     return json.dumps([task, length, sorted(setting.items())])
 
 
+def label(setting: Setting) -> str:
+    """A setting in words, without what all have."""
+    steps = setting["denoising_steps"]
+    words = [str(setting["attention"])]
+    words += [f"{name} {value}" for name, value in setting.items() if name not in {*SHARED, "attention"}]
+    if steps != SHARED["denoising_steps"]:
+        words.append(f"tokens a pass {BLOCK // steps}")
+    return ", ".join(words)
+
+
 def cells(
     groups: Sequence[str] = tuple(GROUPS), lengths: Sequence[int] = LENGTHS, tasks: Sequence[str] = ()
 ) -> list[Asked]:

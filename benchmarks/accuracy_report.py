@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from accuracy_grid import BLOCK, GROUPS, SHARED, Group, Setting, cell_key
+from accuracy_grid import BLOCK, GROUPS, Group, cell_key, label
 from accuracy_pictures import draw_accuracy, draw_locality
 
 from losart.cli.tables import share
@@ -36,16 +36,6 @@ def read(file: Path, key: str) -> dict[str, Any]:
     if not there:
         raise DataError(f"{file} has no {key} yet")
     return dict(report)
-
-
-def label(setting: Setting) -> str:
-    """A setting in words, without what all have."""
-    steps = setting["denoising_steps"]
-    words = [str(setting["attention"])]
-    words += [f"{name} {value}" for name, value in setting.items() if name not in {*SHARED, "attention"}]
-    if steps != SHARED["denoising_steps"]:
-        words.append(f"tokens a pass {BLOCK // steps}")
-    return ", ".join(words)
 
 
 def markdown(report: dict[str, Any]) -> str:

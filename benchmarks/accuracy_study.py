@@ -21,7 +21,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from accuracy_grid import GROUPS, LENGTHS, Asked, Setting, cell_key, cells
+from accuracy_grid import GROUPS, LENGTHS, Asked, Setting, cell_key, cells, label
 from environment import commit, gpu_name
 
 import losart
@@ -161,8 +161,8 @@ def read_study(file: Path, facts: dict[str, Any]) -> list[StudyCell]:
 
 def line(cell: StudyCell) -> str:
     """A cell in a line."""
-    options = " ".join(str(value) for value in cell.setting.values())
-    return f"{cell.length} {cell.task} {options}: {cell.accuracy:.1%} ({cell.low:.1%} - {cell.high:.1%})"
+    interval = f"{cell.accuracy:.1%} ({cell.low:.1%} - {cell.high:.1%})"
+    return f"{cell.length} {cell.task}, {label(cell.setting)}: {interval}"
 
 
 def _end_quietly() -> None:

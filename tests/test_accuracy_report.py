@@ -5,7 +5,7 @@ import sys
 
 import accuracy_report
 import pytest
-from accuracy_grid import DENSE, LOSA, QUEST, SPARSED
+from accuracy_grid import DENSE, LOSA, QUEST, SPARSED, label
 
 
 def cell(setting, task, accuracy, sparse):
@@ -45,7 +45,7 @@ def test_tables_say_what_was_measured_and_leave_open_what_was_not(study):
         "| losa, budget 256, active 5 | 25.0 (15.0 - 35.0) |  | 50.0 (40.0 - 60.0) |  | 3.0% | 50.0% |",
     ]
     assert "| quest, budget 256, tokens a pass 4 |" in tokens
-    assert accuracy_report.label(SPARSED) not in text
+    assert label(SPARSED) not in text
 
 
 def test_pictures_stand_beside_the_figures(study, tmp_path, monkeypatch):
