@@ -8,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import recall_rows
@@ -23,7 +24,6 @@ from recall_losses import (
 from row_layout import Layout
 from schedule import TASK_WEIGHTS, Stage, auxiliary_weight, learning_rate
 from small_sdar import ModelShape, SmallSdar
-from torch import Tensor
 
 from losart.eval.tasks import TASKS
 from losart.eval.vocabulary import VOCABULARY_SIZE
@@ -147,8 +147,8 @@ class Trainer:
         self.save()
         return self.state.seconds >= self.seconds
 
-    def learn(self) -> dict[str, Tensor]:
-        """One step; its losses, for which the GPU may still have to be waited for."""
+    def learn(self) -> dict[str, Any]:
+        """One step; its figures. The GPU may still have to be waited for to read its losses."""
         state, share = self.state, self.state.seconds / self.seconds
         number, drawn = self._next_rows()
         rows = drawn.to(self.device)
@@ -161,16 +161,16 @@ class Trainer:
         with torch.autocast("cuda", torch.bfloat16) if cuda else nullcontext():
             hidden, before = self.model(rows.ids, layout)
             loss, right = masked_cross_entropy(self.model, hidden, rows)
-            losses = {"loss": loss.detach()}
+            figures = {"tokens": self.stages[number].tokens, "rate": rate, "loss": loss.detach()}
             total = loss
             if auxiliary:
                 look = look_back_loss(self.model, rows.ids, layout, LOOK_BACK, 128)
                 copy = copy_loss(self.model, rows.ids, before[RETRIEVAL_LAYER], 256)
-                losses |= {"look_back": look.detach(), "copy": copy.detach()}
+                figures |= {"look_back": look.detach(), "copy": copy.detach()}
                 total = total + auxiliary * (look + copy)
             if auxiliary and self.page_bound:
                 bound = page_bound_loss(self.model, before, layout, rows)
-                losses["page_bound"] = bound.detach()
+                figures["page_bound"] = bound.detach()
                 total = total + auxiliary * self.page_bound * bound
         self.optimizer.zero_grad(set_to_none=True)
         total.backward()
@@ -180,7 +180,7 @@ class Trainer:
         if state.step % RECALL_EVERY == 0:
             self._count(number, recall_rows.recall(right, rows.tasks))
         state.step += 1
-        return losses
+        return figures
 
     def _count(self, number: int, found: dict[str, float]) -> None:
         """Take a step's recall into its stage's; the next stage begins when enough is learnt."""
@@ -217,13 +217,14 @@ class Trainer:
             self._layouts[stage.tokens] = recall_rows.layout(stage.tokens, stage.questions, self.device)
         return self._layouts[stage.tokens]
 
-    def _log(self, losses: dict[str, Tensor]) -> None:
+    def _log(self, figures: dict[str, Any]) -> None:
         state = self.state
         row = {
             "step": state.step,
             "seconds": round(state.seconds, 1),
             "stage": state.stage,
-            **{name: round(value.item(), 4) for name, value in losses.items()},
+            "tokens": figures["tokens"],
+            **{name: round(float(figures[name]), 6) for name in figures if name != "tokens"},
             "recall": self.recall(),
         }
         with open(self.directory / "log.jsonl", "a", encoding="utf-8") as file:
@@ -236,8 +237,8 @@ class Trainer:
         )
 
     def recall(self) -> dict[str, dict[str, float]]:
-        """Running mean of each task's recall, by the stages' tokens."""
+        """Running mean of each task's recall, by the tokens of the stages that have begun."""
         return {
             str(stage.tokens): {task: round(value, 4) for task, value in of_task.items()}
-            for stage, of_task in zip(self.stages, self.state.recall, strict=True)
+            for stage, of_task in zip(self.stages[: self.state.stage + 1], self.state.recall, strict=False)
         }
