@@ -38,6 +38,7 @@ CACHE = (*COMMON, "cache.cuh")
 ATTENTION = (*CACHE, "attention.cuh")
 PARTS = (*COMMON, "parts.cuh")
 BOUNDS = (*COMMON, "bounds.cuh")
+TOP_PAGES = (*COMMON, "top_pages.cuh")
 TENSOR = (*COMMON, "tensor.cuh")
 TENSOR_ATTENTION = (*CACHE, "tensor.cuh", "tensor_attention.cuh")
 HOPPER_ATTENTION = (*CACHE, "tensor.cuh", "hopper.cuh", "hopper_attention.cuh")
@@ -53,8 +54,8 @@ FILES = {
     "prefix_attention": KernelFile(ATTENTION, spills=True),
     "prefix_attention_tensor": KernelFile(TENSOR_ATTENTION, SIXTEEN_BIT),
     "prefix_attention_hopper": KernelFile(HOPPER_ATTENTION, SIXTEEN_BIT),
-    "sparse_attention": KernelFile(ATTENTION, spills=True),
-    "sparse_attention_tensor": KernelFile(TENSOR_ATTENTION, SIXTEEN_BIT),
+    "sparse_attention": KernelFile((*ATTENTION, "page_list.cuh"), spills=True),
+    "sparse_attention_tensor": KernelFile((*TENSOR_ATTENTION, "page_list.cuh"), SIXTEEN_BIT),
     "merge_parts": KernelFile(PARTS),
     "block_attention": KernelFile(PARTS),
     "causal_attention": KernelFile(ATTENTION, spills=True),
@@ -67,8 +68,8 @@ FILES = {
     "page_scores_tensor": KernelFile((*BOUNDS, "tensor.cuh"), SIXTEEN_BIT, spills=True),
     "page_masses": KernelFile(ATTENTION, spills=True),
     "page_masses_tensor": KernelFile(TENSOR_ATTENTION, SIXTEEN_BIT),
-    "top_pages": KernelFile((*COMMON, "page_list.cuh")),
-    "list_pages": KernelFile((*COMMON, "page_list.cuh")),
+    "mark_pages": KernelFile(TOP_PAGES),
+    "top_pages": KernelFile(TOP_PAGES),
     "logit_slices": KernelFile((*PRODUCT, "logit_row.cuh")),
     "sample": KernelFile((*COMMON, "logit_row.cuh")),
 }

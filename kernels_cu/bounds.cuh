@@ -24,3 +24,11 @@ __device__ __forceinline__ float facing(const float *q, int c, int head_dim)
 {
     return c < head_dim ? fminf(q[c], 0.0f) : fmaxf(q[c - head_dim], 0.0f);
 }
+
+/* By all thread blocks of a grid (kv_heads, splits, any): the kv head's marks become 0. */
+__device__ __forceinline__ void clear_marks(unsigned *marks, int words, int kv_head)
+{
+    if (blockIdx.z == 0)
+        for (int i = blockIdx.y * blockDim.x + threadIdx.x; i < words; i += gridDim.y * blockDim.x)
+            marks[(size_t)kv_head * words + i] = 0;
+}

@@ -43,12 +43,6 @@ struct Listed {
     }
 };
 
-/* Positions of a list of pages, rising, of a prefix of this length. */
-__device__ __forceinline__ int listed_positions(const int *pages, int count, int page_size, int length)
-{
-    return count ? (count - 1) * page_size + min(page_size, length - pages[count - 1] * page_size) : 0;
-}
-
 /* A kernel's parameters that make up a CacheView, and the view made of them. */
 #define CACHE_PARAMETERS                                                                          \
     const unsigned long long *cache_chunks, const int *cache_length, int cache_layer, int cache_kv_heads, \

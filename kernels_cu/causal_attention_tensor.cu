@@ -13,11 +13,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     int first_row = (gridDim.x - 1 - blockIdx.x) * BLOCK_ROWS, last_row = min(first_row + BLOCK_ROWS, rows) - 1;
     auto limit = [&](int row) { return ((length + min(row, last_row) / group) / block_length + 1) * block_length; };
     TensorRows state;
-    load_queries(state, q, nullptr, first_row, rows, kv_head, group, heads);
-#pragma unroll
-    for (int half = 0; half < 2; half++) state.limit[half] = limit(state.row[half]);
     int tiles = (limit(last_row) + TILE - 1) / TILE;
-    attend(state, cache, Whole(), kv_head, 0, tiles, limit(first_row) / TILE, shared_address(shared_bytes));
+    attend(state, cache, Whole(), kv_head, 0, tiles, limit(first_row) / TILE, shared_address(shared_bytes), [&]() {
+        load_queries(state, q, nullptr, first_row, rows, kv_head, group, heads);
+#pragma unroll
+        for (int half = 0; half < 2; half++) state.limit[half] = limit(state.row[half]);
+    });
 
     int t = threadIdx.x % 4;
 #pragma unroll

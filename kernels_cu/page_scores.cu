@@ -1,17 +1,20 @@
 /* QUEST's bound (arXiv 2406.10774) of each page's scores, for some tokens' queries: the sum over channels of
  * max(q smallest, q largest). q [all tokens, heads, head_dim]; row r of a kv head is (tokens[r / group], head
  * r % group of the group); tokens null: all; a negative token is none, and its rows are left unwritten.
- * scores [kv_heads, rows, stride], of which the prefix's pages are written.
+ * scores [kv_heads, rows, stride], of which the prefix's pages are written; marks [kv_heads, words] become 0, for
+ * mark_pages.cu.
  *
  * Grid: (kv_heads, splits, rows / ROWS), a warp a page at a time. Moves the bounds in, once every ROWS rows. */
 #define ROWS 16
 #define CHANNELS_OF_LANE 16 /* of 2 * head_dim, up to 512 */
 
 extern "C" __global__ void __launch_bounds__(256)
-    page_scores(const float *q, const int *tokens, int rows, int heads, BOUNDS_PARAMETERS, float *scores, int stride)
+    page_scores(const float *q, const int *tokens, int rows, int heads, BOUNDS_PARAMETERS, float *scores, int stride,
+                unsigned *marks, int words)
 {
     wait_for_previous();
     let_next_start();
+    clear_marks(marks, words, blockIdx.x);
     extern __shared__ float shared[];
     BoundsView bounds = BOUNDS_VIEW;
     int dim = bounds.head_dim, kv_head = blockIdx.x, group = heads / bounds.kv_heads, first_row = blockIdx.z * ROWS;

@@ -2,17 +2,35 @@
  * A query is two 16-bit values, what rounding leaves being the second, which makes its product as good as
  * one of 16 (bfloat16) or 22 bits.
  *
- * Compiled with HEAD_DIM (64 or 128) and ROW_TILES, the rows of a thread block by 8. A warp takes 16 pages at
+ * Compiled with HEAD_DIM (64 or 128) and ROW_TILES, the rows of a thread block by 8: up to 4, or 8. A warp takes 16 pages at
  * a time: their bounds go straight to registers, all under way at once. Which channel stands where in a
  * product does not matter as long as both sides agree: lane 4 g + t has of each 32 channels the 8 from 8 t on,
  * 16 bytes, of pages g and g + 8. Rows are in shared memory as the lanes want them.
  *
- * Grid: (kv_heads, splits, rows / (8 * ROW_TILES)), 256 threads. Moves the bounds in, once in each z. */
+ * Grid: (kv_heads, splits, rows / (8 * ROW_TILES)), 256 threads. Moves the bounds in, once in each z. Queries of
+ * rows that are not there are of any token. */
 #define CHUNKS (2 * HEAD_DIM / 32)
+#if HEAD_DIM == 64
+#define BLOCKS , 2 /* a processor; left alone, the compiler goes for 3, and spills */
+#else
+#define BLOCKS
+#endif
+#define AT_ONCE (ROW_TILES < 4 ? ROW_TILES : 4)
 
-extern "C" __global__ void __launch_bounds__(256)
+/* In its place among the products: all at once they would not fit into registers. */
+__device__ __forceinline__ uint4 load_piece(unsigned shared)
+{
+    uint4 piece;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(piece.x), "=r"(piece.y), "=r"(piece.z), "=r"(piece.w)
+                 : "r"(shared)
+                 : "memory");
+    return piece;
+}
+
+extern "C" __global__ void __launch_bounds__(256 BLOCKS)
     page_scores_tensor(const float *q, const int *tokens, int rows, int heads, BOUNDS_PARAMETERS, float *scores,
-                       int stride)
+                       int stride, unsigned *marks, int words)
 {
     extern __shared__ uint4 row_pieces[]; /* [CHUNKS][2 steps][ROW_TILES][lane]: pairs b0, b1, then their rests */
     BoundsView bounds = BOUNDS_VIEW;
@@ -32,39 +50,49 @@ extern "C" __global__ void __launch_bounds__(256)
     load(tile); /* the prefix was there before the pass began */
     wait_for_previous();
     let_next_start();
+    clear_marks(marks, words, kv_head);
+#pragma unroll 8
     for (int i = threadIdx.x; i < CHUNKS * 2 * ROW_TILES * WARP; i += 256) {
-        int row = first_row + i / WARP % ROW_TILES * 8 + i % WARP / 4, token = row >= rows ? -1 : tokens ? tokens[row / group] : row / group;
+        int row = first_row + i / WARP % ROW_TILES * 8 + i % WARP / 4;
+        int token = row >= rows ? -1 : tokens ? tokens[row / group] : row / group;
         int channel = i / (2 * ROW_TILES * WARP) * 32 + i % 4 * 8 + i / (ROW_TILES * WARP) % 2 * 4;
-        const float *from = q + ((size_t)token * heads + kv_head * group + row % group) * HEAD_DIM;
-        float x[4], rest[4];
+        const float *from = q + ((size_t)max(token, 0) * heads + kv_head * group + row % group) * HEAD_DIM;
+        float4 four = *(const float4 *)(from + channel % HEAD_DIM);
+        float x[4] = {four.x, four.y, four.z, four.w}, rest[4];
 #pragma unroll
         for (int j = 0; j < 4; j++) {
-            x[j] = token < 0 ? 0.0f : facing(from, channel + j, HEAD_DIM);
+            x[j] = token < 0 ? 0.0f : channel < HEAD_DIM ? fminf(x[j], 0.0f) : fmaxf(x[j], 0.0f);
             rest[j] = x[j] - widen(narrow(x[j]));
         }
         row_pieces[i] = make_uint4(pack(x[0], x[1]), pack(x[2], x[3]), pack(rest[0], rest[1]), pack(rest[2], rest[3]));
     }
     __syncthreads();
+    unsigned pieces = shared_address(row_pieces + lane);
     while (tile < tiles) {
-        float score[ROW_TILES][4] = {};
+        /* Some rows at a time, or registers would not hold their sums. */
+#pragma unroll 1
+        for (int some = 0; some < ROW_TILES; some += AT_ONCE) {
+            float score[AT_ONCE][4] = {};
 #pragma unroll
-        for (int c = 0; c < CHUNKS; c++)
+            for (int c = 0; c < CHUNKS; c++)
 #pragma unroll
-            for (int n = 0; n < ROW_TILES; n++) {
-                uint4 first = row_pieces[(c * 2 * ROW_TILES + n) * WARP + lane];
-                uint4 second = row_pieces[((c * 2 + 1) * ROW_TILES + n) * WARP + lane];
-                mma(score[n], a[c].x, b[c].x, a[c].y, b[c].y, first.x, first.y);
-                mma(score[n], a[c].x, b[c].x, a[c].y, b[c].y, first.z, first.w);
-                mma(score[n], a[c].z, b[c].z, a[c].w, b[c].w, second.x, second.y);
-                mma(score[n], a[c].z, b[c].z, a[c].w, b[c].w, second.z, second.w);
-            }
+                for (int n = 0; n < AT_ONCE; n++) {
+                    uint4 first = load_piece(pieces + (c * 2 * ROW_TILES + some + n) * WARP * 16);
+                    uint4 second = load_piece(pieces + ((c * 2 + 1) * ROW_TILES + some + n) * WARP * 16);
+                    mma(score[n], a[c].x, b[c].x, a[c].y, b[c].y, first.x, first.y);
+                    mma(score[n], a[c].x, b[c].x, a[c].y, b[c].y, first.z, first.w);
+                    mma(score[n], a[c].z, b[c].z, a[c].w, b[c].w, second.x, second.y);
+                    mma(score[n], a[c].z, b[c].z, a[c].w, b[c].w, second.z, second.w);
+                }
 #pragma unroll
-        for (int n = 0; n < ROW_TILES; n++)
+            for (int n = 0; n < AT_ONCE; n++)
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                int row = first_row + n * 8 + t * 2 + i % 2, page = tile * 16 + g + i / 2 * 8;
-                if (row < rows && page < pages) scores[((size_t)kv_head * rows + row) * stride + page] = score[n][i];
-            }
+                for (int i = 0; i < 4; i++) {
+                    int row = first_row + (some + n) * 8 + t * 2 + i % 2, page = tile * 16 + g + i / 2 * 8;
+                    if (row < rows && page < pages)
+                        scores[((size_t)kv_head * rows + row) * stride + page] = score[n][i];
+                }
+        }
         load(tile += gridDim.y * (256 / WARP));
     }
 }

@@ -1,7 +1,7 @@
 /* Attention over the prefix as its kernels leave it: unnormalised o [parts, tokens, heads, head_dim],
  * maximum and sum of the weights [parts, tokens, heads]. A part that saw no key has a maximum of -inf, and
  * zeros. */
-#define BATCH 8
+#define BATCH 16
 
 struct Parts {
     const float *o, *tops, *totals;

@@ -25,17 +25,21 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 {
     __shared__ double shared[THREADS / WARP];
     __shared__ bool last;
-    wait_for_previous();
-    let_next_start();
     const float4 *from = (const float4 *)(q + (size_t)blockIdx.x * width);
     float4 *before = (float4 *)(previous + (size_t)blockIdx.x * width);
+    int pieces = width / 4, mine = threadIdx.x;
+    /* Of an earlier pass: there before this one began. */
+    float4 then = before[min(mine, pieces - 1)];
+    wait_for_previous();
+    let_next_start();
     double total = 0;
-    for (int i = threadIdx.x; i < width / 4; i += THREADS) {
-        float4 now = from[i], then = before[i];
+    for (; mine < pieces; mine += THREADS) {
+        float4 now = from[mine];
+        if (mine >= THREADS) then = before[mine];
         double x = (double)now.x - then.x, y = (double)now.y - then.y, z = (double)now.z - then.z,
                w = (double)now.w - then.w;
         total += x * x + y * y + z * z + w * w;
-        if (keep) before[i] = now;
+        if (keep) before[mine] = now;
     }
     total = sum_of_block(total, shared);
     if (threadIdx.x == 0) {
@@ -50,13 +54,14 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const volatile float *changes = change;
     int candidates = rows ? *row_count : gridDim.x, wanted = min(count, candidates), filled = 0;
     for (int base = 0; base < candidates; base += WARP) {
-        int i = base + threadIdx.x, token = 0, rank = 0;
-        if (i < candidates) {
-            token = rows ? rows[i] : i;
-            float mine = changes[token];
-            for (int j = 0; j < candidates; j++) {
-                float other = changes[rows ? rows[j] : j];
-                rank += other > mine || (other == mine && j < i);
+        int i = base + threadIdx.x, token = i < candidates ? rows ? rows[i] : i : 0, rank = 0;
+        float mine = changes[token];
+        for (int start = 0; start < candidates; start += WARP) {
+            int there = min(start + (int)threadIdx.x, candidates - 1);
+            float theirs = start == base ? mine : changes[rows ? rows[there] : there];
+            for (int k = 0; k < min(WARP, candidates - start); k++) {
+                float other = __shfl_sync(~0u, theirs, k);
+                rank += other > mine || (other == mine && start + k < i);
             }
         }
         unsigned taken = __ballot_sync(~0u, i < candidates && rank < wanted);

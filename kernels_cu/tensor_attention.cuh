@@ -95,10 +95,11 @@ __device__ __forceinline__ void load_tile(unsigned to, const CacheView &cache, c
 }
 
 /* Tiles first <= tile < last of the places that `where` has; only in those from `ragged` on is a place hidden from
- * a row. */
-template <class Where>
+ * a row. The state's limits are there; its queries when `load_queries` has been called, while the first tiles are on
+ * their way. */
+template <class Where, class Load>
 __device__ __forceinline__ void attend(TensorRows &state, const CacheView &cache, const Where &where, int kv_head,
-                                       int first, int last, int ragged, unsigned shared)
+                                       int first, int last, int ragged, unsigned shared, const Load &load_queries)
 {
     int key_warp = threadIdx.x / WARP % KEY_WARPS, lane = threadIdx.x % WARP, t = lane % 4;
     auto load = [&](int tile) {
@@ -108,6 +109,7 @@ __device__ __forceinline__ void attend(TensorRows &state, const CacheView &cache
         if (first + s < last) load(first + s);
         commit_copies();
     }
+    load_queries();
     for (int tile = first; tile < last; tile++) {
         wait_copies<STAGES - 2>();
         __syncthreads();

@@ -23,13 +23,13 @@ class PageList:
     ids : int32 [kv_heads, capacity]
         Rising page ids, valid up to the head's count.
     counts : int32 [kv_heads]
-    positions : int, optional
-        Positions in all listed pages, summed over kv heads; None where the device counts them.
+    positions : int
+        Positions in all listed pages, summed over kv heads.
     """
 
     ids: Any
     counts: Any
-    positions: int | None
+    positions: int
 
 
 def chunk_positions(page_size: int) -> int:

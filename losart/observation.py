@@ -96,9 +96,8 @@ def observed_layers(
             return ObservedLayer(
                 np.arange(tokens), (every,) * kv_heads, 1.0 if prefix_length else None, dense=True
             )
-        ids, counts = map(backend.to_host, (read.pages.ids, read.pages.counts))
         active = np.arange(tokens) if read.tokens is None else backend.to_host(read.tokens)
-        lists = tuple(row[:count].copy() for row, count in zip(ids, counts, strict=True))
+        lists = tuple(ids.copy() for ids in backend.page_lists(read.pages))
         positions = sum(int(sizes[row].sum()) for row in lists)
         density = positions / (kv_heads * prefix_length) if prefix_length else None
         return ObservedLayer(active[active >= 0].copy(), lists, density, dense=False)

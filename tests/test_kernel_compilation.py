@@ -42,6 +42,7 @@ PLANNED = (
     "causal_attention",
     "page_scores",
     "page_masses",
+    "mark_pages",
     "top_pages",
 )
 TOKENS = (1, 4, 16, 20, 32, 33, 44, 52, 64)
@@ -51,7 +52,7 @@ HEADS = ((8, 8), (16, 8), (32, 8), (8, 1))  # and kv heads
 def plans(card: Card) -> Iterator[Plan]:
     """Launches that stand for all that the card will see."""
     for pages in (100, 2048, 8192, 1 << 16):
-        yield from (top_pages_plan(20, 8, pages, unite) for unite in (False, True))
+        yield from (top_pages_plan(kernel, 20, 8, pages) for kernel in ("mark_pages", "top_pages"))
     for tensor in (True, False):
         for tokens in (*TOKENS, 2048):
             yield product_plan(card, tensor, tokens, 4096, 4096)
@@ -59,7 +60,8 @@ def plans(card: Card) -> Iterator[Plan]:
             for head_dim in (64, 80, 128):
                 for tokens in TOKENS:
                     shape = (card, tensor, tokens, heads, kv_heads, head_dim)
-                    yield from (plan(*shape) for plan in (prefix_plan, sparse_plan, masses_plan))
+                    yield from (plan(*shape) for plan in (prefix_plan, masses_plan))
+                    yield from (sparse_plan(*shape, pages, 16, pages // 32) for pages in (640, 8192, 1 << 16))
                     yield scores_plan(card, tensor, tokens * heads // kv_heads, kv_heads, head_dim)
                 yield causal_plan(card, tensor, 2048, heads, kv_heads, head_dim)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from losart.backends.base import Array, Prefix
-from losart.cache import PagedKVCache, PageList
+from losart.backends.base import Array, Pages, Prefix
+from losart.cache import PagedKVCache
 
 
 @dataclass(frozen=True)
@@ -17,12 +17,12 @@ class LayerRead:
     ----------
     tokens : int32 [any], optional
         Tokens of the block that read; negative places hold none. None: all of them.
-    pages : PageList, optional
+    pages : Pages, optional
         None: all of them.
     """
 
     tokens: Any = None
-    pages: PageList | None = None
+    pages: Pages = None
 
 
 class ReadRecorder:
@@ -60,7 +60,7 @@ class ReadRecorder:
         self,
         q: Array,
         tokens: Array | None,
-        pages: PageList,
+        pages: Pages,
         cache: PagedKVCache,
         layer: int,
         into: tuple[Array, Array] | None = None,

@@ -12,13 +12,14 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from losart.cache import PagedKVCache, PageList
+from losart.cache import PagedKVCache
 from losart.options import GenerationConfig
 from losart.sampling import Proposals
 
 Array = Any
 Matrix = Any  # a weight [out, in], or several joined along `out`, as the backend holds them
 Product = Any  # a matrix product, for the operation that follows it
+Pages = Any  # that each kv head reads: a PageList, or what else the backend makes of them
 Prefix = Any  # o [tokens, heads, head_dim] and log-sum-exp [tokens, heads], for block_attention
 
 
@@ -150,6 +151,9 @@ class SparseBackend(Backend, Protocol):
     def to_host(self, array: Array) -> np.ndarray:
         """An array of the last pass as it is when the pass has ended; only observers ask for it."""
 
+    def page_lists(self, pages: Pages) -> list[np.ndarray]:
+        """Page ids of each kv head, rising, as `to_host`."""
+
     def new_memory(self, purpose: Hashable) -> Memory:
         """A memory for one generation; of equal purpose, arrays of equal names have equal shapes."""
 
@@ -174,7 +178,7 @@ class SparseBackend(Backend, Protocol):
         self,
         q: Array,
         tokens: Array | None,
-        pages: PageList,
+        pages: Pages,
         cache: PagedKVCache,
         layer: int,
         into: tuple[Array, Array] | None = None,
@@ -208,12 +212,12 @@ class SparseBackend(Backend, Protocol):
 
     def select_pages(
         self, q: Array, tokens: Array | None, cache: PagedKVCache, layer: int, count: int
-    ) -> PageList:
+    ) -> Pages:
         """Top `count` pages of each query of `tokens` (None: all) by QUEST's bound, united per kv head."""
 
     def select_pages_by_mass(
         self, masses: Array, tokens: Array | None, cache: PagedKVCache, count: int
-    ) -> PageList:
+    ) -> Pages:
         """Top `count` pages of each query of `tokens` (None: all) by mass, united per kv head.
 
         `masses` are what `keep_masses` kept, for the same count.

@@ -118,6 +118,9 @@ class CpuBackend:
     def to_host(self, array: np.ndarray) -> np.ndarray:
         return array
 
+    def page_lists(self, pages: PageList) -> list[np.ndarray]:
+        return [row[:count] for row, count in zip(pages.ids, pages.counts, strict=True)]
+
     # -- transformer
 
     def embed(self, table: tuple[np.ndarray], ids: np.ndarray) -> np.ndarray:
@@ -256,7 +259,6 @@ class CpuBackend:
     ) -> tuple[np.ndarray, np.ndarray]:
         o, lse = into or _new_result(q)
         tokens = _all_tokens(q) if tokens is None else tokens
-        assert pages.positions is not None
         self._read.positions = getattr(self._read, "positions", 0) + pages.positions
         kernels.attend_pages(cache.table, layer, q, tokens, (pages.ids, pages.counts), cache.length, o, lse)
         return o, lse

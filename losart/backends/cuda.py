@@ -18,13 +18,14 @@ import numpy as np
 from losart.backends.base import Memory
 from losart.backends.cuda_dense import DenseCudaBackend
 from losart.backends.cuda_graph import outside_passes
-from losart.backends.cuda_plans import Plan, masses_plan, scores_plan, sparse_plan, top_pages_plan
-from losart.backends.cuda_results import PrefixParts
-from losart.cache import PagedKVCache, PageList
+from losart.backends.cuda_plans import masses_plan, scores_plan, sparse_plan, top_pages_plan
+from losart.backends.cuda_results import ChosenPages, PrefixParts
+from losart.cache import PagedKVCache
 from losart.config import ModelConfig
 
 UNIT = 16  # positions of a mass; page_masses.cu
 FREE_MEMORIES = 4  # kept for generations to come
+NO_PAGES = ChosenPages(0)
 
 
 class CudaBackend(DenseCudaBackend):
@@ -43,9 +44,8 @@ class CudaBackend(DenseCudaBackend):
         super().__init__(config, dtype)
         self._memory_keys = itertools.count()
         self._free: list[tuple[Hashable, Hashable, dict[Hashable, Any]]] = []
-        with self.stream:  # both are zeros between kernels
-            self._marks = cupy.zeros((config.num_kv_heads, -(-self._most_pages(UNIT) // 32)), np.uint32)
-            self._done = cupy.zeros(config.num_kv_heads, np.uint32)
+        with self.stream:
+            self._done = cupy.zeros(1, np.uint32)  # 0 between kernels
 
     def _most_pages(self, page_size: int) -> int:
         """Pages of the longest prefix that a pass can have: its block begins within the positions."""
@@ -90,9 +90,14 @@ class CudaBackend(DenseCudaBackend):
     ) -> None:
         kv_heads, tokens, group, _ = masses.shape
         rows, sums = (group, tokens) if summed else (tokens * group, 1)
-        count = min(count, self._most_pages(cache.page_size))
+        pages = self._most_pages(cache.page_size)
+        count = min(count, pages)
         ids = self._array(memory, name, (kv_heads, rows, count), np.int32)
-        self._top_pages(masses, sums, cache.page_size // UNIT, rows, None, cache, count, ids)
+        self._launch_plan(
+            top_pages_plan("top_pages", rows, kv_heads, pages),
+            *(masses, sums, cache.page_size // UNIT, masses.shape[-1], self._given.length, cache.page_size),
+            *(count, ids),
+        )
 
     def copy_tokens(self, source: Any, tokens: Any, into: Any) -> None:
         count = len(source) if tokens is None else len(tokens)
@@ -120,66 +125,38 @@ class CudaBackend(DenseCudaBackend):
         )
         return active
 
-    def select_pages(self, q: Any, tokens: Any, cache: PagedKVCache, layer: int, count: int) -> PageList:
+    def select_pages(self, q: Any, tokens: Any, cache: PagedKVCache, layer: int, count: int) -> ChosenPages:
         c, token_count = self.config, len(q) if tokens is None else len(tokens)
         rows, pages = token_count * c.group_size, self._most_pages(cache.page_size)
         if not rows:
-            return self._no_pages()
+            return NO_PAGES
+        count, words = min(count, pages), -(-pages // 32)
         scores = cupy.empty((c.num_kv_heads, rows, pages), np.float32)
-        plan = scores_plan(self.card, self._tensor, rows, c.num_kv_heads, c.head_dim)
+        marks = cupy.empty((c.num_kv_heads, words), np.uint32)
         table = cache.table
         bounds = (self._pages.bounds, self._given.length, layer, c.num_kv_heads)
         sizes = (cache.page_size, table.positions_per_chunk, c.head_dim)
-        self._launch_plan(plan, q, tokens, rows, c.num_heads, *bounds, *sizes, scores, pages)
-        found, listing = self._new_list(min(pages, rows * count))
-        count = min(count, pages)
-        self._top_pages(scores, 1, 1, rows, tokens, cache, count, *listing[:4], self._done, *listing[4:])
-        return found
-
-    def select_pages_by_mass(self, masses: Any, tokens: Any, cache: PagedKVCache, count: int) -> PageList:
-        _, rows, count = masses.shape
-        wanted = rows if tokens is None else len(tokens) * self.config.group_size
-        if not wanted:
-            return self._no_pages()
-        found, (ids, capacity, *rest) = self._new_list(min(self._most_pages(cache.page_size), wanted * count))
-        self._launch(
-            "list_pages",
-            (self.config.num_kv_heads,),
-            1024,
-            *(masses, rows, count, tokens, 0 if tokens is None else len(tokens), self.config.group_size),
-            *(self._given.length, cache.page_size, ids, capacity, *rest),
+        plan = scores_plan(self.card, self._tensor, rows, c.num_kv_heads, c.head_dim)
+        self._launch_plan(plan, q, tokens, rows, c.num_heads, *bounds, *sizes, scores, pages, marks, words)
+        self._launch_plan(
+            top_pages_plan("mark_pages", rows, c.num_kv_heads, pages),
+            *(scores, pages, self._given.length, cache.page_size, tokens, c.group_size, count, marks, words),
         )
-        return found
+        return ChosenPages(min(pages, rows * count), marks=marks)
 
-    def _new_list(self, capacity: int) -> tuple[PageList, tuple[Any, ...]]:
-        """A list for so many pages a kv head, and kernels' arguments by which they fill it."""
-        kv_heads = self.config.num_kv_heads
-        ids, counts = cupy.empty((kv_heads, capacity), np.int32), cupy.empty(kv_heads, np.int32)
-        self.counted = True
-        marks = (self._marks, self._marks.shape[1])
-        return PageList(ids, counts, None), (ids, capacity, *marks, counts, self._given.positions)
+    def select_pages_by_mass(self, masses: Any, tokens: Any, cache: PagedKVCache, count: int) -> ChosenPages:
+        group, (_, rows, count) = self.config.group_size, masses.shape
+        if tokens is not None:
+            rows = len(tokens) * group
+        if not rows:
+            return NO_PAGES
+        most = min(self._most_pages(cache.page_size), rows * count)
+        return ChosenPages(most, selected=masses, tokens=tokens, group=group)
 
-    def _top_pages(
-        self,
-        scores: Any,
-        sums: int,
-        units: int,
-        rows: int,
-        tokens: Any,
-        cache: PagedKVCache,
-        count: int,
-        *into: Any,
-    ) -> None:
-        """Top pages of each row, each for itself, or united where there is all that a list takes."""
-        pages, kv_heads = self._most_pages(cache.page_size), self.config.num_kv_heads
-        plan = top_pages_plan(rows, kv_heads, pages, unite=len(into) > 1)
-        given = (self._given.length, cache.page_size, tokens, self.config.group_size, count)
-        into = into if len(into) > 1 else (*into, 0, None, 0, None, None, None)
-        self._launch_plan(plan, scores, sums, units, scores.shape[-1], *given, *into)
-
-    def _no_pages(self) -> PageList:
-        kv_heads = self.config.num_kv_heads
-        return PageList(cupy.empty((kv_heads, 0), np.int32), cupy.zeros(kv_heads, np.int32), None)
+    def page_lists(self, pages: ChosenPages) -> list[np.ndarray]:
+        if not pages.most:
+            return [np.empty(0, np.int64)] * self.config.num_kv_heads
+        return pages.on_host(self.stream)
 
     # -- attention
 
@@ -197,7 +174,7 @@ class CudaBackend(DenseCudaBackend):
         self,
         q: Any,
         tokens: Any,
-        pages: PageList,
+        pages: ChosenPages,
         cache: PagedKVCache,
         layer: int,
         into: tuple[Any, Any] | None = None,
@@ -205,14 +182,17 @@ class CudaBackend(DenseCudaBackend):
         c, count = self.config, len(q) if tokens is None else len(tokens)
         if not count:
             return into
-        plan: Plan = sparse_plan(self.card, self._tensor, count, c.num_heads, c.num_kv_heads, c.head_dim)
+        shape = (count, c.num_heads, c.num_kv_heads, c.head_dim)
+        words = 0 if pages.selected is None else -(-self._most_pages(cache.page_size) // 32)
+        plan = sparse_plan(self.card, self._tensor, *shape, pages.most, cache.page_size, words)
         parts = PrefixParts.empty(plan.parts, count, c.num_heads, c.head_dim)
         self._launch_plan(
             plan,
             *(q, tokens, *self._cache_arguments(cache.table, layer)),
-            *(pages.ids, pages.ids.shape[1], pages.counts, cache.page_size),
+            *(*pages.arguments, cache.page_size, self._given.positions, plan.capacity),
             *(parts.o, parts.tops, parts.totals, count, c.num_heads),
         )
+        self.counted = True
         if into is None:
             return parts
         self._merge(parts, tokens, into)

@@ -5,7 +5,7 @@ Nothing here needs a device, so that every variant that a card would run can be 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
 from losart.kernels_cu import Defines
@@ -15,7 +15,9 @@ PANEL = 128  # product.cuh
 COLUMNS = 64  # of weights that linear_tensor.cu and linear_tiles.cu take at a time
 LEAST_SHARE = 16  # units of linear_tensor.cu, where that leaves each processor a block: sums cost too
 TENSOR_HEAD_DIMS = (64, 128)
-PLAIN_ROWS = 16  # attention.cuh
+PLAIN_ROWS, PLAIN_TILE = 16, 32  # attention.cuh
+TENSOR_TILE = 64  # tensor_attention.cuh
+FIXED_SHARED = 1024  # at most, of kernels whose dynamic shared memory is aligned to as much
 BARRIER_BYTES = 16  # of a stage; hopper_attention.cuh
 
 
@@ -52,6 +54,8 @@ class Plan:
         linear_tensor: planes of partial sums; prefix attention: parts to be merged.
     share : int
         linear_tensor: units of a block.
+    capacity : int
+        sparse attention: pages of a thread block's share of a list.
     """
 
     kernel: str
@@ -61,6 +65,7 @@ class Plan:
     defines: Defines = ()
     parts: int = 1
     share: int = 1
+    capacity: int = 0
 
 
 def product_plan(card: Card, tensor: bool, tokens: int, rows: int, inner: int) -> Plan:
@@ -105,9 +110,24 @@ def prefix_plan(card: Card, tensor: bool, tokens: int, heads: int, kv_heads: int
     return _split_plan(card, "prefix_attention", tensor, rows, kv_heads, head_dim)
 
 
-def sparse_plan(card: Card, tensor: bool, tokens: int, heads: int, kv_heads: int, head_dim: int) -> Plan:
-    """Attention of some tokens' queries over listed pages."""
-    return _split_plan(card, "sparse_attention", tensor, tokens * (heads // kv_heads), kv_heads, head_dim)
+def sparse_plan(
+    card: Card,
+    tensor: bool,
+    tokens: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    pages: int,
+    page_size: int,
+    words: int,
+) -> Plan:
+    """Attention of some tokens' queries over a list of `pages` at most; `words` of marks of its own."""
+    shape = ("sparse_attention", tensor, tokens * (heads // kv_heads), kv_heads, head_dim)
+    parts = _split_plan(card, *shape).parts
+    tile = TENSOR_TILE if tensor and head_dim in TENSOR_HEAD_DIMS else PLAIN_TILE
+    capacity = ceil(ceil(ceil(pages * page_size / tile) / parts) * tile / page_size) + 1
+    extra = 4 * (capacity + words)
+    return replace(_split_plan(card, *shape, extra=extra), capacity=capacity)
 
 
 def masses_plan(card: Card, tensor: bool, tokens: int, heads: int, kv_heads: int, head_dim: int) -> Plan:
@@ -115,17 +135,24 @@ def masses_plan(card: Card, tensor: bool, tokens: int, heads: int, kv_heads: int
     return _split_plan(card, "page_masses", tensor, tokens * (heads // kv_heads), kv_heads, head_dim)
 
 
-def _split_plan(card: Card, kernel: str, tensor: bool, rows: int, kv_heads: int, head_dim: int) -> Plan:
-    """A kernel whose thread blocks share keys and values out among them, for all rows of a kv head."""
+def _split_plan(
+    card: Card, kernel: str, tensor: bool, rows: int, kv_heads: int, head_dim: int, extra: int = 0
+) -> Plan:
+    """A kernel whose thread blocks share keys and values out among them, for all rows of a kv head.
+
+    `extra`: bytes of shared memory after the tiles.
+    """
     if not tensor or head_dim not in TENSOR_HEAD_DIMS:
         parts = max(1, 2 * card.processors // kv_heads)
         grid = (kv_heads, parts, ceil(rows / PLAIN_ROWS))
-        return Plan(kernel, grid, 256, _plain_shared(head_dim), parts=parts)
+        return Plan(kernel, grid, 256, _plain_shared(head_dim) + extra, parts=parts)
     row_warps = next((n for n in (1, 2, 4) if 16 * n >= rows), 8)
     key_warps = 4 if row_warps == 1 else 8 // row_warps
     blocks = ceil(rows / (16 * row_warps))
     splits = max(1, card.processors // (kv_heads * blocks))
-    defines, shared = _tensor_defines(card, head_dim, row_warps, key_warps)
+    defines, shared = _tensor_defines(card, head_dim, row_warps, key_warps, extra)
+    # Where the tiles were, each warp leaves its sums.
+    shared = max(shared + extra, row_warps * key_warps * 4 * (16 * (head_dim + 8) + 32))
     grid, threads = (kv_heads, splits, blocks), 32 * row_warps * key_warps
     return Plan(f"{kernel}_tensor", grid, threads, shared, defines, parts=splits)
 
@@ -136,17 +163,16 @@ def scores_plan(card: Card, tensor: bool, rows: int, kv_heads: int, head_dim: in
     if not tensor or head_dim not in TENSOR_HEAD_DIMS:
         grid = (kv_heads, max(1, blocks // kv_heads), ceil(rows / PLAIN_ROWS))
         return Plan("page_scores", grid, 256, PLAIN_ROWS * 2 * head_dim * 4)
-    tiles = min(8, ceil(rows / 8))
+    tiles = ceil(rows / 8) if rows <= 32 else 8
     slices = ceil(rows / (8 * tiles))
     grid = (kv_heads, max(1, blocks // (kv_heads * slices)), slices)
     defines = (("HEAD_DIM", head_dim), ("ROW_TILES", tiles))
     return Plan("page_scores_tensor", grid, 256, head_dim // 16 * 2 * tiles * 512, defines)
 
 
-def top_pages_plan(rows: int, kv_heads: int, pages: int, unite: bool) -> Plan:
+def top_pages_plan(kernel: str, rows: int, kv_heads: int, pages: int) -> Plan:
     """The top pages of `rows` rows a kv head, of `pages` at most."""
-    defines = (("KEYS", min(16, ceil(pages / 512))), ("UNITE", int(unite)))
-    return Plan("top_pages", (rows, kv_heads), 512, 0, defines)
+    return Plan(kernel, (rows, kv_heads), 512, 0, (("KEYS", min(16, ceil(pages / 512))),))
 
 
 def causal_plan(card: Card, tensor: bool, tokens: int, heads: int, kv_heads: int, head_dim: int) -> Plan:
@@ -183,9 +209,11 @@ def _hopper_defines(
     return defines, stages * stage + queries
 
 
-def _tensor_defines(card: Card, head_dim: int, row_warps: int, key_warps: int) -> tuple[Defines, int]:
-    stage = 2 * 64 * head_dim * 2
-    stages = min(5, card.shared_per_block // stage)
+def _tensor_defines(
+    card: Card, head_dim: int, row_warps: int, key_warps: int, extra: int = 0
+) -> tuple[Defines, int]:
+    stage = 2 * TENSOR_TILE * head_dim * 2
+    stages = min(5, (card.shared_per_block - FIXED_SHARED - extra) // stage)
     defines = (
         ("HEAD_DIM", head_dim),
         ("ROW_WARPS", row_warps),

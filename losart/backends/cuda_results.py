@@ -44,6 +44,50 @@ NO_PRODUCT = (None, None, 0, 0, 1, 1)
 
 
 @dataclass(frozen=True)
+class ChosenPages:
+    """Pages that each kv head reads, as kernels take them (kernels_cu/page_list.cuh).
+
+    Attributes
+    ----------
+    most : int
+        Pages of a kv head at most.
+    marks : uint32 [kv_heads, words], optional
+        A bit a page. Or:
+    selected : int32 [kv_heads, rows, count], optional
+        Pages that each row has selected, -1 for none.
+    tokens : int32 [any], optional
+        Whose rows of `selected` count; None: all.
+    group : int
+        Rows of a token.
+    """
+
+    most: int
+    marks: Any = None
+    selected: Any = None
+    tokens: Any = None
+    group: int = 1
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """As kernels take it."""
+        words = 0 if self.marks is None else self.marks.shape[1]
+        rows, count = (0, 0) if self.selected is None else self.selected.shape[1:]
+        return self.marks, words, self.selected, rows, count
+
+    def on_host(self, stream: Any) -> list[np.ndarray]:
+        """Page ids of each kv head, rising."""
+        if self.marks is not None:
+            bits = np.unpackbits(self.marks.get(stream=stream).view(np.uint8), axis=1, bitorder="little")
+            return [np.flatnonzero(row) for row in bits]
+        selected = self.selected.get(stream=stream)
+        if self.tokens is not None:
+            tokens = self.tokens.get(stream=stream)
+            rows = tokens[tokens >= 0, None] * self.group + np.arange(self.group)
+            selected = selected[:, rows.reshape(-1)]
+        return [np.unique(of_head[of_head >= 0]) for of_head in selected]
+
+
+@dataclass(frozen=True)
 class PrefixParts:
     """Attention over the prefix as its kernel leaves it (kernels_cu/parts.cuh).
 
