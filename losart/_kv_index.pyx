@@ -14,7 +14,7 @@ QUEST bound of 16 pages (arXiv 2406.10774) is then slab_scores of [max(q, 0), mi
 import numpy as np
 
 from libc.math cimport NAN
-from libc.stdint cimport int32_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, int64_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
@@ -269,6 +269,45 @@ def union_of_top_pages(const float[:, :, ::1] scores, Py_ssize_t pages, Py_ssize
     finally:
         free(marks)
     return ids, counts
+
+
+def mark_pages(const int32_t[:, :, ::1] selected, tokens, Py_ssize_t group, Py_ssize_t words):
+    """Pages that rows have selected, united per kv head.
+
+    Parameters
+    ----------
+    selected : int32 [kv_heads, rows, count]
+        Page ids in any order, -1 for none.
+    tokens : int32 [any] or None
+        Whose rows count, `group` rows each; None: all rows.
+    group : int
+    words : int
+        32 times as many pages can be marked.
+
+    Returns
+    -------
+    uint32 [kv_heads, words]
+        A bit a page.
+    """
+    cdef Py_ssize_t heads = selected.shape[0], rows = selected.shape[1], head, i, row, place, page
+    marks = np.zeros((heads, words), np.uint32)
+    cdef uint32_t[:, ::1] view = marks
+    chosen = np.arange(rows) if tokens is None else (
+        np.asarray(tokens)[:, None] * group + np.arange(group)).reshape(-1)
+    cdef const int64_t[::1] wanted = np.ascontiguousarray(chosen, np.int64)
+    if len(chosen) and not (0 <= chosen.min() and chosen.max() < rows):
+        raise ValueError("tokens must be within the rows")
+    if selected.size and np.asarray(selected).max() >= 32 * words:
+        raise ValueError("pages must be within the words")
+    with nogil:
+        for head in range(heads):
+            for i in range(wanted.shape[0]):
+                row = wanted[i]
+                for place in range(selected.shape[2]):
+                    page = selected[head, row, place]
+                    if page >= 0:
+                        view[head, page >> 5] |= <uint32_t>1 << (page & 31)
+    return marks
 
 
 def positions_in(const int32_t[:, ::1] ids, const int32_t[::1] counts, Py_ssize_t page_size, Py_ssize_t length):

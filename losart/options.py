@@ -22,6 +22,7 @@ CHOICES = {
     "drift": ("previous", "refresh"),
     "candidates": ("all", "masked"),
     "commit": ("dense", "sparse"),
+    "planner": ("auto", "device", "host"),
 }
 
 
@@ -54,6 +55,9 @@ class AttentionConfig:
         This many first layers stay dense.
     commit : {"dense", "sparse"}
         How the pass that writes a finished block's K/V reads the prefix.
+    planner : {"auto", "device", "host"}
+        Where tokens and pages are selected for a GPU: in its own kernels, or on the host. The same
+        ones are; "auto" takes the faster. On the CPU it makes no difference.
     """
 
     method: str = "dense"
@@ -65,6 +69,7 @@ class AttentionConfig:
     page_size: int = 16
     dense_layers: int = 0
     commit: str = "dense"
+    planner: str = "auto"
 
     def __post_init__(self) -> None:
         require(

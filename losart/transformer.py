@@ -10,7 +10,7 @@ import numpy as np
 
 from losart.attention.base import AttentionPolicy
 from losart.attention.recorder import ReadRecorder
-from losart.backends.base import Array, Backend, Matrix, PassInputs
+from losart.backends.base import Array, Matrix, PassInputs, SparseBackend
 from losart.cache import PagedKVCache
 from losart.config import ModelConfig
 from losart.observation import ObservedLayer, Progress, observed_layers
@@ -46,7 +46,7 @@ class Transformer:
     config : ModelConfig
     tensors : mapping
         The checkpoint's tensors by canonical name (`losart.loaders`).
-    backend : Backend
+    backend : SparseBackend
     progress : callable, optional
         Called after each layer with the layers uploaded and in all.
     """
@@ -55,7 +55,7 @@ class Transformer:
         self,
         config: ModelConfig,
         tensors: Mapping[str, Any],
-        backend: Backend,
+        backend: SparseBackend,
         progress: Progress | None = None,
     ) -> None:
         self.config = config
@@ -149,11 +149,7 @@ class Transformer:
 
             return self.backend.propose(self._forward(ids, cache, attend), inputs, self.head, config)
 
-        policy.use(self.backend)
-        shape = ("denoise", policy.shape, config.sampling)
-        proposals, positions, observed = self._run_pass(shape, inputs, cache, body, observe)
-        policy.end_pass(positions)
-        return proposals, observed
+        return self._run_pass("denoise", policy, config.sampling, inputs, cache, body, observe)
 
     def commit(
         self, ids: np.ndarray, cache: PagedKVCache, policy: AttentionPolicy, observe: bool = False
@@ -168,36 +164,38 @@ class Transformer:
 
             self._forward(ids, cache, attend)
 
-        policy.use(self.backend)
-        shape = ("commit", policy.shape)
-        _, positions, observed = self._run_pass(shape, PassInputs(ids), cache, body, observe)
-        policy.end_pass(positions)
+        _, observed = self._run_pass("commit", policy, None, PassInputs(ids), cache, body, observe)
         cache.advance(len(ids))
         return observed
 
     def _run_pass(
         self,
-        shape: Hashable,
+        name: str,
+        policy: AttentionPolicy,
+        sampling: Hashable,
         inputs: PassInputs,
         cache: PagedKVCache,
         body: Callable[[Array, Any], Any],
         observe: bool,
-    ) -> tuple[Any, int, Observed]:
-        """Run `body` of the block's ids and of the backend that the policy talks to."""
-        backend = self.backend
+    ) -> tuple[Any, Observed]:
+        """Run `body` of the block's ids and of the backend as the policy talks to it."""
+        policy.use(self.backend)
+        shape: Hashable = (name, policy.shape, sampling)
+        talked_to = self.backend.planned(policy.config.planner)
+        if observe:
+            # A shape of its own, so that a pass that is captured while it is observed keeps the noted
+            # arrays; and the recorder is kept with it, since a replay does not come by here.
+            shape = ("observed", shape)
+            talked_to = self._recorders.setdefault(shape, ReadRecorder(talked_to))
+        result, positions = self.backend.run_pass(shape, inputs, cache, lambda ids: body(ids, talked_to))
+        policy.end_pass(positions)
         if not observe:
-            return *backend.run_pass(shape, inputs, cache, lambda ids: body(ids, backend)), None
-        # A shape of its own, so that a pass that is captured while it is observed keeps the noted
-        # arrays; and the recorder is kept with it, since a replay does not come by here.
-        shape = ("observed", shape)
-        recorder = self._recorders.setdefault(shape, ReadRecorder(backend))
-        result, positions = backend.run_pass(shape, inputs, cache, lambda ids: body(ids, recorder))
-        observed = observed_layers(
-            recorder.reads,
-            backend,
+            return result, None
+        return result, observed_layers(
+            talked_to.reads,
+            talked_to,
             kv_heads=self.config.num_kv_heads,
             tokens=len(inputs.ids),
             prefix_length=cache.length,
             page_size=cache.page_size,
         )
-        return result, positions, observed

@@ -271,6 +271,23 @@ def test_tokens_and_reads_are_those_of_the_cpu(models, method, length, block_len
             assert a == (b if b is None else pytest.approx(b, rel=0.01))
 
 
+@pytest.mark.parametrize("method", METHODS, ids=name_of)
+def test_the_host_selects_what_the_device_selects(models, method):
+    _, cuda = models
+    options = {"max_new_tokens": 40, "stop_token_ids": [], "block_length": 8, "budget": 64, **method}
+    seen: dict[str, list[Any]] = {"device": [], "host": []}
+    for planner, layers in seen.items():
+        cuda.generate(
+            PROMPT,
+            planner=planner,
+            observer=lambda each, layers=layers: layers.extend(
+                (layer.active.tolist(), [ids.tolist() for ids in layer.pages]) for layer in each.layers
+            ),
+            **options,
+        )
+    assert seen["host"] == seen["device"]
+
+
 def test_everything_read_and_active_is_dense_attention(models):
     _, cuda = models
     options = {"max_new_tokens": 40, "stop_token_ids": [], "block_length": 8}

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kv import HELD_AS, bfloat16, empty_table, held, model_config
 
-from losart._kv_index import PageTable, positions_in, union_of_top_pages
+from losart._kv_index import PageTable, mark_pages, positions_in, union_of_top_pages
 from losart.backends.cpu import CpuBackend, narrow, widen
 from losart.cache import PagedKVCache
 from losart.errors import OutOfMemoryError
@@ -324,3 +324,25 @@ def test_memory_of_positions_is_that_of_their_chunks(page_size, dtype, positions
     cache = PagedKVCache(table, allocate)
     cache.reserve(positions)
     assert cache.bytes_for(positions) == sum(array.nbytes for array in arrays)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.integers(1, 3),
+    st.integers(1, 4),
+    st.integers(1, 3),
+    st.integers(0, 70),
+    st.booleans(),
+    st.integers(0, 99),
+)
+def test_marks_are_of_what_rows_have_selected(heads, tokens, group, pages, every, seed):
+    rng = np.random.default_rng(seed)
+    words = 3
+    selected = rng.integers(-1, max(pages, 1), (heads, tokens * group, 4)).astype(np.int32)
+    chosen = None if every else np.flatnonzero(rng.random(tokens) < 0.5).astype(np.int32)
+    marks = mark_pages(selected, chosen, group, words)
+    bits = np.unpackbits(marks.view(np.uint8), axis=1, bitorder="little")
+    by_token = selected.reshape(heads, tokens, group * 4)
+    for head in range(heads):
+        rows = by_token[head] if every else by_token[head, chosen]
+        assert np.flatnonzero(bits[head]).tolist() == sorted(set(rows[rows >= 0].tolist()))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 
-from losart.backends.base import Backend
+from losart.backends.base import SparseBackend
 from losart.backends.cpu import CpuBackend
 from losart.config import ModelConfig
 from losart.errors import DeviceError, OptionError
@@ -13,7 +13,7 @@ from losart.kernels_cu.compiler import nvrtc_version
 OLDEST_CAPABILITY = (8, 0)
 
 
-def make_backend(device: str, config: ModelConfig, dtype: str) -> Backend:
+def make_backend(device: str, config: ModelConfig, dtype: str) -> SparseBackend:
     """The backend for a device.
 
     Parameters

@@ -154,6 +154,9 @@ class SparseBackend(Backend, Protocol):
     def page_lists(self, pages: Pages) -> list[np.ndarray]:
         """Page ids of each kv head, rising, as `to_host`."""
 
+    def planned(self, planner: str) -> Any:
+        """The backend as a policy talks to it whose tokens and pages are selected where `planner` says."""
+
     def new_memory(self, purpose: Hashable) -> Memory:
         """A memory for one generation; of equal purpose, arrays of equal names have equal shapes."""
 

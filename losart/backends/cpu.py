@@ -206,6 +206,9 @@ class CpuBackend:
         kernels.attend_pages(cache.table, layer, q, _all_tokens(q), None, cache.length, o, lse)
         return o, lse
 
+    def planned(self, planner: str) -> CpuBackend:
+        return self
+
     # No pass is replayed: what it leaves is kept as it is.
 
     def new_memory(self, purpose: Hashable) -> Memory:

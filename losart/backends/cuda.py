@@ -2,7 +2,7 @@
 
 All of it happens in the pass's CUDA graph. Nothing is selected on the host, so that a captured pass can be
 replayed: lists of tokens and pages have room for the most that there can be, and what there is is read from
-device memory.
+device memory. With `planner="host"` it is otherwise: cuda_host_planner.py.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy as np
 from losart.backends.base import Memory
 from losart.backends.cuda_dense import DenseCudaBackend
 from losart.backends.cuda_graph import outside_passes
+from losart.backends.cuda_host_planner import HostPlanner
 from losart.backends.cuda_plans import masses_plan, scores_plan, sparse_plan, top_pages_plan
 from losart.backends.cuda_results import ChosenPages, PrefixParts
 from losart.cache import PagedKVCache
@@ -47,9 +48,13 @@ class CudaBackend(DenseCudaBackend):
         with self.stream:
             self._done = cupy.zeros(1, np.uint32)  # 0 between kernels
 
-    def _most_pages(self, page_size: int) -> int:
+    def most_pages(self, page_size: int) -> int:
         """Pages of the longest prefix that a pass can have: its block begins within the positions."""
         return -(-self.config.max_positions // page_size)
+
+    def planned(self, planner: str) -> Any:
+        """The backend as a policy with this option talks to it."""
+        return HostPlanner(self) if planner == "host" else self
 
     # -- between passes
 
@@ -90,14 +95,9 @@ class CudaBackend(DenseCudaBackend):
     ) -> None:
         kv_heads, tokens, group, _ = masses.shape
         rows, sums = (group, tokens) if summed else (tokens * group, 1)
-        pages = self._most_pages(cache.page_size)
-        count = min(count, pages)
+        count = min(count, self.most_pages(cache.page_size))
         ids = self._array(memory, name, (kv_heads, rows, count), np.int32)
-        self._launch_plan(
-            top_pages_plan("top_pages", rows, kv_heads, pages),
-            *(masses, sums, cache.page_size // UNIT, masses.shape[-1], self._given.length, cache.page_size),
-            *(count, ids),
-        )
+        self._top_pages(masses, sums, cache.page_size // UNIT, cache, ids)
 
     def copy_tokens(self, source: Any, tokens: Any, into: Any) -> None:
         count = len(source) if tokens is None else len(tokens)
@@ -114,35 +114,64 @@ class CudaBackend(DenseCudaBackend):
         candidates: np.ndarray | None = None,
         keep: bool = False,
     ) -> Any:
-        active, change = cupy.empty(count, np.int32), cupy.empty(len(q), np.float32)
+        active = cupy.empty(count, np.int32)
         masked = (None, None) if candidates is None else (self._given.rows, self._given.count)
         # With a count of 0 too: the kernel that follows relies on one that waits (common.cuh).
-        self._launch(
-            "query_change",
-            (len(q),),
-            1024,
-            *(q, previous, q[0].size, int(keep), *masked, change, self._done, active, count),
-        )
+        self.query_change(q, previous, keep, masked, active)
         return active
+
+    def query_change(
+        self, q: Any, previous: Any, keep: bool, masked: tuple[Any, Any] = (None, None), active: Any = None
+    ) -> Any:
+        """Change of each token's query [tokens]; with a list `active`, the tokens that changed most."""
+        change, count = cupy.empty(len(q), np.float32), 0 if active is None else len(active)
+        arguments = (q, previous, q[0].size, int(keep), *masked, change, self._done, active, count)
+        self._launch("query_change", (len(q),), 1024, *arguments)
+        return change
 
     def select_pages(self, q: Any, tokens: Any, cache: PagedKVCache, layer: int, count: int) -> ChosenPages:
         c, token_count = self.config, len(q) if tokens is None else len(tokens)
-        rows, pages = token_count * c.group_size, self._most_pages(cache.page_size)
+        rows, pages = token_count * c.group_size, self.most_pages(cache.page_size)
         if not rows:
             return NO_PAGES
         count, words = min(count, pages), -(-pages // 32)
-        scores = cupy.empty((c.num_kv_heads, rows, pages), np.float32)
         marks = cupy.empty((c.num_kv_heads, words), np.uint32)
-        table = cache.table
-        bounds = (self._pages.bounds, self._given.length, layer, c.num_kv_heads)
-        sizes = (cache.page_size, table.positions_per_chunk, c.head_dim)
-        plan = scores_plan(self.card, self._tensor, rows, c.num_kv_heads, c.head_dim)
-        self._launch_plan(plan, q, tokens, rows, c.num_heads, *bounds, *sizes, scores, pages, marks, words)
+        scores = self._page_scores(q, tokens, rows, cache, layer, marks)
         self._launch_plan(
             top_pages_plan("mark_pages", rows, c.num_kv_heads, pages),
             *(scores, pages, self._given.length, cache.page_size, tokens, c.group_size, count, marks, words),
         )
         return ChosenPages(min(pages, rows * count), marks=marks)
+
+    def top_pages(self, q: Any, cache: PagedKVCache, layer: int, count: int) -> Any:
+        """Top `count` pages of each query by QUEST's bound: [kv_heads, rows, count], -1 for none."""
+        c, rows = self.config, len(q) * self.config.group_size
+        count = min(count, self.most_pages(cache.page_size))
+        scores = self._page_scores(q, None, rows, cache, layer, cupy.empty((c.num_kv_heads, 0), np.uint32))
+        ids = cupy.empty((c.num_kv_heads, rows, count), np.int32)
+        self._top_pages(scores, 1, 1, cache, ids)
+        return ids
+
+    def _page_scores(
+        self, q: Any, tokens: Any, rows: int, cache: PagedKVCache, layer: int, marks: Any
+    ) -> Any:
+        """QUEST's bounds [kv_heads, rows, pages] for some tokens' queries; marks become 0."""
+        c, table = self.config, cache.table
+        scores = cupy.empty((c.num_kv_heads, rows, self.most_pages(cache.page_size)), np.float32)
+        bounds = (self._pages.bounds, self._given.length, layer, c.num_kv_heads)
+        sizes = (cache.page_size, table.positions_per_chunk, c.head_dim)
+        self._launch_plan(
+            scores_plan(self.card, self._tensor, rows, c.num_kv_heads, c.head_dim),
+            *(q, tokens, rows, c.num_heads, *bounds, *sizes, scores, scores.shape[2], marks, marks.shape[1]),
+        )
+        return scores
+
+    def _top_pages(self, scores: Any, sums: int, units: int, cache: PagedKVCache, ids: Any) -> None:
+        kv_heads, rows, count = ids.shape
+        self._launch_plan(
+            top_pages_plan("top_pages", rows, kv_heads, self.most_pages(cache.page_size)),
+            *(scores, sums, units, scores.shape[-1], self._given.length, cache.page_size, count, ids),
+        )
 
     def select_pages_by_mass(self, masses: Any, tokens: Any, cache: PagedKVCache, count: int) -> ChosenPages:
         group, (_, rows, count) = self.config.group_size, masses.shape
@@ -150,7 +179,7 @@ class CudaBackend(DenseCudaBackend):
             rows = len(tokens) * group
         if not rows:
             return NO_PAGES
-        most = min(self._most_pages(cache.page_size), rows * count)
+        most = min(self.most_pages(cache.page_size), rows * count)
         return ChosenPages(most, selected=masses, tokens=tokens, group=group)
 
     def page_lists(self, pages: ChosenPages) -> list[np.ndarray]:
@@ -163,7 +192,7 @@ class CudaBackend(DenseCudaBackend):
     def prefix_attention_and_masses(self, q: Any, cache: PagedKVCache, layer: int) -> tuple[Any, Any]:
         c, tokens = self.config, len(q)
         o, lse = self.merge(self.prefix_attention(q, cache, layer))
-        units = self._most_pages(UNIT) + cache.page_size // UNIT
+        units = self.most_pages(UNIT) + cache.page_size // UNIT
         masses = cupy.empty((c.num_kv_heads, tokens, c.group_size, units), np.float32)
         plan = masses_plan(self.card, self._tensor, *self._shape(q))
         arguments = self._cache_arguments(cache.table, layer)
@@ -183,7 +212,7 @@ class CudaBackend(DenseCudaBackend):
         if not count:
             return into
         shape = (count, c.num_heads, c.num_kv_heads, c.head_dim)
-        words = 0 if pages.selected is None else -(-self._most_pages(cache.page_size) // 32)
+        words = 0 if pages.selected is None else -(-self.most_pages(cache.page_size) // 32)
         plan = sparse_plan(self.card, self._tensor, *shape, pages.most, cache.page_size, words)
         parts = PrefixParts.empty(plan.parts, count, c.num_heads, c.head_dim)
         self._launch_plan(

@@ -92,6 +92,7 @@ class DenseCudaBackend:
             self._ones: dict[int, Any] = {}
         self._tensor = dtype != "float32"
         self.counted = False  # whether the pass counts the positions that it reads
+        self.captures = True  # whether the pass can be captured: the host takes no part in it
         # Whether products of many tokens may go to cuBLAS: in prefill, for it cannot be captured.
         self.blas = False
 
@@ -158,8 +159,10 @@ class DenseCudaBackend:
                 captured.launch()
                 return self._fetch(inputs, captured.proposes, captured.counts)
             # By launches, which compiles the kernels and fills the pool.
-            self.counted = False
+            self.counted, self.captures = False, True
             proposes = body(self._given.ids) is not None
+            if not self.captures:
+                del self._passes[key]  # as if it had never come
             return self._fetch(inputs, proposes, self.counted)
 
     def _captured(self, key: Hashable, body: Callable[[Any], Any]) -> CapturedPass | None:
