@@ -8,6 +8,7 @@ from pathlib import Path
 
 from losart.kernels_cu.compiler import architecture_of, cached_cubin
 from losart.kernels_cu.launch import OVERLAP_CAPABILITY, OVERLAP_DRIVER, Kernel
+from losart.kernels_cu.prebuilt import prebuilt_cubin
 
 DTYPE_CODES = {"float32": 0, "bfloat16": 1, "float16": 2}
 SIXTEEN_BIT = ("bfloat16", "float16")
@@ -89,7 +90,7 @@ def compile_options(dtype: str, defines: Defines = ()) -> tuple[str, ...]:
 
 
 def kernel(name: str, dtype: str, defines: Defines = ()) -> Kernel:
-    """A kernel for the current device, compiled at first use and cached on disk.
+    """A kernel for the current device: prebuilt, or compiled at first use and cached on disk.
 
     Parameters
     ----------
@@ -98,10 +99,22 @@ def kernel(name: str, dtype: str, defines: Defines = ()) -> Kernel:
         In which weights, keys and values are held.
     defines : tuple of (str, int)
         The file's compile-time constants.
+
+    Raises
+    ------
+    DeviceError
+        It is neither prebuilt nor cached, and there is no compiler.
     """
     import cupy
 
     return _kernel(cupy.cuda.runtime.getDevice(), name, dtype, defines)
+
+
+def prebuilt_for(capability: tuple[int, int]) -> bool:
+    """Whether kernels of these very sources, in some dtype, are prebuilt for devices of this capability."""
+    inputs = (source("embedding"), "embedding.cu")
+    architecture = architecture_of(capability)
+    return any(prebuilt_cubin(*inputs, compile_options(dtype), architecture) for dtype in DTYPE_CODES)
 
 
 @cache
@@ -109,8 +122,8 @@ def _kernel(device: int, name: str, dtype: str, defines: Defines) -> Kernel:
     import cupy
 
     capability = divmod(int(cupy.cuda.Device(device).compute_capability), 10)
-    options = compile_options(dtype, defines)
-    cubin = cached_cubin(source(name), f"{name}.cu", options, architecture_of(capability))
+    inputs = (source(name), f"{name}.cu", compile_options(dtype, defines), architecture_of(capability))
+    cubin = prebuilt_cubin(*inputs) or cached_cubin(*inputs)
     module = cupy.cuda.function.Module()
     module.load(cubin)
     overlap = capability >= OVERLAP_CAPABILITY and cupy.cuda.runtime.driverGetVersion() >= OVERLAP_DRIVER

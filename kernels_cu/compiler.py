@@ -12,6 +12,7 @@ from losart.errors import DeviceError
 
 ELF = b"\x7fELF"
 DIGEST_BYTES = hashlib.sha256().digest_size
+HOW_TO_INSTALL = "pip install 'losart[cuda12x]' or 'losart[cuda13x]', as fits the driver"
 
 
 def architecture_of(capability: tuple[int, int]) -> str:
@@ -31,7 +32,9 @@ def nvrtc_version() -> tuple[int, int]:
     try:
         return _nvrtc().getVersion()
     except (ImportError, RuntimeError) as error:
-        raise DeviceError(f"CuPy finds no NVRTC to compile CUDA kernels with ({error})") from error
+        raise DeviceError(
+            f"CuPy finds no NVRTC to compile CUDA kernels with ({error}); install one: {HOW_TO_INSTALL}"
+        ) from error
 
 
 def compile_cubin(source: str, name: str, options: tuple[str, ...], architecture: str) -> tuple[bytes, str]:
@@ -75,14 +78,30 @@ def compile_cubin(source: str, name: str, options: tuple[str, ...], architecture
         nvrtc.destroyProgram(program)
 
 
+def cubin_name(source: str, name: str, options: tuple[str, ...], architecture: str) -> str:
+    """What a cubin is called where it is kept: whatever would change it changes its name, NVRTC aside."""
+    key = hashlib.sha256(repr((source, options, architecture)).encode()).hexdigest()
+    return f"{name}-{architecture}-{key}"
+
+
 def cached_cubin(source: str, name: str, options: tuple[str, ...], architecture: str) -> bytes:
-    """The cubin of a source, from the disk where the same was compiled before; as `compile_cubin`."""
-    folder = cache_folder()
+    """The cubin of a source, from the disk where the same was compiled before; as `compile_cubin`.
+
+    Without NVRTC what any version of it has left on the disk is taken.
+    """
+    folder, kept = cache_folder(), cubin_name(source, name, options, architecture)
+    try:
+        version = nvrtc_version()
+    except DeviceError as error:
+        cubins = map(_read, sorted(folder.glob(f"{kept}-*.cubin"))) if folder else ()
+        found = next((cubin for cubin in cubins if cubin is not None), None)
+        if found is None:
+            shown = " ".join((*options, f"-arch={architecture}"))
+            raise DeviceError(f"{name} is not prebuilt with {shown}, and {error}") from error
+        return found
     if folder is None:
         return compile_cubin(source, name, options, architecture)[0]
-    inputs = repr((source, options, architecture, nvrtc_version()))
-    key = hashlib.sha256(inputs.encode()).hexdigest()
-    path = folder / f"{name}-{architecture}-{key}.cubin"
+    path = folder / "{}-{}.{}.cubin".format(kept, *version)
     cubin = _read(path)
     if cubin is None:
         cubin, _ = compile_cubin(source, name, options, architecture)

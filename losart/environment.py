@@ -12,6 +12,7 @@ import losart
 import losart.backends._cpu_kernels as kernels
 from losart.backends import cuda_problem
 from losart.kernels_cu.compiler import cache_folder, nvrtc_version
+from losart.kernels_cu.prebuilt import prebuilt_counts
 
 Fact = TypeVar("Fact")
 
@@ -29,7 +30,7 @@ def _known(read: Callable[[], Fact]) -> Fact | None:
 
 
 def environment() -> dict[str, Any]:
-    """Versions, processor, GPU or why there is none, and the cache of kernels; JSON types alone."""
+    """Versions, processor, GPU or why there is none, prebuilt and cached kernels; JSON types alone."""
     try:
         problem = cuda_problem()
     except Exception as error:
@@ -43,6 +44,7 @@ def environment() -> dict[str, Any]:
         "cuda_problem": problem,
         "cupy": _known(_cupy_version),
         "nvrtc": _known(lambda: "{}.{}".format(*nvrtc_version())),
+        "prebuilt_kernels": prebuilt_counts(),
         "kernel_cache": _kernel_cache(),
     }
 

@@ -139,7 +139,7 @@ def test_active_that_is_neither(capsys):
 
 
 def test_help_and_version(capsys):
-    commands = ("generate", "chat", "eval", "plot", "bench", "footprint", "inspect", "info")
+    commands = ("generate", "chat", "eval", "plot", "bench", "footprint", "inspect", "info", "prebuild")
     for arguments in (["--help"], *([command, "--help"] for command in commands), ["--version"]):
         with pytest.raises(SystemExit) as exit_:
             main(arguments)

@@ -87,6 +87,7 @@ def test_info_where_cuda_is_broken(capsys, monkeypatch, call, error):
         raise error("something is broken")
 
     monkeypatch.setitem(sys.modules, "cupy", fake_cupy(**{call: broken}))
+    monkeypatch.setattr(losart.backends, "prebuilt_for", lambda capability: False)
     facts = info(capsys)
     assert facts["cupy"] == "14.1.0"
     assert facts["cuda_problem"] and (facts["gpu"] is None or call == "getDeviceCount")

@@ -10,7 +10,14 @@ import pytest
 
 from losart.errors import DeviceError
 from losart.kernels_cu import compiler
-from losart.kernels_cu.compiler import ELF, architecture_of, cache_folder, cached_cubin, compile_cubin
+from losart.kernels_cu.compiler import (
+    ELF,
+    architecture_of,
+    cache_folder,
+    cached_cubin,
+    compile_cubin,
+    nvrtc_version,
+)
 
 SOURCE = ("source", "kernel.cu", ("-DN=1",), "sm_80")
 
@@ -56,6 +63,34 @@ def test_whatever_changes_the_cubin_is_compiled_again(folder, compiled, monkeypa
     monkeypatch.setattr(compiler, "nvrtc_version", lambda: (13, 0))
     cached_cubin(*SOURCE)
     assert compiled == [SOURCE, *others, SOURCE]
+
+
+def no_nvrtc() -> None:
+    raise DeviceError("CuPy finds no NVRTC")
+
+
+def test_without_nvrtc_what_another_version_left_is_taken(folder, compiled, monkeypatch):
+    whole = cached_cubin(*SOURCE)
+    (left,) = folder.iterdir()
+    left.with_name(left.name.replace("12.9", "12.8")).write_bytes(b"damaged")
+    monkeypatch.setattr(compiler, "nvrtc_version", no_nvrtc)
+    assert cached_cubin(*SOURCE) == whole
+    with pytest.raises(DeviceError, match=r"kernel\.cu is not prebuilt with -DN=2 -arch=sm_80, and CuPy"):
+        cached_cubin(*SOURCE[:2], ("-DN=2",), "sm_80")
+    monkeypatch.setattr(compiler, "cache_folder", lambda: None)
+    with pytest.raises(DeviceError, match="not prebuilt"):
+        cached_cubin(*SOURCE)
+    assert compiled == [SOURCE]
+
+
+@pytest.mark.parametrize("error", [ImportError, RuntimeError])
+def test_missing_nvrtc_says_what_to_install(monkeypatch, error):
+    def missing():
+        raise error("libnvrtc.so.12 was not found")
+
+    monkeypatch.setattr(compiler, "_nvrtc", missing)
+    with pytest.raises(DeviceError, match=r"no NVRTC .*was not found.*pip install 'losart\[cuda12x\]'"):
+        nvrtc_version()
 
 
 @pytest.mark.parametrize(

@@ -41,11 +41,12 @@ def no_nvrtc() -> None:
         (cupy(0), None, "there is no CUDA device"),
         (cupy(CUDARuntimeError("no driver")), None, "no working driver and device.*no driver"),
         (cupy(1, "75"), None, "the device has compute capability 7.5; 8.0 is needed"),
-        (cupy(1), no_nvrtc, r"no NVRTC.*losart\[cuda12x\]"),
+        (cupy(1), no_nvrtc, "CuPy finds no NVRTC"),
     ],
 )
 def test_what_is_missing_is_named(monkeypatch, tiny_checkpoint, found, nvrtc, says):
     monkeypatch.setitem(sys.modules, "cupy", found)
+    monkeypatch.setattr(losart.backends, "prebuilt_for", lambda capability: False)
     if nvrtc is not None:
         monkeypatch.setattr(losart.backends, "nvrtc_version", nvrtc)
     with pytest.raises(DeviceError, match="device 'cuda' does not work here: .*" + says):
@@ -59,3 +60,12 @@ def test_nothing_is_missing(monkeypatch, capability):
     monkeypatch.setitem(sys.modules, "cupy", cupy(1, capability))
     monkeypatch.setattr(losart.backends, "nvrtc_version", lambda: (12, 9))
     assert losart.backends.cuda_problem() is None
+
+
+def test_prebuilt_kernels_stand_in_for_nvrtc(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy", cupy(1, "90"))
+    monkeypatch.setattr(losart.backends, "nvrtc_version", no_nvrtc)
+    monkeypatch.setattr(losart.backends, "prebuilt_for", lambda capability: capability == (9, 0))
+    assert losart.backends.cuda_problem() is None
+    monkeypatch.setitem(sys.modules, "cupy", cupy(1, "86"))
+    assert losart.backends.cuda_problem() == "CuPy finds no NVRTC"

@@ -111,6 +111,7 @@ def test_each_device_gets_its_own_kernel_once(driver, monkeypatch):
         return f"{name} {options[-1]} {architecture}".encode()
 
     monkeypatch.setattr(losart.kernels_cu, "cached_cubin", cached_cubin)
+    monkeypatch.setattr(losart.kernels_cu, "prebuilt_cubin", lambda *inputs: None)
     losart.kernels_cu._kernel.cache_clear()
     try:
         first = kernel("linear", "bfloat16", (("N", 2),))

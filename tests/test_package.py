@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import shutil
 import subprocess
 import sys
 from importlib.metadata import requires
@@ -67,3 +68,32 @@ def test_torch_is_only_needed_by_extras(package, extras):
 def test_compiled_modules_are_importable():
     for name in ("_active_set", "_kv_index", "backends._cpu_kernels", "backends._skinny_linear"):
         assert importlib.util.find_spec(f"losart.{name}") is not None
+
+
+# setup.py without the modules to be compiled, which take minutes.
+BUILD = """
+import runpy, sys, types
+cython = types.ModuleType("Cython.Build")
+cython.cythonize = lambda *modules, **options: []
+sys.modules |= {"Cython": types.ModuleType("Cython"), "Cython.Build": cython}
+sys.argv = ["setup.py", "-q", "build_py", "--build-lib", "built"]
+runpy.run_path("setup.py")
+"""
+
+
+@pytest.mark.parametrize("archives", [[], ["sm_80.tar.xz", "sm_90a.tar.xz"]])
+def test_prebuilt_kernels_are_installed_where_there_are_any(tmp_path, archives):
+    pytest.importorskip("setuptools", minversion="77")
+    repository = Path(__file__).parent.parent
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md"):
+        shutil.copy(repository / name, tmp_path)
+    for name in ("losart", "loaders", "kernels_cu"):
+        shutil.copytree(repository / name, tmp_path / name, ignore=shutil.ignore_patterns("cubins", "*.so"))
+    (tmp_path / "kernels_cu/cubins").mkdir()
+    for archive in archives:
+        (tmp_path / "kernels_cu/cubins" / archive).write_bytes(b"archive")
+    built = subprocess.run([sys.executable, "-c", BUILD], cwd=tmp_path, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    installed = tmp_path / "built/losart/kernels_cu"
+    assert sorted(path.name for path in installed.glob("cubins/*")) == archives
+    assert (installed / "common.cuh").exists() and (installed / "prebuilt.py").exists()

@@ -8,7 +8,8 @@ from losart.backends.base import SparseBackend
 from losart.backends.cpu import CpuBackend
 from losart.config import ModelConfig
 from losart.errors import DeviceError, OptionError
-from losart.kernels_cu.compiler import nvrtc_version
+from losart.kernels_cu import prebuilt_for
+from losart.kernels_cu.compiler import HOW_TO_INSTALL, nvrtc_version
 
 OLDEST_CAPABILITY = (8, 0)
 
@@ -49,10 +50,7 @@ def cuda_problem() -> str | None:
     try:
         import cupy
     except ImportError as error:
-        return (
-            "CuPy is not installed; install the extra that fits the driver: "
-            f"pip install 'losart[cuda12x]' or 'losart[cuda13x]' ({error})"
-        )
+        return f"CuPy is not installed; install it: {HOW_TO_INSTALL} ({error})"
     try:
         if cupy.cuda.runtime.getDeviceCount() == 0:
             return "there is no CUDA device"
@@ -63,8 +61,9 @@ def cuda_problem() -> str | None:
         return "the device has compute capability {}.{}; {}.{} is needed".format(
             major, minor, *OLDEST_CAPABILITY
         )
-    try:
-        nvrtc_version()
-    except DeviceError as error:
-        return f"{error}; it comes with the extra: pip install 'losart[cuda12x]' or 'losart[cuda13x]'"
+    if not prebuilt_for((major, minor)):
+        try:
+            nvrtc_version()
+        except DeviceError as error:
+            return str(error)
     return None

@@ -16,8 +16,9 @@ def add_command(commands: Any) -> None:
     """Add this command to the subparsers of `losart`."""
     command = commands.add_parser(
         "info",
-        help="show versions, processor, GPU and cached kernels",
-        description="Show versions, the processor, the GPU or why there is none, and the cache of kernels.",
+        help="show versions, processor, GPU, prebuilt and cached kernels",
+        description="Show versions, the processor, the GPU or why there is none, and which kernels are "
+        "compiled already.",
         epilog=EXAMPLE,
     )
     command.set_defaults(run=run)
@@ -40,6 +41,7 @@ def run(args: argparse.Namespace) -> None:
         *([("", f"not used: {problem}")] if problem else []),
         ("CuPy", facts["cupy"] or "none"),
         ("NVRTC", facts["nvrtc"] or "none"),
+        ("prebuilt kernels", _prebuilt(facts["prebuilt_kernels"])),
         ("kernel cache", _cache(cache) if cache else "none: there is no home directory"),
     ]
     print_rows(rows)
@@ -51,6 +53,10 @@ def _gpu(gpu: dict[str, Any]) -> str:
         f"{gpu['name']}, {size(gpu['memory_bytes'])}, compute capability {gpu['capability']}, "
         f"{driver} for CUDA {gpu['driver_cuda']}"
     )
+
+
+def _prebuilt(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count} for {architecture}" for architecture, count in counts.items()) or "none"
 
 
 def _cache(cache: dict[str, Any]) -> str:

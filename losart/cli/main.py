@@ -22,12 +22,12 @@ def parser() -> argparse.ArgumentParser:
     # Here, so that an interrupt while they are imported finds main waiting for it.
     import argparse
 
-    from losart.cli import bench, chat, eval, footprint, generate, info, inspect, plot
+    from losart.cli import bench, chat, eval, footprint, generate, info, inspect, plot, prebuild
 
     top = argparse.ArgumentParser(prog="losart", description="Runs block-wise diffusion language models.")
     top.add_argument("--version", action="version", version=f"losart {losart.__version__}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (generate, chat, eval, plot, bench, footprint, inspect, info):
+    for command in (generate, chat, eval, plot, bench, footprint, inspect, info, prebuild):
         command.add_command(commands)
     return top
 

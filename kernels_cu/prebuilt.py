@@ -1,0 +1,86 @@
+"""Kernels compiled beforehand, which come with the package: an archive for each architecture.
+
+An archive is a .tar.xz of cubins: they are much alike, and compressed together they are a fifteenth as large.
+Each is named by a digest of all that it was compiled from, so that none is used for another source.
+"""
+
+from __future__ import annotations
+
+import io
+import tempfile
+import warnings
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+
+from losart.kernels_cu.compiler import cubin_name
+
+FOLDER = Path(__file__).parent / "cubins"
+SUFFIX = ".tar.xz"
+
+
+def prebuilt_cubin(source: str, name: str, options: tuple[str, ...], architecture: str) -> bytes | None:
+    """The cubin of a source, as `compile_cubin` would make it; None if it is not prebuilt."""
+    cubins = _cubins(FOLDER / f"{architecture}{SUFFIX}")
+    return cubins.get(cubin_name(source, name, options, architecture))
+
+
+def prebuilt_counts() -> dict[str, int]:
+    """The number of prebuilt kernels of each architecture that has any."""
+    # Without the cache, which would hold those of all architectures.
+    read = _cubins.__wrapped__
+    counts = {path.name.removesuffix(SUFFIX): len(read(path)) for path in sorted(FOLDER.glob(f"*{SUFFIX}"))}
+    return {architecture: count for architecture, count in counts.items() if count}
+
+
+def write_archive(architecture: str, cubins: Mapping[str, bytes], folder: Path) -> Path:
+    """Write the archive of an architecture, all of it at once; the same cubins make the same bytes.
+
+    Parameters
+    ----------
+    architecture : str
+    cubins : mapping of str to bytes
+        By what `cubin_name` calls them.
+    folder : Path
+        Is made if it is missing.
+
+    Returns
+    -------
+    Path
+        Of the archive.
+    """
+    import lzma
+    import tarfile
+
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w") as archive:
+        for name in sorted(cubins):
+            entry = tarfile.TarInfo(name)  # with a fixed time
+            entry.size = len(cubins[name])
+            archive.addfile(entry, io.BytesIO(cubins[name]))
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{architecture}{SUFFIX}"
+    with tempfile.TemporaryDirectory(dir=folder) as unfinished:
+        whole = Path(unfinished) / path.name
+        whole.write_bytes(lzma.compress(content.getvalue()))
+        whole.replace(path)
+    return path
+
+
+@cache
+def _cubins(path: Path) -> dict[str, bytes]:
+    """All cubins of an archive, by name; none where there is no sound archive."""
+    try:
+        # Only here: nothing else needs them, and some Pythons are built without lzma.
+        import lzma
+        import tarfile
+
+        # At once, since what is damaged shows at the end.
+        content = io.BytesIO(lzma.decompress(path.read_bytes()))
+        with tarfile.open(fileobj=content) as archive:
+            return {entry.name: archive.extractfile(entry).read() for entry in archive}  # type: ignore[union-attr]
+    except FileNotFoundError:
+        return {}
+    except Exception as error:
+        warnings.warn(f"prebuilt kernels are not used: {path} cannot be read ({error})", stacklevel=3)
+        return {}

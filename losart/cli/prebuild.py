@@ -1,0 +1,52 @@
+"""`losart prebuild`: compiles the CUDA kernels ahead, for installations without a compiler."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from losart.backends.cuda_prebuild import prebuild
+from losart.backends.cuda_variants import CARDS
+from losart.checks import require
+from losart.cli.arguments import listed
+from losart.cli.progress import Progress
+from losart.cli.tables import size
+from losart.config import DTYPES
+from losart.errors import OptionError
+from losart.kernels_cu.prebuilt import FOLDER
+
+EXAMPLE = "example: losart prebuild --architectures sm_90a --dtypes bfloat16"
+
+
+def add_command(commands: Any) -> None:
+    """Add this command to the subparsers of `losart`."""
+    command = commands.add_parser(
+        "prebuild",
+        help="compile the CUDA kernels for installations without a compiler",
+        description="Compile the CUDA kernels into this installation, so that it needs NVRTC no more; with "
+        "an editable installation, into the sources, and wheels then built from them hold the kernels. "
+        "Needs NVRTC and no GPU; takes minutes. Lists are given with commas.",
+        epilog=EXAMPLE,
+    )
+    command.set_defaults(run=run)
+    command.add_argument(
+        "--architectures", type=listed(str), default=tuple(CARDS), metavar="LIST", help=f"({','.join(CARDS)})"
+    )
+    command.add_argument(
+        "--dtypes", type=listed(str), default=DTYPES, metavar="LIST", help=f"({','.join(DTYPES)})"
+    )
+    command.add_argument(
+        "--output", type=Path, default=FOLDER, metavar="DIR", help="(where this installation looks)"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Compile, and say what was written."""
+    for name, known in (("architectures", tuple(CARDS)), ("dtypes", DTYPES)):
+        for given in getattr(args, name):
+            require(given in known, OptionError, f"{name} must be of {', '.join(known)}, not {given!r}")
+    with Progress("compiling", "kernels") as progress:
+        archives = prebuild(args.output, args.architectures, args.dtypes, progress=progress)
+    for path, count in archives.items():
+        print(f"{path}: {count} kernels, {size(path.stat().st_size)}")
