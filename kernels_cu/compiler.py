@@ -32,8 +32,9 @@ def nvrtc_version() -> tuple[int, int]:
     try:
         return _nvrtc().getVersion()
     except (ImportError, RuntimeError) as error:
+        said = " ".join(str(error).split())  # CuPy's takes several lines
         raise DeviceError(
-            f"CuPy finds no NVRTC to compile CUDA kernels with ({error}); install one: {HOW_TO_INSTALL}"
+            f"CuPy finds no NVRTC to compile CUDA kernels with ({said}); install one: {HOW_TO_INSTALL}"
         ) from error
 
 

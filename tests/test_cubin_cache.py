@@ -86,10 +86,12 @@ def test_without_nvrtc_what_another_version_left_is_taken(folder, compiled, monk
 @pytest.mark.parametrize("error", [ImportError, RuntimeError])
 def test_missing_nvrtc_says_what_to_install(monkeypatch, error):
     def missing():
-        raise error("libnvrtc.so.12 was not found")
+        raise error("libnvrtc.so.12\nwas not found\n")
 
     monkeypatch.setattr(compiler, "_nvrtc", missing)
-    with pytest.raises(DeviceError, match=r"no NVRTC .*was not found.*pip install 'losart\[cuda12x\]'"):
+    with pytest.raises(
+        DeviceError, match=r"no NVRTC .*libnvrtc.so.12 was not found\).*pip install 'losart\[cuda12x\]'"
+    ):
         nvrtc_version()
 
 

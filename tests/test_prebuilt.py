@@ -136,13 +136,18 @@ def test_variants_are_those_of_the_released_models(read_config):
                     launched.add(product_plan(card, tensor, tokens, 1280, inner))
                 for heads, kv_heads, dim in shapes:
                     shape = (card, tensor, tokens, heads, kv_heads, dim)
-                    launched.update(plan(*shape) for plan in (prefix_plan, sparse_plan, masses_plan))
+                    launched.update(plan(*shape) for plan in (prefix_plan, masses_plan))
+                    launched.add(sparse_plan(*shape, 2560, 16, 80))
                     launched.add(scores_plan(card, tensor, tokens * heads // kv_heads, kv_heads, dim))
             for heads, kv_heads, dim in shapes:
                 launched.add(causal_plan(card, tensor, 2048, heads, kv_heads, dim))
             launched.add(product_plan(card, tensor, 2048, 4096, 4096))
         for positions in (32768, 40960):
-            launched.update(top_pages_plan(5, 8, -(-positions // size)) for size in (16, 32, 64, 128))
+            launched.update(
+                top_pages_plan(kernel, 5, 8, -(-positions // size))
+                for size in (16, 32, 64, 128)
+                for kernel in ("mark_pages", "top_pages")
+            )
         assert {(plan.kernel, plan.defines) for plan in launched} <= known
 
 
