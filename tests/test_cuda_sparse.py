@@ -288,6 +288,16 @@ def test_the_host_selects_what_the_device_selects(models, method):
     assert seen["host"] == seen["device"]
 
 
+@pytest.mark.parametrize("method", [METHODS[0], METHODS[5], METHODS[7]], ids=name_of)
+def test_two_hundred_passes_over_a_growing_prefix(models, method):
+    _, cuda = models
+    options = {"max_new_tokens": 208, "stop_token_ids": [], "block_length": 16, "budget": 64, **method}
+    options |= {"remasking": "low_confidence_static"}
+    device, host = (cuda.generate(PROMPT, planner=planner, **options) for planner in ("device", "host"))
+    assert device.stats.denoising_passes >= 200
+    assert host.token_ids == device.token_ids
+
+
 def test_everything_read_and_active_is_dense_attention(models):
     _, cuda = models
     options = {"max_new_tokens": 40, "stop_token_ids": [], "block_length": 8}
