@@ -14,7 +14,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     scores += ((size_t)kv_head * rows + row) * stride;
     marks += (size_t)kv_head * words;
     choose_top((*cache_length + page_size - 1) / page_size, count, [&](int page) { return rising(scores[page]); },
-               [&](int page, bool, unsigned word) {
-                   if (threadIdx.x % WARP == 0 && word) atomicOr(marks + page / WARP, word);
-               });
+               [&](int page) { atomicOr(marks + page / WARP, 1u << page % WARP); });
 }

@@ -5,16 +5,17 @@
  * where rows is null. active [count] gets the active tokens, rising, and then -1. With `keep`, q is written over
  * previous. `done` is 0 between launches.
  *
- * Grid: tokens, 1024 threads; the block that ends last takes the active set. Moves q and previous in; width is a
+ * Grid: tokens, 256 threads; the block that ends last takes the active set. Moves q and previous in; width is a
  * multiple of 4. */
-#define THREADS 1024
+#define THREADS 256
+#define AHEAD 4 /* pieces of a thread that are loaded at once */
 
 __device__ __forceinline__ double sum_of_block(double x, double *shared)
 {
     for (int lane = WARP / 2; lane; lane /= 2) x += __shfl_xor_sync(~0u, x, lane);
     if (threadIdx.x % WARP == 0) shared[threadIdx.x / WARP] = x;
     __syncthreads();
-    x = shared[threadIdx.x % WARP];
+    x = threadIdx.x % WARP < THREADS / WARP ? shared[threadIdx.x % WARP] : 0;
     for (int lane = WARP / 2; lane; lane /= 2) x += __shfl_xor_sync(~0u, x, lane);
     return x;
 }
@@ -27,30 +28,43 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     __shared__ bool last;
     const float4 *from = (const float4 *)(q + (size_t)blockIdx.x * width);
     float4 *before = (float4 *)(previous + (size_t)blockIdx.x * width);
-    int pieces = width / 4, mine = threadIdx.x;
-    /* Of an earlier pass: there before this one began. */
-    float4 then = before[min(mine, pieces - 1)];
+    int pieces = width / 4;
+    float4 then[AHEAD], now[AHEAD];
+    auto load = [&](float4 *to, const float4 *all, int first) {
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++) to[i] = all[min(first + i * THREADS + (int)threadIdx.x, pieces - 1)];
+    };
+    load(then, before, 0); /* of an earlier pass: there before this one began */
     wait_for_previous();
     let_next_start();
     double total = 0;
-    for (; mine < pieces; mine += THREADS) {
-        float4 now = from[mine];
-        if (mine >= THREADS) then = before[mine];
-        double x = (double)now.x - then.x, y = (double)now.y - then.y, z = (double)now.z - then.z,
-               w = (double)now.w - then.w;
-        total += x * x + y * y + z * z + w * w;
-        if (keep) before[mine] = now;
+    for (int first = 0; first < pieces; first += AHEAD * THREADS) {
+        load(now, from, first);
+        if (first) load(then, before, first);
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++) {
+            int piece = first + i * THREADS + threadIdx.x;
+            if (piece >= pieces) continue;
+            double x = (double)now[i].x - then[i].x, y = (double)now[i].y - then[i].y,
+                   z = (double)now[i].z - then[i].z, w = (double)now[i].w - then[i].w;
+            total += x * x + y * y + z * z + w * w;
+            if (keep) before[piece] = now[i];
+        }
     }
     total = sum_of_block(total, shared);
     if (threadIdx.x == 0) {
         change[blockIdx.x] = (float)(total / width);
-        __threadfence();
-        last = atomicInc(done, gridDim.x - 1) == gridDim.x - 1;
+        /* What this thread wrote is there for whoever counts after it. */
+        unsigned others;
+        asm volatile("atom.acq_rel.gpu.inc.u32 %0, [%1], %2;"
+                     : "=r"(others)
+                     : "l"(done), "r"(gridDim.x - 1)
+                     : "memory");
+        last = others == gridDim.x - 1;
     }
     __syncthreads();
     if (!last || threadIdx.x >= WARP) return;
 
-    __threadfence();
     const volatile float *changes = change;
     int candidates = rows ? *row_count : gridDim.x, wanted = min(count, candidates), filled = 0;
     for (int base = 0; base < candidates; base += WARP) {

@@ -23,9 +23,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         return rising(mass);
     };
     __syncthreads();
-    choose_top((length + page_size - 1) / page_size, count, key_of, [&](int page, bool taken, unsigned) {
-        if (taken) ids[atomicAdd(&filled, 1)] = page;
-    });
+    choose_top((length + page_size - 1) / page_size, count, key_of,
+               [&](int page) { ids[atomicAdd(&filled, 1)] = page; });
     __syncthreads();
     for (int i = filled + threadIdx.x; i < count; i += THREADS) ids[i] = -1;
 }

@@ -126,7 +126,7 @@ class CudaBackend(DenseCudaBackend):
         """Change of each token's query [tokens]; with a list `active`, the tokens that changed most."""
         change, count = cupy.empty(len(q), np.float32), 0 if active is None else len(active)
         arguments = (q, previous, q[0].size, int(keep), *masked, change, self._done, active, count)
-        self._launch("query_change", (len(q),), 1024, *arguments)
+        self._launch("query_change", (len(q),), 256, *arguments)
         return change
 
     def select_pages(self, q: Any, tokens: Any, cache: PagedKVCache, layer: int, count: int) -> ChosenPages:
