@@ -115,6 +115,9 @@ class Model:
             Positions selected together, a multiple of 16 up to 65536.
         dense_layers : int, default 0
             This many first layers stay dense.
+        first_pass : {"auto", "dense", "sparse"}, default "auto"
+            How the first pass over a block reads the prefix; "auto" is dense for losa and sparsed,
+            sparse for quest. "sparse" goes neither with sparsed nor with `selector="anchor"`.
         commit : {"dense", "sparse"}, default "dense"
             How the pass that commits a finished block reads the prefix.
 
@@ -125,7 +128,7 @@ class Model:
         Raises
         ------
         OptionError
-            An option is unknown or out of range.
+            An option is unknown, out of range, or does not go with another.
         PromptError
             The prompt is empty, too long, out of the vocabulary, or needs a tokenizer or a chat
             template that the checkpoint has not.

@@ -21,6 +21,7 @@ CHOICES = {
     "selector": ("quest", "anchor"),
     "drift": ("previous", "refresh"),
     "candidates": ("all", "masked"),
+    "first_pass": ("auto", "dense", "sparse"),
     "commit": ("dense", "sparse"),
     "planner": ("auto", "device", "host"),
 }
@@ -53,6 +54,10 @@ class AttentionConfig:
         Positions of a page, a multiple of 16 up to 65536.
     dense_layers : int
         This many first layers stay dense.
+    first_pass : {"auto", "dense", "sparse"}
+        How the first pass over a block reads the prefix: "auto" is the method's own way, dense for
+        losa and sparsed, sparse for quest. When sparse, all tokens of the block select pages. What
+        ranks pages by the masses of a dense first pass (`selector="anchor"`, sparsed) refuses it.
     commit : {"dense", "sparse"}
         How the pass that writes a finished block's K/V reads the prefix.
     planner : {"auto", "device", "host"}
@@ -68,6 +73,7 @@ class AttentionConfig:
     candidates: str = "all"
     page_size: int = 16
     dense_layers: int = 0
+    first_pass: str = "auto"
     commit: str = "dense"
     planner: str = "auto"
 

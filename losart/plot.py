@@ -12,7 +12,7 @@ from losart.trace import Trace
 
 TITLE_WIDTH = 90  # characters that fit over the panels
 KINDS = ("both", "density", "pages")
-SPARSE_OPTIONS = ("budget", "page_size", "dense_layers", "commit")
+SPARSE_OPTIONS = ("budget", "page_size", "dense_layers", "first_pass", "commit")
 LOSA_OPTIONS = ("active", "selector", "drift", "candidates")
 
 
@@ -89,7 +89,8 @@ def _title(trace: Trace) -> str:
     method = attention["method"]
     shown: tuple[str, ...] = () if method == "dense" else SPARSE_OPTIONS
     shown += LOSA_OPTIONS if method == "losa" else ()
-    options = [f"{name}={attention[name]}" for name in shown]
+    # A trace that was written before there was an option lacks it.
+    options = [f"{name}={attention[name]}" for name in shown if name in attention]
     line = ", ".join([method, f"block_length={trace.block_length}", *options])
     return "\n".join([*textwrap.wrap(trace.model, TITLE_WIDTH), *textwrap.wrap(line, TITLE_WIDTH)])
 

@@ -77,9 +77,14 @@ class Case:
         return "-".join([*changed, *(f"{k}={v}" for k, v in self.options.items())])
 
     def is_sparse_pass(self, kind: str) -> bool:
+        if self.method == "dense":
+            return False
         if kind == "commit":
-            return self.method != "dense" and self.options.get("commit", "dense") == "sparse"
-        return self.method == "quest" or (kind == "later" and self.method != "dense")
+            return self.options.get("commit", "dense") == "sparse"
+        if kind == "first":
+            own = "sparse" if self.method == "quest" else "dense"
+            return self.options.get("first_pass", "auto").replace("auto", own) == "sparse"
+        return True
 
 
 def fewer_masked(masked: np.ndarray, kind: str, rng: np.random.Generator) -> np.ndarray:

@@ -223,9 +223,11 @@ class DensePolicy:
         selector: str = "quest",
         drift: str = "previous",
         candidates: str = "all",
+        first_pass: str = "auto",
     ) -> None:
         self.budget, self.page_size, self.active, self.commit = budget, page_size, active, commit
         self.selector, self.drift, self.candidates = selector, drift, candidates
+        self.first_pass = first_pass
         self.passes: list[Pass] = []
         self.begin_block()
 
@@ -270,6 +272,10 @@ class DensePolicy:
         self.passes.append(Pass(kind, active, read, k.shape[0]))
         return sparse_attention(q[active], k, v, pages, self.page_size)
 
+    def _quest(self, q: Floats, k: Floats, v: Floats, kind: str) -> tuple[Floats, Floats]:
+        """All tokens over the pages that they select."""
+        return self._sparse(q, k, v, kind, self._quest_pages(q, k), np.arange(q.shape[0]))
+
     def _quest_pages(self, q_rows: Floats, k: Floats) -> list[Indices]:
         return self._top_pages(quest_scores(q_rows, *page_bounds(k, self.page_size)), k.shape[1])
 
@@ -281,12 +287,15 @@ class DensePolicy:
 
 
 class QuestPolicy(DensePolicy):
-    """QUEST for every token of the block, the first pass too: the naive sparse attention of LoSA's paper."""
+    """QUEST for every token of the block, the first pass too: the naive sparse attention of LoSA's paper.
+
+    With `first_pass` "dense", after a dense one.
+    """
 
     def _prefix(self, q: Floats, k: Floats, v: Floats, kind: str) -> tuple[Floats, Floats]:
-        if self._is_dense_commit(kind):
+        if self._is_dense_commit(kind) or (kind == "first" and self.first_pass == "dense"):
             return self._dense(q, k, v, kind)
-        return self._sparse(q, k, v, kind, self._quest_pages(q, k), np.arange(q.shape[0]))
+        return self._quest(q, k, v, kind)
 
 
 class SparsedPolicy(DensePolicy):
@@ -313,6 +322,7 @@ class LosaPolicy(DensePolicy):
     Three choices that go past the paper: pages by `selector` "anchor" are those of most mass in the
     first pass, for each query its own; by `drift` "refresh" change is measured against the query
     that the stored result belongs to; of `candidates` "masked" only masked tokens can be active.
+    With `first_pass` "sparse" the first pass is QUEST's for every token (an ablation of the paper).
     """
 
     def begin_block(self) -> None:
@@ -325,7 +335,8 @@ class LosaPolicy(DensePolicy):
         if kind != "first" and self.q is None:
             raise RuntimeError("the block had no first pass")
         if kind == "first" or self._is_dense_commit(kind):
-            self.o_prefix, self.lse_prefix = self._dense(q, k, v, kind)
+            sparse = kind == "first" and self.first_pass == "sparse"
+            self.o_prefix, self.lse_prefix = (self._quest if sparse else self._dense)(q, k, v, kind)
             self.q = q.copy()
             if kind == "first" and self.selector == "anchor":
                 self.mass = page_mass(q, k, self.page_size)

@@ -30,7 +30,7 @@ def test_passes_every_option_on(tiny_checkpoint, capsys):
         "--max-new-tokens 20 --block-length 5 --denoising-steps 3 --remasking entropy_bounded "
         "--confidence-threshold 0.5 --eb-threshold 0.7 --temperature 0.9 --top-k 20 --top-p 0.9 --seed 3 "
         "--stop zzz --stop-token-ids --attention losa --budget 16 --active 0.4 --page-size 32 "
-        "--dense-layers 1 --commit sparse "
+        "--dense-layers 1 --first-pass dense --commit sparse "
         "--selector anchor --drift refresh --candidates masked --device cpu --dtype bfloat16"
     )
     assert main(["generate", str(tiny_checkpoint), "--prompt", PROMPT * 9, *arguments.split()]) == 0
@@ -56,6 +56,7 @@ def test_passes_every_option_on(tiny_checkpoint, capsys):
         active=0.4,
         page_size=32,
         dense_layers=1,
+        first_pass="dense",
         commit="sparse",
         selector="anchor",
         drift="refresh",
@@ -105,6 +106,7 @@ def test_reads_a_file(tiny_checkpoint, tmp_path, capsys):
         (["CHECKPOINT", "--prompt", "x" * 5000], 1, "positions"),
         (["CHECKPOINT", "--prompt", "x", "--top-p", "2"], 2, "top_p"),
         (["CHECKPOINT", "--prompt", "x", "--page-size", "7"], 2, "page_size"),
+        (["CHECKPOINT", "--prompt", "x", "--attention=sparsed", "--first-pass=sparse"], 2, "first_pass"),
     ],
 )
 def test_mistakes_give_one_line_and_a_code(tiny_checkpoint, tmp_path, capsys, arguments, code, message):

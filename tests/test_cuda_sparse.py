@@ -240,6 +240,8 @@ METHODS: list[dict[str, Any]] = [
     {"attention": "quest", "commit": "sparse", "dense_layers": 2},
     {"attention": "sparsed"},
     {"attention": "sparsed", "page_size": 48},
+    {"attention": "losa", "first_pass": "sparse"},
+    {"attention": "quest", "first_pass": "dense"},
 ]
 PROMPT = np.random.default_rng(0).integers(0, 300, 611).tolist()
 

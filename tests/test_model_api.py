@@ -319,6 +319,7 @@ def test_without_cuda_auto_says_so_and_takes_the_cpu(make_checkpoint, monkeypatc
         ("page_size", 2**31),
         ("page_size", 2**66),
         ("dense_layers", -1),
+        ("first_pass", "never"),
         ("commit", "never"),
         ("selector", "mage"),
         ("selector", True),
@@ -340,6 +341,7 @@ def test_an_option_out_of_range_is_named(model, option, value):
         ("selector", "'quest' or 'anchor'"),
         ("drift", "'previous' or 'refresh'"),
         ("candidates", "'all' or 'masked'"),
+        ("first_pass", "'auto' or 'dense' or 'sparse'"),
         ("commit", "'dense' or 'sparse'"),
     ],
 )

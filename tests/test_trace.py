@@ -26,7 +26,9 @@ METHODS = [
     {"attention": "losa", "active": 3},
     {"attention": "losa", "active": 0, "dense_layers": 1},
     {"attention": "losa", "active": 0.5, "candidates": "masked", "selector": "anchor", "commit": "sparse"},
+    {"attention": "losa", "active": 3, "first_pass": "sparse"},
     {"attention": "quest", "dense_layers": 2, "page_size": 32},
+    {"attention": "quest", "first_pass": "dense"},
     {"attention": "sparsed", "commit": "sparse"},
 ]
 

@@ -23,7 +23,7 @@ def make_policy(config: AttentionConfig, model: ModelConfig, block_length: int) 
     Raises
     ------
     OptionError
-        When `config.method` names none.
+        When `config.method` names none, or the method does not go with another option.
     """
     if config.method not in POLICIES:
         raise OptionError(f"attention must be one of {', '.join(POLICIES)}, not {config.method!r}")

@@ -27,8 +27,9 @@ class PassKind(enum.Enum):
 class AttentionPolicy(ABC):
     """Attention of one generation's blocks; made anew for each generation.
 
-    A pass is dense, whatever the method, in the first `dense_layers` layers and when it commits a
-    block with `commit="dense"`. All other prefix attention is the method's own: `prefix`.
+    A pass is dense, whatever the method, in the first `dense_layers` layers, when it commits a block
+    with `commit="dense"`, and when it is a block's first with `first_pass="dense"`. All other prefix
+    attention is the method's own, `prefix`, and so is a first pass that a method keeps something of.
 
     Parameters
     ----------
@@ -46,7 +47,7 @@ class AttentionPolicy(ABC):
         For what one pass leaves for another.
     """
 
-    dense_first_pass = False
+    dense_first_pass = False  # with first_pass="auto"
     keeps = False  # whether a pass finds what an earlier one left
 
     def __init__(self, config: AttentionConfig, model: ModelConfig, block_length: int) -> None:
@@ -113,9 +114,11 @@ class AttentionPolicy(ABC):
         return self.memory.arrays[layer, name]
 
     def _dense_pass(self) -> bool:
+        config = self.config
         if self.kind is PassKind.COMMIT:
-            return self.config.commit == "dense"
-        return self.kind is PassKind.FIRST and self.dense_first_pass
+            return config.commit == "dense"
+        dense_first = self.dense_first_pass if config.first_pass == "auto" else config.first_pass == "dense"
+        return self.kind is PassKind.FIRST and dense_first
 
     def attend(self, backend: Any, layer: int, q: Any, k: Any, v: Any, cache: PagedKVCache) -> Any:
         """Attention of the block's tokens over prefix and block.
@@ -135,8 +138,8 @@ class AttentionPolicy(ABC):
         -------
         [tokens, heads, head_dim]
         """
-        dense_commit = self.kind is PassKind.COMMIT and self.config.commit == "dense"
-        if dense_commit or layer < self.config.dense_layers:
+        own = self.kind is PassKind.LATER or (self.kind is PassKind.FIRST and self.keeps)
+        if layer < self.config.dense_layers or (self._dense_pass() and not own):
             prefix = backend.prefix_attention(q, cache, layer)
         else:
             prefix = self.prefix(backend, layer, q, cache)

@@ -7,15 +7,18 @@ from typing import Any
 from losart.attention.base import AttentionPolicy, PassKind
 from losart.backends.base import Prefix
 from losart.cache import PagedKVCache
+from losart.checks import require
+from losart.errors import OptionError
 
 
 class LosaPolicy(AttentionPolicy):
     """Tokens whose queries changed most read the prefix, sparsely; the others reuse their results.
 
-    The first pass over a block is dense and fills the memory: `q`, which each token's change is
-    measured against, `prefix`, its result, and with `selector="anchor"` the `masses` of pages. In
-    later passes the `active` tokens of largest query change select pages, by QUEST's bound or by
-    those masses, and attend to the union per kv head; their new results replace the stored ones.
+    The first pass over a block reads for all tokens, densely unless `first_pass="sparse"`, and fills
+    the memory: `q`, which each token's change is measured against, `prefix`, its result, and with
+    `selector="anchor"` the `masses` of pages. In later passes the `active` tokens of largest query
+    change select pages, by QUEST's bound or by those masses, and attend to the union per kv head;
+    their new results replace the stored ones.
     """
 
     dense_first_pass = True
@@ -23,10 +26,18 @@ class LosaPolicy(AttentionPolicy):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
+        require(
+            self.config.first_pass != "sparse" or self.config.selector != "anchor",
+            OptionError,
+            'first_pass must not be "sparse" with selector="anchor", which ranks pages by their masses in a '
+            "dense first pass",
+        )
         self._active_count = self.config.active_count(self.block_length)
 
     @property
     def _readers(self) -> int:
+        if self.kind is PassKind.FIRST:
+            return self.block_length
         if self.config.candidates == "masked":
             return min(self._active_count, len(self.masked))
         return self._active_count
@@ -40,7 +51,10 @@ class LosaPolicy(AttentionPolicy):
 
     def _fill(self, backend: Any, layer: int, q: Any, cache: PagedKVCache) -> None:
         memory, config = self.memory, self.config
-        if config.selector == "quest":
+        if not self._dense_pass():
+            pages = backend.select_pages(q, None, cache, layer, config.pages_per_query)
+            prefix = backend.sparse_prefix_attention(q, None, pages, cache, layer)
+        elif config.selector == "quest":
             prefix = backend.prefix_attention(q, cache, layer)
         else:
             prefix, masses = backend.prefix_attention_and_masses(q, cache, layer)

@@ -10,7 +10,7 @@ from losart.cache import PagedKVCache
 
 
 class QuestPolicy(AttentionPolicy):
-    """Every token selects its pages anew in every layer and pass, the first included."""
+    """Every token selects its pages anew in every layer and pass, the first included by default."""
 
     def prefix(self, backend: Any, layer: int, q: Any, cache: PagedKVCache) -> Prefix:
         pages = backend.select_pages(q, None, cache, layer, self.config.pages_per_query)

@@ -7,6 +7,8 @@ from typing import Any
 from losart.attention.base import AttentionPolicy, PassKind
 from losart.backends.base import Prefix
 from losart.cache import PagedKVCache
+from losart.checks import require
+from losart.errors import OptionError
 
 
 class SparsedPolicy(AttentionPolicy):
@@ -18,6 +20,15 @@ class SparsedPolicy(AttentionPolicy):
 
     dense_first_pass = True
     keeps = True
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        require(
+            self.config.first_pass != "sparse",
+            OptionError,
+            'first_pass must not be "sparse" with attention="sparsed", which takes the masses of pages from '
+            "a dense first pass",
+        )
 
     def prefix(self, backend: Any, layer: int, q: Any, cache: PagedKVCache) -> Prefix:
         count = self.config.pages_per_query

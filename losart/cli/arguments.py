@@ -90,6 +90,11 @@ def add_attention_details(group: Group) -> None:
     )
     group.add_argument("--page-size", type=int, metavar="N", help="a multiple of 16 (16)")
     group.add_argument("--dense-layers", type=int, metavar="N", help="first layers that stay dense (0)")
+    group.add_argument(
+        "--first-pass",
+        choices=CHOICES["first_pass"],
+        help="how the first pass over a block reads the prefix (auto: as the method has it)",
+    )
     group.add_argument("--commit", choices=CHOICES["commit"], help="(dense)")
     group.add_argument(
         "--planner", choices=CHOICES["planner"], help="where a GPU's tokens and pages are selected (auto)"
