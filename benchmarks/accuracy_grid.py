@@ -101,6 +101,15 @@ GROUPS = {
         f"Budget {BUDGET}; the pass that writes a block's keys and values, dense and sparse.",
         vary(SPARSE_METHODS, {}, {"commit": "sparse"}),
     ),
+    "first": Group(
+        "First pass",
+        "The first pass over a block, dense and sparse: LoSA's is dense by itself, QUEST's sparse.",
+        vary(
+            [LOSA, LOSA | {"first_pass": "sparse"}, QUEST, QUEST | {"first_pass": "dense"}],
+            {"budget": 64},
+            {"budget": BUDGET},
+        ),
+    ),
 }
 
 
