@@ -19,8 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import cuda_end_to_end
 import cuda_first_token
+import cuda_later_pass
 import cuda_pass
+import cuda_planner
 import cuda_prefill
 import cuda_prefix
 import cuda_products
@@ -60,6 +63,30 @@ SECTIONS = {
         "Block 16, host included; losart with sampling, transformers eager and without: a Qwen3 of the same "
         "sizes, SDPA with neither mask nor is_causal, on a DynamicCache.",
         lambda bandwidth, quick, _: cuda_pass.rows(bandwidth, quick),
+    ),
+    "later-pass": Section(
+        "Whole later pass against its floor, milliseconds",
+        "Block 16, host and sampling included, budget 512, active 5; anchor: the selector. Keys answer the "
+        "queries of random weights (`cuda_planted.py`). density: the share of the prefix that is read. "
+        "Floor: weights, keys and values at that density, and what pages are selected by: bounds of all of "
+        "them, or pages kept from the first pass.",
+        lambda bandwidth, quick, _: cuda_later_pass.rows(bandwidth, quick),
+    ),
+    "planner": Section(
+        "Selection in kernels and on the host: whole later pass, milliseconds",
+        "LoSA, block 16, budget 512, active 5; keys as above. On the host each layer waits for a transfer "
+        "each way, and the pass is launched kernel by kernel, not as a graph: both are in the microseconds "
+        'that a layer takes more. auto: what planner="auto" takes.',
+        lambda _, quick, __: cuda_planner.rows(quick),
+    ),
+    "end-to-end": Section(
+        "A generation after a long prompt",
+        "1.7B, 256 new tokens in blocks of 16 (64 where the prompt has 16K), 16 denoising steps, "
+        "low_confidence_static; budget 512, active 5. Prefill apart; dense first passes and commits "
+        "included. Of each kind of pass the number, the mean and the sum of its times. With random weights "
+        "queries are not concentrated: density, the share of the prefix that sparse passes read, is far "
+        "above that of trained models.",
+        lambda _, quick, __: cuda_end_to_end.rows(quick),
     ),
     "products": Section(
         "Matrix products of a pass, microseconds",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import cupy
@@ -11,6 +13,8 @@ from losart.backends.base import PassInputs
 from losart.backends.cuda import CudaBackend
 from losart.config import ModelConfig
 from losart.random_checkpoint import SIZES
+
+PIECE = 8192  # positions written at a time
 
 noise = cupy.ElementwiseKernel(
     "float32 scale",
@@ -82,6 +86,25 @@ def filled_cache(backend: CudaBackend, prefix: int, room: int = 0) -> Any:
     return cache
 
 
+def written_cache(
+    backend: CudaBackend, prefix: int, room: int, draw: Callable[[int, int, int], tuple[Any, Any]]
+) -> Any:
+    """A cache with keys, values and page bounds: `draw` of layer, start and count gives keys and values."""
+    cache = backend.new_cache(16)
+    cache.reserve(prefix + room)
+    layers = range(backend.config.num_layers)
+    for start in range(0, prefix, PIECE):
+        count = min(PIECE, prefix - start)
+
+        def write(_: Any, start: int = start, count: int = count) -> None:
+            for layer in layers:
+                cache.write(layer, *draw(layer, start, count))
+
+        backend.run_prefill(np.zeros(count, np.int64), cache, write)
+        cache.advance(count)
+    return cache
+
+
 def placed_queries(backend: CudaBackend, cache: Any, tokens: int) -> Any:
     """Tells the device where the cache lies, and gives queries of as many tokens after its prefix."""
     c = backend.config
@@ -93,3 +116,8 @@ def placed_queries(backend: CudaBackend, cache: Any, tokens: int) -> Any:
 def kv_bytes(config: ModelConfig, prefix: int) -> int:
     """Bytes of one layer's keys and values."""
     return 2 * 2 * prefix * config.num_kv_heads * config.head_dim
+
+
+def weight_bytes(config: ModelConfig) -> int:
+    """Bytes of the weights that a pass must read: all, but of the embedding only a few rows."""
+    return sum(2 * math.prod(shape) for name, shape in Shapes(config).items() if name != "embed")

@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 from attempts import attempt, free_memory, ratio
-from cuda_noise import NoiseBackend, Shapes, filled_cache, kv_bytes, model_config
-from cuda_timing import run_microseconds
+from cuda_model import BLOCK, BlockPasses, NoiseModel
+from cuda_noise import filled_cache, kv_bytes, model_config, weight_bytes
 from cuda_transformers import TransformersPass
 
-from losart.attention import make_policy
-from losart.attention.base import PassKind
-from losart.backends.base import PassInputs
-from losart.options import AttentionConfig, generation_config
-from losart.transformer import Transformer
-
-BLOCK = 16
+from losart.options import AttentionConfig
 
 
 def rows(bandwidth: float, quick: bool = False) -> Iterator[dict[str, Any]]:
     """One row a size and prefix, in milliseconds."""
     prefixes = (8192, 65536) if quick else (8192, 65536, 131072)
     for size in ("8B",) if quick else ("1.7B", "8B"):
+        config = model_config(size)
         ours = milliseconds(LosartPass, size, prefixes)
         theirs = milliseconds(TransformersPass, size, prefixes)
         for prefix in prefixes:
-            floor = pass_bytes(size, prefix) / bandwidth * 1e3
+            read = weight_bytes(config) + config.num_layers * kv_bytes(config, prefix)
+            floor = read / bandwidth * 1e3
             yield {
                 "size": size,
                 "prefix": prefix,
@@ -51,31 +46,10 @@ def milliseconds(kind: Callable[[str], Any], size: str, prefixes: tuple[int, ...
     return times
 
 
-def pass_bytes(size: str, prefix: int) -> int:
-    """What a pass must read: all weights, but of the embedding only a few rows; keys and values."""
-    config = model_config(size)
-    weights = sum(2 * math.prod(shape) for name, shape in Shapes(config).items() if name != "embed")
-    return weights + config.num_layers * kv_bytes(config, prefix)
-
-
-class LosartPass:
-    """Our model of a size, with noise for weights."""
-
-    def __init__(self, size: str) -> None:
-        self.config = model_config(size)
-        self.backend = NoiseBackend(self.config, "bfloat16")
-        self.transformer = Transformer(self.config, Shapes(self.config), self.backend)
+class LosartPass(NoiseModel):
+    """Our side."""
 
     def milliseconds(self, prefix: int) -> float:
-        """Median milliseconds of a pass over a block, after the passes that compile and capture it."""
-        generation = generation_config(self.config, {"block_length": BLOCK})
+        """Median milliseconds of a later pass over a block after a cache of noise."""
         cache = filled_cache(self.backend, prefix, BLOCK)
-        policy = make_policy(AttentionConfig(), self.config, BLOCK)
-        policy.begin_block()
-        policy.begin_pass(PassKind.LATER, prefix)
-        inputs = PassInputs(np.arange(BLOCK), np.arange(BLOCK), np.zeros(BLOCK))
-
-        def run() -> None:
-            self.transformer.denoise(inputs, cache, policy, generation)
-
-        return run_microseconds(self.backend.stream, run) / 1e3
+        return BlockPasses(self, cache, [np.arange(BLOCK)], AttentionConfig()).later_milliseconds()

@@ -12,12 +12,11 @@ from typing import Any
 
 import cupy
 import numpy as np
+from cuda_noise import written_cache
 
-from losart.backends.base import PassInputs
 from losart.backends.cuda import CudaBackend
 
 SEGMENT = 128  # positions of one topic
-PIECE = 8192  # positions written at a time
 SHARED_TOPICS, OWN_TOPICS = 2, 1  # that a token asks for: of the block's, of its own
 KEY_STRENGTH, QUERY_STRENGTH = 0.7, 2.0
 
@@ -37,22 +36,16 @@ class Topics:
 
     def cache(self, room: int) -> Any:
         """A cache that holds the prefix in all layers."""
-        backend, c = self.backend, self.backend.config
-        cache = backend.new_cache(16)
-        cache.reserve(self.prefix + room)
-        for start in range(0, self.prefix, PIECE):
-            count = min(PIECE, self.prefix - start)
-            with backend.stream:
-                backend._place(PassInputs(np.zeros(count, np.int64)), cache)
-                segments = (start + cupy.arange(count)) // SEGMENT
-                shape = (count, c.num_kv_heads, c.head_dim)
-                for layer in range(c.num_layers):
-                    keys = self._random.standard_normal(shape, np.float32)
-                    keys += np.float32(KEY_STRENGTH) * self._directions(layer)[segments]
-                    cache.write(layer, keys, self._random.standard_normal(shape, np.float32))
-            backend.stream.synchronize()
-            cache.advance(count)
-        return cache
+        c = self.backend.config
+
+        def draw(layer: int, start: int, count: int) -> tuple[Any, Any]:
+            segments = (start + cupy.arange(count)) // SEGMENT
+            shape = (count, c.num_kv_heads, c.head_dim)
+            keys = self._random.standard_normal(shape, np.float32)
+            keys += np.float32(KEY_STRENGTH) * self._directions(layer)[segments]
+            return keys, self._random.standard_normal(shape, np.float32)
+
+        return written_cache(self.backend, self.prefix, room, draw)
 
     def queries(self, layer: int, tokens: int, passes: int, changed: int = 3) -> list[Any]:
         """Queries of a block in consecutive passes, [tokens, heads, head_dim]."""

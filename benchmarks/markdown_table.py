@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 LENGTHS = ("prefix", "prompt")  # counted in K
-COUNTS = ("block", "budget")
 
 
 def markdown_table(rows: list[dict[str, Any]]) -> str:
@@ -24,9 +23,9 @@ def cell(key: str, value: Any) -> str:
         return value.replace("|", "/")[:60]
     if key in LENGTHS and value % 1024 == 0:
         return f"{value // 1024}K"
-    if key in COUNTS:
+    if isinstance(value, int):
         return str(value)
-    if key.endswith(" read"):
+    if key == "density" or key.endswith(" read"):
         return f"{value:.1%}"
     if "/" in key:
         return f"{value:.2f}x"
