@@ -74,9 +74,10 @@ SECTIONS = {
     ),
     "planner": Section(
         "Selection in kernels and on the host: whole later pass, milliseconds",
-        "LoSA, block 16, budget 512, active 5; keys as above. On the host each layer waits for a transfer "
-        "each way, and the pass is launched kernel by kernel, not as a graph: both are in the microseconds "
-        'that a layer takes more. auto: what planner="auto" takes.',
+        "LoSA, block 16, budget 512, active 5; keys planted (`cuda_planted.py`). With the host's the pass is "
+        "launched kernel by kernel, and each layer waits for a transfer each way: launches is what a layer "
+        "takes more without a graph, transfers what it takes more on the host than that, selection there "
+        'included. auto: what planner="auto" takes.',
         lambda _, quick, __: cuda_planner.rows(quick),
     ),
     "end-to-end": Section(

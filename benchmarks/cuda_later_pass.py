@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from attempts import attempt, free_memory, ratio
-from cuda_model import BLOCK, NoiseModel
+from cuda_model import BLOCK, Method, NoiseModel
 from cuda_noise import kv_bytes, weight_bytes
 from cuda_planted import PlantedPrefix
 
+from losart.attention import make_policy
 from losart.config import ModelConfig
 from losart.options import AttentionConfig
 
@@ -52,9 +53,11 @@ def rows_of(size: str, prefixes: tuple[int, ...], bandwidth: float) -> Iterator[
             }
 
 
-def measured(planted: PlantedPrefix, attention: AttentionConfig) -> tuple[float | str, float | None]:
+def measured(
+    planted: PlantedPrefix, attention: AttentionConfig, method: Method = make_policy
+) -> tuple[float | str, float | None]:
     """Milliseconds of a later pass, or why there are none, and the share of the prefix that it reads."""
-    passes = attempt(planted.passes, attention)
+    passes = attempt(planted.passes, attention, method)
     if isinstance(passes, str):
         return passes, None
     time = attempt(passes.later_milliseconds)

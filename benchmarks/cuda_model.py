@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,13 +11,15 @@ from cuda_noise import NoiseBackend, Shapes, model_config
 from cuda_timing import run_microseconds
 
 from losart.attention import make_policy
-from losart.attention.base import PassKind
+from losart.attention.base import AttentionPolicy, PassKind
 from losart.backends.base import PassInputs
 from losart.cache import PagedKVCache
+from losart.config import ModelConfig
 from losart.options import AttentionConfig, generation_config
 from losart.transformer import Transformer
 
 BLOCK = 16
+Method = Callable[[AttentionConfig, ModelConfig, int], AttentionPolicy]
 
 
 class NoiseModel:
@@ -47,6 +49,8 @@ class BlockPasses:
     blocks : sequence of int64 [BLOCK]
         The block's ids, which take turns from pass to pass.
     attention : AttentionConfig
+    method : callable, optional
+        Makes the policy, as `make_policy` does.
     """
 
     def __init__(
@@ -55,10 +59,11 @@ class BlockPasses:
         cache: PagedKVCache,
         blocks: Sequence[np.ndarray],
         attention: AttentionConfig,
+        method: Method = make_policy,
     ) -> None:
         self._model, self._cache, self._turns = model, cache, itertools.cycle(blocks)
         self._generation = generation_config(model.config, {"block_length": BLOCK})
-        self._policy = make_policy(attention, model.config, BLOCK)
+        self._policy = method(attention, model.config, BLOCK)
         self._policy.begin_block()
         self._run(PassKind.FIRST)
 

@@ -11,7 +11,10 @@ from cuda_later_pass import METHODS, measured
 from cuda_model import NoiseModel
 from cuda_planted import PlantedPrefix
 
+from losart.attention.losa import LosaPolicy
+from losart.backends.base import Prefix
 from losart.backends.cuda_host_planner import HostPlanner
+from losart.cache import PagedKVCache
 
 
 def rows(quick: bool = False) -> Iterator[dict[str, Any]]:
@@ -30,17 +33,34 @@ def rows_of(size: str, prefixes: tuple[int, ...]) -> Iterator[dict[str, Any]]:
         if isinstance(planted, str):
             yield row | {"device": planted}
             continue
-        device, density = measured(planted, replace(METHODS["losa"], planner="device"))
-        host, host_density = measured(planted, replace(METHODS["losa"], planner="host"))
-        more = None
-        if not isinstance(device, str) and not isinstance(host, str):
-            more = (host - device) * 1e3 / model.config.num_layers
+        host_config = replace(METHODS["losa"], planner="host")
+        device_config = replace(METHODS["losa"], planner="device")
+        device, density = measured(planted, device_config)
+        launched, _ = measured(planted, device_config, LaunchedLosa)
+        host, host_density = measured(planted, host_config)
         yield row | {
             "device": device,
             "device read": density,
+            "device, no graph": launched,
             "host": host,
             "host read": host_density,
             "host/device": ratio(host, device),
-            "microseconds more a layer": more,
+            "launches, us a layer": per_layer(launched, device, model.config.num_layers),
+            "transfers, us a layer": per_layer(host, launched, model.config.num_layers),
             "auto": "host" if isinstance(model.backend.planned("auto"), HostPlanner) else "device",
         }
+
+
+def per_layer(more: float | str, less: float | str, layers: int) -> float | None:
+    """Microseconds of a layer in the difference, where both were measured."""
+    if isinstance(more, str) or isinstance(less, str):
+        return None
+    return (more - less) * 1e3 / layers
+
+
+class LaunchedLosa(LosaPolicy):
+    """LoSA whose passes are launched kernel by kernel, as those are that the host takes part in."""
+
+    def prefix(self, backend: Any, layer: int, q: Any, cache: PagedKVCache) -> Prefix:
+        backend.captures = False
+        return super().prefix(backend, layer, q, cache)

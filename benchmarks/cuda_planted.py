@@ -16,10 +16,11 @@ from typing import Any
 
 import cupy
 import numpy as np
-from cuda_model import BLOCK, BlockPasses, NoiseModel
+from cuda_model import BLOCK, BlockPasses, Method, NoiseModel
 from cuda_noise import written_cache
 from cuda_topics import OWN_TOPICS, SEGMENT, SHARED_TOPICS
 
+from losart.attention import make_policy
 from losart.attention.base import PassKind
 from losart.attention.dense import DensePolicy
 from losart.backends.base import PassInputs, Prefix
@@ -67,9 +68,9 @@ class PlantedPrefix:
             for place, vector in zip(places, vectors, strict=True):
                 self._plant(layer, int(place) * SEGMENT, vector)
 
-    def passes(self, attention: AttentionConfig) -> BlockPasses:
+    def passes(self, attention: AttentionConfig, method: Method = make_policy) -> BlockPasses:
         """Passes of a method over the block, whose states take turns."""
-        return BlockPasses(self._model, self.cache, self.blocks, attention)
+        return BlockPasses(self._model, self.cache, self.blocks, attention, method)
 
     def _noise(self, count: int) -> Any:
         c = self._model.config
