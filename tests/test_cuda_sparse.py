@@ -203,7 +203,7 @@ def test_masses_and_their_top_pages(dtype, shape, tokens, length, page_size, car
     (cpu_o, _), expected = case.cpu.prefix_attention_and_masses(case.q, case.cpu_cache, 0)
     assert_close(on_host(backend, o), cpu_o, TOLERANCE[dtype])
     units = page_size // 16
-    masses = on_host(backend, masses)[..., : -(-length // 16)].astype(np.float64)
+    masses = on_host(backend, masses[..., : -(-length // 16)]).astype(np.float64)
     masses = np.pad(masses, [(0, 0)] * 3 + [(0, pages * units - masses.shape[-1])])
     masses = masses.reshape(*masses.shape[:3], pages, units).sum(axis=-1)
     # Scores of up to 40, of which a 16-bit product loses a thousandth.
