@@ -17,6 +17,14 @@ struct PageChoice {
 #define PAGES_CHOSEN \
     PageChoice { page_marks, page_words, pages_selected, selected_rows, selected_count }
 
+/* What rows have selected was there before the pass began: it comes closer while the kernel before still runs. */
+__device__ __forceinline__ void prefetch_selected(const PageChoice &choice, int kv_head)
+{
+    const int *selected = choice.selected + (size_t)kv_head * choice.rows * choice.count;
+    for (int i = threadIdx.x * 32; choice.selected && i < choice.rows * choice.count; i += blockDim.x * 32)
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(selected + i));
+}
+
 struct PageShare {
     int listed, first, last; /* positions in all pages of the list; tiles of this thread block */
     Listed where;

@@ -9,6 +9,7 @@ extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS)
     sparse_attention(const float *q, const int *tokens, CACHE_PARAMETERS, PAGES_PARAMETERS, int capacity, float *o,
                      float *tops, float *totals, int count, int heads)
 {
+    prefetch_selected(PAGES_CHOSEN, blockIdx.x);
     wait_for_previous();
     let_next_start();
     CacheView cache = CACHE_VIEW;
