@@ -12,6 +12,7 @@ pytestmark = pytest.mark.parity
 torch = pytest.importorskip("torch", reason="training needs torch")
 
 import recall_rows  # noqa: E402
+import train  # noqa: E402
 from recall_losses import copy_loss, look_back_loss, page_bound_loss  # noqa: E402
 from row_layout import Layout  # noqa: E402
 from schedule import Stage  # noqa: E402
@@ -203,15 +204,95 @@ def test_training_ends_and_logs(tmp_path):
     assert not trainer.run(limit=0.0)
     assert trainer.run(limit=60.0)
     assert trainer.state.seconds >= 3 and (tmp_path / "training.pt").exists()
+    assert trainer.state.start is None
     for line in (tmp_path / "log.jsonl").read_text().splitlines():
         row = json.loads(line)
         assert row["loss"] > 0 and set(row["recall"]) == {"128"} and set(row["recall"]["128"]) == set(TASKS)
     write_summary(trainer, tmp_path / "training.json")
     summary = json.loads((tmp_path / "training.json").read_text())
     assert (summary["steps"], summary["seed"], summary["device"]) == (trainer.state.step, 0, "cpu")
+    assert summary["start"] is None
     assert [stage["first_step"] for stage in summary["stages"]] == [0, None]
+
+
+LOSSES = {"loss", "look_back", "copy"}
+
+
+def losses(trainer):
+    return set(trainer.learn()) - {"tokens", "rate"}
+
+
+def test_the_page_bound_loss_waits_for_the_first_stage_to_be_learnt(tmp_path):
+    trainer = Trainer(tmp_path, STAGES, 1.0, **ON_CPU)
+    assert losses(trainer) == LOSSES
+    trainer.state.began.append(1)
+    assert losses(trainer) == LOSSES | {"page_bound"}
 
 
 def test_a_loss_of_no_weight_is_left_out(tmp_path):
     trainer = Trainer(tmp_path, STAGES, 1.0, **ON_CPU, page_bound=0.0)
-    assert set(trainer.learn()) == {"tokens", "rate", "loss", "look_back", "copy"}
+    trainer.state.began.append(1)
+    assert losses(trainer) == LOSSES
+
+
+def checkpoint_of(model, directory):
+    write_checkpoint(model, directory, recall_rows.SPECIAL, BLOCK)
+    return directory
+
+
+def test_training_begins_with_the_weights_of_a_checkpoint(model, tmp_path):
+    start = checkpoint_of(model, tmp_path / "start")
+    trainer = Trainer(tmp_path / "out", STAGES, 1.0, **ON_CPU)
+    trainer.start(start)
+    given = model.state_dict()
+    for name, value in trainer.model.state_dict().items():
+        assert value.dtype == torch.float32 and torch.equal(value, given[name].bfloat16().float())
+    assert not trainer.optimizer.state and trainer.state.step == trainer.state.stage == 0
+    assert losses(trainer) == LOSSES | {"page_bound"}  # its heads find facts already
+    trainer.save()
+    cut = Trainer(tmp_path / "out", STAGES, 1.0, **ON_CPU)
+    assert cut.resume() and cut.state == trainer.state and cut.learn() == trainer.learn()
+    write_summary(cut, tmp_path / "training.json")
+    assert json.loads((tmp_path / "training.json").read_text())["start"] == str(start)
+
+
+def run_train(monkeypatch, capsys, *arguments):
+    """Exit code of the command for no time at all, and what it printed."""
+    monkeypatch.setattr("sys.argv", ["train.py", *map(str, arguments), "--device", "cpu", "--limit", "0"])
+    try:
+        train.main()
+        code = 0
+    except SystemExit as end:
+        code = end.code
+    return code, capsys.readouterr()
+
+
+def test_the_command_starts_with_a_checkpoint_but_goes_on_without_it(tmp_path, monkeypatch, capsys):
+    torch.manual_seed(5)
+    start = checkpoint_of(SmallSdar(ModelShape(VOCABULARY_SIZE)), tmp_path / "start")
+    out = tmp_path / "out"
+    code, said = run_train(monkeypatch, capsys, out, "--start", start)
+    assert code == 0 and f"beginning with the weights of {start}" in said.out
+    written, given = (folder / "model.safetensors" for folder in (out / "checkpoint", start))
+    assert written.read_bytes() == given.read_bytes()
+    code, said = run_train(monkeypatch, capsys, out, "--start", tmp_path / "gone")
+    assert code == 0 and "going on from step 0" in said.out
+    assert json.loads((out / "training.json").read_text())["start"] == str(start)
+
+
+@pytest.mark.parametrize("wrong", ["sizes", "no weights", "no directory"])
+def test_a_checkpoint_that_does_not_fit_is_one_line(model, tmp_path, monkeypatch, capsys, wrong):
+    start = tmp_path / "start"
+    if wrong == "sizes":
+        checkpoint_of(model, start)
+    elif wrong == "no weights":
+        torch.manual_seed(5)
+        checkpoint_of(SmallSdar(ModelShape(VOCABULARY_SIZE)), start)
+        (start / "model.safetensors").unlink()
+    code, said = run_train(monkeypatch, capsys, tmp_path / "out", "--start", start)
+    named = {
+        "sizes": f"{start / 'config.json'}: hidden_size is 64; the training has 256",
+        "no weights": f"{start}: neither model.safetensors",
+        "no directory": f"{start / 'config.json'}: no such file",
+    }
+    assert code == 1 and said.err.startswith(f"train.py: {named[wrong]}") and said.err.count("\n") == 1

@@ -1,4 +1,4 @@
-"""Writes what was trained as an ordinary SDAR directory."""
+"""What was trained as an ordinary SDAR directory: written, and read to train on."""
 
 from __future__ import annotations
 
@@ -8,8 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
-from small_sdar import SmallSdar
+from small_sdar import ModelShape, SmallSdar
+from torch import Tensor
+
+from losart.checks import require
+from losart.errors import ConfigError
+from losart.loaders import open_checkpoint
+from losart.loaders.json_files import read_json_object
 
 
 def write_checkpoint(model: SmallSdar, directory: Path, special: dict[str, int], block_length: int) -> None:
@@ -46,6 +53,35 @@ def write_checkpoint(model: SmallSdar, directory: Path, special: dict[str, int],
         name: value.detach().to(torch.bfloat16).contiguous() for name, value in model.state_dict().items()
     }
     save_file(weights, str(directory / "model.safetensors"), {"format": "pt"})
+
+
+def read_weights(directory: Path, shape: ModelShape) -> dict[str, Tensor]:
+    """The state dict, in bfloat16, that `write_checkpoint` wrote.
+
+    Parameters
+    ----------
+    directory : Path
+    shape : ModelShape
+        Of the model that is to have the weights.
+
+    Raises
+    ------
+    ConfigError
+        If config.json names other sizes.
+    CheckpointError
+        If a file is missing or corrupt, or its tensors are others.
+    """
+    config = read_json_object(directory / "config.json")
+    for name, wanted in asdict(shape).items():
+        found = config.get(name)
+        require(
+            found == wanted, ConfigError, f"{config.file}: {name} is {found!r}; the training has {wanted!r}"
+        )
+    weights = {}
+    for tensor in open_checkpoint(directory).tensors.values():  # those that config.json asks for
+        with safe_open(tensor.file, framework="pt") as file:
+            weights[tensor.name] = file.get_tensor(tensor.name)
+    return weights
 
 
 def _write_json(file: Path, values: dict[str, Any]) -> None:

@@ -21,6 +21,7 @@ def write_summary(trainer: Trainer, file: Path) -> None:
     state, device = trainer.state, trainer.device
     first_steps = [*state.began, *[None] * (len(trainer.stages) - len(state.began))]
     summary: dict[str, Any] = {
+        "start": state.start,
         "seed": trainer.seed,
         "steps": state.step,
         "seconds": round(state.seconds, 1),

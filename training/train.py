@@ -1,7 +1,8 @@
 """Trains the checkpoint that comes with losart: `python training/train.py OUT`.
 
-Goes on from OUT/training.pt where there is one. Rows and masks follow from the seed and the step, the
-learning rate from the share of `--minutes` that is over.
+Goes on from OUT/training.pt where there is one; else it begins with random weights, or with those of
+`--start`. Rows and masks follow from the seed and the step, the learning rate from the share of `--minutes`
+that is over.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from sdar_directory import write_checkpoint
 from summary import write_summary
 from trainer import Trainer
 
+from losart.errors import LosartError
 from losart.eval.vocabulary import write_tokenizer
 
 
@@ -27,6 +29,12 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=9.0, help="of the whole training (9)")
     parser.add_argument(
         "--limit", type=float, default=math.inf, metavar="MINUTES", help="stop this run after"
+    )
+    parser.add_argument(
+        "--start",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="directory of the weights to begin with instead of random ones; not read to go on",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda")
@@ -41,8 +49,14 @@ def main() -> None:
     trainer = Trainer(
         args.directory, STAGES, args.minutes, args.seed, device=args.device, page_bound=args.page_bound
     )
-    if trainer.resume():
-        print(f"going on from step {trainer.state.step}")
+    try:
+        if trainer.resume():
+            print(f"going on from step {trainer.state.step}")
+        elif args.start is not None:
+            trainer.start(args.start)
+            print(f"beginning with the weights of {args.start}")
+    except LosartError as error:
+        parser.exit(1, f"{parser.prog}: {error}\n")
     over = trainer.run(60 * args.limit)
     write_checkpoint(trainer.model, args.directory / "checkpoint", recall_rows.SPECIAL, recall_rows.BLOCK)
     write_tokenizer(args.directory / "checkpoint")
