@@ -80,7 +80,7 @@ class PlantedPrefix:
         """Queries [BLOCK, heads, head_dim] of all layers in a dense pass."""
         model = self._model
         policy = ListeningPolicy(AttentionConfig(), model.config, BLOCK)
-        policy.begin_pass(PassKind.FIRST, self.cache.length)
+        policy.begin_pass(PassKind.LATER, self.cache.length)  # a dense first pass does not come by `prefix`
         inputs = PassInputs(ids, np.arange(BLOCK), np.zeros(BLOCK))
         generation = generation_config(model.config, {"block_length": BLOCK})
         model.transformer.denoise(inputs, self.cache, policy, generation)

@@ -37,17 +37,23 @@ extern "C" __global__ void __launch_bounds__(256 BLOCKS)
     int kv_head = blockIdx.x, group = heads / bounds.kv_heads, first_row = blockIdx.z * 8 * ROW_TILES;
     int pages = (*cache_length + page_size - 1) / page_size;
     int lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4, tiles = (pages + 15) / 16;
+    int tile = blockIdx.y * (256 / WARP) + threadIdx.x / WARP, step = gridDim.y * (256 / WARP);
     uint4 a[CHUNKS], b[CHUNKS];
-    auto load = [&](int tile) {
+    auto load = [&]() {
         if (tile >= tiles) return;
         /* The last tile's pages beyond the prefix's are taken for its last one. */
         const uint4 *low = (const uint4 *)bounds.page(kv_head, min(tile * 16 + g, pages - 1));
         const uint4 *high = (const uint4 *)bounds.page(kv_head, min(tile * 16 + g + 8, pages - 1));
 #pragma unroll
         for (int c = 0; c < CHUNKS; c++) a[c] = low[c * 4 + t], b[c] = high[c * 4 + t];
+        /* Registers hold one tile; the memory works on the next one meanwhile. Half a page is of each lane. */
+        int ahead = (tile + step) * 16 + lane / 2;
+        if (ahead >= pages) return;
+        const Held *half = bounds.page(kv_head, ahead) + lane % 2 * HEAD_DIM;
+#pragma unroll
+        for (int line = 0; line < HEAD_DIM; line += 64) asm volatile("prefetch.global.L2 [%0];" ::"l"(half + line));
     };
-    int tile = blockIdx.y * (256 / WARP) + threadIdx.x / WARP;
-    load(tile); /* the prefix was there before the pass began */
+    load(); /* the prefix was there before the pass began */
     wait_for_previous();
     let_next_start();
     clear_marks(marks, words, kv_head);
@@ -93,6 +99,7 @@ extern "C" __global__ void __launch_bounds__(256 BLOCKS)
                         scores[((size_t)kv_head * rows + row) * stride + page] = score[n][i];
                 }
         }
-        load(tile += gridDim.y * (256 / WARP));
+        tile += step;
+        load();
     }
 }
