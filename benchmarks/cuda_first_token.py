@@ -19,7 +19,7 @@ from typing import Any
 
 from attempts import attempt, ratio
 
-from losart.footprint.processes import Request, as_qwen3, probe
+from losart.footprint.processes import Interpreter, Request, as_qwen3, probe
 from losart.random_checkpoint import SIZES, write_checkpoint
 
 LOSART, TRANSFORMERS = "probe_losart", "probe_transformers"
@@ -92,7 +92,8 @@ def first_token(
     """What one process reports (losart.footprint.processes.probe), and the seconds to its first token."""
     keys = json.loads((checkpoint / "config.json").read_text())
     request = Request(device, PROMPT_TOKENS, 1, keys["block_size"], keys["mask_token_id"])
-    report = probe(sys.executable, name, checkpoint, request, environment, watch)
+    python = Interpreter(Path(sys.executable), isolated=False)
+    report = probe(python, name, checkpoint, request, environment, watch)
     report["stages"] = {stage: s for stage, s in report["seconds"].items() if stage != "generate"}
     report["seconds"] = sum(report["stages"].values())
     print(name, {"seconds": report["seconds"]} | report["stages"], flush=True)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 import textwrap
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -15,11 +13,12 @@ import pytest
 import losart
 from losart.cli import main
 from losart.errors import LosartError
-from losart.footprint import environments
-from losart.footprint.processes import Request, as_qwen3, probe, run
+from losart.footprint.processes import Interpreter, Request, as_qwen3, probe, run
+from losart.footprint.sides import Side
 from losart.footprint.table import markdown
 
 BLOCK, NEW = 4, 10
+PYTHON = Interpreter(Path(sys.executable))
 
 
 def request_of(checkpoint: Path, prompt_tokens: int) -> Request:
@@ -29,9 +28,7 @@ def request_of(checkpoint: Path, prompt_tokens: int) -> Request:
 
 @pytest.mark.parametrize("prompt_tokens", [3, 18])
 def test_probe_reports_the_generation_and_what_it_took(tiny_checkpoint, prompt_tokens):
-    report = probe(
-        sys.executable, "probe_losart", tiny_checkpoint, request_of(tiny_checkpoint, prompt_tokens)
-    )
+    report = probe(PYTHON, "probe_losart", tiny_checkpoint, request_of(tiny_checkpoint, prompt_tokens))
     prompt = [(97 * i) % 251 for i in range(prompt_tokens)]
     expected = losart.generate(tiny_checkpoint, prompt, max_new_tokens=NEW, stop_token_ids=[], device="cpu")
     assert report["tokens"] == expected.token_ids
@@ -49,9 +46,9 @@ def test_both_sides_generate_the_same(tiny_checkpoint, tmp_path, prompt_tokens):
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
     request = request_of(tiny_checkpoint, prompt_tokens)
-    ours = probe(sys.executable, "probe_losart", tiny_checkpoint, request)
+    ours = probe(PYTHON, "probe_losart", tiny_checkpoint, request)
     qwen3 = as_qwen3(tiny_checkpoint, tmp_path / "qwen3")
-    theirs = probe(sys.executable, "probe_transformers", qwen3, request)
+    theirs = probe(PYTHON, "probe_transformers", qwen3, request)
     assert ours["tokens"] == theirs["tokens"]
 
 
@@ -77,55 +74,6 @@ def test_an_interrupt_ends_what_a_process_has_started(tmp_path):
     command = [sys.executable, "-c", textwrap.dedent(code)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.stdout == "interrupted\n", result.stderr
-
-
-def test_an_environment_counts_what_was_installed(tmp_path):
-    wheel = tmp_path / "small-1.5-py3-none-any.whl"
-    write_wheel(wheel, bytes(100_000))
-    environment = environments.new_environment(tmp_path / "venv")
-    assert environment.sizes() == {"installed_bytes": 0, "packages": {}}
-    environment.install("--no-index", str(wheel))
-    sizes = environment.sizes()
-    assert sizes["packages"] == {"small": "1.5"}
-    assert 100_000 < sizes["installed_bytes"] < 110_000
-    with pytest.raises(LosartError, match="pip install --no-index no-such-package"):
-        environment.install("--no-index", "no-such-package")
-
-
-def write_wheel(file: Path, data: bytes) -> None:
-    with zipfile.ZipFile(file, "w") as archive:
-        info = "small-1.5.dist-info"
-        archive.writestr("small.bin", data)
-        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: small\nVersion: 1.5\n")
-        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        names = ("small.bin", f"{info}/METADATA", f"{info}/WHEEL", f"{info}/RECORD")
-        archive.writestr(f"{info}/RECORD", "".join(f"{name},,\n" for name in names))
-
-
-@pytest.mark.parametrize(
-    ("noted", "requirement"),
-    [
-        (None, f"losart[cuda12x]=={losart.__version__}"),
-        ({"url": "file:///src", "dir_info": {"editable": True}}, "losart[cuda12x] @ file:///src"),
-        (
-            {"url": "https://host/r", "vcs_info": {"vcs": "git", "commit_id": "abc"}},
-            "losart[cuda12x] @ git+https://host/r@abc",
-        ),
-    ],
-)
-def test_losart_is_installed_from_where_it_came(monkeypatch, noted, requirement):
-    class Distribution:
-        def read_text(self, name: str) -> str | None:
-            assert name == "direct_url.json"
-            return None if noted is None else json.dumps(noted)
-
-    monkeypatch.setattr(environments, "distribution", lambda name: Distribution())
-    assert environments.own_requirement("cuda12x") == requirement
-
-
-def test_the_rival_is_the_oracle_of_the_tests():
-    names = [re.split("[<>=]", line)[0] for line in environments.rival_requirements()]
-    assert names == ["torch", "transformers"]
 
 
 def side(scale: float) -> dict:
@@ -192,14 +140,17 @@ def test_the_size_of_a_cuda_build_is_no_rival_of_a_cpu():
 @pytest.fixture
 def without_rival(monkeypatch):
     """The rival's processes are losart's too, and say that they are torch's."""
+    from losart.cli import footprint
     from losart.footprint import comparison
 
-    packages = {"losart": losart.__version__, "torch": "2.13.0+cpu", "transformers": "5.0"}
-    monkeypatch.setattr(comparison, "SIDES", dict.fromkeys(comparison.SIDES, "probe_losart"))
-    monkeypatch.setattr(comparison, "packages_of", lambda python: packages)
+    rival = {"torch": "2.13.0+cpu", "transformers": "5.0"}
+    sides = {
+        name: Side(PYTHON, {"installed_bytes": 2**20, "packages": packages, "torch_cuda": None})
+        for name, packages in (("losart", {"losart": losart.__version__}), ("transformers", rival))
+    }
+    monkeypatch.setattr(footprint, "installed_sides", lambda device, python: sides)
+    monkeypatch.setattr(comparison, "PROBES", dict.fromkeys(sides, "probe_losart"))
     monkeypatch.setattr(comparison, "as_qwen3", lambda checkpoint, folder: checkpoint)
-    measure = comparison.measure
-    monkeypatch.setattr(comparison, "measure", lambda *a: measure(*a) | {"torch_cuda": None})
 
 
 def test_the_command_prints_table_and_json(without_rival, tmp_path, capsys):
@@ -211,7 +162,7 @@ def test_the_command_prints_table_and_json(without_rival, tmp_path, capsys):
     figures = json.loads(files["--json"].read_text())
     assert len(figures["losart"]["runs"]) == 2 and len(figures["losart"]["tokens"]) == 5
     assert figures["losart"]["tokens"] == figures["transformers"]["tokens"]
-    assert "| import |" in printed.out and "| installed |" not in printed.out
+    assert "| import |" in printed.out and "| packages | 1 | 2 | 2.0x |" in printed.out
     lines = printed.err.splitlines()
     assert [line.split(": ")[1].split(",")[0] for line in lines] == [f"{i} of 6 steps" for i in range(6)]
     assert lines[-1].startswith("running transformers, 2 of 2: 5 of 6 steps, ")
@@ -223,6 +174,10 @@ def test_the_command_prints_table_and_json(without_rival, tmp_path, capsys):
         (["no/such/directory"], 1, "no/such/directory"),
         (["CHECKPOINT", "--prompt-tokens", "5000"], 2, "4096 positions"),
         (["CHECKPOINT", "--keep", "CHECKPOINT"], 1, "exists"),
+        (["CHECKPOINT", "--sizes-only"], 2, "runs no MODEL"),
+        (["--losart", "x"], 2, "installs nothing"),
+        (["--rival", "x"], 2, "installs nothing"),
+        (["--rival-python", "no/such/python", "--size", "tiny"], 1, "no/such/python"),
     ],
 )
 def test_mistakes_give_one_line_and_a_code(tiny_checkpoint, capsys, arguments, code, message):
@@ -245,13 +200,13 @@ def test_an_interrupt_leaves_nothing_behind(tmp_path):
     code = """
         import signal, sys
         from losart.cli import main
-        from losart.footprint import comparison
+        from losart.footprint import sides
 
         def interrupted(folder):
             folder.mkdir()
             signal.raise_signal(signal.SIGINT)
 
-        comparison.new_environment = interrupted
+        sides.new_environment = interrupted
         sys.exit(main(["footprint", "--size", "tiny", "--losart", "x"]))
     """
     result = subprocess.run(

@@ -12,7 +12,9 @@ from typing import Any
 
 from losart.cli.arguments import add_model_or_size, positive
 from losart.cli.progress import Steps, write_weights
-from losart.footprint.comparison import compare, step_count
+from losart.errors import OptionError
+from losart.footprint.comparison import compare, generation_of
+from losart.footprint.sides import installed_sides, new_sides
 from losart.footprint.table import markdown
 from losart.loaders import open_checkpoint
 
@@ -26,7 +28,8 @@ def add_command(commands: Any) -> None:
         help="compare size, memory and start with torch + transformers",
         description="Install losart, and torch + transformers, into new virtual environments, let both do "
         "the same generation of the same checkpoint, and print a table in Markdown of what each takes: on "
-        "disk, in memory, and in time until the first token. Takes a few minutes; downloads what pip needs.",
+        "disk, in memory, and in time until the first token. Takes a few minutes; downloads what pip needs. "
+        "--installed makes no environments and needs no network.",
         epilog=EXAMPLE,
     )
     command.set_defaults(run=run)
@@ -38,12 +41,30 @@ def add_command(commands: Any) -> None:
         "--repeats", type=positive, default=3, metavar="N", help="processes whose median counts (3)"
     )
     command.add_argument(
-        "--losart", metavar="SPEC", help="what pip installs as losart (what this one was installed from)"
+        "--losart",
+        action="append",
+        metavar="SPEC",
+        help="what pip installs as losart (what this one was installed from); repeatable",
+    )
+    command.add_argument(
+        "--rival",
+        action="append",
+        metavar="SPEC",
+        help="what pip installs as torch and transformers (as the extra parity has them); repeatable",
     )
     command.add_argument(
         "--installed",
         action="store_true",
-        help="measure the packages that are installed here, in no new environments; leaves out their sizes",
+        help="measure what is installed here; sizes are those of each side's packages and all they require",
+    )
+    command.add_argument(
+        "--rival-python",
+        type=Path,
+        metavar="FILE",
+        help="with --installed: the interpreter that has torch and transformers (this one)",
+    )
+    command.add_argument(
+        "--sizes-only", action="store_true", help="measure sizes on disk alone: no MODEL and no device needed"
     )
     command.add_argument(
         "--keep", type=Path, metavar="DIR", help="keep environments and random weights in this new directory"
@@ -54,25 +75,29 @@ def add_command(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Measure and print."""
+    if args.installed and (args.losart or args.rival):
+        raise OptionError("--losart and --rival are what pip is to install, and --installed installs nothing")
+    if args.rival_python and not args.installed:
+        raise OptionError("--rival-python is for --installed")
+    if args.sizes_only and args.model:
+        raise OptionError("--sizes-only runs no MODEL")
     with ExitStack() as stack:
         if args.keep:
             args.keep.mkdir(parents=True)
             folder = args.keep.resolve()
         else:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="losart-footprint-")))
-        model = args.model or write_weights(folder, args.size)
-        steps = stack.enter_context(Steps(step_count(args.installed, args.repeats)))
-        figures = compare(
-            open_checkpoint(model),
-            folder,
-            device=args.device,
-            installed=args.installed,
-            losart_spec=args.losart,
-            prompt_tokens=args.prompt_tokens,
-            new_tokens=args.new_tokens,
-            repeats=args.repeats,
-            say=steps.begin,
-        )
+        generation = None
+        if not args.sizes_only:
+            checkpoint = open_checkpoint(args.model or write_weights(folder, args.size))
+            generation = generation_of(checkpoint, args.device, args.prompt_tokens, args.new_tokens)
+        processes = 0 if args.sizes_only else args.repeats + 1
+        steps = stack.enter_context(Steps(2 * (processes + (not args.installed))))
+        if args.installed:
+            sides = installed_sides(args.device, args.rival_python)
+        else:
+            sides = new_sides(folder, args.device, args.losart, args.rival, steps.begin)
+        figures = compare(sides, args.device, generation, folder, args.repeats, steps.begin)
     figures = {"command": " ".join(["losart", *sys.argv[1:]])} | figures
     table, text = markdown(figures), json.dumps(figures, indent=2) + "\n"
     print(text if args.json == "-" else table, end="")

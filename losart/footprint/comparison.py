@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,55 +11,35 @@ from losart.backends import cuda_problem
 from losart.cache import BYTES
 from losart.environment import environment
 from losart.errors import ConfigError, DeviceError
-from losart.footprint.environments import (
-    cpu_index_arguments,
-    new_environment,
-    own_requirement,
-    packages_of,
-    rival_requirements,
-)
 from losart.footprint.measure import Held, measure
 from losart.footprint.processes import Request, as_qwen3
+from losart.footprint.sides import Side
 from losart.inspection import inspection
 from losart.loaders import Checkpoint
 from losart.options import DEFAULT_BLOCK_LENGTH
 
 Say = Callable[[str], None]
-SIDES = {"losart": "probe_losart", "transformers": "probe_transformers"}
+PROBES = {"losart": "probe_losart", "transformers": "probe_transformers"}
 
 
-def compare(
-    checkpoint: Checkpoint,
-    folder: Path,
-    *,
-    device: str = "cpu",
-    installed: bool = False,
-    losart_spec: str | None = None,
-    prompt_tokens: int = 512,
-    new_tokens: int = 32,
-    repeats: int = 3,
-    say: Say = lambda step: None,
-) -> dict[str, Any]:
-    """Figures of losart, and of torch + transformers for the same generation; JSON types alone.
+@dataclass(frozen=True)
+class Generation:
+    """A generation that both sides do, and what any runtime must hold for it."""
 
-    Parameters
-    ----------
-    checkpoint : Checkpoint
-    folder : path
-        Where environments are made.
-    device : {"cpu", "cuda"}
-    installed : bool
-        Measure what the running interpreter has, and make no environments; no sizes then.
-    losart_spec : str, optional
-        What pip installs as losart. Default: what the running one was installed from.
-    prompt_tokens, new_tokens, repeats : int
-    say : callable
-        Called with a title as each step begins; `step_count` says how often.
+    checkpoint: Checkpoint
+    request: Request
+    held: Held
+
+
+def generation_of(
+    checkpoint: Checkpoint, device: str = "cpu", prompt_tokens: int = 512, new_tokens: int = 32
+) -> Generation:
+    """The generation of a checkpoint.
 
     Raises
     ------
     LosartError
-        Something cannot be installed, or a process failed.
+        The device does not work, or the checkpoint has no mask token or too few positions.
     """
     if device == "cuda" and (problem := cuda_problem()):
         raise DeviceError(f"device 'cuda' does not work here: {problem}")
@@ -70,38 +50,43 @@ def compare(
     request = Request(device, prompt_tokens, new_tokens, block_length, config.mask_token_id)
     facts = inspection(checkpoint, "cpu", "auto", [prompt_tokens + new_tokens])
     row = 2 * config.num_layers * config.num_kv_heads * config.head_dim * BYTES[checkpoint.dtype]
-    held = Held(facts["weight_bytes"], row * (prompt_tokens + new_tokens))
-    paths = {"losart": checkpoint.path, "transformers": as_qwen3(checkpoint.path, folder / "qwen3")}
+    return Generation(checkpoint, request, Held(facts["weight_bytes"], row * (prompt_tokens + new_tokens)))
 
-    pythons = {side: Path(sys.executable) for side in SIDES}
-    figures: dict[str, dict[str, Any]] = {side: {} for side in SIDES}
-    if not installed:
-        arguments = {
-            "losart": [losart_spec or own_requirement(_extra() if device == "cuda" else "")],
-            "transformers": rival_requirements(),
-        }
-        if device == "cpu":
-            arguments["transformers"] += cpu_index_arguments()
-        for side in SIDES:
-            say(f"installing {side}")
-            made = new_environment(folder / f"venv-{side}")
-            made.install(*arguments[side])
-            pythons[side] = made.python
-            figures[side] = made.sizes()
-            figures[side]["package_count"] = len(figures[side]["packages"])
-    for side, name in SIDES.items():
 
-        def begun(number: int, side: str = side) -> None:
-            say(f"running {side}, {number} of {repeats}" if number else f"running {side} to warm up")
+def compare(
+    sides: dict[str, Side],
+    device: str,
+    generation: Generation | None,
+    folder: Path,
+    repeats: int = 3,
+    say: Say = lambda step: None,
+) -> dict[str, Any]:
+    """Figures of losart, and of torch + transformers; JSON types alone.
 
-        figures[side] |= measure(pythons[side], name, paths[side], request, held, repeats, begun)
+    Parameters
+    ----------
+    sides : dict
+        As `new_sides` or `installed_sides` makes them.
+    device : {"cpu", "cuda"}
+    generation : Generation, optional
+        None: sizes alone, and nothing is run.
+    folder : path
+        For files that the processes need.
+    repeats : int
+    say : callable
+        Called with a title as each of the `repeats + 1` processes of a side begins.
 
+    Raises
+    ------
+    LosartError
+        A process failed.
+    """
     here = environment()
-    packages = {side: packages_of(pythons[side]) for side in SIDES}
-    return {
+    packages = {side: sides[side].sizes["packages"] for side in sides}
+    figures: dict[str, Any] = {
         "cpu": here["cpu"]["name"],
         "threads": here["cpu"]["threads"],
-        "gpu": here["gpu"]["name"] if device == "cuda" else None,
+        "gpu": here["gpu"]["name"] if device == "cuda" and here["gpu"] else None,
         "python": here["python"],
         "system": here["system"],
         "device": device,
@@ -109,23 +94,26 @@ def compare(
             "losart": packages["losart"]["losart"],
             **{name: packages["transformers"][name] for name in ("torch", "transformers")},
         },
-        "checkpoint": checkpoint.path.name,
-        "dtype": checkpoint.dtype,
-        "weight_bytes": held.weights,
-        "kv_bytes": held.kv,
-        "block_length": block_length,
-        "prompt_tokens": prompt_tokens,
-        "new_tokens": new_tokens,
-        **figures,
     }
+    measured: dict[str, dict[str, Any]] = {side: {} for side in sides}
+    if generation:
+        checkpoint, request, held = generation.checkpoint, generation.request, generation.held
+        figures |= {
+            "checkpoint": checkpoint.path.name,
+            "dtype": checkpoint.dtype,
+            "weight_bytes": held.weights,
+            "kv_bytes": held.kv,
+            "block_length": request.block_length,
+            "prompt_tokens": request.prompt_tokens,
+            "new_tokens": request.new_tokens,
+        }
+        paths = {"losart": checkpoint.path, "transformers": as_qwen3(checkpoint.path, folder / "qwen3")}
+        for side, name in PROBES.items():
 
+            def begun(number: int, side: str = side) -> None:
+                say(f"running {side}, {number} of {repeats}" if number else f"running {side} to warm up")
 
-def step_count(installed: bool, repeats: int) -> int:
-    """How many steps `compare` says."""
-    return len(SIDES) * (repeats + 1 + (not installed))
-
-
-def _extra() -> str:
-    """The extra for CUDA that the running losart has."""
-    packages = packages_of(sys.executable)
-    return next(extra for extra in ("cuda12x", "cuda13x") if f"cupy-{extra}" in packages)
+            measured[side] = measure(sides[side].python, name, paths[side], request, held, repeats, begun)
+    for side, found in sides.items():
+        figures[side] = found.sizes | {"package_count": len(packages[side])} | measured[side]
+    return figures

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from losart.footprint.processes import Request, probe
+from losart.footprint.processes import Interpreter, Request, probe
 
 
 @dataclass(frozen=True)
@@ -21,7 +20,7 @@ class Held:
 
 
 def measure(
-    python: str | os.PathLike[str],
+    python: Interpreter,
     name: str,
     checkpoint: Path,
     request: Request,
@@ -43,7 +42,8 @@ def measure(
     Returns
     -------
     dict
-        Seconds and bytes; `losart.footprint.table.ROWS` says what each is.
+        Seconds and bytes, as `losart.footprint.table.ROWS` says what each is; `runs`: the same of each
+        process; `tokens`: the new token ids.
     """
     runs = []
     for number in range(repeats + 1):
@@ -52,8 +52,7 @@ def measure(
         if number:  # the first compiles Python files and kernels, and brings files into memory
             runs.append(_figures(report, held))
     medians: dict[str, Any] = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
-    facts = {key: value for key, value in report.items() if key not in ("seconds", "bytes")}
-    return medians | {"runs": runs} | facts
+    return medians | {"runs": runs, "tokens": report["tokens"]}
 
 
 def _figures(report: dict[str, Any], held: Held) -> dict[str, float]:

@@ -15,8 +15,10 @@ from typing import Any
 from losart.errors import LosartError
 
 PROBES = Path(__file__).parent / "probes"
-# Isolated, so that nothing of the folder or the user's site is found: only the probes.
-LAUNCH = "import sys; sys.path.append(sys.argv[1]); import {0}; {0}.main()"
+# "" is the folder that the process is started in, of which nothing is to be found: only the probes.
+LAUNCH = (
+    "import sys; sys.path[:] = filter(None, sys.path); sys.path.append(sys.argv[1]); import {0}; {0}.main()"
+)
 # No requests to the hub, and no reports of progress.
 QUIET = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 SECONDS = 1800  # after which a process is given up
@@ -42,20 +44,46 @@ class Request:
     confidence_threshold: float = 0.85
 
 
+@dataclass(frozen=True)
+class Interpreter:
+    """A Python that has the packages of a side.
+
+    Attributes
+    ----------
+    path : path
+    isolated : bool
+        Whether only what is installed in it is found: nothing by PYTHONPATH or of the user's site.
+    """
+
+    path: Path
+    isolated: bool = True
+
+    def report(self, name: str, arguments: Mapping[str, Any], environment: Mapping[str, str] = QUIET) -> Any:
+        """What one of the `probes` prints last, in JSON.
+
+        Raises
+        ------
+        LosartError
+            The process failed.
+        """
+        options = ["-I"] if self.isolated else []
+        command = [str(self.path), *options, "-c", LAUNCH.format(name), str(PROBES), json.dumps(arguments)]
+        return json.loads(run(command, environment, name).strip().splitlines()[-1])
+
+
 def probe(
-    python: str | os.PathLike[str],
+    python: Interpreter,
     name: str,
     checkpoint: Path,
     request: Request,
     environment: Mapping[str, str] | None = None,
     watch: bool = False,
 ) -> dict[str, Any]:
-    """Run one process.
+    """Run one process that generates.
 
     Parameters
     ----------
-    python : path
-        The interpreter.
+    python : Interpreter
     name : {"probe_losart", "probe_transformers"}
     checkpoint : path
         For transformers as `as_qwen3` gives it.
@@ -70,7 +98,7 @@ def probe(
     dict
         `tokens`: the new token ids. `seconds` of the stages python (from the start of the process),
         import, context, load, first token and generate. `bytes` by stage, at its end: the fields of
-        /proc/self/status, and `device`: minus the free memory of the device.
+        /proc/self/status, and `device`: minus the free memory of the device, whoever has taken it.
 
     Raises
     ------
@@ -78,9 +106,7 @@ def probe(
         The process failed.
     """
     arguments = {"checkpoint": str(checkpoint), "began": time.monotonic(), "watch": watch}
-    command = [str(python), "-I", "-c", LAUNCH.format(name), str(PROBES)]
-    output = run([*command, json.dumps(arguments | asdict(request))], QUIET | dict(environment or {}), name)
-    return json.loads(output.strip().splitlines()[-1])
+    return python.report(name, arguments | asdict(request), QUIET | dict(environment or {}))
 
 
 def run(command: Sequence[str], environment: Mapping[str, str], name: str) -> str:

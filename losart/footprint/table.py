@@ -73,18 +73,31 @@ def markdown(figures: dict[str, Any]) -> str:
     notes = [f"Targets missed: {', '.join(missed)}."] if missed else []
     if other_build:
         notes.append("torch's CPU build was not found: what is installed is its CUDA build, without target.")
+    if "requirements" in ours:
+        required = [" and ".join(side["requirements"]) for side in (ours, theirs)]
+        notes.append(
+            "Measured in environments that were there: installed size, without .pyc files, and packages are "
+            f"of {required[0]}, and of {required[1]}, each with all that it requires."
+        )
+        missing = [*ours["not_installed"], *theirs["not_installed"]]
+        if missing:
+            notes.append(f"Required but not installed, so not counted: {', '.join(missing)}.")
     return "\n".join([f"{description(figures)}\n", *lines, *(f"\n{note}" for note in notes)]) + "\n"
 
 
 def description(figures: dict[str, Any]) -> str:
     """What the figures were measured on, in one line."""
     versions, cuda = figures["versions"], figures["transformers"]["torch_cuda"]
-    machine = [figures["cpu"], f"{figures['threads']} threads", *filter(None, [figures["gpu"]])]
     build = f"CUDA {cuda}" if cuda else "CPU"
+    packages = (
+        f"losart {versions['losart']}, torch {versions['torch']} ({build} build), transformers "
+        f"{versions['transformers']}"
+    )
+    if "checkpoint" not in figures:
+        return f"{figures['system']}, Python {figures['python']}; {packages}"
+    machine = [figures["cpu"], f"{figures['threads']} threads", *filter(None, [figures["gpu"]])]
     return (
         f"{', '.join(machine)}; "
         f"{figures['checkpoint']} in {figures['dtype']} ({figures['weight_bytes'] / 2**20:,.0f} MiB), "
-        f"{figures['prompt_tokens']} prompt and {figures['new_tokens']} new tokens; losart "
-        f"{versions['losart']}, torch {versions['torch']} ({build} build), transformers "
-        f"{versions['transformers']}"
+        f"{figures['prompt_tokens']} prompt and {figures['new_tokens']} new tokens; {packages}"
     )

@@ -49,9 +49,9 @@ class Stages:
         self._memory[stage] = memory
         self._last = time.monotonic()
 
-    def report(self, tokens: list[int], **facts: str | None) -> None:
+    def report(self, tokens: list[int]) -> None:
         """Print all of it as JSON. `tokens` are what the process was started for."""
-        print(json.dumps({"tokens": tokens, "seconds": self._seconds, "bytes": self._memory, **facts}))
+        print(json.dumps({"tokens": tokens, "seconds": self._seconds, "bytes": self._memory}))
 
 
 class MemoryWatch(threading.Thread):
