@@ -70,6 +70,13 @@ def test_compiled_modules_are_importable():
         assert importlib.util.find_spec(f"losart.{name}") is not None
 
 
+def test_generated_c_is_not_installed():
+    folder = Path(losart.__file__).parent
+    if (folder.parent / "pyproject.toml").exists():
+        pytest.skip("not an installation but the repository, where Cython leaves it")
+    assert not list(folder.rglob("*.c"))
+
+
 # setup.py without the modules to be compiled, which take minutes.
 BUILD = """
 import runpy, sys, types
