@@ -73,6 +73,12 @@ def test_sizes_alone_of_new_environments(tmp_path, capsys):
     assert printed.err.splitlines()[-1].startswith("installing transformers: 1 of 2 steps")
 
 
+def test_what_installs_no_losart_is_said_so(tmp_path, capsys):
+    wheel = write_wheel(tmp_path, "small", {"small.bin": b""})
+    assert main(["footprint", "--sizes-only", "--losart", str(wheel), "--rival", str(wheel)]) == 1
+    assert f"losart: pip install {wheel} installs no losart\n" in capsys.readouterr().err
+
+
 @pytest.fixture
 def installed(tmp_path, monkeypatch):
     """A folder of packages that interpreters find by PYTHONPATH, and its wheels."""

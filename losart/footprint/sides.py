@@ -21,6 +21,7 @@ from losart.footprint.processes import Interpreter
 from losart.kernels_cu.compiler import HOW_TO_INSTALL
 
 CUDA_EXTRAS = ("cuda12x", "cuda13x")
+PACKAGES = {"losart": {"losart"}, "transformers": {"torch", "transformers"}}
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,8 @@ def new_sides(
         made = new_environment(folder / f"venv-{side}")
         made.install(*specs)
         sides[side] = Side(Interpreter(made.python), made.sizes())
+        if lacking := sorted(PACKAGES[side] - sides[side].sizes["packages"].keys()):
+            raise LosartError(f"pip install {' '.join(specs)} installs no {' and no '.join(lacking)}")
     return {"losart": sides["losart"], "transformers": _rival(sides["transformers"], device)}
 
 
