@@ -35,7 +35,7 @@ def model():
         ("keys-4", DYNAMIC),
         ("values", DYNAMIC),
         ("chain-2", DYNAMIC),
-        ("chain-3", DYNAMIC),
+        ("chain-3", TWO_A_PASS),
         ("keys-2", TWO_A_PASS),
     ],
 )
