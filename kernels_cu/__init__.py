@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from losart.errors import DeviceError
 from losart.kernels_cu.compiler import architecture_of, cached_cubin
 from losart.kernels_cu.launch import OVERLAP_CAPABILITY, OVERLAP_DRIVER, Kernel
 from losart.kernels_cu.prebuilt import prebuilt_cubin
@@ -65,7 +66,7 @@ FILES = {
     "query_change": KernelFile(COMMON),
     "copy_tokens": KernelFile(COMMON),
     "page_scores": KernelFile(BOUNDS),
-    # On capability 10.0 the compiler loads all rows' pieces at once.
+    # On capability 10.0, with 3 tiles of rows 128 wide, 4 bytes.
     "page_scores_tensor": KernelFile((*BOUNDS, "tensor.cuh"), SIXTEEN_BIT, spills=True),
     "page_masses": KernelFile(ATTENTION, spills=True),
     "page_masses_tensor": KernelFile(TENSOR_ATTENTION, SIXTEEN_BIT),
@@ -103,7 +104,7 @@ def kernel(name: str, dtype: str, defines: Defines = ()) -> Kernel:
     Raises
     ------
     DeviceError
-        It is neither prebuilt nor cached, and there is no compiler.
+        It is neither prebuilt nor cached, and there is no compiler; or the driver does not load it.
     """
     import cupy
 
@@ -125,6 +126,9 @@ def _kernel(device: int, name: str, dtype: str, defines: Defines) -> Kernel:
     inputs = (source(name), f"{name}.cu", compile_options(dtype, defines), architecture_of(capability))
     cubin = prebuilt_cubin(*inputs) or cached_cubin(*inputs)
     module = cupy.cuda.function.Module()
-    module.load(cubin)
+    try:
+        module.load(cubin)
+    except cupy.cuda.driver.CUDADriverError as error:
+        raise DeviceError(f"the driver does not load {name}, as compiled for {inputs[3]}: {error}") from error
     overlap = capability >= OVERLAP_CAPABILITY and cupy.cuda.runtime.driverGetVersion() >= OVERLAP_DRIVER
     return Kernel(name, module.get_function(name), overlap)

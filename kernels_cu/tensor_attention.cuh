@@ -8,6 +8,7 @@
  *
  * Compiled with HEAD_DIM (a multiple of 64), ROW_WARPS, KEY_WARPS and STAGES. */
 #define TILE 64
+static_assert(STAGES >= 2, "a tile is computed while the next one comes");
 #define PIECES (HEAD_DIM / 8) /* of 16 bytes in a row */
 #define WARP_KEYS (TILE / KEY_WARPS)
 #define THREADS (WARP * ROW_WARPS * KEY_WARPS)

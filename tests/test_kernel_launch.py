@@ -10,11 +10,17 @@ from typing import Any
 import pytest
 
 import losart.kernels_cu.launch
+from losart.backends.cuda_plans import FIXED_SHARED, sparse_plan
+from losart.backends.cuda_variants import CARDS
 from losart.errors import DeviceError
 from losart.kernels_cu import kernel
 from losart.kernels_cu.launch import Kernel
 
 SHARED_LIMIT = 8  # the attribute's number
+
+
+class RefusedError(Exception):
+    """As CuPy's for what the driver says."""
 
 
 class Driver:
@@ -31,6 +37,7 @@ class Driver:
             CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES=SHARED_LIMIT,
             funcGetAttribute=lambda attribute, function: {SHARED_LIMIT: 48 << 10}[attribute],
             funcSetAttribute=lambda *call: self.limits.append(call),
+            CUDADriverError=RefusedError,
         )
         self.runtime = SimpleNamespace(getDevice=lambda: self.device, driverGetVersion=lambda: 13000)
         self.status = 0
@@ -56,6 +63,8 @@ class Module:
         self.driver = driver
 
     def load(self, cubin: bytes) -> None:
+        if b"refused" in cubin:
+            raise RefusedError("CUDA_ERROR_NO_BINARY_FOR_GPU")
         self.driver.loaded.append(cubin)
 
     def get_function(self, name: str) -> Any:
@@ -104,6 +113,28 @@ def test_a_launch_that_the_driver_refuses_is_an_error_of_ours(driver):
     driver.status = 701
     with pytest.raises(DeviceError, match="the kernel name could not be launched: CUDA_ERROR_OF_A_TEST"):
         Kernel("name", Function(driver), overlap=True)((1,), 32)
+
+
+def test_a_kernel_that_the_driver_does_not_load_is_an_error_of_ours(driver, monkeypatch):
+    monkeypatch.setattr(losart.kernels_cu, "prebuilt_cubin", lambda *inputs: b"refused")
+    with pytest.raises(DeviceError, match="does not load embedding, as compiled for sm_90a: CUDA_ERROR_NO_B"):
+        losart.kernels_cu._kernel.__wrapped__(0, "embedding", "float32", ())
+
+
+@pytest.mark.parametrize("card", CARDS.values(), ids=CARDS)
+@pytest.mark.parametrize("tensor", [True, False])
+def test_a_long_list_of_pages_leaves_room_for_tiles(card, tensor):
+    for heads, kv_heads, block in ((64, 8, 64), (32, 32, 64), (32, 8, 16), (8, 1, 4)):
+        for pages in (0, 640, 8192, 16384, 1 << 16):
+            shape = (block, heads, kv_heads, 128, pages, 16, -(-pages // 32))
+            plan = sparse_plan(card, tensor, *shape)
+            assert dict(plan.defines).get("STAGES", 2) >= 2
+            assert plan.shared <= card.shared_per_block - FIXED_SHARED
+            tile = 64 if tensor else 32
+            tiles = -(-pages * 16 // tile)
+            assert plan.capacity * 16 >= -(-tiles // plan.parts) * tile and plan.grid[1] == plan.parts
+    with pytest.raises(DeviceError, match="too long for this GPU's shared memory"):
+        sparse_plan(card, tensor, 16, 32, 8, 128, 1 << 24, 16, 1 << 19)
 
 
 def test_each_device_gets_its_own_kernel_once(driver, monkeypatch):

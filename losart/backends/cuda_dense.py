@@ -162,7 +162,7 @@ class DenseCudaBackend:
             self.counted, self.captures = False, True
             proposes = body(self._given.ids) is not None
             if not self.captures:
-                del self._passes[key]  # as if it had never come
+                self._passes.pop(key, None)  # as if it had never come; out of memory, all are dropped
             return self._fetch(inputs, proposes, self.counted)
 
     def _captured(self, key: Hashable, body: Callable[[Any], Any]) -> CapturedPass | None:

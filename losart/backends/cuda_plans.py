@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from math import ceil
 
+from losart.errors import DeviceError
 from losart.kernels_cu import Defines
 
 SKINNY_TOKENS = 64  # linear_tensor.cu takes products of no more tokens
@@ -17,6 +18,7 @@ LEAST_SHARE = 16  # units of linear_tensor.cu, where that leaves each processor 
 TENSOR_HEAD_DIMS = (64, 128)
 PLAIN_ROWS, PLAIN_TILE = 16, 32  # attention.cuh
 TENSOR_TILE = 64  # tensor_attention.cuh
+LEAST_STAGES = 2  # tensor_attention.cuh
 FIXED_SHARED = 1024  # at most, of kernels whose dynamic shared memory is aligned to as much
 BARRIER_BYTES = 16  # of a stage; hopper_attention.cuh
 
@@ -122,12 +124,20 @@ def sparse_plan(
     words: int,
 ) -> Plan:
     """Attention of some tokens' queries over a list of `pages` at most; `words` of marks of its own."""
-    shape = ("sparse_attention", tensor, tokens * (heads // kv_heads), kv_heads, head_dim)
-    parts = _split_plan(card, *shape).parts
+    shape = (card, "sparse_attention", tensor, tokens * (heads // kv_heads), kv_heads, head_dim)
     tile = TENSOR_TILE if tensor and head_dim in TENSOR_HEAD_DIMS else PLAIN_TILE
-    capacity = ceil(ceil(ceil(pages * page_size / tile) / parts) * tile / page_size) + 1
-    extra = 4 * (capacity + words)
-    return replace(_split_plan(card, *shape, extra=extra), capacity=capacity)
+    plan = _split_plan(*shape)
+    parts = plan.parts
+    while True:
+        capacity = ceil(ceil(ceil(pages * page_size / tile) / parts) * tile / page_size) + 1
+        plan = _split_plan(*shape, extra=4 * (capacity + words))
+        # Shares of a long list may leave no room for two tiles, one to read while the other comes.
+        fits = plan.shared <= card.shared_per_block - FIXED_SHARED
+        if fits and dict(plan.defines).get("STAGES", LEAST_STAGES) >= LEAST_STAGES:
+            return replace(plan, grid=(kv_heads, parts, plan.grid[2]), parts=parts, capacity=capacity)
+        if parts * tile >= pages * page_size:
+            raise DeviceError(f"a prefix of {32 * words} pages is too long for this GPU's shared memory")
+        parts *= 2
 
 
 def masses_plan(card: Card, tensor: bool, tokens: int, heads: int, kv_heads: int, head_dim: int) -> Plan:
