@@ -120,6 +120,9 @@ class Model:
             sparse for quest. "sparse" goes neither with sparsed nor with `selector="anchor"`.
         commit : {"dense", "sparse"}, default "dense"
             How the pass that commits a finished block reads the prefix.
+        planner : {"auto", "device", "host"}, default "auto"
+            Where a GPU's tokens and pages are selected; the same ones are. "auto" takes the faster. It
+            makes no difference on the CPU.
 
         Returns
         -------

@@ -31,7 +31,7 @@ def test_passes_every_option_on(tiny_checkpoint, capsys):
         "--confidence-threshold 0.5 --eb-threshold 0.7 --temperature 0.9 --top-k 20 --top-p 0.9 --seed 3 "
         "--stop zzz --stop-token-ids --attention losa --budget 16 --active 0.4 --page-size 32 "
         "--dense-layers 1 --first-pass dense --commit sparse "
-        "--selector anchor --drift refresh --candidates masked --device cpu --dtype bfloat16"
+        "--selector anchor --drift refresh --candidates masked --planner host --device cpu --dtype bfloat16"
     )
     assert main(["generate", str(tiny_checkpoint), "--prompt", PROMPT * 9, *arguments.split()]) == 0
     expected = losart.generate(

@@ -20,13 +20,12 @@ from losart.backends.cuda_dense import DenseCudaBackend
 from losart.backends.cuda_graph import outside_passes
 from losart.backends.cuda_host_planner import HostPlanner
 from losart.backends.cuda_plans import masses_plan, scores_plan, sparse_plan, top_pages_plan
-from losart.backends.cuda_results import ChosenPages, PrefixParts
+from losart.backends.cuda_results import NO_PAGES, ChosenPages, PrefixParts
 from losart.cache import PagedKVCache
 from losart.config import ModelConfig
 
 UNIT = 16  # positions of a mass; page_masses.cu
 FREE_MEMORIES = 4  # kept for generations to come
-NO_PAGES = ChosenPages(0)
 
 
 class CudaBackend(DenseCudaBackend):
@@ -51,6 +50,10 @@ class CudaBackend(DenseCudaBackend):
     def most_pages(self, page_size: int) -> int:
         """Pages of the longest prefix that a pass can have: its block begins within the positions."""
         return -(-self.config.max_positions // page_size)
+
+    def mark_words(self, page_size: int) -> int:
+        """Words that have a bit for each of those pages."""
+        return -(-self.most_pages(page_size) // 32)
 
     def planned(self, planner: str) -> Any:
         """The backend as a policy with this option talks to it."""
@@ -134,7 +137,7 @@ class CudaBackend(DenseCudaBackend):
         rows, pages = token_count * c.group_size, self.most_pages(cache.page_size)
         if not rows:
             return NO_PAGES
-        count, words = min(count, pages), -(-pages // 32)
+        count, words = min(count, pages), self.mark_words(cache.page_size)
         marks = cupy.empty((c.num_kv_heads, words), np.uint32)
         scores = self._page_scores(q, tokens, rows, cache, layer, marks)
         self._launch_plan(
@@ -212,7 +215,7 @@ class CudaBackend(DenseCudaBackend):
         if not count:
             return into
         shape = (count, c.num_heads, c.num_kv_heads, c.head_dim)
-        words = 0 if pages.selected is None else -(-self.most_pages(cache.page_size) // 32)
+        words = 0 if pages.selected is None else self.mark_words(cache.page_size)
         plan = sparse_plan(self.card, self._tensor, *shape, pages.most, cache.page_size, words)
         parts = PrefixParts.empty(plan.parts, count, c.num_heads, c.head_dim)
         self._launch_plan(

@@ -16,7 +16,7 @@ import numpy as np
 
 from losart._active_set import select_active
 from losart._kv_index import mark_pages
-from losart.backends.cuda_results import ChosenPages
+from losart.backends.cuda_results import NO_PAGES, ChosenPages
 from losart.cache import PagedKVCache
 
 
@@ -75,14 +75,14 @@ class HostPlanner:
         self, q: Any, tokens: PendingActive | None, cache: PagedKVCache, layer: int, count: int
     ) -> ChosenPages:
         if tokens is not None and not tokens.count:
-            return ChosenPages(0)
+            return NO_PAGES
         return self._unite(self._backend.top_pages(q, cache, layer, count), tokens, cache)
 
     def select_pages_by_mass(
         self, masses: Any, tokens: PendingActive | None, cache: PagedKVCache, count: int
     ) -> ChosenPages:
         if tokens is not None and not tokens.count:
-            return ChosenPages(0)
+            return NO_PAGES
         return self._unite(masses, tokens, cache)
 
     def _unite(self, selected: Any, tokens: PendingActive | None, cache: PagedKVCache) -> ChosenPages:
@@ -90,10 +90,10 @@ class HostPlanner:
         backend, group = self._backend, self._backend.config.group_size
         backend.captures = False
         kv_heads, rows, count = selected.shape
-        words = -(-backend.most_pages(cache.page_size) // 32)
+        pages, words = backend.most_pages(cache.page_size), backend.mark_words(cache.page_size)
         if tokens is None:
             marks = mark_pages(selected.get(), None, group, words)
-            return ChosenPages(min(32 * words, rows * count), marks=cupy.asarray(marks))
+            return ChosenPages(min(pages, rows * count), marks=cupy.asarray(marks))
         both = cupy.concatenate([tokens.change.view(np.int32), selected.ravel()]).get()
         changes, ids = both[: len(tokens.change)].view(np.float32), both[len(tokens.change) :]
         active = tokens.select(changes)
@@ -103,7 +103,7 @@ class HostPlanner:
         there = cupy.asarray(np.concatenate([padded, marks.view(np.int32).ravel()]))
         tokens.tokens = there[: tokens.count]
         marks_there = there[tokens.count :].view(np.uint32).reshape(kv_heads, words)
-        return ChosenPages(min(32 * words, tokens.count * group * count), marks=marks_there)
+        return ChosenPages(min(pages, tokens.count * group * count), marks=marks_there)
 
     def sparse_prefix_attention(
         self,

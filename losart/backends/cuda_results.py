@@ -87,6 +87,9 @@ class ChosenPages:
         return [np.unique(of_head[of_head >= 0]) for of_head in selected]
 
 
+NO_PAGES = ChosenPages(0)
+
+
 @dataclass(frozen=True)
 class PrefixParts:
     """Attention over the prefix as its kernel leaves it (kernels_cu/parts.cuh).

@@ -39,7 +39,7 @@ PLANNED = (
 TOKENS = (1, 4, 16, 20, 32, 33, 44, 52, 64)
 HEADS = ((8, 8), (16, 8), (32, 8), (8, 1))  # and kv heads
 HEAD_DIMS = (64, 80, 128)
-PAGES = (100, 1024, 1536, 2048, 2560, 8192)  # of the longest prefix
+PAGES = (100, 1024, 1536, 2048, 2560, 4096, 8192)  # of the longest prefix
 
 
 def plans(card: Card) -> Iterator[Plan]:
