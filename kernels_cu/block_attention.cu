@@ -2,10 +2,10 @@
  * head_dim], all to all, merged with the parts of attention over the prefix.
  *
  * q [tokens, heads, head_dim]; o alike, narrowed for the product that follows. q, k and v are read before
- * the wait: the previous kernel is prefix attention, which has waited for them. Grid: (tokens, heads), a
- * thread a channel, `tokens` floats of dynamic shared memory. A row by itself is little work: what matters
- * is that many are under way. Moves the parts in, and each kv head's keys and values once a row, from the
- * cache of the device. */
+ * the wait: the previous kernel is prefix attention or what follows it, which has waited for them. Grid:
+ * (tokens, heads), a thread a channel, `tokens` floats of dynamic shared memory. A row by itself is little
+ * work: what matters is that many are under way. Moves the parts in, and each kv head's keys and values once
+ * a row, from the cache of the device. */
 extern "C" __global__ void block_attention(const float *q, const float *k, const float *v, PARTS_PARAMETERS,
                                            Held *o, int tokens, int kv_heads, int head_dim)
 {

@@ -1,4 +1,6 @@
-/* Where the bounds of a cache's pages lie: the address of each chunk [layers, kv_heads, pages of the chunk,
+/* Bounds of pages, and the marks that the kernels of bounds clear.
+ *
+ * Where the bounds of a cache's pages lie: the address of each chunk [layers, kv_heads, pages of the chunk,
  * 2 (smallest, largest), head_dim] of Held. */
 struct BoundsView {
     const unsigned long long *chunks;

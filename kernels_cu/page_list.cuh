@@ -32,9 +32,9 @@ struct PageShare {
 
 /* By all threads of a block, whole warps. `shared` has room for the share, and for `words` after that where rows have
  * selected; tokens [token_count] are the rows' (null: all), `group` rows each. */
-__device__ __forceinline__ PageShare share_pages(const PageChoice &choice, int kv_head, const int *tokens, int token_count,
-                                                 int group, int length, int page_size, int tile, int *shared,
-                                                 int capacity)
+__device__ __forceinline__ PageShare share_pages(const PageChoice &choice, int kv_head, const int *tokens,
+                                                 int token_count, int group, int length, int page_size,
+                                                 int tile, int *shared, int capacity)
 {
     __shared__ int sums[WARP];
     int part = blockIdx.y, parts = gridDim.y, lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;

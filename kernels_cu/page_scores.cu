@@ -1,6 +1,6 @@
 /* QUEST's bound (arXiv 2406.10774) of each page's scores, for some tokens' queries: the sum over channels of
  * max(q smallest, q largest). q [all tokens, heads, head_dim]; row r of a kv head is (tokens[r / group], head
- * r % group of the group); tokens null: all; a negative token is none, and its rows are left unwritten.
+ * r % group of the group); tokens null: all; a negative token is none, and its rows get 0.
  * scores [kv_heads, rows, stride], of which the prefix's pages are written; marks [kv_heads, words] become 0, for
  * mark_pages.cu.
  *
@@ -29,7 +29,8 @@ extern "C" __global__ void __launch_bounds__(256)
         const Held *bound = bounds.page(kv_head, page);
         float values[CHANNELS_OF_LANE];
 #pragma unroll
-        for (int i = 0; i < CHANNELS_OF_LANE; i++) values[i] = i * WARP + lane < 2 * dim ? widen(bound[i * WARP + lane]) : 0.0f;
+        for (int i = 0; i < CHANNELS_OF_LANE; i++)
+            values[i] = i * WARP + lane < 2 * dim ? widen(bound[i * WARP + lane]) : 0.0f;
         for (int r = 0; r < ROWS && first_row + r < rows; r++) {
             float score = 0;
 #pragma unroll

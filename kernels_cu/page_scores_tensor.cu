@@ -2,13 +2,13 @@
  * A query is two 16-bit values, what rounding leaves being the second, which makes its product as good as
  * one of 16 (bfloat16) or 22 bits.
  *
- * Compiled with HEAD_DIM (64 or 128) and ROW_TILES, the rows of a thread block by 8: up to 4, or 8. A warp takes 16 pages at
- * a time: their bounds go straight to registers, all under way at once. Which channel stands where in a
+ * Compiled with HEAD_DIM (64 or 128) and ROW_TILES, the rows of a thread block by 8: up to 4, or 8. A warp takes 16
+ * pages at a time: their bounds go straight to registers, all under way at once. Which channel stands where in a
  * product does not matter as long as both sides agree: lane 4 g + t has of each 32 channels the 8 from 8 t on,
  * 16 bytes, of pages g and g + 8. Rows are in shared memory as the lanes want them.
  *
- * Grid: (kv_heads, splits, rows / (8 * ROW_TILES)), 256 threads. Moves the bounds in, once in each z. Queries of
- * rows that are not there are of any token. */
+ * Grid: (kv_heads, splits, rows / (8 * ROW_TILES)), 256 threads. Moves the bounds in, once in each z. Rows of a
+ * negative token get 0. */
 #define CHUNKS (2 * HEAD_DIM / 32)
 #if HEAD_DIM == 64
 #define BLOCKS , 2 /* a processor; left alone, the compiler goes for 3, and spills */

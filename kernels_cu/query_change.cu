@@ -1,5 +1,6 @@
 /* Mean squared change of each token's query, and the tokens of largest change: LoSA's active set (arXiv
- * 2604.12056, section 3). Of equal changes the earlier token is taken, a NaN before all.
+ * 2604.12056, section 3). Of equal changes the earlier token is taken; a NaN ranks with the
+ * largest, and of too many the earlier tokens are taken.
  *
  * q and previous [tokens, width]. Only tokens rows[0], ..., rows[*row_count - 1] can be active; all of them
  * where rows is null. active [count] gets the active tokens, rising, and then -1. With `keep`, q is written over

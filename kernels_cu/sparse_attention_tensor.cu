@@ -13,11 +13,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     prefetch_selected(PAGES_CHOSEN, kv_head);
     wait_for_previous();
     let_next_start();
-    PageShare share = share_pages(PAGES_CHOSEN, kv_head, tokens, count, group, *cache.length, page_size, TILE, list, capacity);
+    PageShare share =
+        share_pages(PAGES_CHOSEN, kv_head, tokens, count, group, *cache.length, page_size, TILE, list, capacity);
     if (part + blockIdx.z + threadIdx.x == 0) atomicAdd(positions_read, share.listed);
     TensorRows state;
     state.limit[0] = state.limit[1] = share.listed;
-    attend(state, cache, share.where, kv_head, share.first, share.last, share.listed / TILE, shared_address(shared_bytes),
-           [&]() { load_queries(state, q, tokens, first_row, rows, kv_head, group, heads); });
+    auto load = [&]() { load_queries(state, q, tokens, first_row, rows, kv_head, group, heads); };
+    attend(state, cache, share.where, kv_head, share.first, share.last, share.listed / TILE,
+           shared_address(shared_bytes), load);
     write_part(state, (float *)shared_bytes, part, first_row, rows, count, kv_head, group, heads, o, tops, totals);
 }

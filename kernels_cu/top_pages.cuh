@@ -16,7 +16,7 @@ __device__ __forceinline__ unsigned rising(float x)
 }
 
 /* How many of `count` values in shared memory are above x. */
-template <class T> __device__ __forceinline__ int above_it(const T *values, int count, T x)
+template <class T> __device__ __forceinline__ int count_above(const T *values, int count, T x)
 {
     int found = 0;
 #pragma unroll 8
@@ -26,7 +26,8 @@ template <class T> __device__ __forceinline__ int above_it(const T *values, int 
 
 /* Calls visit(page, key) for all of a thread's pages and for some beyond the last, of key 0. */
 template <class KeyAt, class Visit>
-__device__ __forceinline__ void each_page(const unsigned (&keys)[KEYS], int rounds, const KeyAt &key_at, const Visit &visit)
+__device__ __forceinline__ void each_page(const unsigned (&keys)[KEYS], int rounds, const KeyAt &key_at,
+                                          const Visit &visit)
 {
 #pragma unroll
     for (int i = 0; i < KEYS; i++) visit(i * THREADS + (int)threadIdx.x, keys[i]);
@@ -61,7 +62,7 @@ __device__ __forceinline__ void choose_top(int pages, int count, const KeyOf &ke
         if (threadIdx.x % 4 == 0) group_tops[group] = mine;
         if (threadIdx.x == 0) collected_count = 0;
         __syncthreads();
-        if (threadIdx.x < GROUPS && above_it(group_tops, GROUPS, group_tops[threadIdx.x]) == count - 1)
+        if (threadIdx.x < GROUPS && count_above(group_tops, GROUPS, group_tops[threadIdx.x]) == count - 1)
             reached = max((unsigned)(group_tops[threadIdx.x] >> 32), 1u);
         __syncthreads();
         unsigned least = reached;
@@ -76,7 +77,7 @@ __device__ __forceinline__ void choose_top(int pages, int count, const KeyOf &ke
         if (found <= THREADS) {
             if (threadIdx.x < found) {
                 unsigned long long one = collected[threadIdx.x];
-                if (above_it(collected, found, one) < count) take((int)~(unsigned)one);
+                if (count_above(collected, found, one) < count) take((int)~(unsigned)one);
             }
             return;
         }
@@ -87,7 +88,9 @@ __device__ __forceinline__ void choose_top(int pages, int count, const KeyOf &ke
         x = __reduce_add_sync(~0u, x);
         if (lane == 0) partial[turn][j][warp] = x;
     };
-    auto summed = [&](int turn, int j) { return __reduce_add_sync(~0u, lane < THREADS / WARP ? partial[turn][j][lane] : 0); };
+    auto summed = [&](int turn, int j) {
+        return __reduce_add_sync(~0u, lane < THREADS / WARP ? partial[turn][j][lane] : 0);
+    };
     unsigned threshold = 0;
     int above = pages, turn = 0; /* pages of keys >= threshold */
     for (int shift = 30; shift >= 0 && above > count; shift -= 2, turn ^= 1) {
