@@ -26,7 +26,8 @@ def add_command(commands: Any) -> None:
         help="compile the CUDA kernels for installations without a compiler",
         description="Compile the CUDA kernels into this installation, so that it needs NVRTC no more; with "
         "an editable installation, into the sources, and wheels then built from them hold the kernels. "
-        "Needs NVRTC and no GPU; takes minutes. Lists are given with commas.",
+        "Needs NVRTC and no GPU; takes minutes. An architecture's kernels are written anew, in the named "
+        "dtypes alone. Lists are given with commas.",
         epilog=EXAMPLE,
     )
     command.set_defaults(run=run)
