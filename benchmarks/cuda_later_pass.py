@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from attempts import attempt, free_memory, ratio
-from cuda_model import BLOCK, Method, NoiseModel
+from cuda_model import BLOCK, Method
 from cuda_noise import kv_bytes, weight_bytes
-from cuda_planted import PlantedPrefix
+from cuda_planted import PlantedPrefix, planted_rows
 
 from losart.attention import make_policy
 from losart.config import ModelConfig
@@ -24,33 +24,28 @@ METHODS = {
 def rows(bandwidth: float, quick: bool = False) -> Iterator[dict[str, Any]]:
     """One row a size, prefix and method, in milliseconds."""
     for size in ("1.7B",) if quick else ("1.7B", "8B"):
-        yield from rows_of(size, (65536,) if quick else (65536, 131072), bandwidth)
+        prefixes = (65536,) if quick else (65536, 131072)
+        yield from planted_rows(size, prefixes, lambda planted: rows_of(planted, bandwidth))
         free_memory()
 
 
-def rows_of(size: str, prefixes: tuple[int, ...], bandwidth: float) -> Iterator[dict[str, Any]]:
-    """The rows of one size."""
-    model = attempt(NoiseModel, size)
-    for prefix in prefixes:
-        row = {"size": size, "prefix": prefix}
-        planted = model if isinstance(model, str) else attempt(PlantedPrefix, model, prefix)
-        if isinstance(planted, str):
-            yield row | {"method": planted}
-            continue
-        dense = None
-        for name, attention in METHODS.items():
-            ours, density = measured(planted, attention)
-            if name == "dense":
-                dense = ours
-            floor = density and pass_bytes(model.config, prefix, attention, density) / bandwidth * 1e3
-            yield row | {
-                "method": name,
-                "density": density,
-                "floor": floor,
-                "losart": ours,
-                "losart/floor": ratio(ours, floor),
-                "dense/method": ratio(dense, ours),
-            }
+def rows_of(planted: PlantedPrefix, bandwidth: float) -> Iterator[dict[str, Any]]:
+    """The rows of one size and prefix."""
+    dense = None
+    for name, attention in METHODS.items():
+        ours, density = measured(planted, attention)
+        if name == "dense":
+            dense = ours
+        config, prefix = planted.model.config, planted.cache.length
+        floor = density and pass_bytes(config, prefix, attention, density) / bandwidth * 1e3
+        yield {
+            "method": name,
+            "density": density,
+            "floor": floor,
+            "losart": ours,
+            "losart/floor": ratio(ours, floor),
+            "dense/method": ratio(dense, ours),
+        }
 
 
 def measured(

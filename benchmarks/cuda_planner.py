@@ -6,10 +6,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from attempts import attempt, free_memory, ratio
+from attempts import free_memory, ratio
 from cuda_later_pass import METHODS, measured
-from cuda_model import NoiseModel
-from cuda_planted import PlantedPrefix
+from cuda_planted import PlantedPrefix, planted_rows
 
 from losart.attention.losa import LosaPolicy
 from losart.backends.base import Prefix
@@ -20,35 +19,29 @@ from losart.cache import PagedKVCache
 def rows(quick: bool = False) -> Iterator[dict[str, Any]]:
     """One row a size and prefix, in milliseconds."""
     for size in ("1.7B",) if quick else ("1.7B", "8B"):
-        yield from rows_of(size, (32768,) if quick else (32768, 131072))
+        yield from planted_rows(size, (32768,) if quick else (32768, 131072), rows_of)
         free_memory()
 
 
-def rows_of(size: str, prefixes: tuple[int, ...]) -> Iterator[dict[str, Any]]:
-    """The rows of one size."""
-    model = attempt(NoiseModel, size)
-    for prefix in prefixes:
-        row = {"size": size, "prefix": prefix}
-        planted = model if isinstance(model, str) else attempt(PlantedPrefix, model, prefix)
-        if isinstance(planted, str):
-            yield row | {"device": planted}
-            continue
-        host_config = replace(METHODS["losa"], planner="host")
-        device_config = replace(METHODS["losa"], planner="device")
-        device, density = measured(planted, device_config)
-        launched, _ = measured(planted, device_config, LaunchedLosa)
-        host, host_density = measured(planted, host_config)
-        yield row | {
-            "device": device,
-            "device read": density,
-            "device, no graph": launched,
-            "host": host,
-            "host read": host_density,
-            "host/device": ratio(host, device),
-            "launches, us a layer": per_layer(launched, device, model.config.num_layers),
-            "transfers, us a layer": per_layer(host, launched, model.config.num_layers),
-            "auto": "host" if isinstance(model.backend.planned("auto"), HostPlanner) else "device",
-        }
+def rows_of(planted: PlantedPrefix) -> Iterator[dict[str, Any]]:
+    """The row of one size and prefix."""
+    model = planted.model
+    host_config = replace(METHODS["losa"], planner="host")
+    device_config = replace(METHODS["losa"], planner="device")
+    device, density = measured(planted, device_config)
+    launched, _ = measured(planted, device_config, LaunchedLosa)
+    host, host_density = measured(planted, host_config)
+    yield {
+        "device": device,
+        "device read": density,
+        "device, no graph": launched,
+        "host": host,
+        "host read": host_density,
+        "host/device": ratio(host, device),
+        "launches, us a layer": per_layer(launched, device, model.config.num_layers),
+        "transfers, us a layer": per_layer(host, launched, model.config.num_layers),
+        "auto": "host" if isinstance(model.backend.planned("auto"), HostPlanner) else "device",
+    }
 
 
 def per_layer(more: float | str, less: float | str, layers: int) -> float | None:

@@ -12,10 +12,12 @@ has two states, which differ in a few tokens as those of consecutive passes do; 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import cupy
 import numpy as np
+from attempts import attempt
 from cuda_model import BLOCK, BlockPasses, Method, NoiseModel
 from cuda_noise import written_cache
 from cuda_topics import OWN_TOPICS, SEGMENT, SHARED_TOPICS
@@ -41,13 +43,14 @@ class PlantedPrefix:
 
     Attributes
     ----------
+    model : NoiseModel
     cache : PagedKVCache
     blocks : list of int64 [BLOCK]
         The states of the block.
     """
 
     def __init__(self, model: NoiseModel, prefix: int) -> None:
-        self._model = model
+        self.model = model
         self._random = cupy.random.RandomState(0)
         self.cache = written_cache(
             model.backend,
@@ -70,15 +73,15 @@ class PlantedPrefix:
 
     def passes(self, attention: AttentionConfig, method: Method = make_policy) -> BlockPasses:
         """Passes of a method over the block, whose states take turns."""
-        return BlockPasses(self._model, self.cache, self.blocks, attention, method)
+        return BlockPasses(self.model, self.cache, self.blocks, attention, method)
 
     def _noise(self, count: int) -> Any:
-        c = self._model.config
+        c = self.model.config
         return self._random.standard_normal((count, c.num_kv_heads, c.head_dim), np.float32)
 
     def _queries(self, ids: np.ndarray) -> list[np.ndarray]:
         """Queries [BLOCK, heads, head_dim] of all layers in a dense pass."""
-        model = self._model
+        model = self.model
         policy = ListeningPolicy(AttentionConfig(), model.config, BLOCK)
         policy.begin_pass(PassKind.LATER, self.cache.length)  # a dense first pass does not come by `prefix`
         inputs = PassInputs(ids, np.arange(BLOCK), np.zeros(BLOCK))
@@ -91,7 +94,7 @@ class PlantedPrefix:
 
         `queries` are [tokens, heads, head_dim]. The ridge keeps the vector short where they are much alike.
         """
-        c = self._model.config
+        c = self.model.config
         by_head = queries.reshape(-1, c.num_kv_heads, c.group_size, c.head_dim).transpose(1, 0, 2, 3)
         rows = by_head.reshape(c.num_kv_heads, -1, c.head_dim)
         gram = rows @ rows.transpose(0, 2, 1)
@@ -109,8 +112,23 @@ class PlantedPrefix:
             cache.write(layer, keys, self._noise(SEGMENT))
 
         cache.length = start
-        self._model.backend.run_prefill(np.zeros(SEGMENT, np.int64), cache, write)
+        self.model.backend.run_prefill(np.zeros(SEGMENT, np.int64), cache, write)
         cache.length = length
+
+
+def planted_rows(
+    size: str, prefixes: Sequence[int], rows_of: Callable[[PlantedPrefix], Iterator[dict[str, Any]]]
+) -> Iterator[dict[str, Any]]:
+    """Rows of a size at some prefixes, of one model; where it or a prefix cannot be made, why."""
+    model = attempt(NoiseModel, size)
+    for prefix in prefixes:
+        row = {"size": size, "prefix": prefix}
+        planted = model if isinstance(model, str) else attempt(PlantedPrefix, model, prefix)
+        if isinstance(planted, str):
+            yield row | {"failed": planted}
+        else:
+            for measured in rows_of(planted):
+                yield row | measured
 
 
 class ListeningPolicy(DensePolicy):

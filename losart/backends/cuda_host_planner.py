@@ -90,10 +90,10 @@ class HostPlanner:
         backend, group = self._backend, self._backend.config.group_size
         backend.captures = False
         kv_heads, rows, count = selected.shape
-        pages, words = backend.most_pages(cache.page_size), backend.mark_words(cache.page_size)
+        words = backend.mark_words(cache.page_size)
         if tokens is None:
             marks = mark_pages(selected.get(), None, group, words)
-            return ChosenPages(min(pages, rows * count), marks=cupy.asarray(marks))
+            return ChosenPages(min(32 * words, rows * count), marks=cupy.asarray(marks))
         both = cupy.concatenate([tokens.change.view(np.int32), selected.ravel()]).get()
         changes, ids = both[: len(tokens.change)].view(np.float32), both[len(tokens.change) :]
         active = tokens.select(changes)
@@ -103,7 +103,7 @@ class HostPlanner:
         there = cupy.asarray(np.concatenate([padded, marks.view(np.int32).ravel()]))
         tokens.tokens = there[: tokens.count]
         marks_there = there[tokens.count :].view(np.uint32).reshape(kv_heads, words)
-        return ChosenPages(min(pages, tokens.count * group * count), marks=marks_there)
+        return ChosenPages(min(32 * words, tokens.count * group * count), marks=marks_there)
 
     def sparse_prefix_attention(
         self,
