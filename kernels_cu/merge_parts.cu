@@ -13,6 +13,5 @@ extern "C" __global__ void merge_parts(PARTS_PARAMETERS, const int *tokens, floa
     float top, total, sum;
     parts.merge(row, channel, head_dim, top, total, sum);
     row = (size_t)token * gridDim.y + blockIdx.y;
-    o[row * head_dim + channel] = total == 0 ? 0.0f : sum / total;
-    if (threadIdx.x == 0) lse[row] = total == 0 ? -INFINITE : top + logf(total);
+    store_merged(o, lse, row, channel, head_dim, top, total, sum);
 }

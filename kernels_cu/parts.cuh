@@ -39,6 +39,14 @@ struct Parts {
     }
 };
 
+/* Of a row's merged parts, one channel of o and the log-sum-exp; over an empty prefix zeros and -inf. */
+__device__ __forceinline__ void store_merged(float *o, float *lse, size_t row, int channel, int head_dim, float top,
+                                             float total, float sum)
+{
+    o[row * head_dim + channel] = total == 0 ? 0.0f : sum / total;
+    if (channel == 0) lse[row] = total == 0 ? -INFINITE : top + logf(total);
+}
+
 #define PARTS_PARAMETERS const float *parts_o, const float *parts_tops, const float *parts_totals, int parts_count
 #define PARTS_OF(rows) \
     Parts { parts_o, parts_tops, parts_totals, parts_count, rows }

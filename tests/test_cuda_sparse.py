@@ -22,6 +22,7 @@ from test_cuda_kernels import (
     random_pieces,
     shapes,
     to_device,
+    widened,
 )
 
 import losart
@@ -161,16 +162,28 @@ def test_attention_over_listed_pages(dtype, shape, tokens, length, page_size, ca
         pages = backend.select_pages(q, case.device(places), case.cache, 0, count)
         poison()
         into = case.device(o), case.device(lse)
-        backend.sparse_prefix_attention(q, case.device(places), pages, case.cache, 0, into=into)
+        later = tuple(case.device(x) for x in (o, lse))
+        at_once, refreshed = (
+            backend.sparse_prefix_attention(q, case.device(places), pages, case.cache, 0, into=kept)
+            for kept in (into, later)
+        )
+        backend.merge(at_once)
+        block = [case.device(simple(rng, tokens, shape["kv_heads"], shape["width"])) for _ in range(2)]
+        found, expected = (backend.block_attention(q, *block, prefix) for prefix in (refreshed, into))
         if every:
             loose = backend.sparse_prefix_attention(q, None, pages, case.cache, 0)
             loose = backend.merge(backend.as_parts(loose))
+    # Merged within attention over the block: the same results are kept, and it sees them.
+    for kept, merged in zip(on_host(backend, *later), on_host(backend, *into), strict=True):
+        np.testing.assert_array_equal(kept, merged)
+    found, expected = (widened(x, dtype) for x in on_host(backend, found, expected))
+    assert_close(found, expected, TOLERANCE[dtype])
     found_o, found_lse = on_host(backend, *into)
     if every:
         for array, other in zip(on_host(backend, *loose), (found_o, found_lse), strict=True):
             np.testing.assert_array_equal(array, other)
     group = shape["group"]
-    assert backend._given.get()[0] == (2 if every else 1) * sum(
+    assert backend._given.get()[0] == (3 if every else 2) * sum(
         len(ref.positions_of_pages(np.array(ids, np.int32), page_size, length))
         for ids in listed(backend, pages)
     )

@@ -43,10 +43,9 @@ class LosaPolicy(AttentionPolicy):
         return self._active_count
 
     def prefix(self, backend: Any, layer: int, q: Any, cache: PagedKVCache) -> Prefix:
-        if self.kind is PassKind.FIRST:
-            self._fill(backend, layer, q, cache)
-        else:
-            self._refresh(backend, layer, q, cache)
+        if self.kind is not PassKind.FIRST:
+            return self._refresh(backend, layer, q, cache)
+        self._fill(backend, layer, q, cache)
         return self.kept(layer, "prefix")
 
     def _fill(self, backend: Any, layer: int, q: Any, cache: PagedKVCache) -> None:
@@ -63,7 +62,7 @@ class LosaPolicy(AttentionPolicy):
         backend.keep_prefix(memory, (layer, "prefix"), prefix)
         backend.keep(memory, (layer, "q"), q)
 
-    def _refresh(self, backend: Any, layer: int, q: Any, cache: PagedKVCache) -> None:
+    def _refresh(self, backend: Any, layer: int, q: Any, cache: PagedKVCache) -> Prefix:
         config, previous = self.config, self.kept(layer, "q")
         candidates = self.masked if config.candidates == "masked" else None
         follow = config.drift == "previous"
@@ -73,6 +72,8 @@ class LosaPolicy(AttentionPolicy):
         else:
             masses = self.kept(layer, "masses")
             pages = backend.select_pages_by_mass(masses, active, cache, config.pages_per_query)
-        backend.sparse_prefix_attention(q, active, pages, cache, layer, into=self.kept(layer, "prefix"))
+        kept = self.kept(layer, "prefix")
+        prefix = backend.sparse_prefix_attention(q, active, pages, cache, layer, into=kept)
         if not follow:
             backend.copy_tokens(q, active, into=previous)
+        return prefix

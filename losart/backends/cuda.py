@@ -20,7 +20,7 @@ from losart.backends.cuda_dense import DenseCudaBackend
 from losart.backends.cuda_graph import outside_passes
 from losart.backends.cuda_host_planner import HostPlanner
 from losart.backends.cuda_plans import masses_plan, scores_plan, sparse_plan, top_pages_plan
-from losart.backends.cuda_results import NO_PAGES, ChosenPages, PrefixParts
+from losart.backends.cuda_results import NO_PAGES, ChosenPages, PrefixParts, RefreshedPrefix
 from losart.cache import PagedKVCache
 from losart.config import ModelConfig
 
@@ -225,10 +225,7 @@ class CudaBackend(DenseCudaBackend):
             *(parts.o, parts.tops, parts.totals, count, c.num_heads),
         )
         self.counted = True
-        if into is None:
-            return parts
-        self._merge(parts, tokens, into)
-        return into
+        return parts if into is None else RefreshedPrefix(parts, tokens, into)
 
     def to_host(self, array: Any) -> np.ndarray:
         return array.get(stream=self.stream)

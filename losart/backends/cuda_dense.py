@@ -31,7 +31,7 @@ from losart.backends.cuda_plans import (
     product_plan,
 )
 from losart.backends.cuda_products import blas_product
-from losart.backends.cuda_results import NO_PRODUCT, PrefixParts, Product
+from losart.backends.cuda_results import NO_PRODUCT, PrefixParts, Product, RefreshedPrefix
 from losart.backends.cuda_weights import WeightLoader, memory_errors
 from losart.cache import PagedKVCache, chunk_positions
 from losart.checks import require
@@ -318,19 +318,26 @@ class DenseCudaBackend:
     def block_attention(self, q: Any, k: Any, v: Any, prefix: Any) -> Any:
         tokens, heads, dim = q.shape
         o = cupy.empty(q.shape, HELD_AS[self.dtype])
+        if isinstance(prefix, RefreshedPrefix):
+            arguments = prefix.arguments
+        else:
+            arguments = *self.as_parts(prefix).arguments, None, 0, None, None
         self._launch(
             "block_attention",
             (tokens, heads),
             -(-dim // 32) * 32,
-            *(q, k, v, *self.as_parts(prefix).arguments, o, tokens, self.config.num_kv_heads, dim),
+            *(q, k, v, *arguments, o, tokens, self.config.num_kv_heads, dim),
             shared=4 * tokens,
         )
         return o
 
-    def merge(self, parts: PrefixParts) -> tuple[Any, Any]:
+    def merge(self, prefix: PrefixParts | RefreshedPrefix) -> tuple[Any, Any]:
         """o [tokens, heads, head_dim] and log-sum-exp [tokens, heads] of attention over the prefix."""
-        into = self._new_result(parts)
-        self._merge(parts, None, into)
+        if isinstance(prefix, RefreshedPrefix):
+            parts, tokens, into = prefix.parts, prefix.tokens, prefix.kept
+        else:
+            parts, tokens, into = prefix, None, self._new_result(prefix)
+        self._merge(parts, tokens, into)
         return into
 
     def _new_result(self, parts: PrefixParts) -> tuple[Any, Any]:

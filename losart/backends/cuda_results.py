@@ -115,3 +115,27 @@ class PrefixParts:
     def arguments(self) -> tuple[Any, ...]:
         """As kernels take it."""
         return self.o, self.tops, self.totals, len(self.o)
+
+
+@dataclass(frozen=True)
+class RefreshedPrefix:
+    """Kept results of attention over the prefix, of which those of some tokens are to be replaced.
+
+    Attributes
+    ----------
+    parts : PrefixParts
+        Of the tokens, not merged yet.
+    tokens : int32 [any] or None
+        -1 after the last; None: all.
+    kept : (float32 [tokens, heads, head_dim], float32 [tokens, heads])
+        o and log-sum-exp; whoever merges the parts writes them there.
+    """
+
+    parts: PrefixParts
+    tokens: Any | None
+    kept: tuple[Any, Any]
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """As `block_attention` takes it."""
+        return *self.parts.arguments, self.tokens, self.parts.o.shape[1], *self.kept
