@@ -87,6 +87,27 @@ def listed_by_cpu(pages: Any) -> list[list[int]]:
     return [row[:count].tolist() for row, count in zip(pages.ids, pages.counts, strict=True)]
 
 
+@pytest.mark.parametrize("values", [1, 7, 10**6])  # all pages tie, many, hardly any
+@pytest.mark.parametrize("count", [1, 96, 97, 600])
+@pytest.mark.parametrize("pages", [1, 97, 513, 2600, 9000])
+def test_top_pages_of_any_number(pages, count, values):
+    import cupy
+
+    rng = np.random.default_rng(pages + count)
+    backend = new_backend("float32", kv_heads=2, group=1, width=16, max_positions=16 * pages + 16)
+    scores = rng.integers(0, values, (2, 3, pages)).astype(np.float32) - values // 2
+    scores[:, 0, pages // 2] = np.nan
+    cache = backend.new_cache(16)
+    cache.reserve(1)
+    cache.length = 16 * pages
+    with backend.stream:
+        ids = cupy.full((2, 3, min(count, pages)), -2, np.int32)
+        backend._place(PassInputs(np.zeros(1, np.int64)), cache)
+        backend._top_pages(to_device(backend, scores), 1, 1, cache, ids)
+    order = np.argsort(-np.where(np.isnan(scores), np.inf, scores), axis=-1, kind="stable")
+    np.testing.assert_array_equal(np.sort(on_host(backend, ids)), np.sort(order[..., :count]))
+
+
 def some_case(most: int = 2300) -> Any:
     return (
         st.sampled_from(DTYPES),
@@ -99,13 +120,17 @@ def some_case(most: int = 2300) -> Any:
 
 
 @steady(60)
-@given(st.integers(1, 70), st.integers(0, 70), st.booleans(), st.booleans(), st.integers(0, 99))
-def test_active_tokens_are_those_of_the_cpu(tokens, count, masked_only, keep, seed):
+@given(
+    st.sampled_from([(2, 16), (9, 256)]),  # narrow, and more than a thread block loads at once
+    *(st.integers(1, 70), st.integers(0, 70), st.booleans(), st.booleans(), st.integers(0, 99)),
+)
+def test_active_tokens_are_those_of_the_cpu(sizes, tokens, count, masked_only, keep, seed):
+    group, width = sizes
     rng = np.random.default_rng(seed)
     count = min(count, tokens)
-    backend = new_backend("float32", kv_heads=2, group=2, width=16)
+    backend = new_backend("float32", kv_heads=2, group=group, width=width)
     cpu = CpuBackend(backend.config, "float32")
-    previous = simple(rng, tokens, 4, 16)
+    previous = simple(rng, tokens, 2 * group, width)
     q = previous.copy()
     # Some do not change, some change alike, one may be no number.
     q[:, 0, 0] += rng.integers(0, 4, tokens)
