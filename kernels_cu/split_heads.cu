@@ -3,8 +3,9 @@
  * with its gain [head_dim], then rotation to the position length + token.
  *
  * Grid: (tokens, heads + 2 * kv_heads), head_dim / 2 threads rounded up to a warp: a thread turns
- * channels d and d + head_dim / 2. Moves qkv in and out. `frequencies` [head_dim / 2] in radians per
- * position, double: a float's angle is off by 1e-2 at position 100,000. */
+ * channels d and d + head_dim / 2. Moves qkv in and out. `frequencies` [head_dim / 2] in half turns per
+ * position, double: a float's angle is off by 1e-2 at position 100,000. Of half turns whole ones can be taken off
+ * exactly; an angle in radians would need a table in local memory for that. */
 extern "C" __global__ void split_heads(PRODUCT_PARAMETERS, const float *q_gain, const float *k_gain,
                                        const double *frequencies, float rope_factor, const int *length,
                                        float *q, float *k, float *v, int heads, int kv_heads, int head_dim,
@@ -16,9 +17,9 @@ extern "C" __global__ void split_heads(PRODUCT_PARAMETERS, const float *q_gain, 
     bool query = head < heads, value = head >= heads + kv_heads, there = d < half;
     float sine = 0, cosine = 0, first_gain = 0, second_gain = 0;
     if (!value && there) {
-        double s, c;
-        sincos((double)(*length + token) * frequencies[d], &s, &c);
-        sine = (float)s * rope_factor, cosine = (float)c * rope_factor;
+        double angle = (double)(*length + token) * frequencies[d];
+        sincospif((float)(angle - 2 * rint(angle / 2)), &sine, &cosine);
+        sine *= rope_factor, cosine *= rope_factor;
         const float *gain = query ? q_gain : k_gain;
         first_gain = gain[d], second_gain = gain[d + half];
     }

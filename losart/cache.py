@@ -9,7 +9,7 @@ from typing import Any
 
 from losart.errors import OutOfMemoryError
 
-CHUNK_POSITIONS = 1024
+CHUNK_POSITIONS = 256
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 GROUP_PAGES = 16  # page bounds are laid out in groups of this many pages
 

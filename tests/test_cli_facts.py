@@ -188,7 +188,7 @@ def test_inspect_without_tokenizer_and_mask_token(make_checkpoint, capsys):
 def test_inspect_contexts(tiny_checkpoint, capsys):
     facts = inspect(capsys, tiny_checkpoint)
     assert [entry["context"] for entry in facts["kv_cache"]] == [4096]
-    facts = inspect(capsys, tiny_checkpoint, "--context", 1, 1024, 1025)
+    facts = inspect(capsys, tiny_checkpoint, "--context", 1, 256, 257)
     sizes = [entry["bytes"] for entry in facts["kv_cache"]]
     assert math.isclose(sizes[0], sizes[1]) and sizes[2] == 2 * sizes[1]
 

@@ -152,15 +152,22 @@ def test_a_long_prompt_goes_in_pieces_and_memory_stays_flat(tiny_checkpoint):
     model = losart.load(tiny_checkpoint, device="cuda")
     backend = model._transformer.backend
     cupy.get_default_memory_pool().free_all_blocks()
-    used = {}
+    backend.prefill_tokens = 512
+    pools = (cupy.get_default_memory_pool(), backend._prefill_pool)
+    used, taken = {}, {}
     for pieces in (1, 3):
-        backend.prefill_tokens = 512
         reports, prompt = [], (PROMPT * 3)[: 512 * pieces]
-        model.generate(prompt, max_new_tokens=4, progress=lambda *report: reports.append(report))  # noqa: B023
+
+        def report(*numbers):
+            reports.append(numbers)  # noqa: B023
+            used[pieces], taken[pieces] = (pool.total_bytes() for pool in pools)  # noqa: B023
+
+        model.generate(prompt, max_new_tokens=4, progress=report)
         assert reports == [(512 * (i + 1), len(prompt)) for i in range(pieces)]
-        cache_bytes = -(-len(prompt) // 1024) * backend.new_cache(16)._chunk_bytes
-        used[pieces] = cupy.get_default_memory_pool().total_bytes() - cache_bytes
+        used[pieces] -= backend.new_cache(16).bytes_for(len(prompt))
+        assert backend._prefill_pool.total_bytes() == 0, "it is given back"
     assert used[3] <= used[1] + (4 << 20)
+    assert 0 < taken[3] <= taken[1]
 
 
 @pytest.mark.parametrize(("prompt", "new_tokens"), [(PROMPT * 4, 4), (PROMPT, 1000)])
@@ -174,8 +181,8 @@ def test_a_generation_that_does_not_fit_leaves_the_model_usable(make_checkpoint,
     expected = model.generate(PROMPT, max_new_tokens=16, **options).token_ids
     pool = cupy.get_default_memory_pool()
     pool.free_all_blocks()
-    chunk = model._transformer.backend.new_cache(16)._chunk_bytes
-    pool.set_limit(pool.used_bytes() + chunk + chunk // 2)
+    room = model._transformer.backend.new_cache(16).bytes_for(1280)
+    pool.set_limit(pool.used_bytes() + room)
     try:
         with pytest.raises(losart.OutOfMemoryError, match=r"MiB more are needed .* MiB are free"):
             model.generate(prompt, max_new_tokens=new_tokens, **options)

@@ -177,7 +177,7 @@ def test_heads(tokens, kv_heads, group, width, length):
             split_product(backend, x, rng), *(to_device(backend, g) for g in gains), cache
         )
     q, k, v = np.split(x.astype(np.float64).reshape(tokens, -1, width), [heads, heads + kv_heads], axis=1)
-    angles = np.arange(length, length + tokens)[:, None, None] * backend._frequencies.get()
+    angles = np.arange(length, length + tokens)[:, None, None] * (np.pi * backend._frequencies.get())
     for array, values, gain in zip(on_host(backend, *found), (q, k, v), (*gains, None), strict=True):
         if gain is not None:
             values = values / np.sqrt((values**2).mean(axis=2, keepdims=True) + 1e-6) * gain

@@ -80,6 +80,8 @@ class DenseCudaBackend:
         self.stream = cupy.cuda.Stream(non_blocking=True)
         # What passes allocate from, and captured graphs hold addresses of.
         self._pool = cupy.cuda.MemoryPool(self._allocate)
+        # What pieces of a prompt allocate from: much, which a pass gives back.
+        self._prefill_pool = cupy.cuda.MemoryPool()
         self._loader = WeightLoader(dtype, self.stream)
         # None where one has been run once: it is captured when it comes again.
         self._passes: OrderedDict[Hashable, CapturedPass | None] = OrderedDict()
@@ -87,7 +89,7 @@ class DenseCudaBackend:
         self._buffers: dict[int, PassBuffers] = {}
         frequencies, self._rope_factor = inverse_frequencies(config.rope, config.head_dim)
         with self.stream:
-            self._frequencies = cupy.asarray(frequencies)
+            self._frequencies = cupy.asarray(frequencies / np.pi)  # in half turns per position
             self._pages = PagesInPlace(config.max_positions)
             self._ones: dict[int, Any] = {}
         self._tensor = dtype != "float32"
@@ -117,6 +119,7 @@ class DenseCudaBackend:
 
         def allocate(shape: tuple[int, ...], dtype: str) -> Any:
             with self._running("the KV cache"):
+                self._prefill_pool.free_all_blocks()  # an interrupted prompt may have left some
                 return cupy.zeros(shape, HELD_AS[dtype])
 
         return PagedKVCache(table, allocate)
@@ -152,6 +155,7 @@ class DenseCudaBackend:
         tokens = len(inputs.ids)
         cache.reserve(cache.length + tokens)
         with self._running("a pass"), cupy.cuda.using_allocator(self._pool.malloc):
+            self._prefill_pool.free_all_blocks()
             self._place(inputs, cache)
             key = (shape, tokens, cache.page_size)
             captured = self._captured(key, body)
@@ -186,7 +190,7 @@ class DenseCudaBackend:
 
     def run_prefill(self, ids: np.ndarray, cache: PagedKVCache, body: Callable[[Any], Any]) -> None:
         cache.reserve(cache.length + len(ids))
-        with self._running("a piece of the prompt"):
+        with self._running("a piece of the prompt"), cupy.cuda.using_allocator(self._prefill_pool.malloc):
             self._place(PassInputs(ids), cache)
             self.blas = True
             try:
