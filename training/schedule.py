@@ -40,6 +40,7 @@ STAGES = (
     Stage(1024, 48, 16),
     Stage(4096, 12, 48),
     Stage(8192, 6, 64),
+    Stage(16384, 3, 64, share=0.5),
 )
 # What came out weakest when all tasks were drawn alike.
 TASK_WEIGHTS = {**dict.fromkeys(TASKS, 1.0), "keys-4": 2.0, "last": 2.0}
