@@ -9,7 +9,8 @@ from typing import Any
 
 from losart.errors import OutOfMemoryError
 
-CHUNK_POSITIONS = 256
+CHUNK_POSITIONS, SMALL_CHUNK_POSITIONS = 1024, 256
+FEW_POSITIONS = 8192
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 GROUP_PAGES = 16  # page bounds are laid out in groups of this many pages
 
@@ -32,10 +33,15 @@ class PageList:
     positions: int
 
 
-def chunk_positions(page_size: int) -> int:
-    """Positions of a chunk: enough, and whole groups of pages."""
+def chunk_positions(page_size: int, expected: int | None = None) -> int:
+    """Positions of a chunk: enough, and whole groups of pages.
+
+    Where few are `expected` (None: nobody knows) it is less, so that little memory is left empty; attention
+    over many reads larger chunks faster.
+    """
     group = GROUP_PAGES * page_size
-    return math.ceil(CHUNK_POSITIONS / group) * group
+    few = expected is not None and expected <= FEW_POSITIONS
+    return math.ceil((SMALL_CHUNK_POSITIONS if few else CHUNK_POSITIONS) / group) * group
 
 
 class PagedKVCache:

@@ -54,8 +54,10 @@ def inspection(
         contexts = [*fitting, config.max_positions]
     dtype = checkpoint.dtype if dtype == "auto" else dtype
     backend = make_backend(device, config, dtype)
-    cache = backend.new_cache(AttentionConfig.page_size)
     tensors = checkpoint.tensors.values()
+
+    def kv_bytes(context: int) -> int:
+        return backend.new_cache(AttentionConfig.page_size, context).bytes_for(context)
 
     def token(number: int | None) -> dict[str, Any] | None:
         text = tokenizer.decode([number], skip_special=False) if tokenizer and number is not None else None
@@ -71,7 +73,7 @@ def inspection(
         "device": backend.name,
         "dtype": dtype,
         "weight_bytes": _held_bytes(tensors, dtype),
-        "kv_cache": [{"context": n, "bytes": cache.bytes_for(n)} for n in contexts],
+        "kv_cache": [{"context": n, "bytes": kv_bytes(n)} for n in contexts],
         "block_length": config.block_length,
         "mask_token": token(config.mask_token_id),
         "end_tokens": [token(number) for number in config.end_token_ids],

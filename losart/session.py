@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from losart.attention import make_policy
+from losart.cache import PagedKVCache
 from losart.decode import BlockDecoder, DenoisingPass, block_tokens
 from losart.errors import OptionError, PromptError
 from losart.loaders import ChatTemplate, Tokenizer
@@ -67,7 +68,7 @@ class Session:
             raise OptionError("stop: the checkpoint has no tokenizer; give stop_token_ids")
 
     def _forget(self) -> None:
-        self._cache = self._transformer.backend.new_cache(self.options.attention.page_size)
+        self._cache: PagedKVCache | None = None  # made when it is known how long the first prompt is
         self._ids: list[int] = []  # what the cache holds, and perhaps more
         self._in_pass = False
 
@@ -105,17 +106,20 @@ class Session:
             self._tokenizer.decode if self._tokenizer else None,
         )
         policy = make_policy(options.attention, model, options.block_length)
+        if self._cache is None:
+            expected = len(ids) + options.max_new_tokens
+            self._cache = self._transformer.backend.new_cache(options.attention.page_size, expected)
         decoder = BlockDecoder(self._transformer, options, policy, self._cache, output, observer)
         self._decoder = decoder
         return self._steps(decoder, ids, progress)
 
     def _steps(self, decoder: BlockDecoder, ids: list[int], progress: Progress | None) -> Iterator[Step]:
         self._check_current(decoder)
-        reused = self._go_back(ids)
+        reused = self._go_back(decoder.cache, ids)
         try:
             self._in_pass = True
             for event in decoder.run(ids[reused:], progress):
-                self._note(event)
+                self._note(decoder.cache, event)
                 self._in_pass = False
                 yield _step(event, decoder, len(ids), reused)
                 self._check_current(decoder)
@@ -131,18 +135,17 @@ class Session:
         if self._decoder is not decoder:
             raise PromptError("this stream cannot go on: the session has begun another since")
 
-    def _go_back(self, ids: list[int]) -> int:
+    def _go_back(self, cache: PagedKVCache, ids: list[int]) -> int:
         """Set the cache back to what it has in common with `ids`; returns how much that is."""
-        cache, length = self._cache, self.options.block_length
         common = _common(self._ids, ids)
         # What was interrupted within a pass may have written to the cache without taking it in.
         if self._in_pass or common < cache.length:
-            cache.rewind(common, length)
+            cache.rewind(common, self.options.block_length)
         self._ids = list(ids)
         return cache.length
 
-    def _note(self, event: DenoisingPass) -> None:
-        if self._cache.length > event.block_start:  # the pass was the block's last, and committed it
+    def _note(self, cache: PagedKVCache, event: DenoisingPass) -> None:
+        if cache.length > event.block_start:  # the pass was the block's last, and committed it
             self._ids[event.block_start :] = event.ids.tolist()
 
 

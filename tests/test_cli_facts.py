@@ -153,7 +153,7 @@ def test_inspect_counts_what_is_held(make_checkpoint, capsys, monkeypatch, dtype
     assert facts["weight_bytes"] == sum(array.nbytes for array in held)
 
     allocated = []
-    new_cache = model._transformer.backend.new_cache(16)
+    new_cache = model._transformer.backend.new_cache(16, 6000)
     cache = PagedKVCache(
         new_cache.table,
         lambda shape, dtype: allocated.append(np.zeros(shape, HELD_AS[dtype])) or allocated[-1],

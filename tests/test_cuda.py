@@ -164,7 +164,7 @@ def test_a_long_prompt_goes_in_pieces_and_memory_stays_flat(tiny_checkpoint):
 
         model.generate(prompt, max_new_tokens=4, progress=report)
         assert reports == [(512 * (i + 1), len(prompt)) for i in range(pieces)]
-        used[pieces] -= backend.new_cache(16).bytes_for(len(prompt))
+        used[pieces] -= backend.new_cache(16, len(prompt)).bytes_for(len(prompt))
         assert backend._prefill_pool.total_bytes() == 0, "it is given back"
     assert used[3] <= used[1] + (4 << 20)
     assert 0 < taken[3] <= taken[1]
@@ -181,7 +181,7 @@ def test_a_generation_that_does_not_fit_leaves_the_model_usable(make_checkpoint,
     expected = model.generate(PROMPT, max_new_tokens=16, **options).token_ids
     pool = cupy.get_default_memory_pool()
     pool.free_all_blocks()
-    room = model._transformer.backend.new_cache(16).bytes_for(1280)
+    room = model._transformer.backend.new_cache(16, 1280).bytes_for(1280)
     pool.set_limit(pool.used_bytes() + room)
     try:
         with pytest.raises(losart.OutOfMemoryError, match=r"MiB more are needed .* MiB are free"):

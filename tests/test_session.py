@@ -185,8 +185,8 @@ def allocated(monkeypatch) -> list[np.ndarray]:
     arrays: list[np.ndarray] = []
     new_cache = CpuBackend.new_cache
 
-    def noting(backend: CpuBackend, page_size: int) -> PagedKVCache:
-        cache = new_cache(backend, page_size)
+    def noting(backend: CpuBackend, *sizes: int) -> PagedKVCache:
+        cache = new_cache(backend, *sizes)
 
         def allocate(*wanted: Any) -> np.ndarray:
             arrays.append(cache_allocate(*wanted))

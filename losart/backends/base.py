@@ -77,8 +77,8 @@ class Backend(Protocol):
     def upload_vector(self, *tensors: Any) -> Array:
         """A norm gain or a bias in float32; several tensors one after the other."""
 
-    def new_cache(self, page_size: int) -> PagedKVCache:
-        """An empty KV cache."""
+    def new_cache(self, page_size: int, expected: int | None = None) -> PagedKVCache:
+        """An empty KV cache, expected to hold so many positions in the end."""
 
     # -- running
 

@@ -97,11 +97,9 @@ class CpuBackend:
     def upload_vector(self, *tensors: Any) -> np.ndarray:
         return np.concatenate([widen(tensor.array()) for tensor in tensors])
 
-    def new_cache(self, page_size: int) -> PagedKVCache:
-        c = self.config
-        table = PageTable(
-            c.num_layers, c.num_kv_heads, c.head_dim, page_size, chunk_positions(page_size), self.dtype
-        )
+    def new_cache(self, page_size: int, expected: int | None = None) -> PagedKVCache:
+        c, positions = self.config, chunk_positions(page_size, expected)
+        table = PageTable(c.num_layers, c.num_kv_heads, c.head_dim, page_size, positions, self.dtype)
         return PagedKVCache(table, lambda shape, dtype: np.zeros(shape, HELD_AS[dtype]))
 
     # -- running

@@ -114,8 +114,9 @@ class DenseCudaBackend:
         with self._running("the weights"):
             return self._loader.vector(*tensors)
 
-    def new_cache(self, page_size: int) -> PagedKVCache:
-        table = CudaPageTable(self.config, page_size, chunk_positions(page_size), self.dtype, self._write)
+    def new_cache(self, page_size: int, expected: int | None = None) -> PagedKVCache:
+        positions = chunk_positions(page_size, expected)
+        table = CudaPageTable(self.config, page_size, positions, self.dtype, self._write)
 
         def allocate(shape: tuple[int, ...], dtype: str) -> Any:
             with self._running("the KV cache"):
@@ -157,7 +158,7 @@ class DenseCudaBackend:
         with self._running("a pass"), cupy.cuda.using_allocator(self._pool.malloc):
             self._prefill_pool.free_all_blocks()
             self._place(inputs, cache)
-            key = (shape, tokens, cache.page_size)
+            key = (shape, tokens, cache.page_size, cache.table.positions_per_chunk)
             captured = self._captured(key, body)
             if captured is not None:
                 captured.launch()

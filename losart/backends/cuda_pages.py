@@ -9,7 +9,7 @@ from typing import Any
 import cupy
 import numpy as np
 
-from losart.cache import chunk_positions
+from losart.cache import SMALL_CHUNK_POSITIONS
 from losart.config import ModelConfig
 
 HELD_AS = {"float32": "float32", "bfloat16": "uint16", "float16": "uint16"}
@@ -74,7 +74,7 @@ class PagesInPlace:
 
     def __init__(self, max_positions: int) -> None:
         # The last block may reach beyond the positions, by less than the largest block.
-        chunks = -(-2 * max_positions // chunk_positions(16)) + 2
+        chunks = -(-2 * max_positions // SMALL_CHUNK_POSITIONS) + 2
         self.kv, self.bounds = (cupy.zeros(chunks, np.uint64) for _ in range(2))
         self._table: Callable[[], CudaPageTable | None] = lambda: None
         self._count = 0
