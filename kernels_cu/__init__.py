@@ -50,6 +50,7 @@ FILES = {
     "linear": KernelFile(COMMON),
     "linear_tensor": KernelFile((*PRODUCT, "tensor.cuh"), SIXTEEN_BIT),
     "linear_tiles": KernelFile(TENSOR, SIXTEEN_BIT),
+    "linear_hopper": KernelFile((*TENSOR, "hopper.cuh", "tensor_map.cuh"), SIXTEEN_BIT),
     "split_heads": KernelFile(PRODUCT),
     "silu_gate": KernelFile(PRODUCT),
     "cache_write": KernelFile(CACHE),

@@ -65,7 +65,7 @@ class Kernel:
         grid : tuple of int
         threads : int
             Of a block.
-        *args : cupy.ndarray, int, float, ctypes scalar or None
+        *args : cupy.ndarray, int, float, ctypes scalar or structure, or None
             An int goes as int, a float as float, None as a null pointer.
         shared : int
             Bytes of dynamic shared memory.
@@ -89,9 +89,9 @@ class Kernel:
             ctypes.pointer(_OVERLAP),
             self._attributes,
         )
-        status = _driver().cuLaunchKernelEx(ctypes.byref(config), self._handle, pointers, None)
+        status = driver().cuLaunchKernelEx(ctypes.byref(config), self._handle, pointers, None)
         if status:
-            raise DeviceError(f"the kernel {self._name} could not be launched: {_error_name(status)}")
+            raise DeviceError(f"the kernel {self._name} could not be launched: {error_name(status)}")
 
     def _allow_shared(self, size: int) -> None:
         from cupy.cuda import driver
@@ -102,7 +102,8 @@ class Kernel:
 
 
 @cache
-def _driver() -> Any:
+def driver() -> Any:
+    """The driver's library."""
     return ctypes.CDLL("libcuda.so.1")
 
 
@@ -113,10 +114,12 @@ def _as_c(value: Any) -> Any:
         return ctypes.c_float(value)
     if value is None:
         return ctypes.c_void_p(0)
-    return value if isinstance(value, ctypes._SimpleCData) else ctypes.c_void_p(value.data.ptr)
+    is_c = isinstance(value, ctypes._SimpleCData | ctypes.Structure)
+    return value if is_c else ctypes.c_void_p(value.data.ptr)
 
 
-def _error_name(status: int) -> str:
+def error_name(status: int) -> str:
+    """What the driver calls a status."""
     name = ctypes.c_char_p()
-    _driver().cuGetErrorName(status, ctypes.byref(name))
+    driver().cuGetErrorName(status, ctypes.byref(name))
     return name.value.decode() if name.value else f"error {status}"

@@ -83,7 +83,7 @@ def driver(monkeypatch) -> Driver:
     driver = Driver()
     monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=driver))
     monkeypatch.setitem(sys.modules, "cupy.cuda", driver)
-    monkeypatch.setattr(losart.kernels_cu.launch, "_driver", lambda: driver)
+    monkeypatch.setattr(losart.kernels_cu.launch, "driver", lambda: driver)
     return driver
 
 

@@ -38,6 +38,7 @@ from losart.checks import require
 from losart.config import ModelConfig
 from losart.errors import ConfigError, NumericalError, OutOfMemoryError
 from losart.kernels_cu import kernel
+from losart.kernels_cu.tensor_map import tensor_map
 from losart.options import GenerationConfig
 from losart.rope import inverse_frequencies
 from losart.sampling import NOT_FINITE, Proposals, float32_temperature
@@ -95,7 +96,8 @@ class DenseCudaBackend:
         self._tensor = dtype != "float32"
         self.counted = False  # whether the pass counts the positions that it reads
         self.captures = True  # whether the pass can be captured: the host takes no part in it
-        # Whether products of many tokens may go to cuBLAS: in prefill, for it cannot be captured.
+        # Whether products of many tokens may go to cuBLAS, where no kernel of ours does as well: in prefill,
+        # for it cannot be captured.
         self.blas = False
 
     def _launch(self, name: str, grid: tuple[int, ...], threads: int, *args: Any, shared: int = 0) -> None:
@@ -232,14 +234,18 @@ class DenseCudaBackend:
 
     def linear(self, x: Any, matrix: Any, bias: Any | None = None) -> Product:
         (tokens, inner), rows = x.shape, len(matrix)
-        if self.blas and tokens > SKINNY_TOKENS:
+        plan = product_plan(self.card, self._tensor, tokens, rows, inner)
+        if self.blas and tokens > SKINNY_TOKENS and plan.kernel != "linear_hopper":
             values = blas_product(x, matrix, self.dtype)
             if values is not None:
                 return Product(values[None], bias)
-        plan = product_plan(self.card, self._tensor, tokens, rows, inner)
         values = cupy.empty((plan.parts, tokens, rows), np.float32)
+        operands = (x, matrix)
+        if plan.boxes:
+            maps = zip(operands, plan.boxes, strict=True)
+            operands = tuple(tensor_map(array.data.ptr, *array.shape, box) for array, box in maps)
         share = (plan.share,) if plan.kernel == "linear_tensor" else ()
-        self._launch_plan(plan, x, matrix, values, tokens, rows, inner, *share)
+        self._launch_plan(plan, *operands, values, tokens, rows, inner, *share)
         steps = -(-inner // COLUMNS) if share else 1
         return Product(values, bias, steps, plan.share)
 

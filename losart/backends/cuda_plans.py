@@ -5,6 +5,7 @@ Nothing here needs a device, so that every variant that a card would run can be 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import ceil
 
@@ -13,14 +14,19 @@ from losart.kernels_cu import Defines
 
 SKINNY_TOKENS = 64  # linear_tensor.cu takes products of no more tokens
 PANEL = 128  # product.cuh
-COLUMNS = 64  # of weights that linear_tensor.cu and linear_tiles.cu take at a time
+COLUMNS = 64  # of weights that linear*.cu take at a time
+TILE_TOKENS = 128  # linear_tiles.cu, linear_hopper.cu
+TILE_WIDTHS = (256, 192, 128, 64)  # rows of a tile; linear_hopper.cu
+# What a processor of capability 9.0 does in a clock: bytes that it gets of the L2 cache when all ask and
+# when few do, and its share of a wgmma's time for each row of a tile and step of 64 columns.
+L2_BYTES, MOST_L2_BYTES, CLOCKS_PER_ROW = 26, 64, 4
 LEAST_SHARE = 16  # units of linear_tensor.cu, where that leaves each processor a block: sums cost too
 TENSOR_HEAD_DIMS = (64, 128)
 PLAIN_ROWS, PLAIN_TILE = 16, 32  # attention.cuh
 TENSOR_TILE = 64  # tensor_attention.cuh
 LEAST_STAGES = 2  # tensor_attention.cuh
 FIXED_SHARED = 1024  # at most, of kernels whose dynamic shared memory is aligned to as much
-BARRIER_BYTES = 16  # of a stage; hopper_attention.cuh
+BARRIER_BYTES = 16  # of a stage; hopper_attention.cuh, linear_hopper.cu
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,8 @@ class Plan:
         linear_tensor: units of a block.
     capacity : int
         sparse attention: pages of a thread block's share of a list.
+    boxes : (int, int) or ()
+        linear_hopper: rows of x and of the weights that are copied at a time, by tensor maps.
     """
 
     kernel: str
@@ -68,16 +76,19 @@ class Plan:
     parts: int = 1
     share: int = 1
     capacity: int = 0
+    boxes: tuple[int, ...] = ()
 
 
 def product_plan(card: Card, tensor: bool, tokens: int, rows: int, inner: int) -> Plan:
     """A matrix product [tokens, inner] x [rows, inner]; `tensor`: of 16-bit values."""
     if not tensor or inner % 8:
         return Plan("linear", (ceil(rows / 8), ceil(tokens / 16)), 256, 0)
+    if tokens > SKINNY_TOKENS and card.hopper:
+        return min(hopper_product_plans(card, tokens, rows), key=lambda found: found[0])[1]
     if tokens > SKINNY_TOKENS:
-        stage = 2 * 128 * COLUMNS * 2
+        stage = 2 * TILE_TOKENS * COLUMNS * 2
         stages = min(4, card.shared_per_block // stage)
-        grid = (ceil(tokens / 128), ceil(rows / 128))
+        grid = (ceil(tokens / TILE_TOKENS), ceil(rows / 128))
         return Plan("linear_tiles", grid, 256, stages * stage, (("STAGES", stages),))
     tiles, steps = ceil(tokens / 8), ceil(inner / COLUMNS)
     stage = (PANEL + tiles * 8) * COLUMNS * 2
@@ -97,6 +108,26 @@ def product_plan(card: Card, tensor: bool, tokens: int, rows: int, inner: int) -
         parts=(steps - 1) // share + 2,
         share=share,
     )
+
+
+def hopper_product_plans(card: Card, tokens: int, rows: int) -> Iterator[tuple[float, Plan]]:
+    """Ways to cut a product of many tokens into tiles, each with the clocks that a step of all of them takes.
+
+    A last wave of few tiles and the L2 cache's speed decide; what else there is to do is the same for all.
+    """
+    for cluster in (1, 2):
+        most = card.processors // cluster
+        for width in TILE_WIDTHS if most else ():
+            tiles = ceil(tokens / (TILE_TOKENS * cluster)) * ceil(rows / width)
+            clusters = min(tiles, most)
+            copied = (TILE_TOKENS + width // cluster) * COLUMNS * 2
+            speed = min(MOST_L2_BYTES, L2_BYTES * card.processors / (clusters * cluster))
+            clocks = ceil(tiles / clusters) * max(CLOCKS_PER_ROW * width, copied / speed)
+            stage = (TILE_TOKENS + width) * COLUMNS * 2 + BARRIER_BYTES
+            stages = min(8, card.shared_per_block // stage)
+            defines = (("WIDTH", width), ("CLUSTER", cluster), ("STAGES", stages))
+            grid, boxes = (clusters * cluster,), (TILE_TOKENS, width // cluster)
+            yield clocks, Plan("linear_hopper", grid, 3 * 128, stages * stage, defines, boxes=boxes)
 
 
 def prefix_plan(card: Card, tensor: bool, tokens: int, heads: int, kv_heads: int, head_dim: int) -> Plan:

@@ -8,6 +8,7 @@ from losart.backends.cuda_plans import (
     Card,
     Plan,
     causal_plan,
+    hopper_product_plans,
     masses_plan,
     prefix_plan,
     product_plan,
@@ -57,6 +58,8 @@ def plans(card: Card) -> Iterator[Plan]:
                     yield from (sparse_plan(*shape, pages, 16, pages // 32) for pages in (640, 8192, 1 << 16))
                     yield scores_plan(card, tensor, tokens * heads // kv_heads, kv_heads, head_dim)
                 yield causal_plan(card, tensor, 2048, heads, kv_heads, head_dim)
+    if card.hopper:
+        yield from (plan for _, plan in hopper_product_plans(card, 2048, 4096))
 
 
 def variants(name: str, card: Card) -> dict[Defines, int]:
