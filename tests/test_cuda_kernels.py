@@ -14,6 +14,7 @@ from kv import held, model_config, steady
 
 from losart.backends.base import PassInputs
 from losart.backends.cpu import narrow, widen
+from losart.backends.cuda_plans import hopper_product_plans
 from losart.options import generation_config
 from losart.sampling import propose
 
@@ -123,6 +124,45 @@ def test_products(dtype, tokens, rows, inner, card, bias):
             )
         expected = held(x, dtype) @ held(weight, dtype).T + (0 if b is None else b)
         assert_close(product_array(backend, product), expected, 2e-6)
+
+
+def assert_product_of_integers(backend, dtype, tokens, rows, inner):
+    """A product whose sums every order of adding gives exactly."""
+    rng = np.random.default_rng(tokens + rows + inner)
+    x, weight = (rng.integers(-3, 4, shape).astype(np.float32) for shape in ((tokens, inner), (rows, inner)))
+    with backend.stream:
+        product = backend.linear(to_device(backend, x, dtype), to_device(backend, weight, dtype))
+    np.testing.assert_array_equal(product_array(backend, product), x @ weight.T)
+
+
+@steady(60)
+@given(
+    st.sampled_from(("bfloat16", "float16")),
+    st.integers(65, 600),
+    st.integers(1, 1100),
+    st.integers(1, 120),
+    st.sampled_from([1, 2, 5, 132]),
+)
+@example("bfloat16", 2048, 4096, 33, 132)
+@example("float16", 65, 1, 1, 132)
+def test_products_of_many_tokens(dtype, tokens, rows, eighths, processors):
+    backend = new_backend(dtype, {"processors": processors}, kv_heads=1, group=1, width=16)
+    assert_product_of_integers(backend, dtype, tokens, rows, 8 * eighths)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("processors", [2, 132])
+@pytest.mark.parametrize("shape", [(300, 700, 264), (129, 1001, 72), (65, 64, 8), (640, 1538, 1032)])
+def test_every_way_to_cut_a_product(monkeypatch, dtype, processors, shape):
+    import losart.backends.cuda_dense
+
+    backend = new_backend(dtype, {"processors": processors}, kv_heads=1, group=1, width=16)
+    if not backend.card.hopper:
+        pytest.skip("not a Hopper GPU")
+    for _, plan in hopper_product_plans(backend.card, *shape[:2]):
+        monkeypatch.setattr(losart.backends.cuda_dense, "product_plan", lambda *_, plan=plan: plan)
+        poison()
+        assert_product_of_integers(backend, dtype, *shape)
 
 
 @steady(20)

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from math import ceil
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import losart.kernels_cu.launch
-from losart.backends.cuda_plans import FIXED_SHARED, sparse_plan
+import losart.kernels_cu.tensor_map
+from losart.backends.cuda_plans import FIXED_SHARED, hopper_product_plans, product_plan, sparse_plan
 from losart.backends.cuda_variants import CARDS
 from losart.errors import DeviceError
 from losart.kernels_cu import kernel
 from losart.kernels_cu.launch import Kernel
+from losart.kernels_cu.tensor_map import TensorMap, tensor_map
 
 SHARED_LIMIT = 8  # the attribute's number
 
@@ -33,6 +38,7 @@ class Driver:
         self.loaded: list[Any] = []
         self.limits: list[Any] = []
         self.launches: list[Any] = []
+        self.maps: list[Any] = []
         self.driver = SimpleNamespace(
             CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES=SHARED_LIMIT,
             funcGetAttribute=lambda attribute, function: {SHARED_LIMIT: 48 << 10}[attribute],
@@ -49,6 +55,13 @@ class Driver:
     def cuLaunchKernelEx(self, config: Any, handle: Any, pointers: Any, extra: None) -> int:
         values = [ctypes.string_at(pointer, 8) for pointer in pointers]
         self.launches.append((config._obj, handle.value, values))
+        return self.status
+
+    def cuTensorMapEncodeTiled(self, made: Any, *told: Any) -> int:
+        # As the driver, which takes no other places for its maps.
+        assert ctypes.addressof(made._obj) % 64 == 0 and ctypes.sizeof(made._obj) == 128
+        made._obj.opaque[15] = 42
+        self.maps.append(told)
         return self.status
 
     def cuGetErrorName(self, status: int, name: Any) -> None:
@@ -79,12 +92,15 @@ class Function:
 
 
 @pytest.fixture
-def driver(monkeypatch) -> Driver:
+def driver(monkeypatch) -> Iterator[Driver]:
     driver = Driver()
     monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=driver))
     monkeypatch.setitem(sys.modules, "cupy.cuda", driver)
-    monkeypatch.setattr(losart.kernels_cu.launch, "driver", lambda: driver)
-    return driver
+    for module in (losart.kernels_cu.launch, losart.kernels_cu.tensor_map):
+        monkeypatch.setattr(module, "driver", lambda: driver)
+    tensor_map.cache_clear()
+    yield driver
+    tensor_map.cache_clear()
 
 
 def test_a_launch_tells_the_driver_all(driver):
@@ -100,6 +116,38 @@ def test_a_launch_tells_the_driver_all(driver):
     assert found == [1 << 40, -3, 1.5, 0, 0.1]
     Kernel("kernel", Function(driver), overlap=False)((1,), 32)
     assert driver.launches[1][0].attribute_count == 0
+
+
+def test_a_map_tells_the_driver_of_the_matrix_and_is_passed_by_value(driver):
+    for _ in range(2):
+        found = tensor_map(1 << 40, 300, 72, 128)
+    assert len(driver.maps) == 1 and isinstance(found, TensorMap)
+    kind, rank, address, sizes, strides, box, every, *modes = driver.maps[0]
+    assert (kind, rank, address.value) == (1, 2, 1 << 40)
+    assert [list(told) for told in (sizes, strides, box, every)] == [[72, 300], [144], [64, 128], [1, 1]]
+    assert modes == [0, 3, 2, 0]
+    Kernel("kernel", Function(driver), overlap=True)((1,), 32, found, 5)
+    map_value, number = driver.launches[0][2]
+    assert map_value == bytes(found)[:8] and int.from_bytes(number[:4], "little") == 5
+    driver.status = 1
+    with pytest.raises(DeviceError, match=r"a matrix \[300, 72\] cannot be mapped: CUDA_ERROR_OF_A_TEST"):
+        tensor_map(1 << 41, 300, 72, 128)
+
+
+@pytest.mark.parametrize("processors", [1, 2, 57, 132])
+@pytest.mark.parametrize("tokens", [65, 128, 129, 512, 2048])
+@pytest.mark.parametrize("rows", [1, 2048, 4096, 6144, 151936])
+def test_no_way_to_cut_a_product_has_blocks_without_a_tile(processors, tokens, rows):
+    card = replace(CARDS["sm_90a"], processors=processors)
+    plans = [plan for _, plan in hopper_product_plans(card, tokens, rows)]
+    assert len(plans) == (4 if processors == 1 else 8)
+    assert product_plan(card, True, tokens, rows, 4096) in plans
+    for plan in plans:
+        width, cluster, stages = (dict(plan.defines)[name] for name in ("WIDTH", "CLUSTER", "STAGES"))
+        clusters, rest = divmod(*plan.grid, cluster)
+        assert not rest and 1 <= clusters <= ceil(tokens / (128 * cluster)) * ceil(rows / width)
+        assert plan.grid[0] <= processors and plan.boxes == (128, width // cluster)
+        assert stages >= 3 and plan.shared <= card.shared_per_block
 
 
 def test_launches_raise_the_limit_of_shared_memory_and_never_lower_it(driver):
