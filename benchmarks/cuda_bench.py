@@ -94,6 +94,12 @@ SECTIONS = {
         "Block 16; medians of graph replays, weights not in the L2 cache.",
         lambda bandwidth, quick, _: cuda_products.rows(bandwidth, quick),
     ),
+    "prefill-products": Section(
+        "Matrix products of prefill, TFLOP/s",
+        "Pieces of a prompt; medians of queued launches, weights not in the L2 cache. cuBLAS, where it is "
+        "installed: gemmEx with float32 sums and results.",
+        lambda _, quick, __: cuda_products.prefill_rows(quick),
+    ),
     "prefill": Section(
         "Prefill attention, TFLOP/s",
         "SDAR-8B's heads, one layer; losart block-causal (block 16) in the pieces of a prompt, torch causal "

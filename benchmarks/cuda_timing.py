@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import cupy
+import numpy as np
 
 
 def graph_microseconds(stream: Any, launch: Callable[[], object], calls: int, repeats: int = 15) -> float:
@@ -21,6 +22,42 @@ def graph_microseconds(stream: Any, launch: Callable[[], object], calls: int, re
         elapsed = _median_microseconds(stream, lambda: graph.launch(stream), 0, repeats)
         del kept
     return elapsed / calls
+
+
+_hold = cupy.RawKernel(
+    """
+    extern "C" __global__ void hold(long long nanoseconds)
+    {
+        long long began, now;
+        asm volatile("mov.u64 %0, %globaltimer;" : "=l"(began));
+        do asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+        while (now - began < nanoseconds);
+    }
+    """,
+    "hold",
+)
+
+
+def queued_microseconds(
+    stream: Any, launch: Callable[[], object], calls: int, hold: float = 100, repeats: int = 5
+) -> float:
+    """Median microseconds of one call of many that cannot be captured.
+
+    The stream is held up for `hold` microseconds a call, so that the host, which needs less, is ahead.
+    """
+    times = []
+    with stream:
+        launch()
+        for _ in range(repeats):
+            begin, end = cupy.cuda.Event(), cupy.cuda.Event()
+            _hold((1,), (1,), (np.int64(hold * calls * 1e3),))
+            begin.record(stream)
+            for _ in range(calls):
+                launch()
+            end.record(stream)
+            end.synchronize()
+            times.append(cupy.cuda.get_elapsed_time(begin, end) * 1e3)
+    return statistics.median(times) / calls
 
 
 def run_microseconds(stream: Any, run: Callable[[], object], warmups: int = 5, repeats: int = 15) -> float:
