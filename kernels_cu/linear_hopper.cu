@@ -53,31 +53,35 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(3 *
         set_registers_down<40>();
         if (threadIdx.x == 2 * GROUP) {
             const TensorMap *x_map = &x, *weight_map = &weight;
-            int loads = (tiles - first + stride - 1) / stride * steps;
-            auto load_weights = [&](int i) {
-                int stage = i % STAGES, share = WIDTH / CLUSTER * block;
-                int column = i % steps * COLUMNS, row = first_row(first + i / steps * stride) + share;
-                unsigned to = stages.weights(stage) + share * ROW_BYTES;
-                barrier_arrive_expecting(stages.full(stage), STAGE_BYTES);
+            auto load_weights = [&](int stage, int step, int row) {
+                int share = WIDTH / CLUSTER * block;
+                unsigned to = stages.weights(stage) + share * ROW_BYTES, full = stages.full(stage);
+                barrier_arrive_expecting(full, STAGE_BYTES);
                 if (CLUSTER == 1)
-                    copy_box(to, weight_map, column, row, stages.full(stage));
+                    copy_box(to, weight_map, step * COLUMNS, row + share, full);
                 else
-                    copy_box_to((1 << CLUSTER) - 1, to, weight_map, column, row, stages.full(stage));
+                    copy_box_to((1 << CLUSTER) - 1, to, weight_map, step * COLUMNS, row + share, full);
+            };
+            auto wait_until_read = [&](int i) { /* what the stage of load i had before */
+                if (i >= STAGES) barrier_wait(stages.empty(i % STAGES), (i / STAGES - 1) & 1);
             };
             prefetch_map(x_map);
             prefetch_map(weight_map);
-            for (int i = 0; i < min(STAGES, loads); i++) load_weights(i);
+            int early = min(STAGES, steps), i = 0;
+            for (int step = 0; step < early; step++) load_weights(step, step, first_row(first));
             wait_for_previous();
-            /* The last STAGES loads are waited for too: by then nothing more comes from other blocks, nor are their
-             * copies of ours under way, and the block may end. */
-            for (int i = 0; i < loads + STAGES; i++) {
-                int stage = i % STAGES;
-                if (i >= STAGES) barrier_wait(stages.empty(stage), (i / STAGES - 1) & 1);
-                if (i >= loads) continue;
-                if (i >= STAGES) load_weights(i);
-                copy_box(stages.x(stage), x_map, i % steps * COLUMNS, first_token(first + i / steps * stride),
-                         stages.full(stage));
+            for (int tile = first; tile < tiles; tile += stride) {
+                int token = first_token(tile), row = first_row(tile);
+                for (int step = 0; step < steps; step++, i++) {
+                    int stage = i % STAGES;
+                    wait_until_read(i);
+                    if (i >= early) load_weights(stage, step, row);
+                    copy_box(stages.x(stage), x_map, step * COLUMNS, token, stages.full(stage));
+                }
             }
+            /* Until all has been read, by the cluster's other blocks too: then nothing comes from them any more, and
+             * this one may end. */
+            for (int last = i + STAGES; i < last; i++) wait_until_read(i);
         }
     } else {
         set_registers_up<232>();
