@@ -92,8 +92,10 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(3 *
             if (thread < CLUSTER) barrier_arrive_in(thread, stages.empty(i % STAGES));
         };
         int i = 0;
+        /* Without a first value, or with steps unrolled, some compilers make each product wait for the one before. */
+        float sum[WIDTH / 2] = {};
         for (int tile = first; tile < tiles; tile += stride) {
-            float sum[WIDTH / 2];
+#pragma unroll 1
             for (int step = 0; step < steps; step++, i++) {
                 int stage = i % STAGES;
                 barrier_wait(stages.full(stage), i / STAGES & 1);
@@ -130,6 +132,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(3 *
                             if (n * 8 + j < left) to[n * 8 + j] = sum[n * 4 + half * 2 + j];
                 }
             }
+            pin(sum);
         }
     }
 }

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from math import ceil
 
 from losart.errors import DeviceError
@@ -79,6 +80,7 @@ class Plan:
     boxes: tuple[int, ...] = ()
 
 
+@lru_cache(1024)  # it is asked for each product of each layer, which may take less time than a plan
 def product_plan(card: Card, tensor: bool, tokens: int, rows: int, inner: int) -> Plan:
     """A matrix product [tokens, inner] x [rows, inner]; `tensor`: of 16-bit values."""
     if not tensor or inner % 8:
