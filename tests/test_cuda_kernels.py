@@ -130,7 +130,8 @@ def assert_product_of_integers(backend, dtype, tokens, rows, inner):
     """A product whose sums every order of adding gives exactly."""
     rng = np.random.default_rng(tokens + rows + inner)
     x, weight = (rng.integers(-3, 4, shape).astype(np.float32) for shape in ((tokens, inner), (rows, inner)))
-    with backend.stream:
+    with backend.stream:  # whose freed memory is its own
+        poison()
         product = backend.linear(to_device(backend, x, dtype), to_device(backend, weight, dtype))
     np.testing.assert_array_equal(product_array(backend, product), x @ weight.T)
 
@@ -161,7 +162,6 @@ def test_every_way_to_cut_a_product(monkeypatch, dtype, processors, shape):
         pytest.skip("not a Hopper GPU")
     for _, plan in hopper_product_plans(backend.card, *shape[:2]):
         monkeypatch.setattr(losart.backends.cuda_dense, "product_plan", lambda *_, plan=plan: plan)
-        poison()
         assert_product_of_integers(backend, dtype, *shape)
 
 
