@@ -25,6 +25,7 @@ SPARSED = SHARED | {"attention": "sparsed", "budget": BUDGET}
 LOSA = SHARED | {"attention": "losa", "budget": BUDGET, "active": 5}
 ANCHOR = LOSA | {"selector": "anchor"}
 SPARSE_METHODS = (LOSA, QUEST, SPARSED, ANCHOR)
+FEW: Setting = {"block_length": 4, "denoising_steps": 2}  # two tokens a pass, as in blocks of 16
 
 BEYOND_THE_PAPER: tuple[Setting, ...] = (
     {"selector": "anchor"},
@@ -98,8 +99,20 @@ GROUPS = {
     ),
     "commit": Group(
         "Commit",
-        f"Budget {BUDGET}; the pass that writes a block's keys and values, dense and sparse.",
-        vary(SPARSE_METHODS, {}, {"commit": "sparse"}),
+        "The pass that writes a block's keys and values, dense and sparse. Blocks of 4 tokens, so that an "
+        "answer takes several and later ones need what was committed; LoSA with 2 active tokens.",
+        [
+            DENSE | FEW,
+            *vary(
+                [LOSA | {"active": 2}, QUEST, SPARSED, ANCHOR | {"active": 2}],
+                *(
+                    FEW | {"budget": budget} | commit
+                    for budget in (32, BUDGET)
+                    for commit in ({}, {"commit": "sparse"})
+                ),
+            ),
+        ],
+        ("chain-3", "chains-2"),
     ),
     "first": Group(
         "First pass",
@@ -134,11 +147,11 @@ def cell_key(task: str, length: int, setting: Mapping[str, Any]) -> str:
 
 def label(setting: Setting) -> str:
     """A setting in words, without what all have."""
-    steps = setting["denoising_steps"]
+    tokens = setting.get("block_length", BLOCK) // setting["denoising_steps"]
     words = [str(setting["attention"])]
     words += [f"{name} {value}" for name, value in setting.items() if name not in {*SHARED, "attention"}]
-    if steps != SHARED["denoising_steps"]:
-        words.append(f"tokens a pass {BLOCK // steps}")
+    if tokens != BLOCK // SHARED["denoising_steps"]:
+        words.append(f"tokens a pass {tokens}")
     return ", ".join(words)
 
 
