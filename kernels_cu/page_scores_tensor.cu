@@ -17,6 +17,59 @@
 #endif
 #define AT_ONCE (ROW_TILES < 4 ? ROW_TILES : 4)
 
+/* Row r's place among rows [tokens, heads] of q: of token tokens[r / group], null: r / group; -1 for a negative token,
+ * and beyond the last row. */
+__device__ __forceinline__ int query_row(const int *tokens, int row, int rows, int kv_head, int group, int heads)
+{
+    int token = row >= rows ? -1 : tokens ? tokens[row / group] : row / group;
+    return token < 0 ? -1 : token * heads + kv_head * group + row % group;
+}
+
+/* Rows first_row on as [CHUNKS][2 steps][ROW_TILES][lane]: pairs b0, b1, then their rests; zeros where there is no
+ * query. By 256 threads, each of which has many loads under way at once. */
+__device__ __forceinline__ void prepare_rows(uint4 *row_pieces, const float *q, const int *tokens, int first_row,
+                                             int rows, int kv_head, int group, int heads)
+{
+    constexpr int EACH = CHUNKS * 2 * ROW_TILES * WARP / 256, BATCH = EACH < 8 ? EACH : 8;
+    static_assert(EACH % BATCH == 0, "whole batches");
+    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    int places[(ROW_TILES + 3) / 4]; /* of rows lane, lane + 32 */
+#pragma unroll
+    for (int i = 0; i < (ROW_TILES + 3) / 4; i++)
+        places[i] = query_row(tokens, first_row + i * WARP + lane, rows, kv_head, group, heads);
+#pragma unroll 1
+    for (int first = 0; first < EACH; first += BATCH) {
+        float4 fours[BATCH];
+        bool there[BATCH];
+#pragma unroll
+        for (int i = 0; i < BATCH; i++) {
+            int piece = warp + (first + i) * 8, tile = piece % ROW_TILES, step = piece / ROW_TILES;
+            int channel = step / 2 * 32 + lane % 4 * 8 + step % 2 * 4;
+            int at = __shfl_sync(~0u, places[0], tile % 4 * 8 + lane / 4);
+            if (ROW_TILES > 4) {
+                int other = __shfl_sync(~0u, places[(ROW_TILES - 1) / 4], tile % 4 * 8 + lane / 4);
+                if (tile >= 4) at = other;
+            }
+            there[i] = at >= 0;
+            fours[i] = *(const float4 *)(q + (size_t)max(at, 0) * HEAD_DIM + channel % HEAD_DIM);
+        }
+#pragma unroll
+        for (int i = 0; i < BATCH; i++) {
+            int piece = warp + (first + i) * 8;
+            bool low = piece / ROW_TILES < CHUNKS; /* these channels meet the smallest keys */
+            float x[4] = {fours[i].x, fours[i].y, fours[i].z, fours[i].w}, rest[4];
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                x[j] = there[i] ? x[j] : 0.0f;
+                x[j] = low ? fminf(x[j], 0.0f) : fmaxf(x[j], 0.0f);
+                rest[j] = x[j] - widen(narrow(x[j]));
+            }
+            row_pieces[piece * WARP + lane] =
+                make_uint4(pack(x[0], x[1]), pack(x[2], x[3]), pack(rest[0], rest[1]), pack(rest[2], rest[3]));
+        }
+    }
+}
+
 /* In its place among the products: all at once they would not fit into registers. */
 __device__ __forceinline__ uint4 load_piece(unsigned shared)
 {
@@ -32,7 +85,7 @@ extern "C" __global__ void __launch_bounds__(256 BLOCKS)
     page_scores_tensor(const float *q, const int *tokens, int rows, int heads, BOUNDS_PARAMETERS, float *scores,
                        int stride, unsigned *marks, int words)
 {
-    extern __shared__ uint4 row_pieces[]; /* [CHUNKS][2 steps][ROW_TILES][lane]: pairs b0, b1, then their rests */
+    extern __shared__ uint4 row_pieces[];
     BoundsView bounds = BOUNDS_VIEW;
     int kv_head = blockIdx.x, group = heads / bounds.kv_heads, first_row = blockIdx.z * 8 * ROW_TILES;
     int pages = (*cache_length + page_size - 1) / page_size;
@@ -57,21 +110,7 @@ extern "C" __global__ void __launch_bounds__(256 BLOCKS)
     wait_for_previous();
     let_next_start();
     clear_marks(marks, words, kv_head);
-#pragma unroll 8
-    for (int i = threadIdx.x; i < CHUNKS * 2 * ROW_TILES * WARP; i += 256) {
-        int row = first_row + i / WARP % ROW_TILES * 8 + i % WARP / 4;
-        int token = row >= rows ? -1 : tokens ? tokens[row / group] : row / group;
-        int channel = i / (2 * ROW_TILES * WARP) * 32 + i % 4 * 8 + i / (ROW_TILES * WARP) % 2 * 4;
-        const float *from = q + ((size_t)max(token, 0) * heads + kv_head * group + row % group) * HEAD_DIM;
-        float4 four = *(const float4 *)(from + channel % HEAD_DIM);
-        float x[4] = {four.x, four.y, four.z, four.w}, rest[4];
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-            x[j] = token < 0 ? 0.0f : channel < HEAD_DIM ? fminf(x[j], 0.0f) : fmaxf(x[j], 0.0f);
-            rest[j] = x[j] - widen(narrow(x[j]));
-        }
-        row_pieces[i] = make_uint4(pack(x[0], x[1]), pack(x[2], x[3]), pack(rest[0], rest[1]), pack(rest[2], rest[3]));
-    }
+    prepare_rows(row_pieces, q, tokens, first_row, rows, kv_head, group, heads);
     __syncthreads();
     unsigned pieces = shared_address(row_pieces + lane);
     while (tile < tiles) {
