@@ -36,18 +36,17 @@ def new_backend(dtype, card=None, **shape):
 
     backend = CudaBackend(model_config(**shape), dtype)
     backend.card = replace(backend.card, **(card or {}))
-    poison()
+    poison(backend)
     return backend
 
 
-def poison():
-    """Leave NaN in the memory that the next arrays are made of."""
+def poison(backend):
+    """Leave NaN in the memory that the backend's next arrays are made of."""
     import cupy
 
-    blocks = [cupy.empty(size, np.uint8) for size in [32 << 20] * 4 + [1 << 16] * 32 + [1 << 10] * 64]
-    for block in blocks:
-        cupy.cuda.runtime.memset(block.data.ptr, 0xFF, block.nbytes)
-    cupy.cuda.Device().synchronize()
+    with backend.stream:  # CuPy keeps what a stream has freed for that stream
+        for block in [cupy.empty(size, np.uint8) for size in [32 << 20] * 4 + [1 << 16] * 32 + [1 << 10] * 64]:
+            block.data.memset_async(0xFF, block.nbytes, backend.stream)
 
 
 def to_device(backend, x, dtype="float32"):
@@ -130,8 +129,8 @@ def assert_product_of_integers(backend, dtype, tokens, rows, inner):
     """A product whose sums every order of adding gives exactly."""
     rng = np.random.default_rng(tokens + rows + inner)
     x, weight = (rng.integers(-3, 4, shape).astype(np.float32) for shape in ((tokens, inner), (rows, inner)))
-    with backend.stream:  # whose freed memory is its own
-        poison()
+    poison(backend)
+    with backend.stream:
         product = backend.linear(to_device(backend, x, dtype), to_device(backend, weight, dtype))
     np.testing.assert_array_equal(product_array(backend, product), x @ weight.T)
 
@@ -294,7 +293,7 @@ def test_prefix_and_block_attention(dtype, shape, tokens, length, page_size, car
     block_k, block_v = (rng.standard_normal((tokens, shape["kv_heads"], width), np.float32) for _ in range(2))
     cache = filled_cache(backend, k, v, page_size, random_pieces(rng, length))
     cache.reserve(length + tokens)
-    poison()
+    poison(backend)
     with backend.stream:
         backend._place(PassInputs(np.zeros(tokens, np.int64)), cache)
         prefix = backend.prefix_attention(to_device(backend, q), cache, 0)
@@ -337,7 +336,7 @@ def test_block_causal_attention(dtype, shape, block_length, blocks_before, block
     q = 2 * rng.standard_normal((tokens, heads, width), np.float32)
     cache = filled_cache(backend, k, v, 16, [n for n in (before, tokens) if n])
     cache.length = before
-    poison()
+    poison(backend)
     with backend.stream:
         backend._place(PassInputs(np.zeros(tokens, np.int64)), cache)
         o = backend.causal_attention(to_device(backend, q), cache, 0, block_length)

@@ -69,7 +69,7 @@ class Case:
         self.cpu_cache.write(0, self.k, self.v)
         self.cpu_cache.advance(length)
         self.place(np.zeros(0, np.int64))
-        poison()
+        poison(self.backend)
 
     def place(self, masked: np.ndarray) -> None:
         with self.backend.stream:
@@ -185,7 +185,7 @@ def test_attention_over_listed_pages(dtype, shape, tokens, length, page_size, ca
     with backend.stream:
         q = case.device(case.q)
         pages = backend.select_pages(q, case.device(places), case.cache, 0, count)
-        poison()
+        poison(case.backend)
         into = case.device(o), case.device(lse)
         later = tuple(case.device(x) for x in (o, lse))
         at_once, refreshed = (
