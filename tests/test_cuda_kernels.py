@@ -44,8 +44,9 @@ def poison(backend):
     """Leave NaN in the memory that the backend's next arrays are made of."""
     import cupy
 
+    sizes = [32 << 20] * 4 + [1 << 16] * 32 + [1 << 10] * 64
     with backend.stream:  # CuPy keeps what a stream has freed for that stream
-        for block in [cupy.empty(size, np.uint8) for size in [32 << 20] * 4 + [1 << 16] * 32 + [1 << 10] * 64]:
+        for block in [cupy.empty(size, np.uint8) for size in sizes]:
             block.data.memset_async(0xFF, block.nbytes, backend.stream)
 
 
