@@ -18,8 +18,9 @@ PANEL = 128  # product.cuh
 COLUMNS = 64  # of weights that linear*.cu take at a time
 TILE_TOKENS = 128  # linear_tiles.cu, linear_hopper.cu
 TILE_WIDTHS = (256, 192, 128, 64)  # rows of a tile; linear_hopper.cu
-# Of a processor of capability 9.0: bytes that it gets of the L2 cache in a clock when all ask (on an H100 no tile
-# was seen to wait for so many) and when few do; clocks of a wgmma for a row of a tile and a step of 64 columns.
+# Of a processor of capability 9.0: bytes that it gets of the L2 cache in a clock when all ask (on an H100 no
+# tile was seen to wait for so many) and when few do; clocks of a wgmma for a row of a tile and a step of
+# 64 columns.
 L2_BYTES, MOST_L2_BYTES, CLOCKS_PER_ROW = 48, 64, 4
 LEAST_SHARE = 16  # units of linear_tensor.cu, where that leaves each processor a block: sums cost too
 TENSOR_HEAD_DIMS = (64, 128)
