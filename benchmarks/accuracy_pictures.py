@@ -64,6 +64,9 @@ def draw_accuracy(
             densities = [100 * cell["sparse_density"] for cell in points]
             axes.errorbar(densities, middle, bars, marker="o", markersize=3, capsize=2, label=method)
         axes.set(title=task, xlabel="density, %", ylabel="right, %", ylim=(-3, 103))
+        if sparse and all(cell["sparse_density"] for cell in sparse):  # it can be 0
+            axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")  # 10, not a power of ten
         axes.legend(fontsize=7)
     return figure
 
