@@ -97,7 +97,7 @@ class Model:
             Default: the checkpoint's.
         attention : str, default "dense"
             How denoising passes read the prefix: "dense", "losa", "quest" or "sparsed".
-        budget : int, default 512
+        budget : int, default 256
             Prefix positions that each query selects.
         active : int or float, default 5
             losa: recomputed tokens of a block, a count or a fraction; 0 reuses all results.

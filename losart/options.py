@@ -66,7 +66,7 @@ class AttentionConfig:
     """
 
     method: str = "dense"
-    budget: int = 512
+    budget: int = 256
     active: int | float = 5
     selector: str = "quest"
     drift: str = "previous"

@@ -50,7 +50,7 @@ def add_generation(command: argparse.ArgumentParser) -> None:
     group.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; repeatable")
     group = command.add_argument_group("attention", argument_default=argparse.SUPPRESS)
     group.add_argument("--attention", choices=POLICIES, help="how passes read the prefix (dense)")
-    group.add_argument("--budget", type=int, metavar="N", help="prefix positions that a query selects (512)")
+    group.add_argument("--budget", type=int, metavar="N", help="prefix positions that a query selects (256)")
     group.add_argument(
         "--active",
         type=active,

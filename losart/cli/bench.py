@@ -48,7 +48,7 @@ def add_command(commands: Any) -> None:
     )
     command.add_argument("--attention", type=listed(str), metavar="LIST", help="(all that the device has)")
     command.add_argument(
-        "--budget", type=positive, default=512, metavar="N", help="positions that a query selects (512)"
+        "--budget", type=positive, default=256, metavar="N", help="positions that a query selects (256)"
     )
     command.add_argument("--block-length", type=positive, metavar="N", help="(the checkpoint's, else 16)")
     command.add_argument("--repeats", type=positive, default=3, metavar="N", help="blocks of each (3)")
