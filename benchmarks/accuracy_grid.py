@@ -100,7 +100,7 @@ GROUPS = {
     "commit": Group(
         "Commit",
         "The pass that writes a block's keys and values, dense and sparse. Blocks of 4 tokens, so that an "
-        "answer takes several and later ones need what was committed; LoSA with 2 active tokens.",
+        "answer takes several and later hops begin from what was committed; LoSA with 2 active tokens.",
         [
             DENSE | FEW,
             *vary(

@@ -77,7 +77,7 @@ def model_config(size: str, **changes: Any) -> ModelConfig:
 
 def filled_cache(backend: CudaBackend, prefix: int, room: int = 0) -> Any:
     """A cache full of noise."""
-    cache = backend.new_cache(16)
+    cache = backend.new_cache(16, prefix + room)
     cache.reserve(prefix + room)
     with backend.stream:
         for kv, _ in cache.table.chunks:
@@ -90,7 +90,7 @@ def written_cache(
     backend: CudaBackend, prefix: int, room: int, draw: Callable[[int, int, int], tuple[Any, Any]]
 ) -> Any:
     """A cache with keys, values and page bounds: `draw` of layer, start and count gives keys and values."""
-    cache = backend.new_cache(16)
+    cache = backend.new_cache(16, prefix + room)
     cache.reserve(prefix + room)
     layers = range(backend.config.num_layers)
     for start in range(0, prefix, PIECE):

@@ -8,8 +8,9 @@
  * cores from waiting for the L2 cache. A stage is written again when the warpgroups of all blocks have read it.
  *
  * Compiled with WIDTH (64, 128, 192 or 256), CLUSTER (1 or 2) and STAGES. Grid: blocks, a multiple of CLUSTER,
- * at most one a processor, none without a tile; 384 threads. A cluster takes every (grid / CLUSTER)-th tile, tokens first: those at
- * work at a time share weights, and x stays in the L2 cache. Must do 2 * tokens * rows * inner operations. */
+ * at most one a processor, none without a tile; 384 threads. A cluster takes every (grid / CLUSTER)-th tile, tokens
+ * first: those at work at a time share weights, and x stays in the L2 cache. Must do 2 * tokens * rows * inner
+ * operations. */
 #define GROUP 128 /* threads of a warpgroup */
 #define TOKENS 128
 #define COLUMNS 64
@@ -103,8 +104,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(3 *
                 wgmma_fence();
 #pragma unroll
                 for (int k = 0; k < COLUMNS / 16; k++)
-                    wgmma(sum, descriptor(xs + k * 32, 8 * ROW_BYTES, 0), descriptor(weights + k * 32, 8 * ROW_BYTES, 0),
-                          step == 0 && k == 0);
+                    wgmma(sum, descriptor(xs + k * 32, 8 * ROW_BYTES, 0),
+                          descriptor(weights + k * 32, 8 * ROW_BYTES, 0), step == 0 && k == 0);
                 wgmma_commit();
                 /* The tensor cores have the next step to do while the one before it is given back. */
                 wgmma_wait<1>();
@@ -123,7 +124,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(3 *
                 if (rows % 2 == 0) {
 #pragma unroll
                     for (int n = 0; n < WIDTH / 8; n++)
-                        if (n * 8 < left) *(float2 *)(to + n * 8) = make_float2(sum[n * 4 + half * 2], sum[n * 4 + half * 2 + 1]);
+                        if (n * 8 < left)
+                            *(float2 *)(to + n * 8) = make_float2(sum[n * 4 + half * 2], sum[n * 4 + half * 2 + 1]);
                 } else {
 #pragma unroll
                     for (int n = 0; n < WIDTH / 8; n++)

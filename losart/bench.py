@@ -87,7 +87,7 @@ class NoiseBlocks:
         self.transformer = model._transformer
         self.config = generation_config(model.config, {"block_length": block_length})
         self.block_length = block_length
-        self.cache = self.transformer.backend.new_cache(PAGE_UNIT)
+        self.cache = self.transformer.backend.new_cache(PAGE_UNIT, prefix + block_length)
         self._rng = np.random.default_rng(0)
         self._ids = self._random_ids(block_length)
         step = math.lcm(PAGE_UNIT, block_length)

@@ -107,7 +107,7 @@ class Session:
         )
         policy = make_policy(options.attention, model, options.block_length)
         if self._cache is None:
-            expected = len(ids) + options.max_new_tokens
+            expected = min(len(ids) + options.max_new_tokens, model.max_positions)
             self._cache = self._transformer.backend.new_cache(options.attention.page_size, expected)
         decoder = BlockDecoder(self._transformer, options, policy, self._cache, output, observer)
         self._decoder = decoder

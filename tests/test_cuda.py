@@ -191,6 +191,23 @@ def test_a_generation_that_does_not_fit_leaves_the_model_usable(make_checkpoint,
         pool.set_limit(0)
 
 
+def test_memory_that_another_pool_has_cached_is_no_missing_memory(tiny_checkpoint):
+    import cupy
+
+    model = losart.load(tiny_checkpoint, device="cuda")
+    expected = model.generate(PROMPT[:16], max_new_tokens=4, stop_token_ids=[]).token_ids
+    all_there_is, size = [], 1 << 30
+    while size >= 1 << 20:
+        try:
+            all_there_is.append(cupy.empty(size, np.uint8))
+        except cupy.cuda.memory.OutOfMemoryError:
+            size //= 2
+    all_there_is.clear()  # which leaves it with the default pool
+    for length in (16, 611):
+        tokens = model.generate(PROMPT[:length], max_new_tokens=4, stop_token_ids=[]).token_ids
+        assert length == 611 or tokens == expected
+
+
 HOST_MEMORY_WHILE_LOADING = """
 import sys
 import threading

@@ -16,6 +16,7 @@ from losart.backends.base import PassInputs
 from losart.backends.cpu import narrow, widen
 from losart.backends.cuda_plans import hopper_product_plans
 from losart.options import generation_config
+from losart.rope import inverse_frequencies
 from losart.sampling import propose
 
 pytestmark = pytest.mark.gpu
@@ -217,7 +218,8 @@ def test_heads(tokens, kv_heads, group, width, length):
             split_product(backend, x, rng), *(to_device(backend, g) for g in gains), cache
         )
     q, k, v = np.split(x.astype(np.float64).reshape(tokens, -1, width), [heads, heads + kv_heads], axis=1)
-    angles = np.arange(length, length + tokens)[:, None, None] * (np.pi * backend._frequencies.get())
+    frequencies, _ = inverse_frequencies(backend.config.rope, width)
+    angles = np.arange(length, length + tokens)[:, None, None] * frequencies
     for array, values, gain in zip(on_host(backend, *found), (q, k, v), (*gains, None), strict=True):
         if gain is not None:
             values = values / np.sqrt((values**2).mean(axis=2, keepdims=True) + 1e-6) * gain

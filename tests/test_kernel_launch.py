@@ -60,7 +60,7 @@ class Driver:
     def cuTensorMapEncodeTiled(self, made: Any, *told: Any) -> int:
         # As the driver, which takes no other places for its maps.
         assert ctypes.addressof(made._obj) % 64 == 0 and ctypes.sizeof(made._obj) == 128
-        made._obj.opaque[15] = 42
+        made._obj.opaque[0] = 42  # within the bytes of a parameter that are looked at
         self.maps.append(told)
         return self.status
 

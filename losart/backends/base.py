@@ -189,8 +189,8 @@ class SparseBackend(Backend, Protocol):
         """Attention of some tokens (None: all) over listed pages.
 
         With `into`, the tokens' rows of o and log-sum-exp are written there, and the others stay as
-        they are, at the latest by the `block_attention` that is given the result; without, there must be
-        all tokens.
+        they are; it may be the `block_attention` that is given the result which writes them, so that the
+        result must not be dropped. Without, there must be all tokens.
         """
 
     def select_active(

@@ -81,8 +81,8 @@ class DenseCudaBackend:
         self.stream = cupy.cuda.Stream(non_blocking=True)
         # What passes allocate from, and captured graphs hold addresses of.
         self._pool = cupy.cuda.MemoryPool(self._allocate)
-        # What pieces of a prompt allocate from: much, which a pass gives back.
-        self._prefill_pool = cupy.cuda.MemoryPool()
+        # What pieces of a prompt allocate from: much, which the next pass or chunk of a cache gives back.
+        self._prefill_pool = cupy.cuda.MemoryPool(_from_driver)
         self._loader = WeightLoader(dtype, self.stream)
         # None where one has been run once: it is captured when it comes again.
         self._passes: OrderedDict[Hashable, CapturedPass | None] = OrderedDict()
@@ -141,13 +141,8 @@ class DenseCudaBackend:
         When there is none, CuPy frees the pool's free blocks, and captured graphs work in those: first
         the cached blocks of all else go, and then the graphs.
         """
-        memory = cupy.cuda.memory
         try:
-            return memory.MemoryPointer(memory.Memory(size), 0)
-        except cupy.cuda.runtime.CUDARuntimeError:
-            cupy.get_default_memory_pool().free_all_blocks()
-        try:
-            return memory.MemoryPointer(memory.Memory(size), 0)
+            return _from_driver(size)
         except cupy.cuda.runtime.CUDARuntimeError:
             self._passes.clear()
             raise
@@ -386,6 +381,16 @@ class DenseCudaBackend:
             *(temperature, config.top_k, c_double(config.top_p), *results),
         )
         return results
+
+
+def _from_driver(size: int) -> Any:
+    """Memory for a pool; if need be of what the default one has cached, such as chunks of past caches."""
+    memory = cupy.cuda.memory
+    try:
+        return memory.MemoryPointer(memory.Memory(size), 0)
+    except cupy.cuda.runtime.CUDARuntimeError:
+        cupy.get_default_memory_pool().free_all_blocks()
+    return memory.MemoryPointer(memory.Memory(size), 0)
 
 
 def _card(device: Any) -> Card:

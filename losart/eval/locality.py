@@ -157,7 +157,8 @@ def measure_locality(
                 output = Output(options.max_new_tokens, options.stop_token_ids)
                 # Not Model.generate, which makes its policy itself.
                 transformer = model._transformer
-                cache = transformer.backend.new_cache(options.attention.page_size)
+                expected = len(ids) + options.max_new_tokens
+                cache = transformer.backend.new_cache(options.attention.page_size, expected)
                 for _ in BlockDecoder(transformer, options, policy, cache, output).run(ids):
                     pass
                 for layer, more in zip(rows, policy.rows, strict=True):
