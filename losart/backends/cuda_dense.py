@@ -235,7 +235,7 @@ class DenseCudaBackend:
             if values is not None:
                 return Product(values[None], bias)
         values = cupy.empty((plan.parts, tokens, rows), np.float32)
-        operands = (x, matrix)
+        operands: tuple[Any, ...] = (x, matrix)
         if plan.boxes:
             maps = zip(operands, plan.boxes, strict=True)
             operands = tuple(tensor_map(array.data.ptr, *array.shape, box) for array, box in maps)
