@@ -299,6 +299,7 @@ def digest() -> str:
         kernels.bound_scores(cache.table, 0, q, np.arange(16, dtype=np.int32), case.prefix),
         pages.ids,
         backend.linear(weight[:16].copy(), (weight,)),
+        backend.linear(weight[:4].copy(), (np.vstack([weight, weight]),)),
     ]
     long = Case(tokens=400, kv_heads=2, group=4, width=64)
     o, _ = unwritten(long)

@@ -1,10 +1,53 @@
-"""What the CPU backend asks of the machine's threads."""
+"""Products of the CPU backend, and what they ask of the machine's threads."""
 
+import itertools
 import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+from kv import held, model_config
+
+from losart.backends.cpu import CpuBackend, narrow
+
+
+def largest_error() -> float:
+    """Of products of few and of many tokens, in units of what rounding may cost."""
+    rng, worst = np.random.default_rng(0), 0.0
+    for dtype in ("float32", "bfloat16", "float16"):
+        backend = CpuBackend(model_config(1, 1, 16), dtype)
+        for rows, inner in ((1, 1), (5, 15), (49, 16), (97, 100), (130, 264)):
+            weight = rng.standard_normal((rows, inner), np.float32)
+            matrix = (narrow(weight, dtype), narrow(weight[: rows // 2], dtype))
+            exact = np.concatenate([held(weight, dtype), held(weight[: rows // 2], dtype)]).astype(np.float64)
+            for tokens in (*range(1, 10), 16, 17, 40):
+                x = rng.standard_normal((tokens, inner), np.float32)
+                scale = np.abs(x.astype(np.float64)) @ np.abs(exact).T
+                error = np.abs(backend.linear(x, matrix) - x.astype(np.float64) @ exact.T) / scale
+                worst = max(worst, error.max() / (inner * 2.0**-24))
+    return worst
+
+
+@pytest.mark.parametrize("level", ["0", "1", "2"])  # kinds of vectors
+def test_products_are_those_of_float64(level):
+    script = "import test_cpu_backend as t; print(t.largest_error())"
+    environment = os.environ | {"LOSART_SIMD": level, "PYTHONPATH": os.path.dirname(__file__)}
+    command = [sys.executable, "-c", script]
+    result = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    assert float(result.stdout) <= 1
+
+
+def test_a_token_s_product_does_not_depend_on_how_many_there_are():
+    rng = np.random.default_rng(1)
+    backend = CpuBackend(model_config(1, 1, 16), "bfloat16")
+    x, weight = rng.standard_normal((8, 300), np.float32), rng.standard_normal((70, 300), np.float32)
+    matrix = (narrow(weight, "bfloat16"),)
+    for first, last in itertools.combinations(range(9), 2):
+        np.testing.assert_array_equal(
+            backend.linear(x[first:last], matrix), backend.linear(x, matrix)[first:last]
+        )
+
 
 MULTIPLY = """
 import os

@@ -16,12 +16,17 @@ model = losart.load(sys.argv[1])
 prompt = np.random.default_rng(0).integers(0, 300, 700).tolist()
 tokens = [
     model.generate(
-        prompt, max_new_tokens=24, block_length=16, remasking="sequential", stop_token_ids=[], **options
+        prompt,
+        **{"block_length": 16, **options},
+        max_new_tokens=24,
+        remasking="sequential",
+        stop_token_ids=[],
     ).token_ids
     for options in (
         {"attention": "dense"},
         {"attention": "losa", "budget": 64, "active": 3},
         {"attention": "sparsed", "budget": 128},
+        {"block_length": 4},
     )
 ]
 print(tokens)

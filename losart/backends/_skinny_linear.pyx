@@ -4,9 +4,10 @@ Not BLAS, because NumPy's brings its own threads: they go on spinning after each
 cores that the attention kernels' OpenMP threads want next, and a pass took more than twice as
 long. It also reads 16-bit weights as they are.
 
-Sixteen tokens are the lanes of slab_scores (simd.h): the activations are laid out [in, 16], as if
-they were a slab of keys, and rows of weights take the place of queries. The product must read
-N * K weights; 16 tokens share each.
+Up to FEW tokens each have a sum for a row of weights, whose inputs are the lanes (row_products, simd.h).
+More are the lanes themselves, sixteen of them: the activations are laid out [in, 16] for slab_scores, as
+if they were a slab of keys, and rows of weights take the place of queries. The product must read N * K
+weights; all tokens, or 16 of them, share each.
 """
 
 import numpy as np
@@ -15,12 +16,15 @@ from cython.parallel cimport prange
 from libc.stdint cimport uint16_t
 from libc.stdlib cimport free, malloc
 
-from losart.backends.simd cimport slab_scores, widen_bfloat16, widen_float16
+from losart.backends.simd cimport (
+    row_products, row_products_bfloat16, slab_scores, widen_bfloat16, widen_float16
+)
 
 cdef enum:
     LANES = 16
     ROWS = 6             # weights' rows that slab_scores takes at a time
     PANEL = 48           # weights' rows of a work item
+    FEW = 8              # tokens that row_products takes
     WORTH_THREADS = 1 << 20   # multiply-adds
 
 cdef enum:
@@ -64,21 +68,46 @@ cdef int multiply_panel(const char *weight, int width, Py_ssize_t rows, Py_ssize
     return 0
 
 
-def to_slabs(const float[:, ::1] x):
-    """Activations [tokens, in] as slabs [ceil(tokens / 16), in, 16], padded with zeros."""
-    tokens, inner = x.shape[0], x.shape[1]
+cdef int multiply_few(const char *weight, int width, Py_ssize_t rows, Py_ssize_t inner, const float *x,
+                      Py_ssize_t tokens, float *out, Py_ssize_t out_stride) noexcept nogil:
+    # As multiply_panel, of x [tokens, inner] with FEW tokens at most.
+    cdef Py_ssize_t row
+    cdef float *scratch
+    if width == FLOAT32:
+        row_products(<const float *>weight, rows, inner, x, tokens, out, out_stride)
+    elif width == BFLOAT16:
+        row_products_bfloat16(<const uint16_t *>weight, rows, inner, x, tokens, out, out_stride)
+    else:
+        scratch = <float *>malloc(sizeof(float) * inner)
+        if scratch == NULL:
+            return 1
+        for row in range(rows):
+            widen_float16(<const uint16_t *>weight + row * inner, scratch, inner)
+            row_products(scratch, 1, inner, x, tokens, out + row, out_stride)
+        free(scratch)
+    return 0
+
+
+def prepared(x):
+    """Activations [tokens, in] as `multiply` takes them.
+
+    FEW tokens as they are, more as slabs [ceil(tokens / 16), in, 16], padded with zeros.
+    """
+    tokens, inner = x.shape
+    if tokens <= FEW:
+        return np.ascontiguousarray(x)[None]
     padded = np.zeros((-(-tokens // LANES) * LANES, inner), np.float32)
     padded[:tokens] = x
     return np.ascontiguousarray(padded.reshape(-1, LANES, inner).transpose(0, 2, 1))
 
 
-def multiply(const float[:, :, ::1] slabs, weight, float[:, ::1] out, Py_ssize_t column):
+def multiply(const float[:, :, ::1] x, weight, float[:, ::1] out, Py_ssize_t column):
     """Product of activations and a weight matrix.
 
     Parameters
     ----------
-    slabs : float32 [ceil(tokens / 16), in, 16]
-        From `to_slabs`.
+    x : float32
+        From `prepared`.
     weight : float32, uint16 (the bits of bfloat16) or float16 [rows, in]
     out : float32 [tokens, any]
         Columns column, ..., column + rows - 1 are written.
@@ -87,7 +116,12 @@ def multiply(const float[:, :, ::1] slabs, weight, float[:, ::1] out, Py_ssize_t
     cdef Py_ssize_t rows = weight.shape[0], inner = weight.shape[1], tokens = out.shape[0], item, failed = 0
     cdef int width = WIDTHS[weight.dtype.name]
     cdef Py_ssize_t itemsize = weight.dtype.itemsize
-    if slabs.shape[1] != inner or slabs.shape[0] != (tokens + LANES - 1) // LANES:
+    cdef bint few = tokens <= FEW
+    if few:
+        fits = x.shape[0] == 1 and x.shape[1] == tokens and x.shape[2] == inner
+    else:
+        fits = x.shape[0] == (tokens + LANES - 1) // LANES and x.shape[1] == inner
+    if not fits:
         raise ValueError(f"activations for {inner} inputs and {tokens} tokens were expected")
     if column < 0 or column + rows > out.shape[1] or not weight.flags.c_contiguous:
         raise ValueError("the product does not fit into out, or the weight is not contiguous")
@@ -95,9 +129,14 @@ def multiply(const float[:, :, ::1] slabs, weight, float[:, ::1] out, Py_ssize_t
         return
     cdef const unsigned char[::1] weight_bytes = weight.reshape(-1).view(np.uint8)
     cdef const char *source = <const char *>&weight_bytes[0]
-    for item in prange((rows + PANEL - 1) // PANEL, nogil=True, schedule="static",
-                       use_threads_if=rows * inner * LANES * slabs.shape[0] > WORTH_THREADS):
-        failed += multiply_panel(source + item * PANEL * inner * itemsize, width, min(PANEL, rows - item * PANEL),
-                                 inner, &slabs[0, 0, 0], tokens, &out[0, column + item * PANEL], out.shape[1])
+    cdef Py_ssize_t items = (rows + PANEL - 1) // PANEL
+    cdef bint threads = rows * inner * (tokens if few else LANES * x.shape[0]) > WORTH_THREADS
+    for item in prange(items, nogil=True, schedule="static", use_threads_if=threads):
+        if few:
+            failed += multiply_few(source + item * PANEL * inner * itemsize, width, min(PANEL, rows - item * PANEL),
+                                   inner, &x[0, 0, 0], tokens, &out[0, column + item * PANEL], out.shape[1])
+        else:
+            failed += multiply_panel(source + item * PANEL * inner * itemsize, width, min(PANEL, rows - item * PANEL),
+                                     inner, &x[0, 0, 0], tokens, &out[0, column + item * PANEL], out.shape[1])
     if failed:
         raise MemoryError

@@ -128,11 +128,11 @@ class CpuBackend:
         self, x: np.ndarray, matrix: tuple[np.ndarray, ...], bias: np.ndarray | None = None
     ) -> np.ndarray:
         y = np.empty((len(x), sum(len(weight) for weight in matrix)), np.float32)
-        slabs = skinny_linear.to_slabs(x) if len(x) <= SKINNY_ROWS else None
+        prepared = skinny_linear.prepared(x) if len(x) <= SKINNY_ROWS else None
         column = 0
         for weight in matrix:
-            if slabs is not None:
-                skinny_linear.multiply(slabs, weight, y, column)
+            if prepared is not None:
+                skinny_linear.multiply(prepared, weight, y, column)
             else:
                 _blas_multiply(x, weight, y[:, column : column + len(weight)])
             column += len(weight)

@@ -18,21 +18,34 @@
 #define LOSART_INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
 
+typedef float quad __attribute__((vector_size(16), aligned(4), may_alias));
+
+LOSART_INLINE float bfloat16_value(uint16_t held)
+{
+    uint32_t bits = (uint32_t)held << 16;
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
 #if defined(__x86_64__)
 #define SIMD_WIDTH 16
 #define SIMD_ROWS 6
+#define SIMD_DOTS 16
 #define SIMD_TARGET __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma")))
 #define SIMD(name) name##_avx512
 #include "simd_body.h"
 
 #define SIMD_WIDTH 8
 #define SIMD_ROWS 6
+#define SIMD_DOTS 8
 #define SIMD_TARGET __attribute__((target("avx2,fma")))
 #define SIMD(name) name##_avx2
 #include "simd_body.h"
 #endif
 
 #define SIMD_WIDTH 4
+#define SIMD_DOTS 8
 #ifdef __aarch64__ /* twice the registers of SSE */
 #define SIMD_ROWS 6
 #else
@@ -79,6 +92,20 @@ LOSART_INLINE void slab_scores(const float *q, long rows, long dim, const float 
                                long s_stride)
 {
     CHOOSE(slab_scores, q, rows, dim, k, s, s_stride)
+}
+
+/* y[t][r] = w[r][:] . x[t][:]: w [rows][dim], x [tokens][dim], 8 tokens at most; y's rows y_stride floats apart. */
+LOSART_INLINE void row_products(const float *w, long rows, long dim, const float *x, long tokens, float *y,
+                                long y_stride)
+{
+    CHOOSE(row_products, w, rows, dim, x, tokens, y, y_stride)
+}
+
+/* The same with weights that are the bits of bfloat16. */
+LOSART_INLINE void row_products_bfloat16(const uint16_t *w, long rows, long dim, const float *x, long tokens,
+                                         float *y, long y_stride)
+{
+    CHOOSE(row_products_bfloat16, w, rows, dim, x, tokens, y, y_stride)
 }
 
 /* o += p v: p rows p_stride floats apart, v pointers to `slabs` slabs, o [rows][dim]; dim a

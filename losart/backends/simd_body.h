@@ -2,6 +2,7 @@
  *
  *   SIMD_WIDTH     float lanes of a vector: 16, 8 or 4
  *   SIMD_ROWS      rows that are computed together: as many as the registers hold sums of
+ *   SIMD_DOTS      sums of row_products that the registers hold
  *   SIMD_TARGET    attribute that lets the compiler use these vectors
  *   SIMD(name)     name with the kind's suffix
  *
@@ -9,10 +10,14 @@
  */
 #define vec SIMD(vec)
 #define ivec SIMD(ivec)
+#define uvec SIMD(uvec)
+#define hvec SIMD(hvec)
 #define PARTS (SLAB / SIMD_WIDTH) /* vectors of a slab */
 
 typedef float vec __attribute__((vector_size(4 * SIMD_WIDTH), aligned(4), may_alias));
 typedef int32_t ivec __attribute__((vector_size(4 * SIMD_WIDTH)));
+typedef uint32_t uvec __attribute__((vector_size(4 * SIMD_WIDTH)));
+typedef uint16_t hvec __attribute__((vector_size(2 * SIMD_WIDTH), aligned(2), may_alias));
 
 /* ---- scores: s[r][0..15] = sum over d of q[r][d] * k[d][0..15] --------------------------------- */
 
@@ -88,6 +93,72 @@ SIMD_TARGET static void SIMD(slabs_accumulate)(const float *p, long p_stride, lo
     }
 }
 
+SIMD_TARGET LOSART_INLINE float SIMD(horizontal_sum)(vec x)
+{
+    float lane[SIMD_WIDTH];
+    memcpy(lane, &x, sizeof lane);
+    quad sum = *(const quad *)lane;
+    for (int j = 4; j < SIMD_WIDTH; j += 4) sum += *(const quad *)(lane + j);
+    return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+}
+
+/* ---- products of few tokens: y[t][r] = sum over d of w[r][d] * x[t][d] --------------------------- */
+
+/* A row of weights is read once for all tokens, its own channels being the lanes. The next rows are asked for
+ * ahead: rows are too short for the machine to see by itself that all of them are read. */
+#define WIDE(p) (*(const vec *)(p))
+#define WIDENED(p) ((vec)(__builtin_convertvector(*(const hvec *)(p), uvec) << 16))
+
+#define DOTS(TOKENS, ROWS, HELD, LOAD, ONE)                                                       \
+    for (; rows >= ROWS; rows -= ROWS, w += ROWS * dim, y += ROWS) {                              \
+        vec sum[ROWS][TOKENS];                                                                    \
+        UNROLL for (int r = 0; r < ROWS; r++)                                                     \
+            UNROLL for (int t = 0; t < TOKENS; t++) sum[r][t] = (vec){0};                         \
+        long d = 0;                                                                               \
+        for (; d + SIMD_WIDTH <= dim; d += SIMD_WIDTH) {                                          \
+            vec weight[ROWS];                                                                     \
+            UNROLL for (int r = 0; r < ROWS; r++) {                                               \
+                weight[r] = LOAD(w + r * dim + d);                                                \
+                __builtin_prefetch(w + (ROWS + r) * dim + d);                                     \
+            }                                                                                     \
+            UNROLL for (int t = 0; t < TOKENS; t++) {                                             \
+                vec there = *(const vec *)(x + t * dim + d);                                      \
+                UNROLL for (int r = 0; r < ROWS; r++) sum[r][t] += weight[r] * there;             \
+            }                                                                                     \
+        }                                                                                         \
+        UNROLL for (int r = 0; r < ROWS; r++)                                                     \
+            UNROLL for (int t = 0; t < TOKENS; t++) {                                             \
+                float total = SIMD(horizontal_sum)(sum[r][t]);                                    \
+                for (long e = d; e < dim; e++) total += ONE(w[r * dim + e]) * x[t * dim + e];     \
+                y[t * y_stride + r] = total;                                                      \
+            }                                                                                     \
+    }
+
+#define FEW_TOKENS(TOKENS, HELD, LOAD, ONE)                                                       \
+    case TOKENS:                                                                                  \
+        DOTS(TOKENS, (SIMD_DOTS / TOKENS < 4 ? SIMD_DOTS / TOKENS : 4), HELD, LOAD, ONE)          \
+        DOTS(TOKENS, 1, HELD, LOAD, ONE)                                                          \
+        break;
+
+#define ROW_PRODUCTS(name, HELD, LOAD, ONE)                                                       \
+    SIMD_TARGET static void SIMD(name)(const HELD *w, long rows, long dim, const float *x,        \
+                                       long tokens, float *y, long y_stride)                      \
+    {                                                                                             \
+        switch (tokens) {                                                                         \
+            FEW_TOKENS(1, HELD, LOAD, ONE)                                                        \
+            FEW_TOKENS(2, HELD, LOAD, ONE)                                                        \
+            FEW_TOKENS(3, HELD, LOAD, ONE)                                                        \
+            FEW_TOKENS(4, HELD, LOAD, ONE)                                                        \
+            FEW_TOKENS(5, HELD, LOAD, ONE)                                                        \
+            FEW_TOKENS(6, HELD, LOAD, ONE)                                                        \
+            FEW_TOKENS(7, HELD, LOAD, ONE)                                                        \
+            FEW_TOKENS(8, HELD, LOAD, ONE)                                                        \
+        }                                                                                         \
+    }
+
+ROW_PRODUCTS(row_products, float, WIDE, )
+ROW_PRODUCTS(row_products_bfloat16, uint16_t, WIDENED, bfloat16_value)
+
 /* ---- online softmax ----------------------------------------------------------------------------- */
 
 /* e^x for x <= 0 to 2 units in the last place, 0 below -87 (-inf included), NaN for NaN. */
@@ -108,15 +179,6 @@ SIMD_TARGET LOSART_INLINE vec SIMD(exp_negative)(vec x)
     y = y * r * r + r + 1.0f;
     ivec power = (((ivec)shifted - 0x4B400000) + 127) << 23;
     return (vec)((ivec)(y * (vec)power) & alive);
-}
-
-SIMD_TARGET LOSART_INLINE float SIMD(horizontal_sum)(vec x)
-{
-    float lane[SIMD_WIDTH];
-    memcpy(lane, &x, sizeof lane);
-    for (int half = SIMD_WIDTH / 2; half; half /= 2)
-        for (int j = 0; j < half; j++) lane[j] += lane[j + half];
-    return lane[0];
 }
 
 SIMD_TARGET static float SIMD(softmax_step)(float *s, long slabs, float *top, float *total,
@@ -188,10 +250,18 @@ SIMD_TARGET static void SIMD(widen_float16)(const uint16_t *from, float *to, lon
 
 #undef vec
 #undef ivec
+#undef uvec
+#undef hvec
 #undef PARTS
 #undef SCORES
 #undef ACCUMULATE
+#undef WIDE
+#undef WIDENED
+#undef DOTS
+#undef FEW_TOKENS
+#undef ROW_PRODUCTS
 #undef SIMD_WIDTH
 #undef SIMD_ROWS
+#undef SIMD_DOTS
 #undef SIMD_TARGET
 #undef SIMD
