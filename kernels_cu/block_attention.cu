@@ -5,39 +5,56 @@
  * [fresh_count], negative ones of none (null: all tokens): their merged results are written there, and those of the
  * other tokens are read there.
  *
- * q [tokens, heads, head_dim]; o alike, narrowed for the product that follows. q, k and v are read before
- * the wait: the previous kernel is prefix attention or what follows it, which has waited for them. Grid:
- * (tokens, heads), a thread a channel, `tokens` floats of dynamic shared memory. A row by itself is little
- * work: what matters is that many are under way. Moves the parts in, and each kv head's keys and values once
- * a row, from the cache of the device. */
-extern "C" __global__ void block_attention(const float *q, const float *k, const float *v, PARTS_PARAMETERS,
-                                           const int *fresh, int fresh_count, float *kept_o, float *kept_lse,
-                                           Held *o, int tokens, int kv_heads, int head_dim)
-{
-    extern __shared__ float scores[];
-    int heads = gridDim.y, kv_head = blockIdx.y / (heads / kv_heads), lane = threadIdx.x % WARP;
-    size_t row = (size_t)blockIdx.x * heads + blockIdx.y, stride = (size_t)kv_heads * head_dim;
-    int channel = min((int)threadIdx.x, head_dim - 1);
-    float scale = rsqrtf((float)head_dim);
-#pragma unroll 4
-    for (int j = threadIdx.x / WARP; j < tokens; j += blockDim.x / WARP) {
-        float score = 0;
-        const float *key = k + j * stride + kv_head * head_dim;
-        for (int d = lane; d < head_dim; d += WARP) score += q[row * head_dim + d] * key[d];
-        score = warp_sum(score);
-        if (lane == 0) scores[j] = score * scale;
-    }
-    __syncthreads();
-    float top = -INFINITE, total = 0, sum = 0;
-    for (int j = 0; j < tokens; j++) top = fmaxf(top, scores[j]);
-#pragma unroll 8
-    for (int j = 0; j < tokens; j++) {
-        float weight = expf(scores[j] - top);
-        total += weight;
-        sum += weight * v[j * stride + kv_head * head_dim + channel];
-    }
+ * q [tokens, heads, head_dim]; o alike, narrowed for the product that follows. q, k, v and fresh are read before
+ * the wait: the previous kernel is prefix attention or what follows it, which has waited for them. Beside its thread
+ * blocks there is room for one of these a processor: a warp has a row, so that few blocks hold all rows, and what comes
+ * before the wait costs no time. Grid: (tokens, heads / 4), 128 threads, 4 * `tokens` floats of dynamic shared memory;
+ * head_dim is a multiple of 4. Moves the parts in, and each kv head's keys and values once a row, from the cache of the
+ * device. */
+#define KEYS 8 /* that are loaded at once */
 
-    wait_for_previous();
+extern "C" __global__ void __launch_bounds__(4 * WARP, 4)
+    block_attention(const float *q, const float *k, const float *v, PARTS_PARAMETERS, const int *fresh,
+                    int fresh_count, float *kept_o, float *kept_lse, Held *o, int tokens, int heads, int kv_heads,
+                    int head_dim)
+{
+    extern __shared__ float weights_of_warps[];
+    let_next_start();
+    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, head = blockIdx.y * 4 + warp;
+    if (head >= heads) return;
+    float *weights = weights_of_warps + warp * tokens;
+    size_t row = (size_t)blockIdx.x * heads + head, stride = (size_t)kv_heads * head_dim;
+    k += head / (heads / kv_heads) * head_dim, v += head / (heads / kv_heads) * head_dim;
+    auto piece_of = [&](const float *of_tokens, int token, int piece) {
+        return ((const float4 *)(of_tokens + min(token, tokens - 1) * stride))[piece];
+    };
+    int pieces = head_dim / 4;
+    float scale = rsqrtf((float)head_dim), top = -INFINITE, total = 0;
+#pragma unroll 1
+    for (int first = 0; first < tokens; first += KEYS) {
+        float scores[KEYS] = {};
+        for (int piece = lane; piece < pieces; piece += WARP) {
+            float4 a = ((const float4 *)(q + row * head_dim))[piece];
+#pragma unroll
+            for (int i = 0; i < KEYS; i++) {
+                float4 b = piece_of(k, first + i, piece);
+                scores[i] += a.x * b.x + a.y * b.y + a.z * b.z + a.w * b.w;
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < KEYS; i++) {
+            float score = warp_sum(scores[i]) * scale;
+            if (first + i >= tokens) continue;
+            top = fmaxf(top, score);
+            if (lane == 0) weights[first + i] = score;
+        }
+    }
+    __syncwarp();
+    for (int token = lane; token < tokens; token += WARP) total += weights[token] = expf(weights[token] - top);
+    total = warp_sum(total);
+    __syncwarp();
+
+    /* A token's place among those of the parts, -1 for none. */
     int of_parts = blockIdx.x, parts_tokens = gridDim.x;
     if (kept_o && fresh) {
         int found = -1;
@@ -45,17 +62,38 @@ extern "C" __global__ void block_attention(const float *q, const float *k, const
             if (fresh[i] == (int)blockIdx.x) found = i;
         of_parts = __reduce_max_sync(~0u, found), parts_tokens = fresh_count;
     }
-    float prefix_top, prefix_total, prefix_sum;
-    if (of_parts >= 0) {
-        Parts parts = PARTS_OF((size_t)parts_tokens * heads);
-        parts.merge((size_t)of_parts * heads + blockIdx.y, channel, head_dim, prefix_top, prefix_total, prefix_sum);
-        if (kept_o) store_merged(kept_o, kept_lse, row, channel, head_dim, prefix_top, prefix_total, prefix_sum);
-    } else {
-        prefix_top = kept_lse[row], prefix_total = 1, prefix_sum = kept_o[row * head_dim + channel];
+#pragma unroll 1
+    for (int start = 0; start < pieces; start += WARP) {
+        int piece = min(start + lane, pieces - 1);
+        float4 sum = make_float4(0, 0, 0, 0);
+#pragma unroll 1
+        for (int first = 0; first < tokens; first += KEYS) {
+#pragma unroll
+            for (int i = 0; i < KEYS; i++) {
+                float4 value = piece_of(v, first + i, piece);
+                float weight = first + i < tokens ? weights[first + i] : 0.0f;
+                sum.x += value.x * weight, sum.y += value.y * weight;
+                sum.z += value.z * weight, sum.w += value.w * weight;
+            }
+        }
+        if (start == 0) wait_for_previous();
+        RowResult prefix;
+        if (of_parts >= 0) {
+            Parts parts = PARTS_OF((size_t)parts_tokens * heads);
+            prefix = parts.merge((size_t)of_parts * heads + head, piece, head_dim);
+            if (kept_o && start + lane < pieces) store_merged(kept_o, kept_lse, row, piece, head_dim, prefix);
+        } else {
+            prefix = {kept_lse[row], 1, ((const float4 *)(kept_o + row * head_dim))[piece]};
+        }
+        /* Over an empty prefix the maximum is -inf. */
+        float both = fmaxf(top, prefix.top), mine = expf(top - both), theirs = expf(prefix.top - both);
+        float rest = 1 / (total * mine + prefix.total * theirs);
+        mine *= rest, theirs *= rest;
+        if (start + lane >= pieces) continue;
+        Held *to = o + row * head_dim + piece * 4;
+        to[0] = narrow(sum.x * mine + prefix.sum.x * theirs);
+        to[1] = narrow(sum.y * mine + prefix.sum.y * theirs);
+        to[2] = narrow(sum.z * mine + prefix.sum.z * theirs);
+        to[3] = narrow(sum.w * mine + prefix.sum.w * theirs);
     }
-    let_next_start();
-    /* Over an empty prefix the maximum is -inf. */
-    float both = fmaxf(top, prefix_top), mine = expf(top - both), theirs = expf(prefix_top - both);
-    o[row * head_dim + channel] =
-        narrow((sum * mine + prefix_sum * theirs) / (total * mine + prefix_total * theirs));
 }

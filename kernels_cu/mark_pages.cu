@@ -7,12 +7,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     mark_pages(const float *scores, int stride, const int *cache_length, int page_size, const int *tokens, int group,
                int count, unsigned *marks, int words)
 {
+    int row = blockIdx.x, rows = gridDim.x, kv_head = blockIdx.y, pages = (*cache_length + page_size - 1) / page_size;
+    bool wanted = !tokens || tokens[row / group] >= 0; /* the scores' kernel has waited for the tokens */
     wait_for_previous();
     let_next_start();
-    int row = blockIdx.x, rows = gridDim.x, kv_head = blockIdx.y;
-    if (tokens && tokens[row / group] < 0) return;
+    if (!wanted) return;
     scores += ((size_t)kv_head * rows + row) * stride;
     marks += (size_t)kv_head * words;
-    choose_top((*cache_length + page_size - 1) / page_size, count, [&](int page) { return rising(scores[page]); },
+    choose_top(pages, count, [&](int page) { return rising(scores[page]); },
                [&](int page) { atomicOr(marks + page / WARP, 1u << page % WARP); });
 }

@@ -51,6 +51,31 @@ struct Product {
         }
         return sum;
     }
+
+    /* at4 of two places, whose loads are under way together. */
+    __device__ __forceinline__ void at4_both(int token, int row, int other_row, float4 &sum, float4 &other_sum) const
+    {
+        float4 none = make_float4(0, 0, 0, 0);
+        sum = bias ? *(const float4 *)(bias + row) : none;
+        other_sum = bias ? *(const float4 *)(bias + other_row) : none;
+        const float *from = values + (size_t)token * rows;
+        int count = planes(row / PANEL), other_count = planes(other_row / PANEL);
+        for (int first = 0; first < max(count, other_count); first += BATCH / 2) {
+            float4 plane[BATCH / 2], other[BATCH / 2];
+#pragma unroll
+            for (int i = 0; i < BATCH / 2; i++) {
+                const float *there = from + (size_t)(first + i) * tokens * rows;
+                plane[i] = first + i < count ? *(const float4 *)(there + row) : none;
+                other[i] = first + i < other_count ? *(const float4 *)(there + other_row) : none;
+            }
+#pragma unroll
+            for (int i = 0; i < BATCH / 2; i++) {
+                sum.x += plane[i].x, sum.y += plane[i].y, sum.z += plane[i].z, sum.w += plane[i].w;
+                other_sum.x += other[i].x, other_sum.y += other[i].y;
+                other_sum.z += other[i].z, other_sum.w += other[i].w;
+            }
+        }
+    }
 };
 
 /* A kernel's parameters that make up a Product, and the product made of them. */

@@ -10,7 +10,8 @@ extern "C" __global__ void silu_gate(PRODUCT_PARAMETERS, Held *y, int ffn)
     Product gate_up = PRODUCT;
     int column = (blockIdx.x * blockDim.x + threadIdx.x) * 4, token = blockIdx.y;
     if (column >= ffn) return;
-    float4 gate = gate_up.at4(token, column), up = gate_up.at4(token, ffn + column);
+    float4 gate, up;
+    gate_up.at4_both(token, column, ffn + column, gate, up);
     Held *to = y + (size_t)token * ffn + column;
     to[0] = narrow(silu(gate.x) * up.x);
     to[1] = narrow(silu(gate.y) * up.y);

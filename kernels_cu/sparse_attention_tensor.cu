@@ -10,11 +10,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     int kv_head = blockIdx.x, part = blockIdx.y, group = heads / cache.kv_heads;
     int rows = count * group, first_row = blockIdx.z * BLOCK_ROWS;
     int *list = (int *)(shared_bytes + STAGES * 2 * TILE_BYTES);
+    int length = *cache.length;
     prefetch_selected(PAGES_CHOSEN, kv_head);
     wait_for_previous();
     let_next_start();
     PageShare share =
-        share_pages(PAGES_CHOSEN, kv_head, tokens, count, group, *cache.length, page_size, TILE, list, capacity);
+        share_pages(PAGES_CHOSEN, kv_head, tokens, count, group, length, page_size, TILE, list, capacity);
     if (part + blockIdx.z + threadIdx.x == 0) atomicAdd(positions_read, share.listed);
     TensorRows state;
     state.limit[0] = state.limit[1] = share.listed;

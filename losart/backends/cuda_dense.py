@@ -64,11 +64,9 @@ class DenseCudaBackend:
     prefill_tokens = 2048
 
     def __init__(self, config: ModelConfig, dtype: str) -> None:
-        for name in ("hidden_size", "intermediate_size"):
+        for name, unit in (("hidden_size", 4), ("intermediate_size", 4), ("head_dim", 8)):
             size = getattr(config, name)
-            require(size % 4 == 0, ConfigError, f"{name} must be a multiple of 4 on CUDA, not {size}")
-        width = config.num_heads * config.head_dim
-        require(width % 4 == 0, ConfigError, f"num_heads * head_dim must be a multiple of 4, not {width}")
+            require(size % unit == 0, ConfigError, f"{name} must be a multiple of {unit} on CUDA, not {size}")
         if config.head_dim > LARGEST_HEAD_DIM:
             raise ConfigError(f"head_dim must be {LARGEST_HEAD_DIM} at most on CUDA, not {config.head_dim}")
         self.config = config
@@ -266,8 +264,8 @@ class DenseCudaBackend:
         v = cupy.empty_like(k)
         self._launch(
             "split_heads",
-            (tokens, c.num_heads + 2 * c.num_kv_heads),
-            -(-c.head_dim // 64) * 32,
+            (tokens, -(-(c.num_heads + 2 * c.num_kv_heads) // 4)),
+            128,
             *(*qkv.arguments, q_norm, k_norm, self._frequencies, float(self._rope_factor)),
             *(self._given.length, q, k, v, c.num_heads, c.num_kv_heads, c.head_dim, c.rms_norm_eps),
         )
@@ -330,10 +328,10 @@ class DenseCudaBackend:
             arguments = *self.as_parts(prefix).arguments, None, 0, None, None
         self._launch(
             "block_attention",
-            (tokens, heads),
-            -(-dim // 32) * 32,
-            *(q, k, v, *arguments, o, tokens, self.config.num_kv_heads, dim),
-            shared=4 * tokens,
+            (tokens, -(-heads // 4)),
+            128,
+            *(q, k, v, *arguments, o, tokens, heads, self.config.num_kv_heads, dim),
+            shared=16 * tokens,
         )
         return o
 
@@ -353,8 +351,8 @@ class DenseCudaBackend:
     def _merge(self, parts: PrefixParts, tokens: Any, into: tuple[Any, Any]) -> None:
         """Merge parts into rows of o and log-sum-exp: those of `tokens`, None: all."""
         count, heads, dim = parts.o.shape[1:]
-        threads = -(-dim // 32) * 32
-        self._launch("merge_parts", (count, heads), threads, *parts.arguments, tokens, *into, dim)
+        grid = (count, -(-heads // 4))
+        self._launch("merge_parts", grid, 128, *parts.arguments, tokens, *into, heads, dim)
 
     # -- sampling
 
