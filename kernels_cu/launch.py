@@ -14,6 +14,7 @@ from typing import Any
 from losart.errors import DeviceError
 
 PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CUlaunchAttributeID
+SHARED_MEMORY_CARVEOUT, MOST = 9, 100  # CUfunction_attribute, percent
 OVERLAP_CAPABILITY, OVERLAP_DRIVER = (9, 0), 12030
 
 
@@ -53,6 +54,10 @@ class Kernel:
         self._function = function  # keeps the module loaded
         self._handle = ctypes.c_void_p(function.ptr)
         self._attributes = int(overlap)
+        if overlap:
+            # A processor divides its memory into L1 cache and shared memory, and must be idle to do it anew:
+            # kernels that want it divided otherwise would not run beside each other.
+            driver.funcSetAttribute(function.ptr, SHARED_MEMORY_CARVEOUT, MOST)
         self._shared_limit: int = driver.funcGetAttribute(
             driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, function.ptr
         )

@@ -150,8 +150,15 @@ def test_no_way_to_cut_a_product_has_blocks_without_a_tile(processors, tokens, r
         assert stages >= 3 and plan.shared <= card.shared_per_block
 
 
+def test_kernels_that_overlap_divide_a_processors_memory_alike(driver):
+    Kernel("kernel", Function(driver), overlap=False)
+    assert driver.limits == []
+    Kernel("kernel", Function(driver), overlap=True)
+    assert driver.limits == [(Function.ptr, 9, 100)]  # as much shared memory as there is
+
+
 def test_launches_raise_the_limit_of_shared_memory_and_never_lower_it(driver):
-    launch = Kernel("kernel", Function(driver), overlap=True)
+    launch = Kernel("kernel", Function(driver), overlap=False)
     for shared in (0, 48 << 10, 64 << 10, 50 << 10, 64 << 10, 70 << 10):
         launch((1, 2), 3, shared=shared)
     assert driver.limits == [(Function.ptr, SHARED_LIMIT, size << 10) for size in (64, 70)]

@@ -95,13 +95,15 @@ def product_plan(card: Card, tensor: bool, tokens: int, rows: int, inner: int) -
         return Plan("linear_tiles", grid, 256, stages * stage, (("STAGES", stages),))
     tiles, steps = ceil(tokens / 8), ceil(inner / COLUMNS)
     stage = (PANEL + tiles * 8) * COLUMNS * 2
-    # Two blocks a processor where they fit: one copies on while the other waits.
-    blocks, room = 2, card.shared_per_processor // 2 - 1024
-    if room < 3 * stage:
-        blocks, room = 1, card.shared_per_block
-    stages = min(12, room // stage)
     units = ceil(rows / PANEL) * steps
-    share = max(ceil(units / (blocks * card.processors)), min(LEAST_SHARE, ceil(units / card.processors)))
+    share, room = ceil(units / card.processors), card.shared_per_block
+    # What is more leaves no room for the kernels before and after it.
+    stages = 8 if share >= LEAST_SHARE else 6
+    half = card.shared_per_processor // 2 - 1024
+    if tiles > 4 and half >= 3 * stage:
+        # Two blocks a processor, for products take as long as copies now: one waits while the other computes.
+        share, room, stages = max(ceil(share / 2), min(LEAST_SHARE, share)), half, 12
+    stages = min(stages, room // stage)
     return Plan(
         "linear_tensor",
         (ceil(units / share),),
