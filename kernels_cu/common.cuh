@@ -32,9 +32,10 @@ __device__ __forceinline__ float widen(float x) { return x; }
 
 /* A kernel starts while the one before it still runs (programmatic dependent launch), and every one calls
  * wait_for_previous before it ends. Before the wait it must write no memory, and may read weights, the
- * cached prefix, and what earlier passes kept. Products, prefix attention and what selects pages for it let the
- * next one start only when they have waited themselves, so that the kernel after them may also read, before its
- * wait, what was written before them. Other short kernels let it start at once. */
+ * cached prefix, and what earlier passes kept. Products, and all that can stand between split_heads and
+ * block_attention, let the next one start only when they have waited themselves, so that the kernel after them may
+ * also read, before its wait, what was written before them. The others (embedding, add_rms_norm, split_heads,
+ * block_attention, cache_write, silu_gate, sampling) let it start at once. */
 __device__ __forceinline__ void wait_for_previous()
 {
 #if __CUDA_ARCH__ >= 900

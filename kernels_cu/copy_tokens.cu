@@ -2,7 +2,7 @@
  * negative token is none. Grid: tokens, 256 threads. Moves the rows in and out. */
 extern "C" __global__ void copy_tokens(const float *from, const int *tokens, float *to, int width)
 {
-    wait_for_previous();
+    wait_for_previous(); /* first, since block_attention may follow: common.cuh */
     let_next_start();
     int token = tokens ? tokens[blockIdx.x] : blockIdx.x;
     if (token < 0) return;

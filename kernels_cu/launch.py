@@ -78,7 +78,7 @@ class Kernel:
         Raises
         ------
         DeviceError
-            The driver refuses.
+            The driver refuses, for instance that much shared memory.
         """
         from cupy.cuda import get_current_stream
 
@@ -102,7 +102,12 @@ class Kernel:
         from cupy.cuda import driver
 
         limit = driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        driver.funcSetAttribute(self._function.ptr, limit, size)
+        try:
+            driver.funcSetAttribute(self._function.ptr, limit, size)
+        except driver.CUDADriverError as error:
+            raise DeviceError(
+                f"the kernel {self._name} needs {size} bytes of shared memory, more than there is: {error}"
+            ) from error
         self._shared_limit = size
 
 

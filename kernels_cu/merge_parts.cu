@@ -5,7 +5,7 @@
 extern "C" __global__ void __launch_bounds__(4 * WARP)
     merge_parts(PARTS_PARAMETERS, const int *tokens, float *o, float *lse, int heads, int head_dim)
 {
-    wait_for_previous();
+    wait_for_previous(); /* first, since block_attention may follow: common.cuh */
     let_next_start();
     int token = tokens ? tokens[blockIdx.x] : blockIdx.x, head = blockIdx.y * 4 + threadIdx.x / WARP;
     if (token < 0 || head >= heads) return;

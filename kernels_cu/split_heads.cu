@@ -9,8 +9,8 @@
  * exactly; an angle in radians would need a table in local memory for that. */
 #define PIECES 2 /* of a lane */
 
-/* Piece `other` of a warp's, which is another one for each lane. */
-__device__ __forceinline__ float4 piece_of(const float4 (&x)[PIECES], int other)
+/* Of the pieces that a warp's lanes hold, number `other`, which differs by lane. */
+__device__ __forceinline__ float4 held_piece(const float4 (&x)[PIECES], int other)
 {
     float4 found;
 #pragma unroll
@@ -76,7 +76,7 @@ extern "C" __global__ void __launch_bounds__(4 * WARP)
         float4 y = x[i];
         if (!value) {
             int other = piece < half ? piece + half : piece - half;
-            float4 there = piece_of(x, other);
+            float4 there = held_piece(x, other);
             y.x = y.x * cosine[i].x + there.x * sine[i].x, y.y = y.y * cosine[i].y + there.y * sine[i].y;
             y.z = y.z * cosine[i].z + there.z * sine[i].z, y.w = y.w * cosine[i].w + there.w * sine[i].w;
         }

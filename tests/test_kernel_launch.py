@@ -164,6 +164,16 @@ def test_launches_raise_the_limit_of_shared_memory_and_never_lower_it(driver):
     assert driver.limits == [(Function.ptr, SHARED_LIMIT, size << 10) for size in (64, 70)]
 
 
+def test_shared_memory_that_the_driver_refuses_is_an_error_of_ours(driver):
+    def refuse(*call):
+        raise RefusedError("CUDA_ERROR_INVALID_VALUE")
+
+    driver.driver.funcSetAttribute = refuse
+    launch = Kernel("block_attention", Function(driver), overlap=False)
+    with pytest.raises(DeviceError, match="block_attention needs 131072 bytes of shared memory, more than"):
+        launch((1, 2), 3, shared=128 << 10)
+
+
 def test_a_launch_that_the_driver_refuses_is_an_error_of_ours(driver):
     driver.status = 701
     with pytest.raises(DeviceError, match="the kernel name could not be launched: CUDA_ERROR_OF_A_TEST"):

@@ -126,14 +126,17 @@ def test_variants_are_those_of_the_released_models(read_config):
     shipped = read_model_config(Path(losart.__file__).parent / "small_checkpoint", None)
     shapes = {(c.num_heads, c.num_kv_heads, c.head_dim) for c in (shipped, read_config())}
     shapes |= {(s["num_heads"], s["num_kv_heads"], s["head_dim"]) for s in SIZES.values() if s}
-    inners = {s[name] for s in SIZES.values() if s for name in ("hidden_size", "intermediate_size")}
+    matrices = {(1280, inner) for inner in (256, 768)}
+    for s in filter(None, SIZES.values()):
+        hidden, ffn, q = s["hidden_size"], s["intermediate_size"], s["num_heads"] * s["head_dim"]
+        qkv = q + 2 * s["num_kv_heads"] * s["head_dim"]
+        matrices |= {(qkv, hidden), (hidden, q), (2 * ffn, hidden), (hidden, ffn), (s["vocab_size"], hidden)}
     for card in CARDS.values():
         known = {(name, defines) for name in FILES for defines in variants(name, card)}
         launched = set()
         for tensor in (True, False):
             for tokens in range(1, 65):
-                for inner in (256, 768, *inners):
-                    launched.add(product_plan(card, tensor, tokens, 1280, inner))
+                launched.update(product_plan(card, tensor, tokens, *matrix) for matrix in matrices)
                 for heads, kv_heads, dim in shapes:
                     shape = (card, tensor, tokens, heads, kv_heads, dim)
                     launched.update(plan(*shape) for plan in (prefix_plan, masses_plan))

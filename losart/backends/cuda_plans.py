@@ -12,6 +12,7 @@ from math import ceil
 
 from losart.errors import DeviceError
 from losart.kernels_cu import Defines
+from losart.kernels_cu.launch import OVERLAP_CAPABILITY
 
 SKINNY_TOKENS = 64  # linear_tensor.cu takes products of no more tokens
 PANEL = 128  # product.cuh
@@ -22,7 +23,9 @@ TILE_WIDTHS = (256, 192, 128, 64)  # rows of a tile; linear_hopper.cu
 # tile was seen to wait for so many) and when few do; clocks of a wgmma for a row of a tile and a step of
 # 64 columns.
 L2_BYTES, MOST_L2_BYTES, CLOCKS_PER_ROW = 48, 64, 4
-LEAST_SHARE = 16  # units of linear_tensor.cu, where that leaves each processor a block: sums cost too
+# Of linear_tensor.cu: units of a block, where that leaves each processor one, for sums cost too; and
+# how many ask for the most stages where a processor has one block (by whole passes on an H100).
+LEAST_SHARE, LONG_SHARE = 16, 16
 TENSOR_HEAD_DIMS = (64, 128)
 PLAIN_ROWS, PLAIN_TILE = 16, 32  # attention.cuh
 TENSOR_TILE = 64  # tensor_attention.cuh
@@ -52,6 +55,11 @@ class Card:
     def hopper(self) -> bool:
         """Whether it has a warpgroup's products."""
         return self.capability == (9, 0)
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether a kernel may start while the one before it still runs."""
+        return self.capability >= OVERLAP_CAPABILITY
 
 
 @dataclass(frozen=True)
@@ -97,11 +105,11 @@ def product_plan(card: Card, tensor: bool, tokens: int, rows: int, inner: int) -
     stage = (PANEL + tiles * 8) * COLUMNS * 2
     units = ceil(rows / PANEL) * steps
     share, room = ceil(units / card.processors), card.shared_per_block
-    # What is more leaves no room for the kernels before and after it.
-    stages = 8 if share >= LEAST_SHARE else 6
+    # More stages would leave no room for the kernels before and after it, which overlap with it.
+    stages = 8 if share >= LONG_SHARE else 6
     half = card.shared_per_processor // 2 - 1024
-    if tiles > 4 and half >= 3 * stage:
-        # Two blocks a processor, for products take as long as copies now: one waits while the other computes.
+    if (tiles > 4 or not card.overlaps) and half >= 3 * stage:
+        # Two blocks a processor: one computes, which takes long with many tokens, while the other waits.
         share, room, stages = max(ceil(share / 2), min(LEAST_SHARE, share)), half, 12
     stages = min(stages, room // stage)
     return Plan(
