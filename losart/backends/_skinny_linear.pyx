@@ -35,7 +35,7 @@ cdef enum:
 WIDTHS = {"float32": FLOAT32, "uint16": BFLOAT16, "float16": FLOAT16}
 
 
-cdef int multiply_panel(const char *weight, int width, Py_ssize_t rows, Py_ssize_t inner, const float *slabs,
+cdef int multiply_slabs(const char *weight, int width, Py_ssize_t rows, Py_ssize_t inner, const float *slabs,
                         Py_ssize_t tokens, float *out, Py_ssize_t out_stride) noexcept nogil:
     # weight [rows, inner] times slabs [ceil(tokens / 16), inner, 16]: out [tokens, rows].
     cdef Py_ssize_t row = 0, count, slab, t, r, itemsize = 4 if width == FLOAT32 else 2
@@ -70,7 +70,7 @@ cdef int multiply_panel(const char *weight, int width, Py_ssize_t rows, Py_ssize
 
 cdef int multiply_few(const char *weight, int width, Py_ssize_t rows, Py_ssize_t inner, const float *x,
                       Py_ssize_t tokens, float *out, Py_ssize_t out_stride) noexcept nogil:
-    # As multiply_panel, of x [tokens, inner] with FEW tokens at most.
+    # As multiply_slabs, of x [tokens, inner] with FEW tokens at most.
     cdef Py_ssize_t row
     cdef float *scratch
     if width == FLOAT32:
@@ -86,6 +86,14 @@ cdef int multiply_few(const char *weight, int width, Py_ssize_t rows, Py_ssize_t
             row_products(scratch, 1, inner, x, tokens, out + row, out_stride)
         free(scratch)
     return 0
+
+
+cdef int multiply_panel(const char *weight, int width, Py_ssize_t rows, Py_ssize_t inner, const float *x,
+                        Py_ssize_t tokens, float *out, Py_ssize_t out_stride) noexcept nogil:
+    # weight [rows, inner] times x, as it was prepared.
+    if tokens <= FEW:
+        return multiply_few(weight, width, rows, inner, x, tokens, out, out_stride)
+    return multiply_slabs(weight, width, rows, inner, x, tokens, out, out_stride)
 
 
 def prepared(x):
@@ -132,11 +140,7 @@ def multiply(const float[:, :, ::1] x, weight, float[:, ::1] out, Py_ssize_t col
     cdef Py_ssize_t items = (rows + PANEL - 1) // PANEL
     cdef bint threads = rows * inner * (tokens if few else LANES * x.shape[0]) > WORTH_THREADS
     for item in prange(items, nogil=True, schedule="static", use_threads_if=threads):
-        if few:
-            failed += multiply_few(source + item * PANEL * inner * itemsize, width, min(PANEL, rows - item * PANEL),
-                                   inner, &x[0, 0, 0], tokens, &out[0, column + item * PANEL], out.shape[1])
-        else:
-            failed += multiply_panel(source + item * PANEL * inner * itemsize, width, min(PANEL, rows - item * PANEL),
-                                     inner, &x[0, 0, 0], tokens, &out[0, column + item * PANEL], out.shape[1])
+        failed += multiply_panel(source + item * PANEL * inner * itemsize, width, min(PANEL, rows - item * PANEL),
+                                 inner, &x[0, 0, 0], tokens, &out[0, column + item * PANEL], out.shape[1])
     if failed:
         raise MemoryError

@@ -44,6 +44,7 @@ from losart.rope import inverse_frequencies
 from losart.sampling import NOT_FINITE, Proposals, float32_temperature
 
 LARGEST_HEAD_DIM = 256  # attention.cuh
+BLOCK_ROWS = 4  # of a thread block; split_heads.cu, block_attention.cu, merge_parts.cu
 LOGIT_SLICES = 64
 NORM_BYTES = 8  # of shared memory for each channel; add_rms_norm.cu
 CAPTURED_PASSES = 32  # kept, of those used last
@@ -100,6 +101,10 @@ class DenseCudaBackend:
 
     def _launch(self, name: str, grid: tuple[int, ...], threads: int, *args: Any, shared: int = 0) -> None:
         kernel(name, self.dtype)(grid, threads, *args, shared=shared)
+
+    def _launch_rows(self, name: str, tokens: int, heads: int, *args: Any, shared: int = 0) -> None:
+        """A kernel in which a warp has a row, a head of a token."""
+        self._launch(name, (tokens, -(-heads // BLOCK_ROWS)), 32 * BLOCK_ROWS, *args, shared=shared)
 
     def _launch_plan(self, plan: Plan, *args: Any) -> None:
         kernel(plan.kernel, self.dtype, plan.defines)(plan.grid, plan.threads, *args, shared=plan.shared)
@@ -262,10 +267,10 @@ class DenseCudaBackend:
         q = cupy.empty((tokens, c.num_heads, c.head_dim), np.float32)
         k = cupy.empty((tokens, c.num_kv_heads, c.head_dim), np.float32)
         v = cupy.empty_like(k)
-        self._launch(
+        self._launch_rows(
             "split_heads",
-            (tokens, -(-(c.num_heads + 2 * c.num_kv_heads) // 4)),
-            128,
+            tokens,
+            c.num_heads + 2 * c.num_kv_heads,
             *(*qkv.arguments, q_norm, k_norm, self._frequencies, float(self._rope_factor)),
             *(self._given.length, q, k, v, c.num_heads, c.num_kv_heads, c.head_dim, c.rms_norm_eps),
         )
@@ -326,12 +331,12 @@ class DenseCudaBackend:
             arguments = prefix.arguments
         else:
             arguments = *self.as_parts(prefix).arguments, None, 0, None, None
-        self._launch(
+        self._launch_rows(
             "block_attention",
-            (tokens, -(-heads // 4)),
-            128,
+            tokens,
+            heads,
             *(q, k, v, *arguments, o, tokens, heads, self.config.num_kv_heads, dim),
-            shared=16 * tokens,
+            shared=4 * BLOCK_ROWS * tokens,
         )
         return o
 
@@ -351,8 +356,7 @@ class DenseCudaBackend:
     def _merge(self, parts: PrefixParts, tokens: Any, into: tuple[Any, Any]) -> None:
         """Merge parts into rows of o and log-sum-exp: those of `tokens`, None: all."""
         count, heads, dim = parts.o.shape[1:]
-        grid = (count, -(-heads // 4))
-        self._launch("merge_parts", grid, 128, *parts.arguments, tokens, *into, heads, dim)
+        self._launch_rows("merge_parts", count, heads, *parts.arguments, tokens, *into, heads, dim)
 
     # -- sampling
 
