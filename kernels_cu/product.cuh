@@ -33,48 +33,42 @@ struct Product {
         return sum;
     }
 
-    /* Four neighbouring rows; of a multiple of 4. */
-    __device__ __forceinline__ float4 at4(int token, int row) const
-    {
-        float4 sum = bias ? *(const float4 *)(bias + row) : make_float4(0, 0, 0, 0);
-        const float *from = values + (size_t)token * rows + row;
-        int count = planes(row / PANEL);
-        for (int first = 0; first < count; first += BATCH) {
-            float4 plane[BATCH];
-#pragma unroll
-            for (int i = 0; i < BATCH; i++)
-                plane[i] = first + i < count ? *(const float4 *)(from + (size_t)(first + i) * tokens * rows)
-                                             : make_float4(0, 0, 0, 0);
-#pragma unroll
-            for (int i = 0; i < BATCH; i++)
-                sum.x += plane[i].x, sum.y += plane[i].y, sum.z += plane[i].z, sum.w += plane[i].w;
-        }
-        return sum;
-    }
-
-    /* at4 of two places, whose loads are under way together. */
-    __device__ __forceinline__ void at4_both(int token, int row, int other_row, float4 &sum, float4 &other_sum) const
+    /* Four neighbouring rows from each of `firsts` on, multiples of 4, all of whose loads are under way together. */
+    template <int N> __device__ __forceinline__ void at4(int token, const int (&firsts)[N], float4 (&sums)[N]) const
     {
         float4 none = make_float4(0, 0, 0, 0);
-        sum = bias ? *(const float4 *)(bias + row) : none;
-        other_sum = bias ? *(const float4 *)(bias + other_row) : none;
         const float *from = values + (size_t)token * rows;
-        int count = planes(row / PANEL), other_count = planes(other_row / PANEL);
-        for (int first = 0; first < max(count, other_count); first += BATCH / 2) {
-            float4 plane[BATCH / 2], other[BATCH / 2];
+        int counts[N], most = 0;
 #pragma unroll
-            for (int i = 0; i < BATCH / 2; i++) {
-                const float *there = from + (size_t)(first + i) * tokens * rows;
-                plane[i] = first + i < count ? *(const float4 *)(there + row) : none;
-                other[i] = first + i < other_count ? *(const float4 *)(there + other_row) : none;
-            }
-#pragma unroll
-            for (int i = 0; i < BATCH / 2; i++) {
-                sum.x += plane[i].x, sum.y += plane[i].y, sum.z += plane[i].z, sum.w += plane[i].w;
-                other_sum.x += other[i].x, other_sum.y += other[i].y;
-                other_sum.z += other[i].z, other_sum.w += other[i].w;
-            }
+        for (int n = 0; n < N; n++) {
+            sums[n] = bias ? *(const float4 *)(bias + firsts[n]) : none;
+            counts[n] = planes(firsts[n] / PANEL);
+            most = max(most, counts[n]);
         }
+        for (int first = 0; first < most; first += BATCH / N) {
+            float4 plane[BATCH / N][N];
+#pragma unroll
+            for (int i = 0; i < BATCH / N; i++)
+#pragma unroll
+                for (int n = 0; n < N; n++)
+                    plane[i][n] = first + i < counts[n]
+                                      ? *(const float4 *)(from + (size_t)(first + i) * tokens * rows + firsts[n])
+                                      : none;
+#pragma unroll
+            for (int i = 0; i < BATCH / N; i++)
+#pragma unroll
+                for (int n = 0; n < N; n++) {
+                    sums[n].x += plane[i][n].x, sums[n].y += plane[i][n].y;
+                    sums[n].z += plane[i][n].z, sums[n].w += plane[i][n].w;
+                }
+        }
+    }
+
+    __device__ __forceinline__ float4 at4(int token, int row) const
+    {
+        float4 sums[1];
+        at4(token, {row}, sums);
+        return sums[0];
     }
 };
 

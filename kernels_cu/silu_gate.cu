@@ -10,8 +10,9 @@ extern "C" __global__ void silu_gate(PRODUCT_PARAMETERS, Held *y, int ffn)
     Product gate_up = PRODUCT;
     int column = (blockIdx.x * blockDim.x + threadIdx.x) * 4, token = blockIdx.y;
     if (column >= ffn) return;
-    float4 gate, up;
-    gate_up.at4_both(token, column, ffn + column, gate, up);
+    float4 both[2];
+    gate_up.at4(token, {column, ffn + column}, both);
+    float4 gate = both[0], up = both[1];
     Held *to = y + (size_t)token * ffn + column;
     to[0] = narrow(silu(gate.x) * up.x);
     to[1] = narrow(silu(gate.y) * up.y);
