@@ -200,9 +200,11 @@ def test_silu_gate(dtype, tokens, ffn):
     st.integers(1, 70),
     st.integers(1, 3),
     st.integers(1, 4),
-    st.sampled_from([16, 48, 64, 80, 128, 256]),
+    st.sampled_from([8, 16, 24, 48, 64, 80, 128, 192, 256]),
     st.integers(0, 200_000),
 )
+@example(3, 1, 2, 8, 100)
+@example(3, 1, 2, 192, 100)
 def test_heads(tokens, kv_heads, group, width, length):
     rng = np.random.default_rng(tokens + width)
     backend = new_backend("float32", kv_heads=kv_heads, group=group, width=width, max_positions=1 << 18)
@@ -287,6 +289,7 @@ def random_pieces(rng, length):
 @example("float16", {"kv_heads": 8, "group": 2, "width": 128}, 16, 1030, 16, {})
 @example("bfloat16", {"kv_heads": 2, "group": 4, "width": 64}, 16, 2049, 16, {})
 @example("bfloat16", {"kv_heads": 8, "group": 4, "width": 128}, 32, 0, 16, {})
+@example("bfloat16", {"kv_heads": 1, "group": 3, "width": 24}, 200, 100, 16, {})
 def test_prefix_and_block_attention(dtype, shape, tokens, length, page_size, card):
     rng = np.random.default_rng(tokens + length)
     backend = new_backend(dtype, card, layers=2, **shape)
