@@ -23,9 +23,7 @@ TILE_WIDTHS = (256, 192, 128, 64)  # rows of a tile; linear_hopper.cu
 # tile was seen to wait for so many) and when few do; clocks of a wgmma for a row of a tile and a step of
 # 64 columns.
 L2_BYTES, MOST_L2_BYTES, CLOCKS_PER_ROW = 48, 64, 4
-# Of linear_tensor.cu: units of a block, where that leaves each processor one, for sums cost too; and
-# how many ask for the most stages where a processor has one block (by whole passes on an H100).
-LEAST_SHARE, LONG_SHARE = 16, 16
+LEAST_SHARE = 16  # linear_tensor.cu: units of a block, where each processor gets one, for sums cost too
 TENSOR_HEAD_DIMS = (64, 128)
 PLAIN_ROWS, PLAIN_TILE = 16, 32  # attention.cuh
 TENSOR_TILE = 64  # tensor_attention.cuh
@@ -105,8 +103,9 @@ def product_plan(card: Card, tensor: bool, tokens: int, rows: int, inner: int) -
     stage = (PANEL + tiles * 8) * COLUMNS * 2
     units = ceil(rows / PANEL) * steps
     share, room = ceil(units / card.processors), card.shared_per_block
-    # More stages would leave no room for the kernels before and after it, which overlap with it.
-    stages = 8 if share >= LONG_SHARE else 6
+    # By whole passes on an H100. More would leave no room for the kernels before and after it, which overlap;
+    # with fewer a processor may get two of the next product's blocks, for which all others then wait.
+    stages = 8
     half = card.shared_per_processor // 2 - 1024
     if (tiles > 4 or not card.overlaps) and half >= 3 * stage:
         # Two blocks a processor: one computes, which takes long with many tokens, while the other waits.

@@ -49,7 +49,7 @@ def plans(card: Card) -> Iterator[Plan]:
         yield from (top_pages_plan(kernel, 20, 8, pages) for kernel in ("mark_pages", "top_pages"))
     for tensor in (True, False):
         for tokens in (*TOKENS, 2048):
-            yield from (product_plan(card, tensor, tokens, size, size) for size in (1024, 8192))
+            yield product_plan(card, tensor, tokens, 1024, 1024)
         for heads, kv_heads in HEADS:
             for head_dim in HEAD_DIMS:
                 for tokens in TOKENS:
