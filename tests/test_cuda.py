@@ -323,7 +323,7 @@ def test_a_model_goes_on_where_a_thread_of_another_ended(tiny_checkpoint):
 
 
 def test_captured_passes_are_bounded(tiny_checkpoint):
-    from losart.backends.cuda_dense import CAPTURED_PASSES
+    from losart.backends.cuda_passes import CAPTURED_PASSES
 
     model = losart.load(tiny_checkpoint, device="cuda")
     for length in range(1, CAPTURED_PASSES // 2 + 4):

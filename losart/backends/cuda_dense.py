@@ -1,17 +1,11 @@
-"""The CUDA backend but for sparse attention: CuPy arrays, our own kernels, one CUDA graph per denoising pass.
+"""The CUDA backend but for sparse attention: CuPy arrays and our own kernels.
 
 The residual stream, queries, keys and values of a block are float32; weights, the cache and what
-enters a product are held in the backend's dtype, 16-bit ones as their bits. The host tells a pass its
-ids, random numbers and the prefix's length through device buffers that stay in place, so that a
-captured pass can be replayed as the prefix grows.
+enters a product are held in the backend's dtype, 16-bit ones as their bits.
 """
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager, suppress
 from ctypes import c_double
 from typing import Any
 
@@ -19,8 +13,9 @@ import cupy
 import numpy as np
 
 from losart.backends.base import PassInputs
-from losart.backends.cuda_graph import CapturedPass, PassBuffers, capture, outside_passes
-from losart.backends.cuda_pages import HELD_AS, CudaPageTable, PagesInPlace
+from losart.backends.cuda_graph import outside_passes
+from losart.backends.cuda_pages import HELD_AS, CudaPageTable
+from losart.backends.cuda_passes import CudaPasses
 from losart.backends.cuda_plans import (
     COLUMNS,
     SKINNY_TOKENS,
@@ -32,26 +27,25 @@ from losart.backends.cuda_plans import (
 )
 from losart.backends.cuda_products import blas_product
 from losart.backends.cuda_results import NO_PRODUCT, PrefixParts, Product, RefreshedPrefix
-from losart.backends.cuda_weights import WeightLoader, memory_errors
+from losart.backends.cuda_weights import WeightLoader
 from losart.cache import PagedKVCache, chunk_positions
 from losart.checks import require
 from losart.config import ModelConfig
-from losart.errors import ConfigError, NumericalError, OutOfMemoryError
+from losart.errors import ConfigError
 from losart.kernels_cu import kernel
 from losart.kernels_cu.tensor_map import tensor_map
 from losart.options import GenerationConfig
 from losart.rope import inverse_frequencies
-from losart.sampling import NOT_FINITE, Proposals, float32_temperature
+from losart.sampling import float32_temperature
 
 LARGEST_HEAD_DIM = 256  # attention.cuh
 BLOCK_ROWS = 4  # of a thread block; split_heads.cu, block_attention.cu, merge_parts.cu
 LOGIT_SLICES = 64
 NORM_BYTES = 8  # of shared memory for each channel; add_rms_norm.cu
-CAPTURED_PASSES = 32  # kept, of those used last
 ROW_BYTES = 32  # of logit_row.cuh's Row
 
 
-class DenseCudaBackend:
+class DenseCudaBackend(CudaPasses):
     """Implements `losart.backends.base.Backend`.
 
     Parameters
@@ -70,34 +64,19 @@ class DenseCudaBackend:
             require(size % unit == 0, ConfigError, f"{name} must be a multiple of {unit} on CUDA, not {size}")
         if config.head_dim > LARGEST_HEAD_DIM:
             raise ConfigError(f"head_dim must be {LARGEST_HEAD_DIM} at most on CUDA, not {config.head_dim}")
+        super().__init__(config.max_positions)
         self.config = config
         self.dtype = dtype
-        self.device = cupy.cuda.Device()
         self.card = _card(self.device)
         norm_bytes = NORM_BYTES * config.hidden_size
         if norm_bytes > self.card.shared_per_block:
             raise ConfigError(f"hidden_size {config.hidden_size} is too large for this GPU's shared memory")
-        self.stream = cupy.cuda.Stream(non_blocking=True)
-        # What passes allocate from, and captured graphs hold addresses of.
-        self._pool = cupy.cuda.MemoryPool(self._allocate)
-        # What pieces of a prompt allocate from: much, which the next pass or chunk of a cache gives back.
-        self._prefill_pool = cupy.cuda.MemoryPool(_from_driver)
         self._loader = WeightLoader(dtype, self.stream)
-        # None where one has been run once: it is captured when it comes again.
-        self._passes: OrderedDict[Hashable, CapturedPass | None] = OrderedDict()
-        self._lock = threading.RLock()
-        self._buffers: dict[int, PassBuffers] = {}
         frequencies, self._rope_factor = inverse_frequencies(config.rope, config.head_dim)
         with self.stream:
             self._frequencies = cupy.asarray(frequencies / np.pi)  # in half turns per position
-            self._pages = PagesInPlace(config.max_positions)
-            self._ones: dict[int, Any] = {}
+        self._ones: dict[int, Any] = {}
         self._tensor = dtype != "float32"
-        self.counted = False  # whether the pass counts the positions that it reads
-        self.captures = True  # whether the pass can be captured: the host takes no part in it
-        # Whether products of many tokens may go to cuBLAS, where no kernel of ours does as well: in prefill,
-        # for it cannot be captured.
-        self.blas = False
 
     def _launch(self, name: str, grid: tuple[int, ...], threads: int, *args: Any, shared: int = 0) -> None:
         kernel(name, self.dtype)(grid, threads, *args, shared=shared)
@@ -129,99 +108,6 @@ class DenseCudaBackend:
                 return cupy.zeros(shape, HELD_AS[dtype])
 
         return PagedKVCache(table, allocate)
-
-    # -- running
-
-    @contextmanager
-    def _running(self, purpose: str) -> Iterator[None]:
-        """On the backend's device and stream, one thread at a time."""
-        with self._lock, self.device, self.stream, memory_errors(purpose):
-            yield
-
-    def _allocate(self, size: int) -> Any:
-        """Memory for the pool of passes.
-
-        When there is none, CuPy frees the pool's free blocks, and captured graphs work in those: first
-        the cached blocks of all else go, and then the graphs.
-        """
-        try:
-            return _from_driver(size)
-        except cupy.cuda.runtime.CUDARuntimeError:
-            self._passes.clear()
-            raise
-
-    def run_pass(
-        self, shape: Hashable, inputs: PassInputs, cache: PagedKVCache, body: Callable[[Any], Any]
-    ) -> tuple[Any, int]:
-        tokens = len(inputs.ids)
-        cache.reserve(cache.length + tokens)
-        with self._running("a pass"), cupy.cuda.using_allocator(self._pool.malloc):
-            self._prefill_pool.free_all_blocks()
-            self._place(inputs, cache)
-            key = (shape, tokens, cache.page_size, cache.table.positions_per_chunk)
-            captured = self._captured(key, body)
-            if captured is not None:
-                captured.launch()
-                return self._fetch(inputs, captured.proposes, captured.counts)
-            # By launches, which compiles the kernels and fills the pool.
-            self.counted, self.captures = False, True
-            proposes = body(self._given.ids) is not None
-            if not self.captures:
-                self._passes.pop(key, None)  # as if it had never come; out of memory, all are dropped
-            return self._fetch(inputs, proposes, self.counted)
-
-    def _captured(self, key: Hashable, body: Callable[[Any], Any]) -> CapturedPass | None:
-        """The captured pass of this key; None when it comes for the first time, or there is no memory."""
-        passes = self._passes
-        if key not in passes:
-            passes[key] = None
-        elif passes[key] is None:
-            with suppress(OutOfMemoryError), memory_errors("a captured pass"):
-                passes[key] = self._capture(body)
-        captured = passes.setdefault(key, None)  # out of memory, all are dropped
-        passes.move_to_end(key)
-        if len(passes) > CAPTURED_PASSES:
-            passes.popitem(last=False)
-        return captured
-
-    def _capture(self, body: Callable[[Any], Any]) -> CapturedPass:
-        self.counted = False
-        graph, given = capture(self.stream, lambda: body(self._given.ids))
-        return CapturedPass(self.stream, graph, given is not None, self.counted)
-
-    def run_prefill(self, ids: np.ndarray, cache: PagedKVCache, body: Callable[[Any], Any]) -> None:
-        cache.reserve(cache.length + len(ids))
-        with self._running("a piece of the prompt"), cupy.cuda.using_allocator(self._prefill_pool.malloc):
-            self._place(PassInputs(ids), cache)
-            self.blas = True
-            try:
-                body(self._given.ids)
-            finally:
-                self.blas = False
-            self.stream.synchronize()
-
-    def _place(self, inputs: PassInputs, cache: PagedKVCache) -> None:
-        """Bring the pass's inputs to where its kernels look for them."""
-        tokens = len(inputs.ids)
-        if tokens not in self._buffers:
-            with outside_passes():
-                self._buffers[tokens] = PassBuffers(tokens)
-        self._given = self._buffers[tokens]
-        self._given.set(inputs, cache.length, self.stream)
-        self._pages.place(cache.table, self.stream)
-
-    def _fetch(self, inputs: PassInputs, proposes: bool, counts: bool) -> tuple[Proposals | None, int]:
-        """The pass's proposals, if it makes any, and the positions that sparse attention read."""
-        if not proposes and not counts:
-            return None, 0
-        positions, results = self._given.get()
-        if not proposes:
-            return None, positions
-        tokens, confidence, entropy, finite = results[:, : len(inputs.rows)]
-        if not finite.all():
-            raise NumericalError(NOT_FINITE)
-        proposals = Proposals(tokens.astype(np.int64), confidence.view(np.float32), entropy.view(np.float32))
-        return proposals, positions
 
     # -- transformer
 
@@ -383,16 +269,6 @@ class DenseCudaBackend:
             *(temperature, config.top_k, c_double(config.top_p), *results),
         )
         return results
-
-
-def _from_driver(size: int) -> Any:
-    """Memory for a pool; if need be of what the default one has cached, such as chunks of past caches."""
-    memory = cupy.cuda.memory
-    try:
-        return memory.MemoryPointer(memory.Memory(size), 0)
-    except cupy.cuda.runtime.CUDARuntimeError:
-        cupy.get_default_memory_pool().free_all_blocks()
-    return memory.MemoryPointer(memory.Memory(size), 0)
 
 
 def _card(device: Any) -> Card:
