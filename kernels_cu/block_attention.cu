@@ -5,13 +5,12 @@
  * [fresh_count], negative ones of none (null: all tokens): their merged results are written there, and those of the
  * other tokens are read there.
  *
- * q [tokens, heads, head_dim]; o alike, narrowed for the product that follows. q, k, v and fresh are read before
- * the wait: the previous kernel is prefix attention or what follows it, which has waited for them. Beside its thread
- * blocks there is room for one of these a processor: a warp has a row, so that few blocks hold all rows, and what comes
- * before the wait costs no time; 4 a processor are asked of the compiler for at most 128 registers. Grid: (tokens,
- * heads / 4), 128 threads, 4 * `tokens` floats of dynamic shared memory;
- * head_dim is a multiple of 4. Moves the parts in, and each kv head's keys and values once a row, from the cache of the
- * device. */
+ * q [tokens, heads, head_dim]; o alike, narrowed for the product that follows; head_dim is a multiple of 4. q, k, v and
+ * fresh are read before the wait: the previous kernel is prefix attention or what follows it, which has waited for them.
+ * While that runs, a processor has room for one thread block of this kernel: a warp has a row, so that few blocks hold
+ * all rows and what comes before the wait costs no time. Asking for 4 blocks a processor keeps the compiler to 128
+ * registers. Grid: (tokens, heads / 4), 128 threads, 4 * `tokens` floats of dynamic shared memory. Moves the parts in,
+ * and each kv head's keys and values once a row, from the cache of the device. */
 #define KEYS 8 /* that are loaded at once */
 
 extern "C" __global__ void __launch_bounds__(4 * WARP, 4)
