@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
 import cupy
 import numpy as np
-
-WARM_SECONDS = 0.3  # a device that was idle, while kernels were compiled, takes some time to its full clock
 
 
 def graph_microseconds(stream: Any, launch: Callable[[], object], calls: int, repeats: int = 15) -> float:
@@ -22,7 +19,7 @@ def graph_microseconds(stream: Any, launch: Callable[[], object], calls: int, re
         stream.begin_capture()
         kept = [launch() for _ in range(calls)]
         graph = stream.end_capture()
-        elapsed = _median_microseconds(stream, lambda: graph.launch(stream), repeats)
+        elapsed = _median_microseconds(stream, lambda: graph.launch(stream), 0, repeats)
         del kept
     return elapsed / calls
 
@@ -65,21 +62,16 @@ def queued_microseconds(
 
 def run_microseconds(stream: Any, run: Callable[[], object], warmups: int = 5, repeats: int = 15) -> float:
     """Median microseconds of a run that the host takes part in."""
-    deadline = time.perf_counter() + WARM_SECONDS
-    while warmups > 0 or time.perf_counter() < deadline:
-        run()
-        stream.synchronize()
-        warmups -= 1
-    return _median_microseconds(stream, run, repeats)
+    return _median_microseconds(stream, run, warmups, repeats)
 
 
-def _median_microseconds(stream: Any, run: Callable[[], object], repeats: int) -> float:
+def _median_microseconds(stream: Any, run: Callable[[], object], warmups: int, repeats: int) -> float:
     times = []
-    for _ in range(repeats):
+    for _ in range(warmups + repeats):
         begin, end = cupy.cuda.Event(), cupy.cuda.Event()
         begin.record(stream)
         run()
         end.record(stream)
         end.synchronize()
         times.append(cupy.cuda.get_elapsed_time(begin, end) * 1e3)
-    return statistics.median(times)
+    return statistics.median(times[warmups:])
