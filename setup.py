@@ -11,10 +11,10 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 MODULES = (
-    "losart._active_set",
-    "losart._kv_index",
-    "losart.backends._cpu_kernels",
-    "losart.backends._skinny_linear",
+    "losart.backends.cpu.active_set",
+    "losart.backends.cpu.kv_index",
+    "losart.backends.cpu.attention_kernels",
+    "losart.backends.cpu.skinny_linear",
 )
 
 OPENMP_PROBE = "#include <omp.h>\nint main(void) { return omp_get_max_threads() < 1; }\n"
@@ -51,14 +51,19 @@ def extension(module):
     return Extension(
         module,
         [module.replace(".", "/") + ".pyx"],
-        include_dirs=[numpy.get_include(), "losart/backends"],
+        include_dirs=[numpy.get_include(), "losart/backends/cpu"],
         define_macros=[("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION")],
-        depends=[f"losart/backends/{name}" for name in ("simd.h", "simd_body.h", "simd.pxd")],
+        depends=[f"losart/backends/cpu/{name}" for name in ("simd.h", "simd_body.h", "simd.pxd")],
     )
 
 
 setup(
-    packages=[*find_packages(include=["losart", "losart.*"]), "losart.loaders", "losart.kernels_cu"],
+    packages=[
+        *find_packages(include=["losart", "losart.*"]),
+        "losart.loaders",
+        "losart.loaders.families",
+        "losart.kernels_cu",
+    ],
     package_dir={"losart.loaders": "loaders", "losart.kernels_cu": "kernels_cu"},
     ext_modules=cythonize(
         [extension(module) for module in MODULES],

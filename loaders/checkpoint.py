@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from losart.config import DTYPES, ModelConfig
+from losart.config.model import DTYPES, ModelConfig
 from losart.errors import TensorError
 from losart.loaders.chat_template import ChatTemplate, read_chat_template
 from losart.loaders.families import family_of

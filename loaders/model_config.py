@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from losart.config import ModelConfig
+from losart.config.model import ModelConfig
 from losart.errors import ConfigError
 from losart.loaders.families import family_of
 from losart.loaders.json_files import JsonObject, errors_naming, read_json_object, read_optional_json_object

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from losart.config import ROPE_KINDS, RopeConfig
+from losart.config.model import ROPE_KINDS, RopeConfig
 from losart.errors import ConfigError
 from losart.loaders.json_files import JsonObject, errors_naming
 

@@ -6,8 +6,11 @@ model = losart.load("path/to/SDAR-1.7B-Chat")
 print(model.generate("Why is the sky blue?", attention="losa"))
 """
 
-from losart.chat import Chat
-from losart.config import ModelConfig
+from losart.api.chat import Chat
+from losart.api.model import Model, generate, load
+from losart.api.session import Session
+from losart.config.model import ModelConfig
+from losart.config.options import AttentionConfig, GenerationConfig
 from losart.errors import (
     CheckpointError,
     ConfigError,
@@ -21,12 +24,9 @@ from losart.errors import (
     TensorError,
     TraceError,
 )
-from losart.model import Model, generate, load
-from losart.observation import ObservedLayer, ObservedPass
-from losart.options import AttentionConfig, GenerationConfig
-from losart.results import GenerationResult, Stats, Step
-from losart.session import Session
-from losart.trace import Trace, TraceWriter, read_trace
+from losart.observe.observation import ObservedLayer, ObservedPass
+from losart.observe.results import GenerationResult, Stats, Step
+from losart.observe.trace import Trace, TraceWriter, read_trace
 
 __version__ = "0.1.0"
 

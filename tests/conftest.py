@@ -11,9 +11,9 @@ import pytest
 from released_config import SDAR_1_7B
 
 from losart.backends import cuda_problem
-from losart.config import ModelConfig
+from losart.config.model import ModelConfig
 from losart.loaders.model_config import read_model_config
-from losart.random_checkpoint import write_checkpoint
+from losart.measure.random_checkpoint import write_checkpoint
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

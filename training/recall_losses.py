@@ -15,7 +15,7 @@ from row_layout import Layout
 from small_sdar import SmallSdar
 from torch import Tensor
 
-from losart.options import AttentionConfig
+from losart.config.options import AttentionConfig
 
 RETRIEVAL_LAYER = 1
 PAGE = AttentionConfig().page_size

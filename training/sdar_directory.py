@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from small_sdar import ModelShape, SmallSdar
 from torch import Tensor
 
-from losart.checks import require
+from losart.config.checks import require
 from losart.errors import ConfigError
 from losart.loaders import open_checkpoint
 from losart.loaders.json_files import read_json_object

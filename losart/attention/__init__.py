@@ -1,13 +1,13 @@
 """Attention policies, one file each, and their registry."""
 
-from losart.attention.base import AttentionPolicy
 from losart.attention.dense import DensePolicy
 from losart.attention.losa import LosaPolicy
+from losart.attention.policy import AttentionPolicy
 from losart.attention.quest import QuestPolicy
 from losart.attention.sparsed import SparsedPolicy
-from losart.config import ModelConfig
+from losart.config.model import ModelConfig
+from losart.config.options import AttentionConfig
 from losart.errors import OptionError
-from losart.options import AttentionConfig
 
 POLICIES: dict[str, type[AttentionPolicy]] = {
     "dense": DensePolicy,

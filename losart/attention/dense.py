@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import Any
 
-from losart.attention.base import AttentionPolicy
+from losart.attention.policy import AttentionPolicy
 from losart.backends.base import Prefix
-from losart.cache import PagedKVCache
+from losart.engine.kv_cache import PagedKVCache
 
 
 class DensePolicy(AttentionPolicy):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from losart.backends.base import Array, Pages, Prefix
-from losart.cache import PagedKVCache
+from losart.engine.kv_cache import PagedKVCache
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from losart.attention.base import AttentionPolicy, PassKind
+from losart.attention.policy import AttentionPolicy, PassKind
 from losart.backends.base import Prefix
-from losart.cache import PagedKVCache
-from losart.checks import require
+from losart.config.checks import require
+from losart.engine.kv_cache import PagedKVCache
 from losart.errors import OptionError
 
 

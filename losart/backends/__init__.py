@@ -5,8 +5,8 @@ from __future__ import annotations
 import warnings
 
 from losart.backends.base import SparseBackend
-from losart.backends.cpu import CpuBackend
-from losart.config import ModelConfig
+from losart.backends.cpu.backend import CpuBackend
+from losart.config.model import ModelConfig
 from losart.errors import DeviceError, OptionError
 from losart.kernels_cu import prebuilt_for
 from losart.kernels_cu.compiler import HOW_TO_INSTALL, nvrtc_version
@@ -36,7 +36,7 @@ def make_backend(device: str, config: ModelConfig, dtype: str) -> SparseBackend:
     if device != "cpu":
         problem = cuda_problem()
         if problem is None:
-            from losart.backends.cuda import CudaBackend
+            from losart.backends.cuda.backend import CudaBackend
 
             return CudaBackend(config, dtype)
         if device == "cuda":

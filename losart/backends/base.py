@@ -12,9 +12,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from losart.cache import PagedKVCache
-from losart.options import GenerationConfig
-from losart.sampling import Proposals
+from losart.config.options import GenerationConfig
+from losart.engine.kv_cache import PagedKVCache
+from losart.engine.sampling import Proposals
 
 Array = Any
 Matrix = Any  # a weight [out, in], or several joined along `out`, as the backend holds them

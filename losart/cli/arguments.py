@@ -7,10 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 from losart.attention import POLICIES
-from losart.config import DTYPES
-from losart.options import CHOICES, OPTIONS
-from losart.random_checkpoint import SIZES
-from losart.remasking import STRATEGIES
+from losart.config.model import DTYPES
+from losart.config.options import CHOICES, OPTIONS
+from losart.engine.remasking import STRATEGIES
+from losart.measure.random_checkpoint import SIZES
 
 Group = argparse._ArgumentGroup
 

@@ -10,16 +10,16 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from losart.api.model import Model
 from losart.attention import POLICIES
-from losart.bench import NoiseBlocks, check_prefix
-from losart.checks import require
 from losart.cli.arguments import add_loading, add_model_or_size, listed, positive
 from losart.cli.progress import Steps, load_model, write_weights
 from losart.cli.tables import share
-from losart.environment import environment
+from losart.config.checks import require
+from losart.config.options import AttentionConfig
 from losart.errors import OptionError
-from losart.model import Model
-from losart.options import AttentionConfig
+from losart.measure.bench import NoiseBlocks, check_prefix
+from losart.measure.environment import environment
 
 EXAMPLE = "example: losart bench path/to/SDAR-1.7B-Chat --lengths 4096,16384 --attention dense,losa"
 LENGTHS = (1024, 4096)

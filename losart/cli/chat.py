@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
-from losart.chat import Chat
+from losart.api.chat import Chat
 from losart.cli.answers import last_result, print_figures, print_json, print_steps
 from losart.cli.arguments import add_generation, add_model, generation_options
 from losart.cli.progress import Progress, load_model

@@ -13,10 +13,10 @@ from typing import Any
 from losart.cli.arguments import add_model_or_size, positive
 from losart.cli.progress import Steps, write_weights
 from losart.errors import OptionError
-from losart.footprint.comparison import compare, generation_of
-from losart.footprint.sides import installed_sides, new_sides
-from losart.footprint.table import markdown
 from losart.loaders import open_checkpoint
+from losart.measure.footprint.comparison import compare, generation_of
+from losart.measure.footprint.sides import installed_sides, new_sides
+from losart.measure.footprint.table import markdown
 
 EXAMPLE = "example: losart footprint path/to/SDAR-1.7B-Chat --json footprint.json --table footprint.md"
 

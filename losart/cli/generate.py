@@ -9,14 +9,14 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from losart.api.model import Model
 from losart.cli.answers import last_result, print_figures, print_json, print_steps
 from losart.cli.arguments import add_generation, add_model, generation_options
 from losart.cli.progress import Progress, load_model
 from losart.cli.watch import watch
 from losart.errors import PromptError
-from losart.model import Model
-from losart.observation import ObservedPass, Observer
-from losart.trace import TraceWriter
+from losart.observe.observation import ObservedPass, Observer
+from losart.observe.trace import TraceWriter
 
 EXAMPLE = 'example: losart generate path/to/SDAR-1.7B-Chat --chat --prompt "Why is the sky blue?" --stats'
 

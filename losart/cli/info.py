@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 from losart.cli.tables import print_rows, size
-from losart.environment import environment
+from losart.measure.environment import environment
 
 EXAMPLE = "example: losart info --json"
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from losart.cli.arguments import add_model
 from losart.cli.tables import print_rows, size
-from losart.inspection import inspection
 from losart.loaders import open_checkpoint
+from losart.measure.inspection import inspection
 
 EXAMPLE = "example: losart inspect path/to/SDAR-1.7B-Chat --context 8192 40960 --dtype float16"
 

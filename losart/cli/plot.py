@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from losart.errors import OptionError, TraceError
-from losart.plot import KINDS, draw
-from losart.trace import read_trace
+from losart.observe.plot import KINDS, draw
+from losart.observe.trace import read_trace
 
 EXAMPLE = "example: losart plot run.jsonl -o run.png --kind pages --layer 12"
 

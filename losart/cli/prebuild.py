@@ -6,13 +6,13 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from losart.backends.cuda_prebuild import prebuild
-from losart.backends.cuda_variants import CARDS
-from losart.checks import require
+from losart.backends.cuda.prebuild import prebuild
+from losart.backends.cuda.variants import CARDS
 from losart.cli.arguments import listed
 from losart.cli.progress import Progress
 from losart.cli.tables import size
-from losart.config import DTYPES
+from losart.config.checks import require
+from losart.config.model import DTYPES
 from losart.errors import OptionError
 from losart.kernels_cu.prebuilt import FOLDER
 

@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 from typing import Any, TypeVar
 
-from losart.model import Model, load
-from losart.random_checkpoint import write_size
+from losart.api.model import Model, load
+from losart.measure.random_checkpoint import write_size
 
 Shown = TypeVar("Shown", bound="Progress")
 

@@ -7,8 +7,8 @@ import sys
 from collections.abc import Iterable
 
 from losart.loaders import Tokenizer
-from losart.observation import ObservedPass
-from losart.results import GenerationResult, Step
+from losart.observe.observation import ObservedPass
+from losart.observe.results import GenerationResult, Step
 
 MASKED = "_"
 

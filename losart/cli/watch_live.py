@@ -9,7 +9,7 @@ from rich.text import Text
 
 from losart.cli.watch import Watch, active_layers
 from losart.loaders import Tokenizer
-from losart.observation import ObservedPass
+from losart.observe.observation import ObservedPass
 
 TEXT_LINES = 6  # of the text before the block
 LEGEND = (

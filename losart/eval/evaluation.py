@@ -7,13 +7,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from losart.checks import is_int, require
+from losart.config.checks import is_int, require
 from losart.errors import OptionError
 from losart.eval.figures import Figures, figures
 from losart.eval.questions import STYLES, find_style, make_questions
 from losart.eval.tasks import TASKS, find_task
-from losart.observation import Progress
-from losart.results import Stats
+from losart.observe.observation import Progress
+from losart.observe.results import Stats
 
 ANSWER_TOKENS = {"symbols": 16, "english": 64}
 

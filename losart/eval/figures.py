@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from losart.results import Stats
+from losart.observe.results import Stats
 
 
 @dataclass(frozen=True)

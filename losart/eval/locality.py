@@ -8,18 +8,18 @@ from typing import Any
 
 import numpy as np
 
+from losart.api.prompts import prompt_ids
 from losart.attention import DensePolicy
-from losart.attention.base import PassKind
-from losart.cache import PagedKVCache
-from losart.decode import BlockDecoder
+from losart.attention.policy import PassKind
+from losart.config.options import generation_config
+from losart.engine.decode import BlockDecoder
+from losart.engine.kv_cache import PagedKVCache
+from losart.engine.output import Output
 from losart.errors import OptionError
 from losart.eval.evaluation import EvalConfig, check_config, shared_options
 from losart.eval.questions import make_questions
 from losart.eval.tasks import TASKS
-from losart.observation import Progress
-from losart.options import generation_config
-from losart.output import Output
-from losart.prompts import prompt_ids
+from losart.observe.observation import Progress
 
 TOP = (1, 3, 5, 8)  # tokens of a block
 COUNTED = 5  # of the tokens that changed most: what they are

@@ -14,8 +14,8 @@ from losart.errors import OptionError
 from losart.eval.evaluation import EvalConfig
 from losart.eval.figures import Figures, figures, mean
 from losart.eval.longbench_data import PLAIN, Dataset, read_dataset
-from losart.observation import Progress
-from losart.results import Stats
+from losart.observe.observation import Progress
+from losart.observe.results import Stats
 
 TEMPLATE_ROOM = 128  # tokens left for the chat template, and for what decoding and encoding again adds
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from losart.checks import is_int, require
+from losart.config.checks import is_int, require
 from losart.errors import OptionError
 from losart.eval.symbol_facts import SymbolFacts, draw_facts
 from losart.eval.tasks import CHAIN_FACTS, TASKS, TIMES_SET, Task

@@ -1,0 +1,197 @@
+"""What attention methods cost in accuracy: the checkpoint that comes with losart, over `accuracy_grid.py`.
+
+    python benchmarks/accuracy_study.py --json FILE --jobs 8
+
+The file is written anew after each cell; the same command goes on where it was cut short.
+`accuracy_report.py` makes tables and pictures of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from accuracy_grid import GROUPS, LENGTHS, Asked, Setting, cell_key, cells, label
+from environment import commit, gpu_name
+
+import losart
+from losart.cli.arguments import listed, positive
+from losart.cli.eval_report import JsonReport
+from losart.cli.progress import Progress
+from losart.errors import DataError, LosartError, OptionError
+from losart.eval import TASKS, Cell, EvalConfig, evaluate
+from losart.measure.environment import cpu_name
+
+PACE = 25.0  # questions a second and process: 8K, eight processes on one H200
+
+
+@dataclass(frozen=True)
+class StudyCell(Cell):
+    """A cell with all options of its generations, and the commit that it was measured at."""
+
+    setting: Setting
+    commit: str
+
+
+@cache
+def model_of(device: str) -> losart.Model:
+    """The checkpoint, loaded once in each process."""
+    return losart.load(device=device)
+
+
+def device_facts(device: str) -> dict[str, str]:
+    """What a process measures on."""
+    model = model_of(device)
+    name = gpu_name() if model.device == "cuda" else cpu_name()
+    return {"device": model.device, "device_name": name, "dtype": model.dtype}
+
+
+def measure(asked: Asked, device: str, samples: int, seed: int) -> Cell:
+    """Ask the questions of one cell."""
+    options = dict(asked.setting)
+    swept: dict[str, Any] = {"attention": (options.pop("attention"),)}
+    for name, plural in (("budget", "budgets"), ("active", "active")):
+        if name in options:
+            swept[plural] = (options.pop(name),)
+    config = EvalConfig(
+        tasks=(asked.task,), lengths=(asked.length,), samples=samples, seed=seed, options=options, **swept
+    )
+    [cell] = evaluate(model_of(device), config)
+    return cell
+
+
+class Study:
+    """A file of cells, and processes that measure those that it lacks.
+
+    Parameters
+    ----------
+    file : Path
+        One that is there must be of the same study: device, questions and seed.
+    device : str
+    jobs : int
+        Processes.
+    samples, seed : int
+        As in `EvalConfig`.
+    """
+
+    def __init__(self, file: Path, device: str, jobs: int, samples: int, seed: int) -> None:
+        self._file, self._jobs = file, jobs
+        self._given = {"device": device, "samples": samples, "seed": seed}
+
+    def run(self, wanted: Sequence[Asked]) -> None:
+        """Measure the cells, in their order, and say how far it is.
+
+        Raises
+        ------
+        DataError
+            The file is of another study.
+        LosartError
+            The device is not there, or a process ended.
+        """
+        spawn = multiprocessing.get_context("spawn")  # a CUDA context does not survive a fork
+        pool = ProcessPoolExecutor(self._jobs, spawn, _end_quietly)
+        try:
+            facts = pool.submit(device_facts, self._given["device"]).result()
+            facts |= {name: self._given[name] for name in ("samples", "seed")}
+            facts |= {"command": " ".join(["python", *sys.argv])}
+            done = read_study(self._file, facts)
+            report = JsonReport(str(self._file), facts, done=done)
+            there = {cell_key(cell.task, cell.length, cell.setting) for cell in done}
+            left = [asked for asked in wanted if asked.key not in there]
+            print(self._plan(len(wanted), len(left)), flush=True)
+            with Progress("measuring", "cells") as progress:
+                for count, cell in enumerate(self._measured(pool, left), 1):
+                    report.add(cell)
+                    progress.clear()
+                    print(line(cell), flush=True)
+                    progress(count, len(left))
+        except BrokenProcessPool as error:
+            raise LosartError("a process of the study ended; the same command goes on") from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _plan(self, wanted: int, left: int) -> str:
+        questions = left * self._given["samples"]
+        minutes = questions / (PACE * self._jobs) / 60
+        return (
+            f"{wanted} cells, {left} of them to measure: {questions:,} questions, {minutes:.1f} minutes at "
+            f"{PACE:.0f} questions a second in each of {self._jobs} processes"
+        )
+
+    def _measured(self, pool: ProcessPoolExecutor, left: Sequence[Asked]) -> Iterator[StudyCell]:
+        """Cells as they come."""
+        at = commit()
+        futures = {pool.submit(measure, asked, **self._given): asked for asked in left}
+        for future in as_completed(futures):
+            yield StudyCell(**asdict(future.result()), setting=futures[future].setting, commit=at)
+
+
+def read_study(file: Path, facts: dict[str, Any]) -> list[StudyCell]:
+    """The cells of a study's file, none where there is no file.
+
+    Raises
+    ------
+    DataError
+        It is something else, or of other facts than these; the command may be another.
+    """
+    if not file.exists():
+        return []
+    try:
+        report = json.loads(file.read_text("utf-8"))
+        done = [StudyCell(**cell) for cell in report["cells"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{file} is no file of this study") from error
+    for name in facts.keys() - {"command"}:
+        if report.get(name) != facts[name]:
+            raise DataError(
+                f"{file} has {name} {report.get(name)!r}, not {facts[name]!r}: give another --json"
+            )
+    return done
+
+
+def line(cell: StudyCell) -> str:
+    """A cell in a line."""
+    interval = f"{cell.accuracy:.1%} ({cell.low:.1%} - {cell.high:.1%})"
+    return f"{cell.length} {cell.task}, {label(cell.setting)}: {interval}"
+
+
+def _end_quietly() -> None:
+    """An interrupt ends a process of the pool at once: the one that started it says what there is to say."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="what there is so far")
+    parser.add_argument("--jobs", type=positive, default=1, metavar="N", help="processes, on one device (1)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--samples", type=positive, default=400, metavar="N", help="questions a cell (400)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="(0)")
+    parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS), metavar="NAME")
+    parser.add_argument("--lengths", type=listed(int), default=LENGTHS, metavar="LIST", help="(8192,4096)")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=(), metavar="NAME", help="only these")
+    args = parser.parse_args()
+    try:
+        wanted = cells(args.groups, args.lengths, args.tasks)
+        Study(args.json, args.device, args.jobs, args.samples, args.seed).run(wanted)
+    except KeyboardInterrupt:
+        print("\nlosart: interrupted; the same command goes on", file=sys.stderr)
+        return 130
+    except (LosartError, OSError) as error:
+        print(f"losart: {error}", file=sys.stderr)
+        return 2 if isinstance(error, OptionError) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,193 @@
+"""One denoising pass on the CPU: losart dense and LoSA, beside transformers.
+
+    OMP_NUM_THREADS=2 python benchmarks/cpu_pass.py
+
+Random weights of Qwen3-0.6B's sizes, float32, block 16, greedy. The prefix is white noise in place
+of keys and values (losart.measure.bench): dense attention's time does not depend on it, and for LoSA it is
+the worst case, since every query then prefers other pages; the density beside each time says how
+much was read. Without torch and transformers their row is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from environment import commit
+
+import losart
+from losart.attention import make_policy
+from losart.attention.policy import AttentionPolicy, PassKind
+from losart.cli.progress import Steps, write_weights
+from losart.config.options import AttentionConfig
+from losart.measure.bench import NoiseBlocks, noise
+from losart.measure.environment import cpu_name
+
+SIZE = "0.6B"
+VOCABULARY = 150_000  # transformers' ids are drawn below this
+BLOCK = 16
+LOSA = AttentionConfig(method="losa", budget=512, active=5)
+SHORT_PREFIX = 4096
+LONG_PREFIX = 16384
+
+
+def median_seconds(run: Callable[[], object], repeats: int) -> float:
+    """Median of several runs after one that does not count."""
+    run()
+    times = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times)
+
+
+def blocks_after(checkpoint: Path, prefix: int) -> NoiseBlocks:
+    """Blocks of a losart model after a prefix of noise."""
+    return NoiseBlocks(losart.load(checkpoint, device="cpu", dtype="float32"), prefix, BLOCK)
+
+
+def prefix_attention(ours: NoiseBlocks, policy: AttentionPolicy) -> Callable[[], None]:
+    """Only the prefix attention of all layers, on the queries of two alternating passes."""
+    queries = [queries_of(ours), queries_of(ours)]
+
+    def run() -> None:
+        queries.reverse()
+        for layer, q in enumerate(queries[0]):
+            policy.prefix(ours.transformer.backend, layer, q, ours.cache)
+
+    return run
+
+
+def queries_of(ours: NoiseBlocks) -> list[np.ndarray]:
+    """All layers' queries in a pass."""
+    queries: list[np.ndarray] = []
+    policy = make_policy(AttentionConfig(), ours.transformer.config, BLOCK)
+    policy.begin_pass(PassKind.FIRST, ours.cache.length)
+    dense = policy.prefix
+    policy.prefix = lambda backend, layer, q, cache: queries.append(q) or dense(backend, layer, q, cache)
+    ours.denoising_pass(policy)
+    return queries
+
+
+def transformers_pass(checkpoint: Path, prefix: int) -> Callable[[], object] | None:
+    """The same pass by transformers' Qwen3 with SDPA, or None where it is not installed."""
+    try:
+        import torch
+        from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
+    except ImportError:
+        return None
+    torch.set_num_threads(threads())
+    keys = json.loads((checkpoint / "config.json").read_text())
+    config = Qwen3Config(**{key: keys[key] for key in keys if key not in ("model_type", "architectures")})
+    config._attn_implementation = "sdpa"
+    model = Qwen3ForCausalLM(config).float().eval()
+    cache = DynamicCache()
+    for layer in range(config.num_hidden_layers):
+        shape = (prefix, config.num_key_value_heads, config.head_dim)
+        k, v = (torch.from_numpy(x).transpose(0, 1)[None].contiguous() for x in noise(shape, layer))
+        cache.update(k, v, layer)
+    ids = torch.randint(0, VOCABULARY, (1, BLOCK))
+    positions = torch.arange(prefix, prefix + BLOCK)[None]
+    mask = torch.zeros(1, 1, BLOCK, prefix + BLOCK)
+
+    def run() -> None:
+        with torch.inference_mode():
+            model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
+        cache.crop(-BLOCK)
+
+    return run
+
+
+def threads() -> int:
+    """Threads that both sides use."""
+    return int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
+
+
+def beside_transformers(checkpoint: Path, prefix: int, repeats: int) -> dict[str, float]:
+    """A dense pass of both, in milliseconds, and their ratio."""
+    ours = blocks_after(checkpoint, prefix)
+    policy = ours.later_policy(AttentionConfig())
+    runs = {"losart": lambda: ours.denoising_pass(policy)}
+    rival = transformers_pass(checkpoint, prefix)
+    if rival is not None:
+        runs["transformers"] = rival
+    # In turns, so that a machine that slows down slows both; each settles before the other begins.
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for name, run in list(runs.items()) * 3:
+        time.sleep(0.2)
+        times[name].append(median_seconds(run, repeats))
+    row = {name: 1e3 * statistics.median(seconds) for name, seconds in times.items()}
+    if rival is not None:
+        row["transformers / losart"] = row["transformers"] / row["losart"]
+    return row
+
+
+def losa_beside_dense(checkpoint: Path, prefix: int, repeats: int) -> dict[str, Any]:
+    """Prefix attention alone and the whole pass, in milliseconds, with ratios and density."""
+    ours = blocks_after(checkpoint, prefix)
+    policies = {"dense": ours.later_policy(AttentionConfig()), "losa": ours.later_policy(LOSA)}
+    figures: dict[str, Any] = {}
+    for title, prepare in (
+        (f"prefix attention at {prefix}", lambda policy: prefix_attention(ours, policy)),
+        (f"whole pass at {prefix}", lambda policy: lambda: ours.denoising_pass(policy)),
+    ):
+        row = {name: 1e3 * median_seconds(prepare(policy), repeats) for name, policy in policies.items()}
+        row["dense / losa"] = row["dense"] / row["losa"]
+        figures[title] = row
+    figures["density of losa's sparse passes"] = policies["losa"].reads.sparse_density
+    return figures
+
+
+def measure(checkpoint: Path, repeats: int) -> dict[str, Any]:
+    """All figures."""
+    with Steps(2) as steps:
+        steps.begin("losart beside transformers")
+        short = beside_transformers(checkpoint, SHORT_PREFIX, repeats)
+        steps.begin("LoSA beside dense attention")
+        long = losa_beside_dense(checkpoint, LONG_PREFIX, repeats)
+    return {
+        "threads": threads(),
+        "cpu": cpu_name(),
+        "losart": f"{losart.__version__}, commit {commit()}",
+        "command": " ".join(["python", *sys.argv]),
+        f"dense pass at {SHORT_PREFIX}": short,
+        **long,
+    }
+
+
+def print_table(figures: dict[str, Any]) -> None:
+    """Medians in milliseconds, and ratios."""
+    for title, value in figures.items():
+        if not isinstance(value, dict):
+            print(f"{title}: {value}")
+            continue
+        cells = [f"{name} {x:.2f}x" if "/" in name else f"{name} {x:.1f} ms" for name, x in value.items()]
+        print(f"{title}: {', '.join(cells)}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=7, help="counted runs of each (7)")
+    parser.add_argument("--checkpoint", type=Path, help="a 0.6B checkpoint (default: a random one is made)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = args.checkpoint or write_weights(Path(folder), SIZE, dtype="float32", block_length=BLOCK)
+        figures = measure(checkpoint, args.repeats)
+    print_table(figures)
+    if args.json:
+        args.json.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""A whole generation after a long prompt by each method, and where its time goes."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from attempts import attempt, ratio
+from cuda_model import BLOCK, NoiseModel
+
+from losart.api.session import Session
+from losart.attention.policy import AttentionPolicy, PassKind
+from losart.backends.base import PassInputs
+from losart.engine.kv_cache import PagedKVCache
+from losart.models.transformer import Transformer
+from losart.observe.results import Stats
+
+SIZE = "1.7B"
+METHODS: dict[str, dict[str, Any]] = {
+    "dense": {},
+    "losa": {"attention": "losa", "budget": 512, "active": 5},
+    "losa anchor": {"attention": "losa", "budget": 512, "active": 5, "selector": "anchor"},
+    "quest": {"attention": "quest", "budget": 512},
+}
+
+
+def rows(quick: bool = False) -> Iterator[dict[str, Any]]:
+    """One row a method."""
+    prompt, new_tokens = (16384, 64) if quick else (65536, 256)
+    model = attempt(NoiseModel, SIZE, TimedTransformer)
+    if isinstance(model, str):
+        yield {"prompt": prompt, "method": model}
+        return
+    dense = None
+    for name, options in METHODS.items():
+        row = {"prompt": prompt, "method": name}
+        measured = attempt(generation, model, prompt, new_tokens, options)
+        if isinstance(measured, str):
+            yield row | {"tokens a second": measured}
+            continue
+        stats, seconds = measured
+        if name == "dense":
+            dense = stats.tokens_per_second
+        row |= {
+            "tokens a second": stats.tokens_per_second,
+            "method/dense": ratio(stats.tokens_per_second, dense),
+            "density": stats.sparse_density,
+            "decoding s": stats.decode_seconds,
+        }
+        for kind in PassKind:
+            of_kind = seconds[kind]
+            row |= {
+                f"{kind.value} passes": len(of_kind),
+                f"{kind.value} ms": 1e3 * sum(of_kind) / max(1, len(of_kind)),
+                f"{kind.value} s": sum(of_kind),
+            }
+        yield row | {"outside passes s": stats.decode_seconds - sum(map(sum, seconds.values()))}
+
+
+def generation(
+    model: NoiseModel, prompt: int, new_tokens: int, options: dict[str, Any]
+) -> tuple[Stats, dict[PassKind, list[float]]]:
+    """Figures of a generation, and the seconds of its passes, after one that prefills, compiles and captures.
+
+    Of the prompt the second one finds all in the session's cache.
+    """
+    fixed = {
+        "max_new_tokens": new_tokens,
+        "block_length": BLOCK,
+        "denoising_steps": BLOCK,
+        "remasking": "low_confidence_static",
+        "stop_token_ids": [],
+    }
+    session = Session(model.transformer, None, None, fixed | options)
+    ids = np.random.default_rng(0).integers(model.config.vocab_size, size=prompt).tolist()
+    session.generate(ids)
+    model.transformer.seconds.clear()
+    stats = session.generate(ids).stats
+    return stats, model.transformer.seconds.copy()
+
+
+class TimedTransformer(Transformer):
+    """Notes the seconds of each pass, by its kind. Each is waited for, so that none is counted to the next.
+
+    Denoising passes wait for their proposals anyway; what this adds is a wait after a commit.
+    """
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.seconds: dict[PassKind, list[float]] = defaultdict(list)
+
+    def denoise(self, inputs: PassInputs, cache: PagedKVCache, policy: AttentionPolicy, *rest: Any) -> Any:
+        return self._timed(policy.kind, super().denoise, inputs, cache, policy, *rest)
+
+    def commit(self, ids: np.ndarray, cache: PagedKVCache, policy: AttentionPolicy, *rest: Any) -> Any:
+        return self._timed(policy.kind, super().commit, ids, cache, policy, *rest)
+
+    def _timed(self, kind: PassKind, run: Callable[..., Any], *args: Any) -> Any:
+        began = time.perf_counter()
+        given = run(*args)
+        self.backend.stream.synchronize()
+        self.seconds[kind].append(time.perf_counter() - began)
+        return given

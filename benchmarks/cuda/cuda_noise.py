@@ -1,0 +1,123 @@
+"""Models of SDAR's sizes whose weights, keys and values are noise made on the device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import cupy
+import numpy as np
+
+from losart.backends.base import PassInputs
+from losart.backends.cuda.backend import CudaBackend
+from losart.config.model import ModelConfig
+from losart.measure.random_checkpoint import SIZES
+
+PIECE = 8192  # positions written at a time
+
+noise = cupy.ElementwiseKernel(
+    "float32 scale",
+    "uint16 bits",
+    """
+    unsigned x = (unsigned)i * 2654435761u;
+    x ^= x >> 15; x *= 2246822519u; x ^= x >> 13; x *= 3266489917u; x ^= x >> 16;
+    float value = ((int)x * 4.6566e-10f) * scale;
+    bits = (unsigned short)(__float_as_uint(value) >> 16);
+    """,
+    "losart_noise",
+)
+
+
+class NoiseBackend(CudaBackend):
+    """A CUDA backend that takes shapes in place of a checkpoint's tensors."""
+
+    def upload(self, *shapes: Any) -> Any:
+        with self.stream:
+            held = cupy.empty((sum(rows for rows, _ in shapes), shapes[0][1]), np.uint16)
+            noise(np.float32(1.7 / shapes[0][1] ** 0.5), held)
+        return held
+
+    def upload_vector(self, *shapes: Any) -> Any:
+        with self.stream:
+            return cupy.ones(sum(shape[0] for shape in shapes), np.float32)
+
+
+class Shapes(dict):
+    """Canonical tensor names to shapes, in place of a checkpoint's tensors."""
+
+    def __init__(self, c: ModelConfig) -> None:
+        q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+        layer = {
+            **dict.fromkeys(("input_norm", "post_norm"), (c.hidden_size,)),
+            **dict.fromkeys(("q_norm", "k_norm"), (c.head_dim,)),
+            "q": (q, c.hidden_size),
+            "k": (kv, c.hidden_size),
+            "v": (kv, c.hidden_size),
+            "o": (c.hidden_size, q),
+            "gate": (c.intermediate_size, c.hidden_size),
+            "up": (c.intermediate_size, c.hidden_size),
+            "down": (c.hidden_size, c.intermediate_size),
+        }
+        super().__init__(
+            {f"layers.{i}.{name}": shape for i in range(c.num_layers) for name, shape in layer.items()},
+            embed=(c.vocab_size, c.hidden_size),
+            head=(c.vocab_size, c.hidden_size),
+            final_norm=(c.hidden_size,),
+        )
+
+
+def model_config(size: str, **changes: Any) -> ModelConfig:
+    """SDAR's sizes."""
+    sizes = dict(SIZES[size])
+    fixed = {"model_type": "sdar", "tie_embeddings": sizes.pop("tied", False), "dtype": "bfloat16"}
+    longer = {"max_positions": 262144, "mask_token_id": 151669}
+    return ModelConfig(**{**sizes, **fixed, **longer, **changes})
+
+
+def filled_cache(backend: CudaBackend, prefix: int, room: int = 0) -> Any:
+    """A cache full of noise."""
+    cache = backend.new_cache(16, prefix + room)
+    cache.reserve(prefix + room)
+    with backend.stream:
+        for kv, _ in cache.table.chunks:
+            noise(np.float32(1.0), kv)
+    cache.length = prefix
+    return cache
+
+
+def written_cache(
+    backend: CudaBackend, prefix: int, room: int, draw: Callable[[int, int, int], tuple[Any, Any]]
+) -> Any:
+    """A cache with keys, values and page bounds: `draw` of layer, start and count gives keys and values."""
+    cache = backend.new_cache(16, prefix + room)
+    cache.reserve(prefix + room)
+    layers = range(backend.config.num_layers)
+    for start in range(0, prefix, PIECE):
+        count = min(PIECE, prefix - start)
+
+        def write(_: Any, start: int = start, count: int = count) -> None:
+            for layer in layers:
+                cache.write(layer, *draw(layer, start, count))
+
+        backend.run_prefill(np.zeros(count, np.int64), cache, write)
+        cache.advance(count)
+    return cache
+
+
+def placed_queries(backend: CudaBackend, cache: Any, tokens: int) -> Any:
+    """Tells the device where the cache lies, and gives queries of as many tokens after its prefix."""
+    c = backend.config
+    with backend.stream:
+        backend._place(PassInputs(np.zeros(tokens, np.int64)), cache)
+        return cupy.random.standard_normal((tokens, c.num_heads, c.head_dim), np.float32)
+
+
+def kv_bytes(config: ModelConfig, prefix: int) -> int:
+    """Bytes of one layer's keys and values."""
+    return 2 * 2 * prefix * config.num_kv_heads * config.head_dim
+
+
+def weight_bytes(config: ModelConfig) -> int:
+    """Bytes of the weights that a pass must read: all, but of the embedding only a few rows."""
+    return sum(2 * math.prod(shape) for name, shape in Shapes(config).items() if name != "embed")

@@ -1,0 +1,56 @@
+"""Block-causal attention of a prompt, beside torch's causal attention."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from attempts import attempt, ratio
+from cuda_noise import filled_cache, model_config, placed_queries
+from cuda_timing import graph_microseconds
+from cuda_torch import causal
+
+from losart.backends.cuda.backend import CudaBackend
+from losart.config.model import ModelConfig
+
+BLOCK = 16
+
+
+def rows(bandwidth: float, quick: bool = False) -> Iterator[dict[str, Any]]:
+    """One row a prompt, one layer of SDAR-8B's heads; speeds in TFLOP/s of what each side must do."""
+    config = model_config("8B", num_layers=1)
+    for prompt in (16384,) if quick else (16384, 65536):
+        whole_blocks = sum((p // BLOCK + 1) * BLOCK for p in range(prompt))
+        ours = _teraflops(config, whole_blocks, attempt(microseconds, config, prompt))
+        pairs = prompt * (prompt + 1) // 2
+        flash, cudnn = (
+            _teraflops(config, pairs, attempt(causal, config, prompt, kind)) for kind in ("flash", "cudnn")
+        )
+        yield {
+            "prompt": prompt,
+            "losart": ours,
+            "torch flash": flash,
+            "losart/flash": ratio(ours, flash),
+            "torch cuDNN": cudnn,
+            "losart/cuDNN": ratio(ours, cudnn),
+        }
+
+
+def microseconds(config: ModelConfig, prompt: int) -> float:
+    """Of one layer, in the pieces in which a prompt goes through the model."""
+    backend = CudaBackend(config, "bfloat16")
+    cache = filled_cache(backend, 0, prompt)
+    piece, total = min(backend.prefill_tokens, prompt), 0.0
+    for start in range(0, prompt, piece):
+        cache.length = start
+        q = placed_queries(backend, cache, min(piece, prompt - start))
+        total += graph_microseconds(
+            backend.stream, lambda q=q: backend.causal_attention(q, cache, 0, BLOCK), 3, 5
+        )
+    return total
+
+
+def _teraflops(config: ModelConfig, pairs: int, microseconds: float | str) -> float | str:
+    if isinstance(microseconds, str):
+        return microseconds
+    return 4 * config.head_dim * config.num_heads * pairs / microseconds / 1e6

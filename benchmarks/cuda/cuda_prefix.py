@@ -1,0 +1,51 @@
+"""Dense attention of a block over the prefix, against the memory's floor and torch's flash attention."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+from attempts import attempt, ratio
+from cuda_noise import filled_cache, kv_bytes, model_config, placed_queries
+from cuda_timing import graph_microseconds
+from cuda_torch import flash_over_prefix
+
+from losart.backends.cuda.backend import CudaBackend
+from losart.config.model import ModelConfig
+
+CACHED_BYTES = 400_000_000  # well past what the device's cache holds
+
+
+def rows(bandwidth: float, quick: bool = False) -> Iterator[dict[str, Any]]:
+    """One row a block length and prefix, of SDAR-8B's heads."""
+    blocks = (16,) if quick else (4, 16, 32)
+    prefixes = (16384, 65536) if quick else (4096, 8192, 16384, 32768, 65536, 131072)
+    for block, prefix in itertools.product(blocks, prefixes):
+        one_layer = kv_bytes(model_config("8B"), prefix)
+        config = model_config("8B", num_layers=max(2, -(-CACHED_BYTES // one_layer)))
+        floor = one_layer / bandwidth * 1e6
+        ours = attempt(microseconds, config, block, prefix)
+        theirs = attempt(flash_over_prefix, config, block, prefix)
+        yield {
+            "block": block,
+            "prefix": prefix,
+            "floor": floor,
+            "losart": ours,
+            "losart/floor": ratio(ours, floor),
+            "torch flash": theirs,
+            "torch/losart": ratio(theirs, ours),
+        }
+
+
+def microseconds(config: ModelConfig, block: int, prefix: int) -> float:
+    """Of one layer, the merge of its parts included."""
+    backend = CudaBackend(config, "bfloat16")
+    cache = filled_cache(backend, prefix)
+    q = placed_queries(backend, cache, block)
+    layer = itertools.cycle(range(config.num_layers))
+
+    def launch() -> Any:
+        return backend.merge(backend.prefix_attention(q, cache, next(layer)))
+
+    return graph_microseconds(backend.stream, launch, max(8, config.num_layers))

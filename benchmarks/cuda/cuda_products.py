@@ -1,0 +1,104 @@
+"""The matrix products of a pass against the memory's floor, and those of prefill beside cuBLAS."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import cupy
+import numpy as np
+from attempts import attempt, ratio
+from cuda_noise import NoiseBackend, model_config, noise
+from cuda_timing import graph_microseconds, queued_microseconds
+
+from losart.backends.cuda.products import blas_product
+
+CACHED_BYTES = 400_000_000  # well past what the device's cache holds
+
+
+def rows(bandwidth: float, quick: bool = False) -> Iterator[dict[str, Any]]:
+    """One row a product; the weights are read from memory each time."""
+    for size in ("8B",) if quick else ("1.7B", "8B"):
+        for name, shape in product_shapes(size).items():
+            floor = 2 * shape[0] * shape[1] / bandwidth * 1e6
+            ours = attempt(microseconds, size, shape)
+            yield {
+                "size": size,
+                "product": name,
+                "floor": floor,
+                "losart": ours,
+                "losart/floor": ratio(ours, floor),
+            }
+
+
+def prefill_rows(quick: bool = False) -> Iterator[dict[str, Any]]:
+    """One row a product and a number of tokens; speeds in TFLOP/s."""
+    for size in ("8B",) if quick else ("1.7B", "8B"):
+        for name, shape in product_shapes(size).items():
+            if name == "head":
+                continue  # prefill has none
+            for tokens in (512, 2048):
+                operations = 2 * tokens * shape[0] * shape[1]
+                ours, blas = (
+                    _teraflops(operations, attempt(prefill_microseconds, size, shape, tokens, with_blas))
+                    for with_blas in (False, True)
+                )
+                yield {
+                    "size": size,
+                    "product": name,
+                    "tokens": tokens,
+                    "losart": ours,
+                    "cuBLAS": blas,
+                    "losart/cuBLAS": ratio(ours, blas),
+                }
+
+
+def product_shapes(size: str) -> dict[str, tuple[int, int]]:
+    """Rows and columns of each matrix of a pass."""
+    c = model_config(size)
+    q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    return {
+        "qkv": (q + 2 * kv, c.hidden_size),
+        "o": (c.hidden_size, q),
+        "gate_up": (2 * c.intermediate_size, c.hidden_size),
+        "down": (c.hidden_size, c.intermediate_size),
+        "head": (c.vocab_size, c.hidden_size),
+    }
+
+
+def microseconds(size: str, shape: tuple[int, int], block: int = 16) -> float:
+    """Of one product with a block's tokens."""
+    backend, x, next_matrix, copies = _operands(size, shape, block)
+    return graph_microseconds(backend.stream, lambda: backend.linear(x, next_matrix()), 3 * copies)
+
+
+def prefill_microseconds(size: str, shape: tuple[int, int], tokens: int, with_blas: bool) -> float:
+    """Of one product with a piece of a prompt, by our kernels or by cuBLAS."""
+    backend, x, next_matrix, copies = _operands(size, shape, tokens)
+
+    def by_blas() -> Any:
+        product = blas_product(x, next_matrix(), "bfloat16")
+        if product is None:
+            raise RuntimeError("CuPy finds no cuBLAS")
+        return product
+
+    launch = by_blas if with_blas else lambda: backend.linear(x, next_matrix())
+    return queued_microseconds(backend.stream, launch, max(20, copies))
+
+
+def _operands(
+    size: str, shape: tuple[int, int], tokens: int
+) -> tuple[NoiseBackend, Any, Callable[[], Any], int]:
+    """A backend, x, what gives matrices in turn, and how many there are."""
+    backend = NoiseBackend(model_config(size), "bfloat16")
+    copies = max(2, -(-CACHED_BYTES // (2 * shape[0] * shape[1])))
+    turn = itertools.cycle([backend.upload(shape) for _ in range(copies)])
+    with backend.stream:
+        x = cupy.empty((tokens, shape[1]), np.uint16)
+        noise(np.float32(1.0), x)
+    return backend, x, lambda: next(turn), copies
+
+
+def _teraflops(operations: int, microseconds: float | str) -> float | str:
+    return microseconds if isinstance(microseconds, str) else operations / microseconds / 1e6

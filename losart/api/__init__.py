@@ -1,0 +1,1 @@
+"""What a user calls: loading a model, generating, sessions, conversations."""

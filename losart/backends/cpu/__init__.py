@@ -1,0 +1,1 @@
+"""The CPU backend, and the Cython modules of the host."""

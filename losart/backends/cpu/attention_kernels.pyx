@@ -1,0 +1,484 @@
+"""Attention of a block on the CPU: over pages of the prefix, over the block itself, and page bounds.
+
+All variants are one routine, attend_slabs: rows of queries of one kv head (tokens times the query
+heads that share it) against a list of slabs of 16 positions (see kv_index.pyx), by the online
+softmax, a tile of 8 slabs at a time. Work is split over kv heads and over parts of the list whose
+size does not depend on the number of threads, so results do not either.
+"""
+
+import numpy as np
+
+from cython.parallel cimport prange
+from libc.math cimport INFINITY, log, sqrt
+from libc.stdint cimport int32_t, uint16_t, uint64_t, uintptr_t
+from libc.stdlib cimport free, malloc
+from libc.string cimport memcpy, memset
+
+from losart.backends.cpu.kv_index cimport BFLOAT16, FLOAT32, PageTable, SlabSource
+from losart.backends.cpu.simd cimport (
+    scale,
+    simd_level,
+    slab_scores,
+    slabs_accumulate,
+    softmax_step,
+    widen_bfloat16,
+    widen_float16,
+)
+
+cdef extern from "math.h" nogil:
+    float expf(float x)
+
+cdef extern from *:
+    """
+    #ifdef _OPENMP
+    #include <omp.h>
+    static int most_threads(void) { return omp_get_max_threads(); }
+    #else
+    static int most_threads(void) { return 1; }
+    #endif
+    """
+    int most_threads()
+
+cdef enum:
+    LANES = 16
+    TILE = 8             # slabs of a tile
+    PART = 64            # slabs of a part, whole tiles
+    CAUSAL_ROWS = 64     # query rows of a prefill work item, about
+    BOUND_GROUPS = 8     # groups of 16 pages of a work item
+    # Multiply-adds from which a second thread pays, about 20 us: waking one costs a few, and far
+    # more on a machine that is busy with other things.
+    WORTH_THREADS = 1 << 20
+
+SLAB_POSITIONS = LANES
+TILE_POSITIONS = TILE * LANES
+
+
+def vectors_in_use():
+    """2 where the kernels run on AVX-512, 1 on AVX2, 0 on what every machine has."""
+    return simd_level()
+
+
+def threads_in_use():
+    """Threads that the kernels may run on."""
+    return most_threads()
+
+
+cdef struct Work:
+    # What attend_part needs; arrays by kv head.
+    Py_ssize_t rows, dim, parts
+    const float *q              # [kv_heads, rows, dim], scaled
+    const int32_t *limits       # [kv_heads, rows]
+    const SlabSource *sources   # [kv_heads]
+    const Py_ssize_t *slabs     # [kv_heads]
+    float *o                    # [kv_heads, parts, rows, dim], unnormalised
+    float *tops                 # [kv_heads, parts, rows], maximum
+    float *totals               # [kv_heads, parts, rows], sum relative to it
+    float *slab_sums            # [kv_heads, rows, sums_stride] or NULL
+    float *tile_tops            # [kv_heads, rows, tops_stride] or NULL
+    Py_ssize_t sums_stride, tops_stride
+
+
+cdef inline void widen(const void *source, float *to, Py_ssize_t count, int width) noexcept nogil:
+    if width == BFLOAT16:
+        widen_bfloat16(<const uint16_t *>source, to, count)
+    else:
+        widen_float16(<const uint16_t *>source, to, count)
+
+
+cdef int attend_slabs(
+    const float *q, const int32_t *limits, Py_ssize_t rows, Py_ssize_t dim,
+    const SlabSource *source, Py_ssize_t first, Py_ssize_t last,
+    float *o, float *tops, float *totals,
+    float *slab_sums, Py_ssize_t sums_stride, float *tile_tops, Py_ssize_t tops_stride,
+) noexcept nogil:
+    # Rows q [rows, dim] over slabs first..last-1 of the list; row r sees the positions of the list
+    # below limits[r]. Returns 1 without memory.
+    cdef Py_ssize_t slab = first, b, slabs, r, page, index, place, lanes, stride = TILE * LANES
+    cdef Py_ssize_t slab_floats = LANES * dim
+    cdef const char *chunk
+    cdef const char *key
+    cdef const float *values[TILE]
+    cdef float factor
+    cdef float *scores = <float *>malloc(sizeof(float) * (rows * stride + (TILE + 1) * slab_floats))
+    if scores == NULL:
+        return 1
+    cdef float *key_scratch = scores + rows * stride
+    cdef float *value_scratch = key_scratch + slab_floats
+
+    memset(o, 0, sizeof(float) * rows * dim)
+    for r in range(rows):
+        tops[r] = -INFINITY
+        totals[r] = 0.0
+    while slab < last:
+        slabs = min(TILE, last - slab)
+        for b in range(slabs):
+            index = slab + b
+            if source.pages != NULL:
+                page = source.pages[index // source.slabs_per_page]
+                index = page * source.slabs_per_page + index % source.slabs_per_page
+            chunk = <const char *><uintptr_t>source.chunks[index // source.slabs_per_chunk]
+            place = index % source.slabs_per_chunk * source.slab_bytes
+            key = chunk + source.key_offset + place
+            if source.width == FLOAT32:
+                values[b] = <const float *>(chunk + source.value_offset + place)
+            else:
+                widen(key, key_scratch, slab_floats, source.width)
+                key = <const char *>key_scratch
+                widen(chunk + source.value_offset + place, value_scratch + b * slab_floats,
+                      slab_floats, source.width)
+                values[b] = value_scratch + b * slab_floats
+            slab_scores(q, rows, dim, <const float *>key, scores + b * LANES, stride)
+        for r in range(rows):
+            lanes = limits[r] - slab * LANES
+            for b in range(max(lanes, 0), slabs * LANES):
+                scores[r * stride + b] = -INFINITY
+            factor = softmax_step(scores + r * stride, slabs, tops + r, totals + r,
+                                  slab_sums + r * sums_stride + slab if slab_sums != NULL else NULL)
+            if factor != 1.0:
+                scale(o + r * dim, dim, factor)
+            if tile_tops != NULL:
+                tile_tops[r * tops_stride + slab // TILE] = tops[r]
+        slabs_accumulate(scores, stride, rows, values, slabs, dim, o)
+        slab += slabs
+    free(scores)
+    return 0
+
+
+cdef int attend_part(const Work *work, Py_ssize_t item) noexcept nogil:
+    cdef Py_ssize_t head = item // work.parts, part = item % work.parts, rows = work.rows
+    return attend_slabs(
+        work.q + head * rows * work.dim, work.limits + head * rows, rows, work.dim,
+        work.sources + head, part * PART, min((part + 1) * PART, work.slabs[head]),
+        work.o + item * rows * work.dim, work.tops + item * rows, work.totals + item * rows,
+        work.slab_sums + head * rows * work.sums_stride if work.slab_sums != NULL else NULL,
+        work.sums_stride,
+        work.tile_tops + head * rows * work.tops_stride if work.tile_tops != NULL else NULL,
+        work.tops_stride,
+    )
+
+
+cdef void finish_row(const float *o, float top, float total, Py_ssize_t dim,
+                     float *out, float *lse) noexcept nogil:
+    # A row that saw no position has o = 0 and lse = -inf.
+    cdef Py_ssize_t d
+    cdef float inverse = <float>0.0 if total == 0.0 else <float>1.0 / total
+    for d in range(dim):
+        out[d] = o[d] * inverse
+    lse[0] = <float>-INFINITY if total == 0.0 else top + <float>log(total)
+
+
+cdef void merge_parts(const Work *work, Py_ssize_t head, Py_ssize_t row, float *out, float *lse) noexcept nogil:
+    # One row's parts into its output. The first part's o is used up.
+    cdef Py_ssize_t part, d, first = head * work.parts * work.rows + row, at
+    cdef float top = -INFINITY, total = 0.0, factor
+    cdef float *into = work.o + first * work.dim
+    cdef const float *other
+    for part in range(work.parts):
+        top = max(top, work.tops[first + part * work.rows])
+    for part in range(work.parts):
+        at = first + part * work.rows
+        # Parts that saw nothing (-inf) have sums of zero, or NaN, and count as they are.
+        factor = expf(work.tops[at] - top) if work.tops[at] > -INFINITY else <float>1.0
+        total = total + work.totals[at] * factor
+        if part == 0:
+            scale(into, work.dim, factor)
+        else:
+            other = work.o + at * work.dim
+            for d in range(work.dim):
+                into[d] = into[d] + other[d] * factor
+    finish_row(into, top, total, work.dim, out, lse)
+
+
+cdef int run(Work *work, Py_ssize_t kv_heads, Py_ssize_t group, const int32_t *tokens,
+             float[:, :, ::1] o, float[:, ::1] lse) except -1:
+    # All parts, then every row's merge into row tokens[row // group] of o and lse.
+    cdef Py_ssize_t item, head, row, rows = work.rows, failed = 0, positions = 0
+    for head in range(kv_heads):
+        positions += work.slabs[head] * LANES
+    cdef bint threads = 2 * rows * work.dim * positions > WORTH_THREADS
+    buffer = np.empty(kv_heads * work.parts * rows * (work.dim + 2), np.float32)
+    cdef float[::1] view = buffer
+    work.o = &view[0]
+    work.tops = work.o + kv_heads * work.parts * rows * work.dim
+    work.totals = work.tops + kv_heads * work.parts * rows
+    for item in prange(kv_heads * work.parts, nogil=True, schedule="dynamic", use_threads_if=threads):
+        failed += attend_part(work, item)
+    if failed:
+        raise MemoryError
+    for item in prange(kv_heads * rows, nogil=True, schedule="static", use_threads_if=threads and work.parts > 1):
+        head = item // rows
+        row = item % rows
+        merge_parts(work, head, row, &o[tokens[row // group], head * group + row % group, 0],
+                    &lse[tokens[row // group], head * group + row % group])
+    return 0
+
+
+def _gather_queries(const float[:, :, ::1] q, const int32_t[::1] tokens, Py_ssize_t kv_heads):
+    # [kv_heads, rows, head_dim]: rows (token, head of the group), scaled by 1/sqrt(head_dim).
+    cdef Py_ssize_t count = tokens.shape[0], dim = q.shape[2], group = q.shape[1] // kv_heads, head, t
+    rows = np.empty((kv_heads, count * group, dim), np.float32)
+    cdef float[:, :, ::1] out = rows
+    with nogil:
+        for head in range(kv_heads):
+            for t in range(count):
+                memcpy(&out[head, t * group, 0], &q[tokens[t], head * group, 0], sizeof(float) * group * dim)
+        scale(&out[0, 0, 0], kv_heads * count * group * dim, <float>(1.0 / sqrt(<double>dim)))
+    return rows
+
+
+def _check(q, o, lse, tokens, kv_heads, dim):
+    if q.shape[2] != dim or q.shape[1] % kv_heads or o.shape != q.shape or lse.shape != q.shape[:2]:
+        raise ValueError("q and o must be [tokens, heads, head_dim] and lse [tokens, heads]")
+    if dim % LANES:
+        raise ValueError(f"head_dim must be a multiple of {LANES}, not {dim}")
+    if len(tokens) and not 0 <= tokens.min() <= tokens.max() < len(q):
+        raise ValueError("tokens must be rows of q")
+
+
+def attend_pages(PageTable table, Py_ssize_t layer, q, tokens, pages, Py_ssize_t length, o, lse,
+                 slab_sums=None, tile_tops=None):
+    """Attention of some tokens' queries over the prefix, or over a list of its pages.
+
+    Parameters
+    ----------
+    table : PageTable
+    layer : int
+    q : float32 [tokens of the block, heads, head_dim]
+    tokens : int32 [any]
+        Which tokens are computed; the other rows of `o` and `lse` stay as they are.
+    pages : (int32 [kv_heads, capacity], int32 [kv_heads]) or None
+        Rising page ids that each kv head reads, and how many; None reads the whole prefix.
+    length : int
+        Positions of the prefix.
+    o : float32 [tokens of the block, heads, head_dim]
+        Written; zeros where nothing is read.
+    lse : float32 [tokens of the block, heads]
+        Written: natural logarithm of the sum of exponentials; -inf where nothing is read.
+    slab_sums : float32 [kv_heads, tokens * group, slabs], optional
+    tile_tops : float32 [kv_heads, tokens * group, tiles], optional
+        Written: each slab's sum of exponentials, relative to the maximum up to its tile of 8 slabs.
+    """
+    cdef Py_ssize_t kv_heads = table.kv_heads, dim = table.head_dim, group = q.shape[1] // kv_heads
+    cdef Py_ssize_t rows = len(tokens) * group, head, r, listed, last_page, positions, parts = 1
+    _check(q, o, lse, tokens, kv_heads, dim)
+    if not 0 <= layer < table.layers or not 0 <= length <= table.capacity:
+        raise ValueError(f"layer {layer} and {length} positions are outside the cache")
+    if rows == 0:
+        return
+
+    cdef const int32_t[:, ::1] ids
+    cdef const int32_t[::1] counts
+    if pages is not None:
+        ids, counts = pages
+    limits = np.empty((kv_heads, rows), np.int32)
+    slabs = np.empty(kv_heads, np.intp)
+    sources = np.empty(kv_heads * sizeof(SlabSource), np.uint8)
+    cdef int32_t[:, ::1] limit_view = limits
+    cdef Py_ssize_t[::1] slab_view = slabs
+    cdef unsigned char[::1] source_bytes = sources
+    cdef SlabSource *source = <SlabSource *>&source_bytes[0]
+    for head in range(kv_heads):
+        positions = length
+        if pages is not None:
+            listed = counts[head]
+            last_page = ids[head, listed - 1] if listed else 0
+            if listed and (ids[head, 0] < 0 or last_page * table.page_size >= length):
+                raise ValueError("a page of the list is outside the prefix")
+            positions = (listed - 1) * table.page_size + min(
+                table.page_size, length - last_page * table.page_size) if listed else 0
+        source[head] = table.source(layer, head, &ids[head, 0] if pages is not None and positions else NULL)
+        slab_view[head] = (positions + LANES - 1) // LANES
+        parts = max(parts, (slab_view[head] + PART - 1) // PART)
+        for r in range(rows):
+            limit_view[head, r] = <int32_t>positions
+
+    cdef float[:, :, ::1] queries = _gather_queries(q, tokens, kv_heads)
+    cdef const int32_t[::1] token_view = tokens
+    cdef float[:, :, ::1] sums, tops
+    cdef Work work
+    memset(&work, 0, sizeof(work))
+    work.rows, work.dim, work.parts = rows, dim, parts
+    work.q, work.limits, work.sources, work.slabs = &queries[0, 0, 0], &limit_view[0, 0], source, &slab_view[0]
+    if slab_sums is not None:
+        sums, tops = slab_sums, tile_tops
+        if sums.shape[2] * LANES < length or tops.shape[2] * TILE * LANES < length or pages is not None:
+            raise ValueError("slab_sums and tile_tops must hold the whole prefix")
+        work.slab_sums, work.sums_stride = &sums[0, 0, 0], sums.shape[2]
+        work.tile_tops, work.tops_stride = &tops[0, 0, 0], tops.shape[2]
+    run(&work, kv_heads, group, &token_view[0], o, lse)
+
+
+def attend_block(const float[:, :, ::1] q, const float[:, :, ::1] k, const float[:, :, ::1] v, o, lse):
+    """Attention of a block's tokens over the block's own keys and values, all to all.
+
+    Parameters
+    ----------
+    q : float32 [tokens, heads, head_dim]
+    k, v : float32 [tokens, kv_heads, head_dim]
+    o : float32 [tokens, heads, head_dim]
+        Written.
+    lse : float32 [tokens, heads]
+        Written.
+    """
+    cdef Py_ssize_t count = q.shape[0], kv_heads = k.shape[1], dim = q.shape[2], group = q.shape[1] // kv_heads
+    cdef Py_ssize_t slabs = (count + LANES - 1) // LANES, head, t, d
+    tokens = np.arange(count, dtype=np.int32)
+    _check(q.base, o, lse, tokens, kv_heads, dim)
+    # The block as one chunk of the cache's layout: [2 (keys, values), kv_heads, slabs, dim * 16].
+    staged = np.zeros((2, kv_heads, slabs * LANES * dim), np.float32)
+    cdef float[:, :, ::1] stage = staged
+    with nogil:
+        for head in range(kv_heads):
+            for t in range(count):
+                for d in range(dim):
+                    stage[0, head, (t // LANES * dim + d) * LANES + t % LANES] = k[t, head, d]
+                memcpy(&stage[1, head, t * dim], &v[t, head, 0], sizeof(float) * dim)
+    cdef uint64_t chunk = <uint64_t><uintptr_t>&stage[0, 0, 0]
+
+    limits = np.full((kv_heads, count * group), count, np.int32)
+    slab_counts = np.full(kv_heads, slabs, np.intp)
+    sources = np.zeros(kv_heads * sizeof(SlabSource), np.uint8)
+    cdef int32_t[:, ::1] limit_view = limits
+    cdef Py_ssize_t[::1] slab_view = slab_counts
+    cdef unsigned char[::1] source_bytes = sources
+    cdef SlabSource *source = <SlabSource *>&source_bytes[0]
+    for head in range(kv_heads):
+        source[head].chunks = &chunk
+        source[head].slabs_per_chunk = slabs
+        source[head].slab_bytes = LANES * dim * sizeof(float)
+        source[head].key_offset = head * slabs * source[head].slab_bytes
+        source[head].value_offset = (kv_heads + head) * slabs * source[head].slab_bytes
+        source[head].width = FLOAT32
+
+    cdef float[:, :, ::1] queries = _gather_queries(q, tokens, kv_heads)
+    cdef const int32_t[::1] token_view = tokens
+    cdef Work work
+    memset(&work, 0, sizeof(work))
+    work.rows, work.dim, work.parts = count * group, dim, (slabs + PART - 1) // PART
+    work.q, work.limits, work.sources, work.slabs = &queries[0, 0, 0], &limit_view[0, 0], source, &slab_view[0]
+    run(&work, kv_heads, group, &token_view[0], o, lse)
+
+
+cdef int attend_causal_item(PageTable table, Py_ssize_t layer, Py_ssize_t head, const float *q, Py_ssize_t rows,
+                            Py_ssize_t group, Py_ssize_t start, Py_ssize_t block_length,
+                            float *o, Py_ssize_t heads) noexcept nogil:
+    # Tokens start.. of one kv head: q [rows, dim] in, o [tokens, heads, dim] at this head out.
+    cdef Py_ssize_t dim = table.head_dim, r, position
+    cdef SlabSource source = table.source(layer, head, NULL)
+    cdef float lse
+    cdef float *sums = <float *>malloc(sizeof(float) * rows * (dim + 2) + sizeof(int32_t) * rows)
+    if sums == NULL:
+        return 1
+    cdef float *tops = sums + rows * dim
+    cdef float *totals = tops + rows
+    cdef int32_t *limits = <int32_t *>(totals + rows)
+    for r in range(rows):
+        position = start + r // group
+        limits[r] = <int32_t>((position // block_length + 1) * block_length)
+    cdef int failed = attend_slabs(q, limits, rows, dim, &source, 0, (limits[rows - 1] + LANES - 1) // LANES,
+                                   sums, tops, totals, NULL, 0, NULL, 0)
+    if not failed:
+        for r in range(rows):
+            finish_row(sums + r * dim, tops[r], totals[r], dim,
+                       o + (r // group * heads + head * group + r % group) * dim, &lse)
+    free(sums)
+    return failed
+
+
+def attend_causal_blocks(PageTable table, Py_ssize_t layer, q, Py_ssize_t start, Py_ssize_t block_length, o):
+    """Block-causal attention of a piece of the prompt whose keys and values are in the cache.
+
+    Parameters
+    ----------
+    table : PageTable
+    layer : int
+    q : float32 [tokens, heads, head_dim]
+        Positions start, start + 1, ...; start and the number of tokens are whole blocks.
+    start, block_length : int
+        A token sees all positions up to the end of its own block.
+    o : float32 [tokens, heads, head_dim]
+        Written.
+    """
+    cdef Py_ssize_t kv_heads = table.kv_heads, dim = table.head_dim, heads = q.shape[1], group = heads // kv_heads
+    cdef Py_ssize_t count = q.shape[0], step = max(1, CAUSAL_ROWS // group), pieces, item, head, first, failed = 0
+    cdef bint threads
+    tokens = np.arange(count, dtype=np.int32)
+    _check(q, o, np.broadcast_to(np.float32(0), q.shape[:2]), tokens, kv_heads, dim)
+    if count == 0:
+        return
+    if start % block_length or count % block_length or start + count > table.capacity:
+        raise ValueError("a piece of the prompt must be whole blocks within the cache")
+    cdef float[:, :, ::1] queries = _gather_queries(q, tokens, kv_heads)
+    cdef float[:, :, ::1] out = o
+    pieces = (count + step - 1) // step
+    # Later pieces see more: they come first, so that none is left over at the end.
+    threads = 2 * heads * count * dim * (start + count) > WORTH_THREADS
+    for item in prange(pieces * kv_heads, nogil=True, schedule="dynamic", use_threads_if=threads):
+        head = item % kv_heads
+        first = (pieces - 1 - item // kv_heads) * step
+        failed += attend_causal_item(table, layer, head, &queries[head, first * group, 0],
+                                     min(step, count - first) * group, group, start + first, block_length,
+                                     &out[first, 0, 0], heads)
+    if failed:
+        raise MemoryError
+
+
+def bound_scores(PageTable table, Py_ssize_t layer, q, tokens, Py_ssize_t length):
+    """Upper bound of each page's scores for some tokens' queries (QUEST, arXiv 2406.10774).
+
+    Parameters
+    ----------
+    table : PageTable
+    layer : int
+    q : float32 [tokens of the block, heads, head_dim]
+    tokens : int32 [any]
+    length : int
+        Positions of the prefix.
+
+    Returns
+    -------
+    float32 [kv_heads, tokens * group, pages rounded up to 16]
+        sum over channels of max(q * smallest key, q * largest key), with q scaled by
+        1/sqrt(head_dim); columns past the last page are meaningless.
+    """
+    cdef Py_ssize_t kv_heads = table.kv_heads, dim = table.head_dim, rows, groups, works, item, head, g
+    rows = len(tokens) * (q.shape[1] // kv_heads)
+    groups = (length + table.page_size * LANES - 1) // (table.page_size * LANES)
+    if not 0 <= layer < table.layers or not 0 <= length <= table.capacity:
+        raise ValueError(f"layer {layer} and {length} positions are outside the cache")
+    scores = np.empty((kv_heads, rows, groups * LANES), np.float32)
+    if scores.size == 0:
+        return scores
+    gathered = _gather_queries(q, tokens, kv_heads)
+    signed = np.concatenate([np.maximum(gathered, 0), np.minimum(gathered, 0)], axis=2)
+    cdef float[:, :, ::1] queries = signed
+    cdef float[:, :, ::1] out = scores
+    works = (groups + BOUND_GROUPS - 1) // BOUND_GROUPS
+    cdef bint threads = kv_heads * rows * 2 * dim * groups * LANES > WORTH_THREADS
+    for item in prange(kv_heads * works, nogil=True, schedule="dynamic", use_threads_if=threads):
+        head = item // works
+        for g in range(item % works * BOUND_GROUPS, min(groups, (item % works + 1) * BOUND_GROUPS)):
+            slab_scores(&queries[head, 0, 0], rows, 2 * dim, table.bound_group(layer, head, g),
+                        &out[head, 0, g * LANES], groups * LANES)
+    return scores
+
+
+def widen_into(const uint16_t[::1] source, float[::1] to, str dtype, bint threads=True):
+    """Convert bfloat16 or float16 bits to float32.
+
+    Parameters
+    ----------
+    source : uint16 [n]
+    to : float32 [n]
+        Written.
+    dtype : {"bfloat16", "float16"}
+    threads : bool
+        Whether to use all threads where it pays, or the caller's alone.
+    """
+    cdef Py_ssize_t count = source.shape[0], piece = 16384, item
+    cdef int width = BFLOAT16 if dtype == "bfloat16" else 2
+    if to.shape[0] != count:
+        raise ValueError("source and to must have the same length")
+    for item in prange((count + piece - 1) // piece, nogil=True, schedule="static",
+                       use_threads_if=threads and count > WORTH_THREADS // 4):
+        widen(&source[item * piece], &to[item * piece], min(piece, count - item * piece), width)

@@ -1,0 +1,334 @@
+"""Bookkeeping of the paged KV cache on the host: page table, page key bounds, page lists.
+
+A page is `page_size` positions, for each layer and kv head by itself. It is made of slabs of 16
+positions, keys channel-major [head_dim, 16] and values position-major [16, head_dim], because the
+CPU kernels form 16 scores at a time (backends/simd.h). Pages lie in chunks:
+
+    kv chunk      [layers, 2 (keys, values), kv_heads, slabs of the chunk, head_dim * 16]
+    bounds chunk  [layers, kv_heads, pages of the chunk / 16, 2 (largest, smallest) * head_dim, 16]
+
+The bounds are laid out as if each page were a position of a slab with twice the channels: the
+QUEST bound of 16 pages (arXiv 2406.10774) is then slab_scores of [max(q, 0), min(q, 0)].
+"""
+
+import numpy as np
+
+from libc.math cimport NAN
+from libc.stdint cimport int32_t, int64_t, uint16_t, uint32_t, uint64_t
+from libc.stdlib cimport free, malloc
+from libc.string cimport memcpy, memset
+
+from losart.backends.cpu.simd cimport narrow_bfloat16, narrow_float16, widen_bfloat16, widen_float16
+
+cdef enum:
+    LANES = 16
+
+WIDTHS = {"float32": FLOAT32, "bfloat16": BFLOAT16, "float16": FLOAT16}
+
+
+cdef class PageTable:
+    """Where each layer's and kv head's pages lie, and writing into them.
+
+    Parameters
+    ----------
+    layers, kv_heads, head_dim : int
+    page_size : int
+        Positions of a page, a multiple of 16.
+    positions_per_chunk : int
+        A multiple of 16 pages.
+    dtype : {"float32", "bfloat16", "float16"}
+        In which keys and values are held.
+    """
+
+    def __init__(self, layers, kv_heads, head_dim, page_size, positions_per_chunk, dtype):
+        if page_size % LANES or positions_per_chunk % (LANES * page_size):
+            raise ValueError("a page must be whole slabs, a chunk a multiple of 16 pages")
+        self.layers = layers
+        self.kv_heads = kv_heads
+        self.head_dim = head_dim
+        self.page_size = page_size
+        self.positions_per_chunk = positions_per_chunk
+        self.dtype = dtype
+        self.width = WIDTHS[dtype]
+        self.chunk_count = 0
+        self.arrays = []
+        self.kv_addresses = np.zeros(0, np.uint64)
+        self.bound_addresses = np.zeros(0, np.uint64)
+
+    @property
+    def capacity(self):
+        """Positions that the chunks hold."""
+        return self.chunk_count * self.positions_per_chunk
+
+    @property
+    def bounds_dtype(self):
+        """In which page bounds are held."""
+        return "float32"
+
+    @property
+    def kv_shape(self):
+        """Shape of a chunk of keys and values."""
+        return (self.layers, 2, self.kv_heads, self.positions_per_chunk, self.head_dim)
+
+    @property
+    def bounds_shape(self):
+        """Shape of a chunk of page bounds, float32."""
+        groups = self.positions_per_chunk // self.page_size // LANES
+        return (self.layers, self.kv_heads, groups, 2 * self.head_dim, LANES)
+
+    def add_chunk(self, kv, bounds):
+        """Take two arrays of `kv_shape` and `bounds_shape` as the next chunk.
+
+        Both must start as zeros: a place that nothing was written to is multiplied by zero weights.
+        """
+        itemsize = 4 if self.width == FLOAT32 else 2
+        if kv.shape != self.kv_shape or kv.dtype.itemsize != itemsize or not kv.flags.c_contiguous:
+            raise ValueError(f"a kv chunk must be {self.kv_shape} of {self.dtype}")
+        if bounds.shape != self.bounds_shape or bounds.dtype != np.float32 or not bounds.flags.c_contiguous:
+            raise ValueError(f"a bounds chunk must be {self.bounds_shape} of float32")
+        self.arrays.append((kv, bounds))
+        self.kv_addresses = np.append(self.kv_addresses, np.uint64(kv.ctypes.data))
+        self.bound_addresses = np.append(self.bound_addresses, np.uint64(bounds.ctypes.data))
+        self.kv_chunks = self.kv_addresses
+        self.bound_chunks = self.bound_addresses
+        self.chunk_count += 1
+
+    cdef SlabSource source(self, Py_ssize_t layer, Py_ssize_t head, const int32_t *pages) noexcept nogil:
+        cdef SlabSource source
+        source.chunks = &self.kv_chunks[0] if self.chunk_count else NULL
+        source.slabs_per_chunk = self.positions_per_chunk // LANES
+        source.slab_bytes = LANES * self.head_dim * (4 if self.width == FLOAT32 else 2)
+        source.key_offset = (layer * 2 * self.kv_heads + head) * source.slabs_per_chunk * source.slab_bytes
+        source.value_offset = source.key_offset + self.kv_heads * source.slabs_per_chunk * source.slab_bytes
+        source.pages = pages
+        source.slabs_per_page = self.page_size // LANES
+        source.width = self.width
+        return source
+
+    cdef const float *bound_group(self, Py_ssize_t layer, Py_ssize_t head, Py_ssize_t group) noexcept nogil:
+        cdef Py_ssize_t groups = self.positions_per_chunk // self.page_size // LANES
+        cdef Py_ssize_t row = (layer * self.kv_heads + head) * groups + group % groups
+        return <const float *>self.bound_chunks[group // groups] + row * 2 * self.head_dim * LANES
+
+    cdef void write_key_value(self, Py_ssize_t layer, Py_ssize_t head, Py_ssize_t position,
+                              const float *key, const float *value) noexcept nogil:
+        cdef SlabSource source = self.source(layer, head, NULL)
+        cdef Py_ssize_t slab = position // LANES, lane = position % LANES, d
+        cdef Py_ssize_t page = position // self.page_size, place = page % LANES
+        cdef bint opens_page = position % self.page_size == 0
+        cdef char *chunk = <char *>source.chunks[slab // source.slabs_per_chunk]
+        cdef Py_ssize_t within = slab % source.slabs_per_chunk * source.slab_bytes
+        cdef char *key_slab = chunk + source.key_offset + within
+        cdef char *value_slab = chunk + source.value_offset + within
+        cdef float *largest = <float *>self.bound_group(layer, head, page // LANES) + place
+        cdef float *smallest = largest + self.head_dim * LANES
+        cdef uint16_t bits
+        cdef float held
+        for d in range(self.head_dim):
+            held = key[d]
+            if self.width == BFLOAT16:
+                bits = narrow_bfloat16(held)
+                widen_bfloat16(&bits, &held, 1)
+            elif self.width == FLOAT16:
+                bits = narrow_float16(held)
+                widen_float16(&bits, &held, 1)
+            if held - held != 0.0:
+                # A query of the other sign would pass over an infinite key (its score is -inf):
+                # NaN shows whatever the query.
+                held = <float>NAN
+                bits = 0x7FC0 if self.width == BFLOAT16 else 0x7E00
+            if self.width == FLOAT32:
+                (<float *>key_slab)[d * LANES + lane] = held
+                (<float *>value_slab)[lane * self.head_dim + d] = value[d]
+            else:
+                (<uint16_t *>key_slab)[d * LANES + lane] = bits
+                (<uint16_t *>value_slab)[lane * self.head_dim + d] = (
+                    narrow_bfloat16(value[d]) if self.width == BFLOAT16 else narrow_float16(value[d]))
+            # The bound is that of the key as it is held, rounding included. A NaN stays, so that its
+            # page is read and the NaN shows in the logits.
+            if opens_page or held > largest[d * LANES] or held != held:
+                largest[d * LANES] = held
+            if opens_page or held < smallest[d * LANES] or held != held:
+                smallest[d * LANES] = held
+
+    def write(self, Py_ssize_t layer, Py_ssize_t start, const float[:, :, ::1] k, const float[:, :, ::1] v):
+        """Write keys and values at positions start, start + 1, ... and take the keys into the page bounds.
+
+        A position opens its page's bounds anew when it is the page's first: positions are written
+        in order, and are written again only from a page's first position on or by equal keys.
+
+        Parameters
+        ----------
+        layer, start : int
+        k, v : float32 [tokens, kv_heads, head_dim]
+        """
+        cdef Py_ssize_t tokens = k.shape[0], t, head
+        if k.shape[1] != self.kv_heads or k.shape[2] != self.head_dim or not (
+            v.shape[0] == tokens and v.shape[1] == self.kv_heads and v.shape[2] == self.head_dim
+        ):
+            raise ValueError("k and v must be [tokens, kv_heads, head_dim]")
+        if not 0 <= layer < self.layers or start < 0 or start + tokens > self.capacity:
+            raise ValueError(f"layer {layer}, positions {start} to {start + tokens} are outside the cache")
+        with nogil:
+            for head in range(self.kv_heads):
+                for t in range(tokens):
+                    self.write_key_value(layer, head, start + t, &k[t, head, 0], &v[t, head, 0])
+
+
+cdef inline uint32_t rising_key(float x) noexcept nogil:
+    # Orders as the floats do, -0.0 as 0.0, NaN of either sign above all: whole numbers compare safely.
+    cdef uint32_t bits
+    if x != x:
+        return <uint32_t>0xFFFFFFFF
+    x = x + <float>0.0
+    memcpy(&bits, &x, 4)
+    return ~bits if bits >> 31 else bits | <uint32_t>0x80000000
+
+
+cdef uint32_t kth_largest(const float *scores, Py_ssize_t count, Py_ssize_t k, Py_ssize_t *ties) noexcept nogil:
+    # Radix selection, one byte of the key at a time from the top. `ties` becomes how many of those
+    # equal to the k-th belong to the k largest.
+    cdef Py_ssize_t histogram[256]
+    cdef uint32_t prefix = 0, mask = 0, key
+    cdef Py_ssize_t i
+    cdef int shift, digit
+    for shift in range(24, -1, -8):
+        memset(histogram, 0, sizeof(histogram))
+        for i in range(count):
+            key = rising_key(scores[i])
+            if key & mask == prefix:
+                histogram[key >> shift & 255] += 1
+        digit = 255
+        while histogram[digit] < k:
+            k -= histogram[digit]
+            digit -= 1
+        prefix |= <uint32_t>digit << shift
+        mask |= <uint32_t>255 << shift
+    ties[0] = k
+    return prefix
+
+
+cdef void mark_top(const float *scores, Py_ssize_t count, Py_ssize_t k, unsigned char *marks) noexcept nogil:
+    cdef Py_ssize_t ties, i
+    cdef uint32_t threshold, key
+    if k >= count:
+        memset(marks, 1, count)
+        return
+    threshold = kth_largest(scores, count, k, &ties)
+    for i in range(count):
+        key = rising_key(scores[i])
+        if key > threshold:
+            marks[i] = 1
+        elif key == threshold and ties > 0:
+            marks[i] = 1
+            ties -= 1
+
+
+def union_of_top_pages(const float[:, :, ::1] scores, Py_ssize_t pages, Py_ssize_t k):
+    """Top pages of every row, united per kv head.
+
+    Parameters
+    ----------
+    scores : float32 [kv_heads, rows, >= pages]
+        Of equal scores, the earlier page is taken; -0.0 equals 0.0, NaN is above all.
+    pages : int
+        Pages that exist; later columns are ignored.
+    k : int
+        Pages that each row picks, 1 or more; all of them where there are fewer.
+
+    Returns
+    -------
+    ids : int32 [kv_heads, min(pages, rows * k)]
+        Rising page ids, valid up to the head's count.
+    counts : int32 [kv_heads]
+    """
+    cdef Py_ssize_t heads = scores.shape[0], rows = scores.shape[1], head, row, page, filled
+    if not 0 <= pages <= scores.shape[2] or k < 1:
+        raise ValueError("pages must be within the scores, k at least 1")
+    ids = np.zeros((heads, min(pages, rows * min(k, pages))), np.int32)
+    counts = np.zeros(heads, np.int32)
+    if ids.shape[1] == 0:
+        return ids, counts
+    cdef int32_t[:, ::1] id_view = ids
+    cdef int32_t[::1] count_view = counts
+    cdef unsigned char *marks = <unsigned char *>malloc(pages)
+    if marks == NULL:
+        raise MemoryError
+    try:
+        with nogil:
+            for head in range(heads):
+                memset(marks, 0, pages)
+                for row in range(rows):
+                    mark_top(&scores[head, row, 0], pages, k, marks)
+                filled = 0
+                for page in range(pages):
+                    if marks[page]:
+                        id_view[head, filled] = <int32_t>page
+                        filled += 1
+                count_view[head] = <int32_t>filled
+    finally:
+        free(marks)
+    return ids, counts
+
+
+def mark_pages(const int32_t[:, :, ::1] selected, tokens, Py_ssize_t group, Py_ssize_t words):
+    """Pages that rows have selected, united per kv head.
+
+    Parameters
+    ----------
+    selected : int32 [kv_heads, rows, count]
+        Page ids in any order, -1 for none.
+    tokens : int32 [any] or None
+        Whose rows count, `group` rows each; None: all rows.
+    group : int
+    words : int
+        32 times as many pages can be marked.
+
+    Returns
+    -------
+    uint32 [kv_heads, words]
+        A bit a page.
+    """
+    cdef Py_ssize_t heads = selected.shape[0], rows = selected.shape[1], head, i, row, place, page
+    marks = np.zeros((heads, words), np.uint32)
+    cdef uint32_t[:, ::1] view = marks
+    chosen = np.arange(rows) if tokens is None else (
+        np.asarray(tokens)[:, None] * group + np.arange(group)).reshape(-1)
+    cdef const int64_t[::1] wanted = np.ascontiguousarray(chosen, np.int64)
+    if len(chosen) and not (0 <= chosen.min() and chosen.max() < rows):
+        raise ValueError("tokens must be within the rows")
+    if selected.size and np.asarray(selected).max() >= 32 * words:
+        raise ValueError("pages must be within the words")
+    with nogil:
+        for head in range(heads):
+            for i in range(wanted.shape[0]):
+                row = wanted[i]
+                for place in range(selected.shape[2]):
+                    page = selected[head, row, place]
+                    if page >= 0:
+                        view[head, page >> 5] |= <uint32_t>1 << (page & 31)
+    return marks
+
+
+def positions_in(const int32_t[:, ::1] ids, const int32_t[::1] counts, Py_ssize_t page_size, Py_ssize_t length):
+    """Positions that a page list covers, summed over kv heads.
+
+    Parameters
+    ----------
+    ids : int32 [kv_heads, capacity]
+        Rising page ids.
+    counts : int32 [kv_heads]
+    page_size : int
+    length : int
+        Length of the prefix; its last page may be part full.
+
+    Returns
+    -------
+    int
+    """
+    cdef Py_ssize_t head, total = 0, last
+    for head in range(counts.shape[0]):
+        if counts[head]:
+            last = ids[head, counts[head] - 1]
+            total += (counts[head] - 1) * page_size + min(page_size, length - last * page_size)
+    return total

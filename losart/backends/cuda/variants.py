@@ -1,0 +1,73 @@
+"""Which variants of the kernels the cards of each architecture run; needs no device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from losart.backends.cuda.plans import (
+    Card,
+    Plan,
+    causal_plan,
+    hopper_product_plans,
+    masses_plan,
+    prefix_plan,
+    product_plan,
+    scores_plan,
+    sparse_plan,
+    top_pages_plan,
+)
+from losart.kernels_cu import Defines
+
+# A card of each architecture, as its maker tells it.
+CARDS = {
+    "sm_80": Card((8, 0), 108, 163 << 10, 164 << 10),
+    "sm_86": Card((8, 6), 84, 99 << 10, 100 << 10),
+    "sm_89": Card((8, 9), 128, 99 << 10, 100 << 10),
+    "sm_90a": Card((9, 0), 132, 227 << 10, 228 << 10),
+    "sm_100": Card((10, 0), 148, 227 << 10, 228 << 10),
+    "sm_120": Card((12, 0), 170, 99 << 10, 100 << 10),
+}
+PLANNED = (
+    "linear",
+    "prefix_attention",
+    "sparse_attention",
+    "causal_attention",
+    "page_scores",
+    "page_masses",
+    "mark_pages",
+    "top_pages",
+)
+TOKENS = (1, 4, 16, 20, 32, 33, 44, 52, 64)
+HEADS = ((8, 8), (16, 8), (32, 8), (8, 1))  # and kv heads
+HEAD_DIMS = (64, 80, 128)
+PAGES = (100, 1024, 1536, 2048, 2560, 4096, 8192)  # of the longest prefix
+
+
+def plans(card: Card) -> Iterator[Plan]:
+    """Launches that stand for all that the card will see."""
+    for pages in PAGES:
+        yield from (top_pages_plan(kernel, 20, 8, pages) for kernel in ("mark_pages", "top_pages"))
+    for tensor in (True, False):
+        for tokens in (*TOKENS, 2048):
+            yield product_plan(card, tensor, tokens, 1024, 1024)
+        for heads, kv_heads in HEADS:
+            for head_dim in HEAD_DIMS:
+                for tokens in TOKENS:
+                    shape = (card, tensor, tokens, heads, kv_heads, head_dim)
+                    yield from (plan(*shape) for plan in (prefix_plan, masses_plan))
+                    yield from (sparse_plan(*shape, pages, 16, pages // 32) for pages in (640, 8192, 1 << 16))
+                    yield scores_plan(card, tensor, tokens * heads // kv_heads, kv_heads, head_dim)
+                yield causal_plan(card, tensor, 2048, heads, kv_heads, head_dim)
+    if card.hopper:
+        yield from (plan for _, plan in hopper_product_plans(card, 2048, 4096))
+
+
+def variants(name: str, card: Card) -> dict[Defines, int]:
+    """The compile-time constants that a kernel has on a card, and its launches' dynamic shared memory."""
+    if not name.startswith(PLANNED):
+        return {(): 0}
+    found: dict[Defines, int] = {}
+    for plan in plans(card):
+        if plan.kernel == name:
+            found[plan.defines] = max(plan.shared, found.get(plan.defines, 0))
+    return found

@@ -1,0 +1,280 @@
+"""Immutable options of a generation and of its attention, validated once, when they are made."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from losart.config.checks import is_int, is_number, require
+from losart.config.model import ModelConfig
+from losart.errors import OptionError
+
+PAGE_UNIT = 16  # page sizes are multiples of this many positions
+LARGEST_PAGE = 65536  # a chunk of the cache is 16 pages at least
+DEFAULT_BLOCK_LENGTH = 4  # of SDAR's released checkpoints, when the checkpoint does not say
+CHOICES = {
+    "selector": ("quest", "anchor"),
+    "drift": ("previous", "refresh"),
+    "candidates": ("all", "masked"),
+    "first_pass": ("auto", "dense", "sparse"),
+    "commit": ("dense", "sparse"),
+    "planner": ("auto", "device", "host"),
+}
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """How later denoising passes read the prefix.
+
+    Attributes
+    ----------
+    method : str
+        A registered policy: "dense", "losa" (arXiv 2604.12056), "quest" (arXiv 2406.10774) or
+        "sparsed" (arXiv 2509.24014).
+    budget : int
+        Prefix positions that each query selects, rounded up to whole pages.
+    active : int or float
+        losa: tokens of the block that are recomputed; an int counts them (no more than the block
+        has), a float is a fraction of the block, rounded up. 0 reuses every stored result.
+    selector : {"quest", "anchor"}
+        losa: what ranks the pages for an active query: QUEST's bound, or the attention mass that
+        each page had in the dense first pass for the same token and query head.
+    drift : {"previous", "refresh"}
+        losa: a token's query change is measured against its query of the previous pass, or against
+        the query from which its stored result was computed.
+    candidates : {"all", "masked"}
+        losa: tokens that can be active: all, or those still masked only; of fewer masked ones than
+        `active` says, all are active.
+    page_size : int
+        Positions of a page, a multiple of 16 up to 65536.
+    dense_layers : int
+        This many first layers stay dense.
+    first_pass : {"auto", "dense", "sparse"}
+        How the first pass over a block reads the prefix: "auto" is the method's own way, dense for
+        losa and sparsed, sparse for quest. When sparse, all tokens of the block select pages. What
+        ranks pages by the masses of a dense first pass (`selector="anchor"`, sparsed) refuses it.
+    commit : {"dense", "sparse"}
+        How the pass that writes a finished block's K/V reads the prefix.
+    planner : {"auto", "device", "host"}
+        Where tokens and pages are selected for a GPU: in its own kernels, or on the host. The same
+        ones are; "auto" takes the faster. On the CPU it makes no difference.
+    """
+
+    method: str = "dense"
+    budget: int = 256
+    active: int | float = 5
+    selector: str = "quest"
+    drift: str = "previous"
+    candidates: str = "all"
+    page_size: int = 16
+    dense_layers: int = 0
+    first_pass: str = "auto"
+    commit: str = "dense"
+    planner: str = "auto"
+
+    def __post_init__(self) -> None:
+        require(
+            is_int(self.budget) and self.budget > 0,
+            OptionError,
+            f"budget must be a positive number of positions, not {self.budget!r}",
+        )
+        whole = is_int(self.active) and self.active >= 0
+        fraction = isinstance(self.active, float) and 0.0 <= self.active <= 1.0
+        require(
+            whole or fraction,
+            OptionError,
+            f"active must be a count of tokens (int, 0 or more) or a fraction of the block "
+            f"(float, 0.0 to 1.0), not {self.active!r}",
+        )
+        require(
+            is_int(self.page_size) and 0 < self.page_size <= LARGEST_PAGE and self.page_size % PAGE_UNIT == 0,
+            OptionError,
+            f"page_size must be a multiple of {PAGE_UNIT} up to {LARGEST_PAGE}, not {self.page_size!r}",
+        )
+        require(
+            is_int(self.dense_layers) and self.dense_layers >= 0,
+            OptionError,
+            f"dense_layers must be 0 or more, not {self.dense_layers!r}",
+        )
+        for name, choices in CHOICES.items():
+            value = getattr(self, name)
+            require(
+                value in choices,
+                OptionError,
+                f"{name} must be {' or '.join(map(repr, choices))}, not {value!r}",
+            )
+
+    @property
+    def pages_per_query(self) -> int:
+        """Pages that hold `budget` positions."""
+        return -(-self.budget // self.page_size)
+
+    def active_count(self, block_length: int) -> int:
+        """Tokens of a block of `block_length` that are active."""
+        if isinstance(self.active, float):
+            # The product of an exact fraction can land a rounding above the whole number.
+            return min(block_length, math.ceil(self.active * block_length - 1e-9))
+        return min(block_length, self.active)
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """One generation, with every default filled in.
+
+    Made by :func:`generation_config`; the options are described at
+    :meth:`losart.api.model.Model.generate`.
+    """
+
+    block_length: int
+    mask_token_id: int
+    denoising_steps: int
+    stop_token_ids: tuple[int, ...] = ()
+    stop: tuple[str, ...] = ()
+    max_new_tokens: int = 128
+    remasking: str = "low_confidence_dynamic"
+    confidence_threshold: float = 0.85
+    eb_threshold: float = 0.35
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int | None = None
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+
+    def __post_init__(self) -> None:
+        for name, lowest in (
+            ("max_new_tokens", 1),
+            ("block_length", 1),
+            ("denoising_steps", 1),
+            ("mask_token_id", 0),
+            ("top_k", 0),
+        ):
+            value = getattr(self, name)
+            require(
+                is_int(value) and value >= lowest,
+                OptionError,
+                f"{name} must be an integer, {lowest} or more, not {value!r}",
+            )
+        for name, highest in (
+            ("confidence_threshold", 1.0),
+            ("eb_threshold", math.inf),
+            ("temperature", math.inf),
+        ):
+            value = getattr(self, name)
+            require(
+                is_number(value) and 0.0 <= value <= highest,
+                OptionError,
+                f"{name} must be a number from 0 to {highest}, not {value!r}",
+            )
+        require(
+            is_number(self.top_p) and 0.0 < self.top_p <= 1.0,
+            OptionError,
+            f"top_p must be above 0 and at most 1, not {self.top_p!r}",
+        )
+        require(
+            self.seed is None or (is_int(self.seed) and self.seed >= 0),
+            OptionError,
+            f"seed must be an integer, 0 or more, not {self.seed!r}",
+        )
+        require(
+            all(isinstance(text, str) and text for text in self.stop),
+            OptionError,
+            f"stop must be a string or a list of non-empty strings, not {self.stop!r}",
+        )
+        require(
+            all(is_int(token) and token >= 0 for token in self.stop_token_ids),
+            OptionError,
+            f"stop_token_ids must be a list of token ids, not {self.stop_token_ids!r}",
+        )
+
+    @property
+    def sampling(self) -> tuple[float, int, float, int]:
+        """What the sampling of a token depends on."""
+        return self.temperature, self.top_k, self.top_p, self.mask_token_id
+
+
+_ATTENTION_OPTIONS = {f.name for f in dataclasses.fields(AttentionConfig)} - {"method"}
+_GENERATION_OPTIONS = {f.name for f in dataclasses.fields(GenerationConfig)}
+OPTIONS = tuple(sorted(_GENERATION_OPTIONS | _ATTENTION_OPTIONS))
+
+
+def _plain(value: Any) -> Any:
+    """NumPy's scalars and arrays, alone or in a list, as Python's own."""
+    if isinstance(value, (np.generic, np.ndarray)):
+        return value.tolist()
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [item.tolist() if isinstance(item, np.generic) else item for item in value]
+    return value
+
+
+def _as_tuple(name: str, value: Any, scalar: type) -> tuple[Any, ...]:
+    if isinstance(value, scalar):
+        return (value,)
+    if isinstance(value, (list, tuple)):
+        return tuple(value)
+    raise OptionError(f"{name} must be a list of {scalar.__name__}, not {value!r}")
+
+
+def generation_config(model: ModelConfig, options: dict[str, Any]) -> GenerationConfig:
+    """The configuration of one generation, from the caller's options and the checkpoint's defaults.
+
+    Parameters
+    ----------
+    model : ModelConfig
+        Its block length, mask token and end tokens serve where `options` has none.
+    options : dict
+        Options by name, those of `GenerationConfig` and `AttentionConfig` in one; `attention`
+        names the policy. NumPy's scalars and arrays serve as numbers and lists.
+
+    Raises
+    ------
+    OptionError
+        For an unknown option or one out of range.
+    """
+    for name in options:
+        if name not in OPTIONS:
+            close = difflib.get_close_matches(name, OPTIONS, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else f"; there are: {', '.join(OPTIONS)}"
+            raise OptionError(f"unknown option {name!r}{hint}")
+
+    given = {name: _plain(value) for name, value in options.items() if value is not None}
+    attention = {name: given.pop(name) for name in list(given) if name in _ATTENTION_OPTIONS}
+    attention["method"] = given.pop("attention", AttentionConfig.method)
+    require(
+        isinstance(attention["method"], str),
+        OptionError,
+        f"attention must be the name of a policy, not {attention['method']!r}",
+    )
+
+    block_length = given.setdefault("block_length", model.block_length or DEFAULT_BLOCK_LENGTH)
+    given.setdefault("denoising_steps", block_length)
+    given.setdefault("mask_token_id", model.mask_token_id)
+    require(
+        given["mask_token_id"] is not None,
+        OptionError,
+        "the checkpoint does not say its mask token: give mask_token_id",
+    )
+    given["stop_token_ids"] = _as_tuple(
+        "stop_token_ids", given.get("stop_token_ids", model.end_token_ids), int
+    )
+    given["stop"] = _as_tuple("stop", given.get("stop", ()), str)
+    config = GenerationConfig(attention=AttentionConfig(**attention), **given)
+    for name, token in [("mask_token_id", config.mask_token_id)] + [
+        ("stop_token_ids", token) for token in config.stop_token_ids
+    ]:
+        require(
+            token < model.vocab_size,
+            OptionError,
+            f"{name}: {token} is outside the vocabulary of {model.vocab_size}",
+        )
+    require(
+        config.block_length <= model.max_positions,
+        OptionError,
+        f"block_length ({config.block_length}) must not be more than the model's max_positions "
+        f"({model.max_positions})",
+    )
+    return config

@@ -1,0 +1,1 @@
+"""The decode loop: sequences, batches, the KV cache, sampling, output."""

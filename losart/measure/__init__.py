@@ -1,0 +1,1 @@
+"""Measuring: times of passes, footprint, what a checkpoint takes."""

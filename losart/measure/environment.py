@@ -1,0 +1,101 @@
+"""What losart runs on. Nothing here fails: what cannot be found out is None."""
+
+from __future__ import annotations
+
+import platform
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import losart
+import losart.backends.cpu.attention_kernels as kernels
+from losart.backends import cuda_problem
+from losart.kernels_cu.compiler import cache_folder, nvrtc_version
+from losart.kernels_cu.prebuilt import prebuilt_counts
+
+Fact = TypeVar("Fact")
+
+# By `vectors_in_use` and machine; "" is any other.
+PLAIN_VECTORS = {"x86_64": "SSE2", "aarch64": "NEON", "": "plain"}
+VECTORS = {2: "AVX-512", 1: "AVX2"}
+
+
+def _known(read: Callable[[], Fact]) -> Fact | None:
+    """What `read` gives, None where it fails, for whatever reason: drivers and their libraries have many."""
+    try:
+        return read()
+    except Exception:
+        return None
+
+
+def environment() -> dict[str, Any]:
+    """Versions, processor, GPU or why there is none, prebuilt and cached kernels; JSON types alone."""
+    try:
+        problem = cuda_problem()
+    except Exception as error:
+        problem = f"CuPy fails: {error}"
+    return {
+        "losart": losart.__version__,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "cpu": {"name": cpu_name(), "threads": kernels.threads_in_use(), "vectors": _vectors()},
+        "gpu": _known(_gpu),
+        "cuda_problem": problem,
+        "cupy": _known(_cupy_version),
+        "nvrtc": _known(lambda: "{}.{}".format(*nvrtc_version())),
+        "prebuilt_kernels": prebuilt_counts(),
+        "kernel_cache": _kernel_cache(),
+    }
+
+
+def cpu_name() -> str:
+    """The processor's name where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        return platform.processor()
+    return next(
+        (line.split(": ", 1)[-1] for line in lines if line.startswith("model name")), platform.machine()
+    )
+
+
+def _vectors() -> str:
+    plain = PLAIN_VECTORS.get(platform.machine(), PLAIN_VECTORS[""])
+    return VECTORS.get(kernels.vectors_in_use(), plain)
+
+
+def _gpu() -> dict[str, Any]:
+    """The device that losart would take."""
+    from cupy import cuda
+
+    device = cuda.Device()
+    properties = cuda.runtime.getDeviceProperties(device.id)
+    major, thousandths = divmod(cuda.runtime.driverGetVersion(), 1000)
+    return {
+        "name": properties["name"].decode(),
+        "memory_bytes": properties["totalGlobalMem"],
+        "capability": "{}.{}".format(*divmod(int(device.compute_capability), 10)),
+        "driver": _known(_driver_version),
+        "driver_cuda": f"{major}.{thousandths // 10}",
+    }
+
+
+def _driver_version() -> str | None:
+    said = Path("/proc/driver/nvidia/version").read_text()
+    found = re.search(r"Kernel Module.*?(\d+(?:\.\d+)+)", said)
+    return found.group(1) if found else None
+
+
+def _cupy_version() -> str:
+    import cupy
+
+    return cupy.__version__
+
+
+def _kernel_cache() -> dict[str, Any] | None:
+    folder = cache_folder()
+    if folder is None:
+        return None
+    sizes = _known(lambda: [file.stat().st_size for file in folder.glob("*.cubin")]) or []
+    return {"folder": str(folder), "files": len(sizes), "bytes": sum(sizes)}

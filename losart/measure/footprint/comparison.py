@@ -1,0 +1,119 @@
+"""Both sides, measured one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from losart.backends import cuda_problem
+from losart.config.options import DEFAULT_BLOCK_LENGTH
+from losart.engine.kv_cache import BYTES
+from losart.errors import ConfigError, DeviceError
+from losart.loaders import Checkpoint
+from losart.measure.environment import environment
+from losart.measure.footprint.measure import Held, measure
+from losart.measure.footprint.processes import Request, as_qwen3
+from losart.measure.footprint.sides import Side
+from losart.measure.inspection import inspection
+
+Say = Callable[[str], None]
+PROBES = {"losart": "probe_losart", "transformers": "probe_transformers"}
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A generation that both sides do, and what any runtime must hold for it."""
+
+    checkpoint: Checkpoint
+    request: Request
+    held: Held
+
+
+def generation_of(
+    checkpoint: Checkpoint, device: str = "cpu", prompt_tokens: int = 512, new_tokens: int = 32
+) -> Generation:
+    """The generation of a checkpoint.
+
+    Raises
+    ------
+    LosartError
+        The device does not work, or the checkpoint has no mask token or too few positions.
+    """
+    if device == "cuda" and (problem := cuda_problem()):
+        raise DeviceError(f"device 'cuda' does not work here: {problem}")
+    config = checkpoint.config
+    if config.mask_token_id is None:
+        raise ConfigError(f"{checkpoint.path}: config.json says no mask_token_id")
+    block_length = config.block_length or DEFAULT_BLOCK_LENGTH
+    request = Request(device, prompt_tokens, new_tokens, block_length, config.mask_token_id)
+    facts = inspection(checkpoint, "cpu", "auto", [prompt_tokens + new_tokens])
+    row = 2 * config.num_layers * config.num_kv_heads * config.head_dim * BYTES[checkpoint.dtype]
+    return Generation(checkpoint, request, Held(facts["weight_bytes"], row * (prompt_tokens + new_tokens)))
+
+
+def compare(
+    sides: dict[str, Side],
+    device: str,
+    generation: Generation | None,
+    folder: Path,
+    repeats: int = 3,
+    say: Say = lambda step: None,
+) -> dict[str, Any]:
+    """Figures of losart, and of torch + transformers; JSON types alone.
+
+    Parameters
+    ----------
+    sides : dict
+        As `new_sides` or `installed_sides` makes them.
+    device : {"cpu", "cuda"}
+    generation : Generation, optional
+        None: sizes alone, and nothing is run.
+    folder : path
+        For files that the processes need.
+    repeats : int
+    say : callable
+        Called with a title as each of the `repeats + 1` processes of a side begins.
+
+    Raises
+    ------
+    LosartError
+        A process failed.
+    """
+    here = environment()
+    packages = {side: sides[side].sizes["packages"] for side in sides}
+    figures: dict[str, Any] = {
+        "cpu": here["cpu"]["name"],
+        "threads": here["cpu"]["threads"],
+        "gpu": here["gpu"]["name"] if device == "cuda" and here["gpu"] else None,
+        "python": here["python"],
+        "system": here["system"],
+        "device": device,
+        "versions": {
+            "losart": packages["losart"]["losart"],
+            **{name: packages["transformers"][name] for name in ("torch", "transformers")},
+        },
+    }
+    measured: dict[str, dict[str, Any]] = {side: {} for side in sides}
+    if generation:
+        checkpoint, request, held = generation.checkpoint, generation.request, generation.held
+        figures |= {
+            "checkpoint": checkpoint.path.name,
+            "dtype": checkpoint.dtype,
+            "weight_bytes": held.weights,
+            "kv_bytes": held.kv,
+            "block_length": request.block_length,
+            "prompt_tokens": request.prompt_tokens,
+            "new_tokens": request.new_tokens,
+        }
+        paths = {"losart": checkpoint.path, "transformers": as_qwen3(checkpoint.path, folder / "qwen3")}
+        for side, name in PROBES.items():
+
+            def begun(number: int, side: str = side) -> None:
+                say(f"running {side}, {number} of {repeats}" if number else f"running {side} to warm up")
+
+            measured[side] = measure(sides[side].python, name, paths[side], request, held, repeats, begun)
+    for side, found in sides.items():
+        figures[side] = found.sizes | {"package_count": len(packages[side])} | measured[side]
+    return figures

@@ -1,0 +1,121 @@
+"""Clean virtual environments: made, filled by pip, and measured."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+import sys
+import urllib.request
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, distribution, requires
+from pathlib import Path
+from typing import Any
+
+import losart
+from losart.errors import LosartError
+from losart.measure.footprint.processes import run
+
+TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+LIST = "import json; from importlib.metadata import distributions as d; "
+LIST += "print(json.dumps({x.name: x.version for x in d()}))"
+
+
+@dataclass(frozen=True)
+class Environment:
+    """A virtual environment, and what it had before anything was installed.
+
+    Attributes
+    ----------
+    folder : path
+    empty_bytes : int
+    empty_packages : frozenset of str
+        pip and what comes with it.
+    """
+
+    folder: Path
+    empty_bytes: int
+    empty_packages: frozenset[str]
+
+    @property
+    def python(self) -> Path:
+        """Its interpreter."""
+        return self.folder / "bin" / "python"
+
+    def install(self, *arguments: str) -> None:
+        """What `pip install` with these arguments does.
+
+        Raises
+        ------
+        LosartError
+            pip failed.
+        """
+        quiet = ["--quiet", "--disable-pip-version-check", "--no-input"]
+        pip = [str(self.python), "-I", "-m", "pip", "install", *quiet]
+        run([*pip, *arguments], {}, f"pip install {' '.join(arguments)}")
+
+    def sizes(self) -> dict[str, Any]:
+        """`installed_bytes` and `packages`, names to versions, of what was installed."""
+        packages = packages_of(self.python)
+        for name in self.empty_packages:
+            packages.pop(name, None)
+        return {"installed_bytes": folder_bytes(self.folder) - self.empty_bytes, "packages": packages}
+
+
+def new_environment(folder: Path) -> Environment:
+    """Make an environment with pip in a folder that is not there yet."""
+    run([sys.executable, "-m", "venv", str(folder)], {}, f"python -m venv {folder}")
+    empty = packages_of(folder / "bin" / "python")
+    return Environment(folder, folder_bytes(folder), frozenset(empty))
+
+
+def packages_of(python: str | os.PathLike[str]) -> dict[str, str]:
+    """Names and versions of what an interpreter finds installed."""
+    return json.loads(run([str(python), "-I", "-c", LIST], {}, str(python)))
+
+
+def folder_bytes(folder: Path) -> int:
+    """Sum of the sizes of all files, links not followed."""
+    files = (Path(parent, name).lstat() for parent, _, names in os.walk(folder) for name in names)
+    return sum(file.st_size for file in files if stat.S_ISREG(file.st_mode))
+
+
+def own_requirement(extra: str = "") -> str:
+    """What pip has to be given to install losart from where the running one came.
+
+    That is the folder, file or repository that its installation noted (PEP 610), else this version
+    from the index.
+
+    Raises
+    ------
+    LosartError
+        It is not installed, but found by its path.
+    """
+    try:
+        noted = distribution("losart").read_text("direct_url.json")
+    except PackageNotFoundError:
+        raise LosartError("losart is not installed here; say by --losart what pip is to install") from None
+    name = f"losart[{extra}]" if extra else "losart"
+    if noted is None:
+        return f"{name}=={losart.__version__}"
+    origin = json.loads(noted)
+    if "vcs_info" in origin:
+        vcs = origin["vcs_info"]
+        return f"{name} @ {vcs['vcs']}+{origin['url']}@{vcs['commit_id']}"
+    return f"{name} @ {origin['url']}"
+
+
+def rival_requirements() -> list[str]:
+    """torch and transformers as losart's extra `parity` names them."""
+    lines = requires("losart") or []
+    return [line.split(";")[0].strip() for line in lines if re.search(r"extra\s*==\s*['\"]parity['\"]", line)]
+
+
+def cpu_index_arguments() -> list[str]:
+    """Arguments of pip that let it find torch's CPU build, none where its index cannot be reached."""
+    try:
+        urllib.request.urlopen(urllib.request.Request(f"{TORCH_CPU_INDEX}/torch/", method="HEAD"), timeout=5)
+    except OSError:
+        return []
+    return ["--extra-index-url", TORCH_CPU_INDEX]

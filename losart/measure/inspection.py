@@ -1,0 +1,116 @@
+"""What a checkpoint is and what it takes to run it, without reading its weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from losart.backends import make_backend
+from losart.config.checks import is_int, require
+from losart.config.model import DTYPES, ModelConfig
+from losart.config.options import AttentionConfig, generation_config
+from losart.engine.kv_cache import BYTES
+from losart.errors import OptionError
+from losart.loaders import Checkpoint, MappedTensor
+
+CONTEXTS = (4096, 32768)  # and all of the model's positions
+
+
+def inspection(
+    checkpoint: Checkpoint, device: str = "auto", dtype: str = "auto", contexts: Sequence[int] = ()
+) -> dict[str, Any]:
+    """Facts about a checkpoint as `load` would hold it; JSON types alone.
+
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+    device, dtype : str
+        As :func:`losart.load`'s.
+    contexts : sequence of int
+        Lengths to give the size of the KV cache for; those of `CONTEXTS` that the model has, and all
+        of its positions, where there are none.
+
+    Raises
+    ------
+    OptionError
+        A name or a length is out of range.
+    ConfigError, DeviceError
+        The model does not run on the device, or there is none.
+    """
+    config, tokenizer = checkpoint.config, checkpoint.tokenizer
+    require(
+        dtype in ("auto", *DTYPES), OptionError, f"dtype must be auto, {', '.join(DTYPES)}, not {dtype!r}"
+    )
+    for context in contexts:
+        require(
+            is_int(context) and 0 < context <= config.max_positions,
+            OptionError,
+            f"context must be 1 to the model's {config.max_positions} positions, not {context!r}",
+        )
+    if not contexts:
+        fitting = [context for context in CONTEXTS if context < config.max_positions]
+        contexts = [*fitting, config.max_positions]
+    dtype = checkpoint.dtype if dtype == "auto" else dtype
+    backend = make_backend(device, config, dtype)
+    tensors = checkpoint.tensors.values()
+
+    def kv_bytes(context: int) -> int:
+        return backend.new_cache(AttentionConfig.page_size, context).bytes_for(context)
+
+    def token(number: int | None) -> dict[str, Any] | None:
+        text = tokenizer.decode([number], skip_special=False) if tokenizer and number is not None else None
+        return None if number is None else {"id": number, "text": text}
+
+    return {
+        "path": str(checkpoint.path),
+        "architecture": config.model_type,
+        "sizes": _sizes(config),
+        "parameters": sum(math.prod(tensor.shape) for tensor in tensors),
+        "dtype_on_disk": sorted({tensor.dtype for tensor in tensors}),
+        "bytes_on_disk": sum(math.prod(tensor.shape) * BYTES[tensor.dtype] for tensor in tensors),
+        "device": backend.name,
+        "dtype": dtype,
+        "weight_bytes": _held_bytes(tensors, dtype),
+        "kv_cache": [{"context": n, "bytes": kv_bytes(n)} for n in contexts],
+        "block_length": config.block_length,
+        "mask_token": token(config.mask_token_id),
+        "end_tokens": [token(number) for number in config.end_token_ids],
+        "tokenizer": tokenizer is not None,
+        "chat_template": checkpoint.chat_template is not None,
+        "options": _default_options(config),
+    }
+
+
+def _sizes(config: ModelConfig) -> dict[str, Any]:
+    return {
+        "layers": config.num_layers,
+        "hidden": config.hidden_size,
+        "heads": config.num_heads,
+        "kv_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "ffn": config.intermediate_size,
+        "vocabulary": config.vocab_size,
+        "positions": config.max_positions,
+        "rope": dataclasses.asdict(config.rope),
+        "tied_embeddings": config.tie_embeddings,
+        "attention_bias": config.attention_bias,
+    }
+
+
+def _held_bytes(tensors: Iterable[MappedTensor], dtype: str) -> int:
+    """Matrices as `Backend.upload` holds them, gains and biases as `Backend.upload_vector` does."""
+    return sum(
+        math.prod(tensor.shape) * BYTES[dtype if len(tensor.shape) > 1 else "float32"] for tensor in tensors
+    )
+
+
+def _default_options(config: ModelConfig) -> dict[str, Any] | None:
+    """What `Model.generate` takes where nothing is given, by its names; None where something has to be."""
+    try:
+        options = dataclasses.asdict(generation_config(config, {}))
+    except OptionError:
+        return None
+    attention = options.pop("attention")
+    return options | {"attention": attention.pop("method")} | attention

@@ -1,0 +1,132 @@
+"""Random tensors written to safetensors files by many threads, in flat memory."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from losart.observe.observation import Progress
+
+DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+_ITEM_SIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+_CHUNK = 1 << 22  # values that one thread holds at a time
+
+
+@dataclass(frozen=True)
+class RandomTensor:
+    """A tensor to be drawn from a normal distribution."""
+
+    name: str
+    shape: tuple[int, ...]
+    std: float
+    mean: float = 0.0
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+def write_tensors(
+    directory: Path,
+    tensors: list[RandomTensor],
+    dtype: str,
+    shards: int,
+    seed: int,
+    progress: Progress | None = None,
+) -> None:
+    """Write `tensors` in this order as a model's file, or as `shards` files and their index.
+
+    `progress` is called with the MiB written and in all.
+    """
+    for stale in directory.glob("model*.safetensors*"):
+        stale.unlink()
+    total = sum(tensor.size for tensor in tensors)
+    done = 0
+
+    def wrote(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress is not None:
+            progress(done >> 20, total * _ITEM_SIZE[dtype] >> 20)
+
+    if shards == 1:
+        _write_file(directory / "model.safetensors", tensors, dtype, seed, wrote)
+        return
+    parts: list[list[RandomTensor]] = [[] for _ in range(shards)]
+    written = 0
+    for tensor in tensors:
+        parts[min(shards - 1, written * shards // total)].append(tensor)
+        written += tensor.size
+    weight_map: dict[str, str] = {}
+    for i, part in enumerate(parts):
+        name = f"model-{i + 1:05}-of-{shards:05}.safetensors"
+        _write_file(directory / name, part, dtype, seed, wrote)
+        weight_map |= {tensor.name: name for tensor in part}
+    metadata = {"total_size": total * _ITEM_SIZE[dtype]}
+    index = {"metadata": metadata, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _write_file(
+    file: Path, tensors: list[RandomTensor], dtype: str, seed: int, wrote: Callable[[int], None]
+) -> None:
+    """The safetensors format: length of the header, header in JSON, data."""
+    item_size = _ITEM_SIZE[dtype]
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in tensors:
+        start, end = end, end + tensor.size * item_size
+        entry = {"dtype": DTYPE_NAMES[dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        header[tensor.name] = entry
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    data_start = 8 + len(text)
+
+    with file.open("wb") as stream, ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        stream.truncate(data_start + end)
+        stream.flush()
+        jobs = []
+        for tensor in tensors:
+            offset = data_start + header[tensor.name]["data_offsets"][0]
+            for first in range(0, tensor.size, _CHUNK):
+                where = offset + first * item_size
+                jobs.append(pool.submit(_write_chunk, stream, where, tensor, first, dtype, seed))
+        try:
+            for job in jobs:
+                wrote(job.result())
+        except BaseException:  # an interrupt should not wait for what has not begun
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _write_chunk(
+    stream: BinaryIO, offset: int, tensor: RandomTensor, first: int, dtype: str, seed: int
+) -> int:
+    """Returns the number of bytes."""
+    # Seeded by name and place, so that neither the threads nor the shards change a value.
+    generator = np.random.default_rng([seed, first, *tensor.name.encode()])
+    values = generator.standard_normal(min(_CHUNK, tensor.size - first), dtype=np.float32)
+    values *= np.float32(tensor.std)
+    values += np.float32(tensor.mean)
+    data = memoryview(_as_dtype(values, dtype).tobytes())
+    while data:  # one call writes 2 GiB at most
+        count = os.pwrite(stream.fileno(), data, offset)
+        data, offset = data[count:], offset + count
+    return values.size * _ITEM_SIZE[dtype]
+
+
+def _as_dtype(values: np.ndarray, dtype: str) -> np.ndarray:
+    if dtype == "bfloat16":
+        bits = values.view(np.uint32)
+        # To the nearest, ties to even: the upper half after adding just under half of it.
+        return ((bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))) >> 16).astype(np.uint16)
+    return values.astype(dtype, copy=False)

@@ -1,0 +1,1 @@
+"""Transformers, put together from parts."""

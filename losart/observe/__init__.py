@@ -1,0 +1,1 @@
+"""What a generation tells on its way: steps, traces, pictures."""

@@ -1,0 +1,130 @@
+"""Pictures of a trace: density by pass and layer, and the pages that were read by pass."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import Any
+
+import numpy as np
+
+from losart.errors import LosartError, OptionError, TraceError
+from losart.observe.trace import Trace
+
+TITLE_WIDTH = 90  # characters that fit over the panels
+KINDS = ("both", "density", "pages")
+SPARSE_OPTIONS = ("budget", "page_size", "dense_layers", "first_pass", "commit")
+LOSA_OPTIONS = ("active", "selector", "drift", "candidates")
+
+
+def density_map(trace: Trace) -> np.ndarray:
+    """Density of each layer and pass: float [layers, passes], NaN where the prefix is empty."""
+    rows = [[layer.density for layer in observed.layers] for observed in trace.passes]
+    return np.array(rows, np.float64).T
+
+
+def page_map(trace: Trace, layer: int | None = None) -> np.ndarray:
+    """Share of kv heads that read each page: float [passes, pages], NaN past the prefix.
+
+    Parameters
+    ----------
+    trace : Trace
+    layer : int, optional
+        Default: the mean over all layers.
+    """
+    chosen = range(trace.layers) if layer is None else [layer]
+    counts = [-(-observed.block_start // trace.page_size) for observed in trace.passes]
+    shares = np.full((len(counts), max(counts)), np.nan)
+    for row, count, observed in zip(shares, counts, trace.passes, strict=True):
+        row[:count] = 0.0
+        for index in chosen:
+            for pages in observed.layers[index].pages:
+                row[pages] += 1 / (len(chosen) * trace.kv_heads)
+    return shares
+
+
+def draw(trace: Trace, kind: str = "both", layer: int | None = None) -> Any:
+    """Draw a trace.
+
+    Parameters
+    ----------
+    trace : Trace
+    kind : {"both", "density", "pages"}
+    layer : int, optional
+        Whose pages are shown; default: the mean over all layers.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+
+    Raises
+    ------
+    OptionError
+        There is no such layer.
+    TraceError
+        The trace has no passes over a prefix.
+    LosartError
+        matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise LosartError("plots need matplotlib: pip install 'losart[plot]'") from error
+    if layer is not None and not 0 <= layer < trace.layers:
+        raise OptionError(f"layer must be 0 to {trace.layers - 1}, not {layer}")
+    if not any(observed.block_start for observed in trace.passes):
+        raise TraceError("the trace has no pass over a prefix, so there is nothing to draw")
+    panels = KINDS[1:] if kind == "both" else (kind,)
+    figure = Figure(figsize=(8, 0.8 + 3.6 * len(panels)), layout="constrained", dpi=150)
+    figure.suptitle(_title(trace), fontsize=9, parse_math=False)
+    for axes, panel in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels, strict=True):
+        if panel == "density":
+            _draw_density(figure, axes, trace)
+        else:
+            _draw_pages(figure, axes, trace, layer)
+    return figure
+
+
+def _title(trace: Trace) -> str:
+    attention = trace.options["attention"]
+    method = attention["method"]
+    shown: tuple[str, ...] = () if method == "dense" else SPARSE_OPTIONS
+    shown += LOSA_OPTIONS if method == "losa" else ()
+    # A trace that was written before there was an option lacks it.
+    options = [f"{name}={attention[name]}" for name in shown if name in attention]
+    line = ", ".join([method, f"block_length={trace.block_length}", *options])
+    return "\n".join([*textwrap.wrap(trace.model, TITLE_WIDTH), *textwrap.wrap(line, TITLE_WIDTH)])
+
+
+def _draw_density(figure: Any, axes: Any, trace: Trace) -> None:
+    image = axes.imshow(
+        density_map(trace), aspect="auto", interpolation="nearest", origin="lower", vmin=0, vmax=1
+    )
+    axes.set(xlabel="pass (lines: a new block begins)", ylabel="layer", title="share of the prefix read")
+    for place in _block_starts(trace):
+        axes.axvline(place - 0.5, color="white", linewidth=0.5)
+    _whole_ticks(axes)
+    figure.colorbar(image, ax=axes, label="density")
+
+
+def _draw_pages(figure: Any, axes: Any, trace: Trace, layer: int | None) -> None:
+    image = axes.imshow(page_map(trace, layer), aspect="auto", interpolation="nearest", vmin=0, vmax=1)
+    of = "mean over the layers" if layer is None else f"layer {layer}"
+    axes.set(
+        xlabel=f"page of the prefix ({trace.page_size} positions each)",
+        ylabel="pass",
+        title=f"pages read, {of}",
+    )
+    for place in _block_starts(trace):
+        axes.axhline(place - 0.5, color="white", linewidth=0.5)
+    _whole_ticks(axes)
+    figure.colorbar(image, ax=axes, label="share of kv heads that read")
+
+
+def _block_starts(trace: Trace) -> list[int]:
+    starts = [observed.block_start for observed in trace.passes]
+    return [place for place in range(1, len(starts)) if starts[place] != starts[place - 1]]
+
+
+def _whole_ticks(axes: Any) -> None:
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.get_major_locator().set_params(integer=True)

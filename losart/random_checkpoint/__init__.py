@@ -1,9 +1,0 @@
-"""Checkpoints in SDAR's format with random weights, of any size, written in flat memory.
-
-For measuring and for tests.
-"""
-
-from losart.random_checkpoint.tensors import DTYPE_NAMES
-from losart.random_checkpoint.writer import SIZES, write_checkpoint, write_size
-
-__all__ = ["DTYPE_NAMES", "SIZES", "write_checkpoint", "write_size"]

@@ -1,0 +1,105 @@
+"""LoSA's active set: how much each token's query changed, and the tokens of largest change."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import reference as ref
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from kv import model_config
+
+from losart.backends.cpu.active_set import query_change, select_active
+from losart.backends.cpu.backend import CpuBackend
+from losart.config.options import AttentionConfig
+
+changes = st.one_of(st.floats(0, 1, width=32), st.sampled_from([0.0, 0.25, 0.5, float("inf")]))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(0, 64), st.integers(1, 9), st.sampled_from([16, 48, 128]), st.sampled_from([0.0, 1e-4, 1.0])
+)
+def test_change_is_the_mean_square_of_the_difference(tokens, heads, width, size):
+    rng = np.random.default_rng(tokens)
+    q = 10 * rng.standard_normal((tokens, heads, width), np.float32)
+    previous = q + np.float32(size) * rng.standard_normal(q.shape, np.float32)
+    change = query_change(q, previous)
+    assert change.shape == (tokens,) and change.dtype == np.float32
+    np.testing.assert_allclose(change, ref.query_change(q, previous), rtol=1e-6)
+
+
+def test_change_of_one_token_is_that_tokens():
+    q = np.random.default_rng(0).standard_normal((5, 3, 16), np.float32)
+    moved = q.copy()
+    moved[3, 1, 7] += 2.0
+    np.testing.assert_allclose(query_change(q, moved), [0, 0, 0, 4.0 / 48, 0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(4, 2, 16), (5, 3, 16), (5, 2, 32)])
+def test_queries_of_another_shape_are_refused(shape):
+    with pytest.raises(ValueError, match="same shape"):
+        query_change(np.zeros((5, 2, 16), np.float32), np.zeros(shape, np.float32))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 20).flatmap(lambda n: arrays(np.float32, n, elements=changes)), st.data())
+def test_the_largest_changes_are_active_and_of_equal_ones_the_earlier(change, data):
+    count = data.draw(st.integers(0, len(change)))
+    active = select_active(change, count)
+    assert active.dtype == np.int32
+    np.testing.assert_array_equal(active, ref.select_active(change, count))
+
+
+@settings(max_examples=100, deadline=None)
+@given(arrays(np.float32, 6, elements=st.sampled_from([0.0, 1.0, 2.0, float("nan")])), st.integers(0, 6))
+def test_nan_leaves_a_set_of_the_right_size(change, count):
+    active = select_active(change, count)
+    assert len(active) == count
+    assert (np.diff(active) > 0).all() and np.isin(active, range(6)).all()
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 20).flatmap(lambda n: arrays(np.float32, n, elements=changes)), st.data())
+def test_of_candidates_the_largest_changes_are_active_and_of_few_all(change, data):
+    masked = data.draw(arrays(bool, len(change)))
+    count = data.draw(st.integers(0, len(change)))
+    # One channel of one head, whose square is the change.
+    q = np.zeros((len(change), 1, 16), np.float32)
+    q[:, 0, 0] = 4 * np.sqrt(np.minimum(change, 1))
+    backend = CpuBackend(model_config(1, 1, 16), "float32")
+    candidates = np.flatnonzero(masked).astype(np.int32)
+    active = backend.select_active(q, np.zeros_like(q), count, candidates)
+    assert active.dtype == np.int32 and len(active) == min(count, masked.sum())
+    np.testing.assert_array_equal(active, ref.select_active(query_change(q, np.zeros_like(q)), count, masked))
+
+
+@pytest.mark.parametrize("count", [-1, 5])
+def test_impossible_counts_are_refused(count):
+    with pytest.raises(ValueError, match="count must be 0 to 4"):
+        select_active(np.zeros(4, np.float32), count)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.one_of(st.integers(0, 100), st.integers(0, 1000).map(lambda n: n / 1000)), st.integers(1, 64))
+def test_the_active_count_is_the_references(active, block_length):
+    assert AttentionConfig(active=active).active_count(block_length) == ref.active_count(active, block_length)
+
+
+@pytest.mark.parametrize(
+    ("active", "block_length", "count"),
+    [
+        (0.3, 10, 3),
+        (0.1, 4, 1),
+        (0.5, 5, 3),
+        (0.5, 4, 2),
+        (1.0, 7, 7),
+        (0.0, 7, 0),
+        (1, 7, 1),
+        (9, 7, 7),
+        (0, 7, 0),
+    ],
+)
+def test_a_fraction_of_the_block_is_rounded_up(active, block_length, count):
+    assert AttentionConfig(active=active).active_count(block_length) == count

@@ -1,0 +1,348 @@
+"""The paged cache's bookkeeping: writing, page bounds, rounding, and lists of pages."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import reference as ref
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kv import HELD_AS, bfloat16, empty_table, held, model_config
+
+from losart.backends.cpu.backend import CpuBackend, narrow, widen
+from losart.backends.cpu.kv_index import PageTable, mark_pages, positions_in, union_of_top_pages
+from losart.engine.kv_cache import PagedKVCache
+from losart.errors import OutOfMemoryError
+
+SPECIAL = [0.0, -0.0, 1.0, -1.0, np.inf, -np.inf, np.nan]
+quick = settings(max_examples=60, deadline=None)
+
+
+def random_kv(positions: int, kv_heads: int = 2, width: int = 16, seed: int = 0) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return [rng.standard_normal((positions, kv_heads, width), np.float32) for _ in range(2)]
+
+
+def read_back(chunks, layer: int, positions: int, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+    """Keys and values [positions, kv_heads, width] in float64, by the layout that kv_index describes."""
+    kv = np.concatenate([kv[layer] for kv, _ in chunks], axis=2)
+    _, kv_heads, capacity, width = kv.shape
+    keys = (
+        kv[0].reshape(kv_heads, capacity // 16, width, 16).swapaxes(2, 3).reshape(kv_heads, capacity, width)
+    )
+    wide = (widen(np.ascontiguousarray(x.swapaxes(0, 1)[:positions])) for x in (keys, kv[1]))
+    return tuple(x.astype(np.float64) for x in wide)
+
+
+def bounds(chunks, layer: int) -> tuple[np.ndarray, np.ndarray]:
+    """Largest and smallest keys, each [pages, kv_heads, width]."""
+    both = np.concatenate([bounds[layer] for _, bounds in chunks], axis=1)
+    kv_heads, groups, channels, _ = both.shape
+    pages = both.transpose(1, 3, 0, 2).reshape(groups * 16, kv_heads, channels)
+    return pages[:, :, : channels // 2], pages[:, :, channels // 2 :]
+
+
+# Writing
+
+
+@st.composite
+def pieces(draw):
+    total = draw(st.integers(1, 700))
+    cuts = draw(st.sets(st.integers(1, total), max_size=12))
+    return total, sorted(cuts | {0, total})
+
+
+@quick
+@given(pieces(), st.sampled_from([16, 32, 48, 64]), st.sampled_from(list(HELD_AS)))
+def test_written_in_pieces_is_written_at_once(piece, page_size, dtype):
+    total, cuts = piece
+    k, v = random_kv(total, seed=total)
+    whole, whole_chunks = empty_table(2, 16, page_size, dtype, total)
+    whole.write(1, 0, k, v)
+    parts, chunks = empty_table(2, 16, page_size, dtype, total)
+    for start, end in itertools.pairwise(cuts):
+        parts.write(1, start, k[start:end], v[start:end])
+    for chunk, expected in zip(chunks, whole_chunks, strict=True):
+        assert all((a == b).all() for a, b in zip(chunk, expected, strict=True))
+
+    np.testing.assert_array_equal(read_back(chunks, 1, total, dtype), [held(x, dtype) for x in (k, v)])
+    assert not any(kv[0].any() or bounds[0].any() for kv, bounds in chunks), "the other layer is untouched"
+
+
+@quick
+@given(
+    st.integers(1, 700), st.sampled_from([16, 32, 48, 64]), st.sampled_from(list(HELD_AS)), st.integers(1, 3)
+)
+def test_bounds_are_those_of_the_held_keys(total, page_size, dtype, kv_heads):
+    k, v = random_kv(total, kv_heads, seed=total)
+    table, chunks = empty_table(kv_heads, 16, page_size, dtype, total)
+    table.write(0, 0, 7 - k, v)  # an earlier sequence: it must not show
+    table.write(0, 0, k, v)
+    largest, smallest = bounds(chunks, 0)
+    for page, start in enumerate(range(0, total, page_size)):
+        keys = held(k[start : start + page_size], dtype)
+        np.testing.assert_array_equal(largest[page], keys.max(axis=0))
+        np.testing.assert_array_equal(smallest[page], keys.min(axis=0))
+
+
+@pytest.mark.parametrize("dtype", HELD_AS)
+@pytest.mark.parametrize("place", [0, 1, 15])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 3.4e38])
+def test_a_key_that_is_not_finite_stays_so_and_in_the_bounds(dtype, place, bad):
+    """As NaN, whatever it was: the page is then selected, and no query passes over the key."""
+    if np.isfinite(held(np.float32([bad]), dtype)).all():
+        bad = np.nan
+    k, v = random_kv(16)
+    k[place, 0, 5] = bad
+    table, chunks = empty_table(2, 16, 16, dtype, 16)
+    table.write(0, 0, k, v)
+    expected = np.zeros((2, 16), bool)
+    expected[0, 5] = True
+    for bound in bounds(chunks, 0):
+        np.testing.assert_array_equal(np.isnan(bound[0]), expected)
+    np.testing.assert_array_equal(np.isnan(read_back(chunks, 0, 16, dtype)[0][place]), expected)
+
+
+def test_writing_outside_is_refused():
+    table, _ = empty_table(2, 16, 16, positions=256)
+    for layer, start, sizes in [
+        (2, 0, {}),
+        (0, 250, {}),
+        (0, -1, {}),
+        (0, 0, {"width": 32}),
+        (0, 0, {"kv_heads": 1}),
+    ]:
+        with pytest.raises(ValueError, match=r"outside the cache|must be"):
+            table.write(layer, start, *random_kv(8, **sizes))
+
+
+def test_no_memory_is_an_error_of_ours_and_the_cache_stays_valid():
+    config = model_config(2, 1, 16)
+    given_out = []
+
+    def allocate(shape, dtype):
+        if len(given_out) == 3:
+            raise MemoryError
+        given_out.append(np.zeros(shape, HELD_AS[dtype]))
+        return given_out[-1]
+
+    cache = PagedKVCache(PageTable(2, 2, 16, 16, 1024, "float32"), allocate)
+    k, v = random_kv(1024)
+    cache.write(0, k, v)
+    cache.advance(1024)
+    with pytest.raises(OutOfMemoryError, match=r"1025 .* room for 1024, 0 MiB more"):
+        cache.write(0, k[:1], v[:1])
+    q = np.ones((1, 2, 16), np.float32)
+    assert np.isfinite(CpuBackend(config, "float32").prefix_attention(q, cache, 0)[0]).all()
+
+
+# Rounding
+
+
+def tricky_floats(bits: int) -> np.ndarray:
+    """Every value of a 16-bit format, the midpoints, float32's neighbours of both, and more."""
+    patterns = np.arange(1 << 16, dtype=np.uint16)
+    if bits == 7:
+        exact = (patterns.astype(np.uint32) << 16).view(np.float32)
+    else:
+        exact = patterns.view(np.float16).astype(np.float32)
+    with np.errstate(invalid="ignore", over="ignore"):
+        ordered = np.sort(exact[np.isfinite(exact)]).astype(np.float64)
+        halfway = ((ordered[1:] + ordered[:-1]) / 2).astype(np.float32)
+        near = [np.nextafter(x, np.float32(way)) for x in (exact, halfway) for way in (np.inf, -np.inf)]
+    anything = np.random.default_rng(0).integers(0, 1 << 32, 1 << 16, dtype=np.uint32).view(np.float32)
+    ends = np.float32([65504, 65519.996, 65520, 65536, 3.3895314e38, 3.3961775e38, 3.4028235e38])
+    return np.concatenate([exact, halfway, *near, anything, ends, -ends])
+
+
+def expected_of(dtype: str, x: np.ndarray) -> np.ndarray:
+    if dtype == "bfloat16":
+        return bfloat16(x)
+    with np.errstate(over="ignore"):
+        return x.astype(np.float16).astype(np.float64)
+
+
+def assert_same_numbers(actual: np.ndarray, expected: np.ndarray) -> None:
+    np.testing.assert_array_equal(actual, expected)
+    numbers = ~np.isnan(expected)
+    np.testing.assert_array_equal(np.signbit(actual[numbers]), np.signbit(expected[numbers]))
+
+
+@pytest.mark.parametrize(("dtype", "mantissa"), [("bfloat16", 7), ("float16", 10)])
+def test_narrowing_rounds_to_the_nearest_and_ties_to_even(dtype, mantissa):
+    x = tricky_floats(mantissa)
+    expected = expected_of(dtype, x)
+    assert_same_numbers(widen(narrow(x, dtype)), expected)
+    # The cache rounds by itself.
+    x = np.append(x, np.zeros(-len(x) % 32, np.float32))
+    v = x.reshape(-1, 2, 16)
+    table, chunks = empty_table(2, 16, 16, dtype, len(v), chunk_pages=1600)
+    table.write(0, 0, np.zeros_like(v), v)
+    values = read_back(chunks, 0, len(v), dtype)[1].reshape(-1)
+    assert_same_numbers(values[: len(expected)], expected)
+
+
+def test_widening_is_exact():
+    patterns = np.arange(1 << 16, dtype=np.uint16)
+    assert_same_numbers(widen(patterns.view(np.float16)), patterns.view(np.float16).astype(np.float64))
+    bits = widen(patterns).view(np.uint32)
+    np.testing.assert_array_equal(bits, patterns.astype(np.uint32) << 16)
+
+
+def test_nan_stays_nan():
+    quiet_and_signalling = np.array([0x7F800001, 0x7FFFFFFF, 0xFFC00000, 0xFF800001, 0xFFFFFFFF], np.uint32)
+    for dtype in ("bfloat16", "float16"):
+        assert np.isnan(widen(narrow(quiet_and_signalling.view(np.float32), dtype))).all()
+
+
+# Lists of pages
+
+
+def sorted_top(scores: np.ndarray, count: int) -> list[int]:
+    """By a plain sort: NaN first, then the largest; of equal ones, -0.0 and 0.0 too, the earlier."""
+    order = sorted(range(len(scores)), key=lambda i: (not np.isnan(scores[i]), -scores[i], i))
+    return order[:count]
+
+
+tied = st.sampled_from([*SPECIAL, 2.0, 1e-45, -1e-45, 3e38])
+score = st.one_of(tied, st.floats(-4, 4, width=32))
+
+
+@st.composite
+def page_scores(draw):
+    heads, rows, pages = draw(st.integers(1, 3)), draw(st.integers(0, 6)), draw(st.integers(0, 40))
+    values = draw(st.lists(score, min_size=heads * rows * pages, max_size=heads * rows * pages))
+    scores = np.full((heads, rows, -(-pages // 16) * 16), np.nan, np.float32)  # columns that are no pages
+    scores[:, :, :pages] = np.array(values, np.float32).reshape(heads, rows, pages)
+    return scores, pages
+
+
+@settings(max_examples=200, deadline=None)
+@given(page_scores(), st.integers(1, 45))
+def test_the_union_is_that_of_a_plain_sort(drawn, count):
+    scores, pages = drawn
+    ids, counts = union_of_top_pages(scores, pages, count)
+    assert ids.dtype == counts.dtype == np.int32
+    for head, rows in enumerate(scores):
+        union = {page for row in rows for page in sorted_top(row[:pages].tolist(), count)}
+        assert ids[head, : counts[head]].tolist() == sorted(union)
+
+
+def test_a_nan_of_either_sign_is_selected():
+    scores = np.arange(32, dtype=np.float32).reshape(1, 1, 32).repeat(2, axis=0)
+    scores[:, :, 3] = np.array([0x7FC00000, 0xFFC00000], np.uint32).view(np.float32)[:, None]
+    ids, counts = union_of_top_pages(scores, 32, 2)
+    assert ids.tolist() == [[3, 31]] * 2 and counts.tolist() == [2, 2]
+
+
+@pytest.mark.parametrize(("pages", "count"), [(17, 1), (-1, 1), (4, 0)])
+def test_impossible_counts_of_pages_are_refused(pages, count):
+    with pytest.raises(ValueError, match="pages must be within the scores"):
+        union_of_top_pages(np.zeros((1, 1, 16), np.float32), pages, count)
+
+
+@quick
+@given(st.integers(0, 300), st.sampled_from([16, 48, 64]), st.integers(1, 4), st.data())
+def test_positions_of_a_list(length, page_size, heads, data):
+    pages = -(-length // page_size)
+    chosen = data.draw(st.lists(st.sets(st.integers(0, pages - 1) if pages else st.nothing()),
+                                min_size=heads, max_size=heads))  # fmt: skip
+    ids = np.full((heads, pages), -1, np.int32)
+    for head, some in enumerate(chosen):
+        ids[head, : len(some)] = sorted(some)
+    counts = np.array([len(some) for some in chosen], np.int32)
+    expected = sum(position // page_size in some for some in chosen for position in range(length))
+    assert positions_in(ids, counts, page_size, length) == expected
+
+
+# Going back
+
+
+@st.composite
+def written_and_taken_back(draw):
+    """Writes of whole blocks, some never taken into the prefix, and rewinds in between."""
+    block = draw(st.integers(1, 20))
+    steps = st.one_of(
+        st.tuples(st.just("write"), st.integers(1, 120 // block)),
+        st.tuples(st.just("lost"), st.integers(1, 120 // block)),
+        st.tuples(st.just("rewind"), st.integers(0, 400)),
+    )
+    return block, draw(st.lists(steps, min_size=1, max_size=10))
+
+
+@quick
+@given(written_and_taken_back(), st.sampled_from([16, 48]), st.sampled_from(list(HELD_AS)))
+def test_bounds_after_going_back_are_those_of_the_keys_that_are_left(steps, page_size, dtype):
+    block, steps = steps
+    chunks = []
+
+    def allocate(shape, dtype):
+        chunks.append(np.zeros(shape, HELD_AS[dtype]))
+        return chunks[-1]
+
+    cache = PagedKVCache(PageTable(1, 2, 16, page_size, 16 * page_size, dtype), allocate)
+    keys = np.zeros((0, 2, 16), np.float32)
+    dirty = False
+    for seed, (kind, count) in enumerate(steps):
+        if kind == "rewind" or dirty:
+            before = cache.length
+            cache.rewind(count if kind == "rewind" else before, block)
+            assert cache.length <= before and cache.length % page_size == cache.length % block == 0
+            if kind == "rewind" and count < before:
+                assert count - cache.length < math.lcm(page_size, block)
+            keys, dirty = keys[: cache.length], False
+        if kind != "rewind":
+            k, v = random_kv(count * block, seed=seed)
+            cache.write(0, k, v)
+            if kind == "write":
+                cache.advance(len(k))
+                keys = np.concatenate([keys, k])
+            dirty = kind == "lost"
+    if dirty or not len(keys):
+        return
+    smallest, largest = ref.page_bounds(held(keys, dtype), page_size)
+    # Pages that hold more than the prefix are those past its end.
+    found = bounds(list(zip(chunks[::2], chunks[1::2], strict=True)), 0)
+    np.testing.assert_array_equal(found[0][: cache.pages], largest)
+    np.testing.assert_array_equal(found[1][: cache.pages], smallest)
+
+
+@pytest.mark.parametrize("page_size", [16, 48])
+@pytest.mark.parametrize("dtype", HELD_AS)
+@pytest.mark.parametrize("positions", [1, 1000, 1024, 1025, 5000])
+def test_memory_of_positions_is_that_of_their_chunks(page_size, dtype, positions):
+    table = CpuBackend(model_config(2, 1, 16, layers=3), dtype).new_cache(page_size).table
+    arrays = []
+
+    def allocate(shape, dtype):
+        arrays.append(np.zeros(shape, HELD_AS[dtype]))
+        return arrays[-1]
+
+    cache = PagedKVCache(table, allocate)
+    cache.reserve(positions)
+    assert cache.bytes_for(positions) == sum(array.nbytes for array in arrays)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.integers(1, 3),
+    st.integers(1, 4),
+    st.integers(1, 3),
+    st.integers(0, 70),
+    st.booleans(),
+    st.integers(0, 99),
+)
+def test_marks_are_of_what_rows_have_selected(heads, tokens, group, pages, every, seed):
+    rng = np.random.default_rng(seed)
+    words = 3
+    selected = rng.integers(-1, max(pages, 1), (heads, tokens * group, 4)).astype(np.int32)
+    chosen = None if every else np.flatnonzero(rng.random(tokens) < 0.5).astype(np.int32)
+    marks = mark_pages(selected, chosen, group, words)
+    bits = np.unpackbits(marks.view(np.uint8), axis=1, bitorder="little")
+    by_token = selected.reshape(heads, tokens, group * 4)
+    for head in range(heads):
+        rows = by_token[head] if every else by_token[head, chosen]
+        assert np.flatnonzero(bits[head]).tolist() == sorted(set(rows[rows >= 0].tolist()))

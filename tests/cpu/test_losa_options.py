@@ -1,0 +1,191 @@
+"""LoSA's selector, drift and candidates: the reference's, in all combinations, and what each is for."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+from drive import Case, RecordingBackend, drive
+from hypothesis import given
+from hypothesis import strategies as st
+from kv import model_config, steady
+
+import losart
+from losart.attention import make_policy
+from losart.attention.policy import PassKind
+from losart.config.options import CHOICES, AttentionConfig
+
+NAMES = ("selector", "drift", "candidates")
+COMBINATIONS = [
+    dict(zip(NAMES, chosen, strict=True)) for chosen in itertools.product(*(CHOICES[name] for name in NAMES))
+]
+PROMPT = np.random.default_rng(0).integers(0, 256, 75).tolist()
+GENERATION = {"max_new_tokens": 40, "block_length": 16, "stop_token_ids": [], "remasking": "sequential"}
+
+every_combination = pytest.mark.parametrize("options", COMBINATIONS, ids=lambda o: "-".join(o.values()))
+
+
+@pytest.fixture(scope="module")
+def model(tiny_checkpoint):
+    return losart.load(tiny_checkpoint, device="cpu")
+
+
+# Against the reference
+
+cases = st.builds(
+    Case,
+    prefix=st.integers(0, 300),
+    block_length=st.integers(1, 20),
+    layers=st.integers(1, 2),
+    kv_heads=st.integers(1, 3),
+    group=st.integers(1, 3),
+    width=st.sampled_from([16, 32, 48]),
+    dtype=st.sampled_from(["float32", "bfloat16"]),
+    options=st.fixed_dictionaries(
+        {
+            "active": st.one_of(st.integers(0, 20), st.sampled_from([0.3, 1.0])),
+            "budget": st.sampled_from([1, 16, 32, 70, 400]),
+            "page_size": st.sampled_from([16, 32]),
+            "commit": st.sampled_from(["dense", "sparse"]),
+            "dense_layers": st.sampled_from([0, 0, 1]),
+        }
+    ),
+    seed=st.integers(0, 999),
+)
+
+
+@every_combination
+@steady(40)
+@given(case=cases)
+def test_each_combination_is_the_references(options, case):
+    case.options |= options
+    drive(case)
+
+
+@every_combination
+def test_each_combination_over_a_long_prefix(options):
+    drive(
+        Case(prefix=1500, blocks=1, block_length=16, width=128, layers=1, options={"budget": 64, **options})
+    )
+
+
+def test_the_options_are_no_matter_to_other_methods():
+    for method in ("dense", "quest", "sparsed"):
+        drive(Case(method, options={"budget": 32, "commit": "sparse", **COMBINATIONS[-1]}))
+
+
+# Everything read is dense attention
+
+
+@pytest.mark.parametrize("commit", CHOICES["commit"])
+@pytest.mark.parametrize("block_length", [1, 4, 16])
+@every_combination
+def test_everything_read_and_active_is_the_dense_generation(model, options, block_length, commit):
+    """With masked candidates only where no layer follows: a fixed token's result grows old, and its
+    output, which no logit of this layer needs, would show in the keys and values of the next."""
+    generation = GENERATION | {"block_length": block_length, "temperature": 0.5, "seed": 3}
+    dense = model.generate(PROMPT, **generation)
+    full = {"budget": 4096, "active": 1.0, "commit": commit, "page_size": 32, **options}
+    if options["candidates"] == "masked":
+        full["dense_layers"] = model.config.num_layers - 1
+    result = model.generate(PROMPT, attention="losa", **full, **generation)
+    assert result.token_ids == dense.token_ids and result.text == dense.text
+    if options["candidates"] == "all":
+        assert result.stats.density == 1.0
+
+
+# What each option is for
+
+
+def active_sets(queries: list[np.ndarray], **options: Any) -> list[list[int]]:
+    """Active tokens of each pass after the first, in one layer with all tokens masked."""
+    tokens, heads, width = queries[0].shape
+    rng = np.random.default_rng(0)
+    model = model_config(heads, 1, width)
+    backend = RecordingBackend(model, "float32")
+    cache = backend.new_cache(16)
+    cache.write(0, *rng.standard_normal((2, 100, heads, width), np.float32))
+    cache.advance(100)
+    k, v = rng.standard_normal((2, tokens, heads, width), np.float32)
+    policy = make_policy(AttentionConfig("losa", budget=16, **options), model, tokens)
+    policy.use(backend)
+    policy.begin_block()
+    for n, q in enumerate(queries):
+        policy.begin_pass(PassKind.LATER if n else PassKind.FIRST, cache.length, range(tokens))
+        policy.attend(backend, 0, q.copy(), k, v, cache)
+    return [tokens for tokens, _ in backend.reads[1:]]
+
+
+def test_refresh_catches_a_slow_drift_that_previous_misses():
+    """Token 0 drifts, token 2 swings to and fro: in the end the drift is larger than the swing."""
+    base = np.random.default_rng(1).standard_normal((4, 2, 16), np.float32)
+    queries = []
+    for n in range(6):
+        q = base.copy()
+        q[0] += np.float32(0.4 * n)
+        q[2] += np.float32(n % 2)
+        queries.append(q)
+    assert active_sets(queries, active=1, drift="previous") == [[2]] * 5
+    # Token 0 is 1.2 away in the third later pass; in the fourth, token 2 is back where it was stored.
+    assert active_sets(queries, active=1, drift="refresh") == [[2], [2], [0], [0], [2]]
+
+
+def test_anchor_scans_no_page_bounds():
+    scans = {name: drive(Case(options={"selector": name}))[1].scans for name in CHOICES["selector"]}
+    assert scans == {"quest": 2 * 3 * 3, "anchor": 0}  # blocks, later passes, layers
+
+
+def test_a_fixed_position_is_never_active(model, monkeypatch):
+    backend = model._transformer.backend
+    recomputed: list[set[int]] = []
+    sparse_prefix_attention = backend.sparse_prefix_attention
+
+    def spy(q, tokens, *args, **kwargs):
+        recomputed.append(set(tokens.tolist()))
+        return sparse_prefix_attention(q, tokens, *args, **kwargs)
+
+    monkeypatch.setattr(backend, "sparse_prefix_attention", spy)
+    options = {"attention": "losa", "candidates": "masked", "commit": "sparse", "budget": 32}
+    layers, masked, sizes = model.config.num_layers, set(), []
+    for step in model.stream(PROMPT, active=5, **options, **GENERATION):
+        if masked:  # the block has had its first pass
+            assert all(tokens <= masked for tokens in recomputed[:layers])
+            sizes += [(len(masked), len(tokens)) for tokens in recomputed[:layers]]
+            del recomputed[:layers]
+        masked = {place for place, token in enumerate(step.block) if token is None}
+        # What is left are the layers of the commit pass, which has no masked position.
+        assert recomputed == ([set()] * layers if not masked and step.result is None else [])
+        recomputed.clear()
+    assert sizes and all(size == min(5, left) for left, size in sizes)
+
+
+def test_passes_of_any_masks_have_one_shape():
+    """A captured pass is replayed for another whatever is masked."""
+    policy = make_policy(AttentionConfig("losa", candidates="masked"), model_config(1, 1, 16), 8)
+    shapes = set()
+    for masked in (range(8), [1, 5], [7]):
+        policy.begin_pass(PassKind.LATER, 100, masked)
+        shapes.add(policy.shape)
+    assert len(shapes) == 1
+
+
+def test_stats_count_fewer_active_tokens_and_passes_without_any(model):
+    # Of 75 tokens 64 are prefilled: a block with 5 new tokens and its commit, then one with 16 and none.
+    generation = GENERATION | {"max_new_tokens": 21}
+    stats = model.generate(
+        PROMPT, attention="losa", candidates="masked", commit="sparse", active=4, budget=4096, **generation
+    ).stats
+    active = [4, 3, 2, 1, 0] + [min(4, masked) for masked in range(15, 0, -1)]
+    assert stats.active_fraction == pytest.approx(np.mean(active) / 16)
+    assert stats.sparse_density == pytest.approx(19 / 20)
+    assert stats.density == pytest.approx(21 / 22)
+
+
+def test_each_option_makes_a_difference(model):
+    """Otherwise the tests of whole generations would show nothing."""
+    generation = GENERATION | {"max_new_tokens": 60, "attention": "losa", "budget": 16, "active": 3}
+    default = model.generate(PROMPT * 3, **generation).token_ids
+    for option in ({"selector": "anchor"}, {"drift": "refresh"}, {"candidates": "masked"}):
+        assert model.generate(PROMPT * 3, **option, **generation).token_ids != default, option

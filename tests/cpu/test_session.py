@@ -1,0 +1,289 @@
+"""Sessions: prompts that share a KV cache answer as if each had one of its own, and prefill less."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import reference as ref
+from test_kv_index import bounds, read_back
+from test_model_api import spoil_row, with_tensor
+
+import losart
+from losart import NumericalError, OptionError, OutOfMemoryError, PromptError
+from losart.attention import make_policy
+from losart.attention.policy import PassKind
+from losart.backends.cpu.backend import CpuBackend
+from losart.config.options import generation_config
+from losart.engine.decode import BlockDecoder
+from losart.engine.kv_cache import PagedKVCache
+from losart.engine.output import Output
+from losart.measure.random_checkpoint import write_checkpoint
+
+LOSA = {"attention": "losa", "budget": 32, "active": 2}
+FIRST = np.random.default_rng(1).integers(0, 256, 101).tolist()
+MORE = np.random.default_rng(2).integers(0, 256, 37).tolist()
+
+
+@pytest.fixture(scope="module")
+def calm_checkpoint(tmp_path_factory) -> Path:
+    """Scores of standard deviation 1: sharper attention makes more of bfloat16's rounding.
+
+    A pass takes the keys and values of its own block as they are, a prefill as they are held: in
+    16-bit dtypes what a pass commits is what a prefill gives to rounding only.
+    """
+    return write_checkpoint(tmp_path_factory.mktemp("calm"), head_gain=1.0)
+
+
+@pytest.fixture(scope="module")
+def models(calm_checkpoint) -> Any:
+    return {dtype: losart.load(calm_checkpoint, "cpu", dtype) for dtype in ("float32", "bfloat16")}
+
+
+def check_turns(model: losart.Model, options: dict[str, Any]) -> None:
+    """Three prompts, of which the second goes on after the first and the third turns off within it."""
+    length, page = options["block_length"], options["page_size"]
+    session = model.session(**options)
+    first = session.generate(FIRST)
+    assert (first.stats.reused_tokens, first.stats.prefilled_tokens) == (0, len(FIRST) // length * length)
+
+    going_on = [*FIRST, *first.token_ids, *MORE]
+    second = session.generate(going_on)
+    # All but the block that the answer ended in.
+    held = (len(FIRST) + len(first.token_ids) - 1) // length * length
+    assert second.stats.reused_tokens == held > len(FIRST)
+    assert second.stats.prefilled_tokens == len(going_on) // length * length - held
+    assert second.token_ids == model.generate(going_on, **options).token_ids
+
+    turning_off = [*FIRST[:90], *MORE[:30]]
+    third = session.generate(turning_off)
+    step = math.lcm(length, page)
+    assert third.stats.reused_tokens == 90 // step * step
+    assert third.token_ids == model.generate(turning_off, **options).token_ids
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("block_length", [1, 4, 16])
+@pytest.mark.parametrize("page_size", [16, 48])
+@pytest.mark.parametrize("attention", [{}, LOSA], ids=["dense", "losa"])
+def test_later_prompts_answer_as_in_a_cache_of_their_own(models, dtype, block_length, page_size, attention):
+    options = {"max_new_tokens": 50, "stop_token_ids": [], "block_length": block_length}
+    check_turns(models[dtype], options | attention | {"page_size": page_size})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("block_length", [1, 4, 16])
+@pytest.mark.parametrize("page_size", [16, 48])
+def test_later_prompts_answer_as_in_a_cache_of_their_own_on_cuda(calm_checkpoint, block_length, page_size):
+    """In float32: kernels of prefill and of passes round sums in 16 bits to either side."""
+    options = {"max_new_tokens": 50, "stop_token_ids": [], "block_length": block_length}
+    check_turns(losart.load(calm_checkpoint, "cuda", "float32"), options | {"page_size": page_size})
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("block_length", [1, 4, 16])
+@pytest.mark.parametrize("page_size", [16, 48])
+@pytest.mark.parametrize("attention", [{}, LOSA], ids=["dense", "losa"])
+def test_a_second_prompt_answers_as_after_the_same_blocks(
+    tiny_checkpoint, dtype, block_length, page_size, attention
+):
+    """With a sharper attention, and bit for bit: the first answer's blocks are committed, not prefilled."""
+    model = losart.load(tiny_checkpoint, "cpu", dtype)
+    options = {"max_new_tokens": 50, "stop_token_ids": [], "block_length": block_length}
+    options |= attention | {"page_size": page_size}
+    session = model.session(**options)
+    first = session.generate(FIRST).token_ids
+    second = session.generate([*FIRST, *first, *MORE])
+
+    config = generation_config(model.config, options)
+    policy = make_policy(config.attention, model.config, block_length)
+    transformer, ids = model._transformer, np.array([*FIRST, *first, *MORE])
+    cache = transformer.backend.new_cache(page_size)
+    prefilled = len(FIRST) // block_length * block_length
+    transformer.prefill(ids[:prefilled], cache, block_length)
+    while cache.length < second.stats.reused_tokens:
+        policy.begin_pass(PassKind.COMMIT, cache.length)
+        transformer.commit(ids[cache.length :][:block_length], cache, policy)
+    decoder = BlockDecoder(transformer, config, policy, cache, Output(50))
+    assert list(decoder.run(ids[cache.length :]))
+    assert second.token_ids == decoder.output.tokens
+
+
+def test_the_same_prompt_again_is_prefilled_no_more(models):
+    model, prompt = models["float32"], FIRST[:96]
+    session = model.session(max_new_tokens=9, stop_token_ids=[])
+    once, again, shorter = session.generate(prompt), session.generate(prompt), session.generate(prompt[:32])
+    assert once.token_ids == again.token_ids
+    assert (again.stats.reused_tokens, again.stats.prefilled_tokens) == (96, 0)
+    assert (shorter.stats.reused_tokens, shorter.stats.prefilled_tokens) == (32, 0)
+    assert shorter.token_ids == model.generate(prompt[:32], max_new_tokens=9, stop_token_ids=[]).token_ids
+
+
+def test_prompts_of_several_pieces(models):
+    """Prefill goes by 512 tokens, from wherever it begins: here from page 43, at 688."""
+    model = models["float32"]
+    prompt = np.random.default_rng(3).integers(0, 256, 1900).tolist()
+    session = model.session(max_new_tokens=8, stop_token_ids=[])
+    session.generate(prompt[:700])
+    seen = []
+    result = session.generate(prompt, progress=lambda *done: seen.append(done))
+    assert seen == [(512, 1212), (1024, 1212), (1212, 1212)]
+    assert result.token_ids == model.generate(prompt, max_new_tokens=8, stop_token_ids=[]).token_ids
+
+
+def test_a_stream_that_is_left_is_no_trouble(models):
+    model, options = models["float32"], {"max_new_tokens": 40, "stop_token_ids": [], **LOSA, "page_size": 48}
+    session = model.session(**options)
+    for steps in (0, 1, 2, 7, 23):
+        prompt = [steps, *FIRST]
+        said = list(itertools.islice(session.stream(prompt), steps))
+        known = [token for step in said[-1:] for token in step.block if token is not None]
+        going_on = [*prompt, *known, *MORE]
+        assert session.generate(going_on).token_ids == model.generate(going_on, **options).token_ids
+
+
+def test_a_stream_cannot_go_on_after_another_began(models):
+    session = models["float32"].session(max_new_tokens=12, stop_token_ids=[])
+    expected = session.generate(FIRST).token_ids
+    old = session.stream(MORE)
+    next(old)
+    new = session.stream(FIRST)
+    with pytest.raises(PromptError, match="begun another"):
+        next(old)
+    assert list(new)[-1].result.token_ids == expected
+
+
+FILES = {
+    str(Path(losart.__file__).parent / f"{name}.py")
+    for name in ("api/session", "engine/decode", "models/transformer", "engine/kv_cache")
+}
+
+
+class Interrupt:
+    """Raises KeyboardInterrupt at the n-th line that runs in the files above."""
+
+    def __init__(self, lines: int) -> None:
+        self.left = lines
+
+    def __call__(self, frame: Any, event: str, _: Any) -> Any:
+        if frame.f_code.co_filename not in FILES:
+            return None
+        if event == "line":
+            self.left -= 1
+            if self.left == 0:
+                raise KeyboardInterrupt
+        return self
+
+
+@pytest.fixture
+def allocated(monkeypatch) -> list[np.ndarray]:
+    """What caches have allocated: chunks of keys and values, and of bounds, in turns."""
+    arrays: list[np.ndarray] = []
+    new_cache = CpuBackend.new_cache
+
+    def noting(backend: CpuBackend, *sizes: int) -> PagedKVCache:
+        cache = new_cache(backend, *sizes)
+
+        def allocate(*wanted: Any) -> np.ndarray:
+            arrays.append(cache_allocate(*wanted))
+            return arrays[-1]
+
+        cache_allocate, cache._allocate = cache._allocate, allocate
+        return cache
+
+    monkeypatch.setattr(CpuBackend, "new_cache", noting)
+    return arrays
+
+
+@pytest.mark.parametrize("attention", [{}, {"attention": "quest", "budget": 16}], ids=["dense", "quest"])
+def test_an_interrupt_anywhere_leaves_a_usable_session(make_checkpoint, allocated, attention):
+    model = losart.load(make_checkpoint(), device="cpu")
+    options = {"max_new_tokens": 10, "stop_token_ids": [], "block_length": 4, "page_size": 16, **attention}
+    whole = [*FIRST, *model.generate(FIRST, **options).token_ids]
+
+    def turn_off(place: int) -> list[int]:
+        return [*whole[:place], *MORE]
+
+    # What follows goes on with all, or turns off early, or where the interrupt left the cache's end.
+    expected = {}
+    interrupted = 0
+    for line in itertools.count(1, 3):
+        allocated.clear()
+        session = model.session(**options)
+        session.generate(FIRST[:30])
+        before = sys.gettrace()
+        sys.settrace(Interrupt(line))
+        try:
+            session.generate(FIRST)
+        except KeyboardInterrupt:
+            interrupted += 1
+        else:
+            break
+        finally:
+            sys.settrace(before)
+        length = session._cache.length
+        place = (length, length, len(whole), 40)[line % 4]
+        if place not in expected:
+            chunks = list(allocated)
+            expected[place] = model.generate(turn_off(place), **options).token_ids
+            allocated[:] = chunks
+        assert session.generate(turn_off(place)).token_ids == expected[place], line
+        check_bounds(allocated, session._cache)
+    assert interrupted > 100
+
+
+def check_bounds(allocated: list[np.ndarray], cache: PagedKVCache) -> None:
+    """Of the one layer's pages: those of the keys in the cache."""
+    chunks = list(zip(allocated[::2], allocated[1::2], strict=True))
+    keys, _ = read_back(chunks, 0, cache.length, "float32")
+    smallest, largest = ref.page_bounds(keys, cache.page_size)
+    found = [bound[: cache.pages] for bound in bounds(chunks, 0)]
+    np.testing.assert_array_equal(found, [largest, smallest])
+
+
+def test_an_error_leaves_a_usable_session(make_checkpoint):
+    path = with_tensor(make_checkpoint(), "model.embed_tokens.weight", spoil_row(3, np.nan))
+    model = losart.load(path, device="cpu")
+    options = {"max_new_tokens": 10, "stop_token_ids": []}
+    session = model.session(**options)
+    good, bad = [token + 4 for token in FIRST[:98]], [*range(20, 50), 3, *range(60, 90)]
+    expected = model.generate(good, **options).token_ids
+    assert session.generate(good).token_ids == expected
+    with pytest.raises(NumericalError):
+        session.generate(bad)
+    assert session.generate(good).token_ids == expected
+
+
+def test_no_memory_leaves_a_usable_session(models, monkeypatch):
+    model, long = models["float32"], [7] * 1500
+    session = model.session(max_new_tokens=4, stop_token_ids=[])
+    expected = session.generate(FIRST).token_ids
+
+    def no_memory(*_: object) -> None:
+        raise OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(losart.engine.kv_cache.PagedKVCache, "reserve", no_memory)
+    with pytest.raises(OutOfMemoryError):
+        session.generate(long)
+    monkeypatch.undo()
+    assert session.generate(FIRST).token_ids == expected
+
+
+def test_mistakes(models):
+    model = models["float32"]
+    for options in ({"temprature": 1}, {"top_p": 2}, {"attention": "sparse"}, {"remasking": "random"}):
+        with pytest.raises(OptionError):
+            model.session(**options)
+    session = model.session(max_new_tokens=4)
+    expected = session.generate(FIRST).token_ids
+    for prompt in ("", [], [10**6], [1] * 4096, [FIRST, FIRST]):
+        with pytest.raises(PromptError):
+            session.stream(prompt)
+    again = session.generate(FIRST)
+    assert again.token_ids == expected
+    assert again.stats.reused_tokens > 0

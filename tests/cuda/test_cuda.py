@@ -1,0 +1,331 @@
+"""The CUDA backend against the CPU backend: whole models, and what a generation does to the device."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from cuda_arrays import product_array
+
+import losart
+from losart.attention import make_policy
+from losart.attention.policy import PassKind
+from losart.backends.base import PassInputs
+from losart.backends.cpu.backend import CpuBackend, narrow, widen
+from losart.config.options import AttentionConfig, generation_config
+
+pytestmark = pytest.mark.gpu
+
+PROMPT = np.random.default_rng(0).integers(0, 300, 611).tolist()
+
+
+def hidden_states(model, prompt, block_length):
+    """Prefill the prompt's whole blocks; final hidden states of a block after it, as NumPy."""
+    transformer = model._transformer
+    cache = transformer.backend.new_cache(16)
+    whole = len(prompt) // block_length * block_length
+    for start in range(0, whole, 4 * block_length):
+        transformer.prefill(
+            np.array(prompt[start : min(whole, start + 4 * block_length)]), cache, block_length
+        )
+    policy = make_policy(AttentionConfig(), model.config, block_length)
+    policy.begin_pass(PassKind.FIRST, cache.length)
+    inputs = PassInputs(np.arange(block_length) + 1, np.arange(block_length), np.zeros(block_length))
+    seen = []
+
+    def propose(hidden, inputs, head, config):
+        seen.append(transformer.backend.linear(hidden, head))
+        return original(hidden, inputs, head, config)
+
+    original, transformer.backend.propose = transformer.backend.propose, propose
+    try:
+        config = generation_config(model.config, {"block_length": block_length})
+        transformer.denoise(inputs, cache, policy, config)
+    finally:
+        transformer.backend.propose = original
+    return seen[0] if isinstance(seen[0], np.ndarray) else product_array(transformer.backend, seen[0])
+
+
+SIZES = {"hidden_size": 192, "intermediate_size": 320, "num_layers": 3, "num_heads": 6, "num_kv_heads": 2}
+
+
+class RoundingBackend(CpuBackend):
+    """The CPU backend with what enters a product rounded as on the device, queries included."""
+
+    def _rounded(self, x):
+        return widen(narrow(np.ascontiguousarray(x), self.dtype))
+
+    def linear(self, x, matrix, bias=None):
+        return super().linear(self._rounded(x), matrix, bias)
+
+    def split_heads(self, *args):
+        q, k, v = super().split_heads(*args)
+        return self._rounded(q), k, v
+
+
+def relative_error(found, expected):
+    return np.linalg.norm(found - expected) / np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 2e-2), ("float16", 2e-2)])
+@pytest.mark.parametrize("block_length", [1, 4, 5, 16, 32, 80])
+@pytest.mark.parametrize("head_dim", [48, 64, 128])
+def test_logits_are_those_of_the_cpu(make_checkpoint, dtype, tolerance, block_length, bias, head_dim):
+    # Scores of standard deviation 1: sharper attention makes more of bfloat16's rounding, see below.
+    path = make_checkpoint(dtype=dtype, bias=bias, head_dim=head_dim, head_gain=1.0, **SIZES)
+    expected = hidden_states(losart.load(path, device="cpu"), PROMPT, block_length)
+    found = hidden_states(losart.load(path, device="cuda"), PROMPT, block_length)
+    assert relative_error(found, expected) <= tolerance
+
+
+@pytest.mark.parametrize("block_length", [4, 16])
+@pytest.mark.parametrize("head_dim", [48, 128])
+def test_sharp_attention_loses_what_the_rounding_loses(make_checkpoint, block_length, head_dim):
+    path = make_checkpoint(dtype="bfloat16", head_dim=head_dim, **SIZES)
+    model = losart.load(path, device="cpu")
+    expected = hidden_states(model, PROMPT, block_length)
+    model._transformer.backend = RoundingBackend(model.config, "bfloat16")
+    rounded = relative_error(hidden_states(model, PROMPT, block_length), expected)
+    found = hidden_states(losart.load(path, device="cuda"), PROMPT, block_length)
+    assert relative_error(found, expected) <= 1.5 * rounded
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"block_length": 1},
+        {"block_length": 4, "remasking": "low_confidence_static", "denoising_steps": 2},
+        {"block_length": 16, "remasking": "entropy_bounded"},
+        {"block_length": 16, "remasking": "sequential"},
+        {"block_length": 32, "confidence_threshold": 0.2},
+        {"block_length": 80, "confidence_threshold": 0.2},
+    ],
+)
+@pytest.mark.parametrize("length", [3, 64, 611])
+def test_greedy_tokens_are_those_of_the_cpu(tiny_checkpoint, options, length):
+    prompt = PROMPT[:length]
+    cpu, cuda = (losart.load(tiny_checkpoint, device=device) for device in ("cpu", "cuda"))
+    options = {"max_new_tokens": 70, "stop_token_ids": [], **options}
+    expected = cpu.generate(prompt, **options).token_ids
+    for _ in range(2):  # the second replays what the first captured
+        found = cuda.generate(prompt, **options)
+        assert found.token_ids == expected
+    assert found.stats.density == (1.0 if length > 3 or found.stats.commit_passes else None)
+
+
+@pytest.mark.parametrize("options", [{"top_k": 7}, {"top_p": 0.6}, {"top_k": 40, "top_p": 0.8}, {}])
+def test_samples_are_those_of_the_cpu(tiny_checkpoint, options):
+    options = {"temperature": 1.3, "seed": 5, "max_new_tokens": 64, "stop_token_ids": [], **options}
+    cpu, cuda = (losart.load(tiny_checkpoint, device=device) for device in ("cpu", "cuda"))
+    assert cuda.generate(PROMPT, **options).token_ids == cpu.generate(PROMPT, **options).token_ids
+
+
+def test_two_generations_on_one_model_do_not_disturb_each_other(tiny_checkpoint):
+    model = losart.load(tiny_checkpoint, device="cuda")
+    options = {"max_new_tokens": 40, "stop_token_ids": [], "block_length": 8}
+    expected = [model.generate(prompt, **options).token_ids for prompt in (PROMPT, PROMPT[100:])]
+    streams = [model.stream(prompt, **options) for prompt in (PROMPT, PROMPT[100:])]
+    results = [None, None]
+    while None in results:
+        for i, stream in enumerate(streams):
+            step = next(stream, None)
+            if step is not None and step.result is not None:
+                results[i] = step.result.token_ids
+    assert results == expected
+
+
+def test_a_growing_prefix_needs_no_new_capture(tiny_checkpoint):
+    model = losart.load(tiny_checkpoint, device="cuda")
+    passes = model._transformer.backend._passes
+    options = {"max_new_tokens": 32, "stop_token_ids": [], "block_length": 8}
+    model.generate(PROMPT[:20], **options)
+    captured = dict(passes)
+    assert {shape[0][0] for shape in captured} == {"denoise", "commit"} and all(captured.values())
+    model.generate(PROMPT * 4, **options)
+    assert passes == captured
+
+
+def test_a_long_prompt_goes_in_pieces_and_memory_stays_flat(tiny_checkpoint):
+    import cupy
+
+    model = losart.load(tiny_checkpoint, device="cuda")
+    backend = model._transformer.backend
+    cupy.get_default_memory_pool().free_all_blocks()
+    backend.prefill_tokens = 512
+    pools = (cupy.get_default_memory_pool(), backend._prefill_pool)
+    used, taken = {}, {}
+    for pieces in (1, 3):
+        reports, prompt = [], (PROMPT * 3)[: 512 * pieces]
+
+        def report(*numbers):
+            reports.append(numbers)  # noqa: B023
+            used[pieces], taken[pieces] = (pool.total_bytes() for pool in pools)  # noqa: B023
+
+        model.generate(prompt, max_new_tokens=4, progress=report)
+        assert reports == [(512 * (i + 1), len(prompt)) for i in range(pieces)]
+        used[pieces] -= backend.new_cache(16, len(prompt)).bytes_for(len(prompt))
+        assert backend._prefill_pool.total_bytes() == 0, "it is given back"
+    assert used[3] <= used[1] + (4 << 20)
+    assert 0 < taken[3] <= taken[1]
+
+
+@pytest.mark.parametrize(("prompt", "new_tokens"), [(PROMPT * 4, 4), (PROMPT, 1000)])
+def test_a_generation_that_does_not_fit_leaves_the_model_usable(make_checkpoint, prompt, new_tokens):
+    import cupy
+
+    # Chunks of the cache that are much larger than all else.
+    path = make_checkpoint(num_layers=16, num_heads=8, num_kv_heads=8, head_dim=64)
+    model = losart.load(path, device="cuda")
+    options = {"stop_token_ids": [], "block_length": 8}
+    expected = model.generate(PROMPT, max_new_tokens=16, **options).token_ids
+    pool = cupy.get_default_memory_pool()
+    pool.free_all_blocks()
+    room = model._transformer.backend.new_cache(16, 1280).bytes_for(1280)
+    pool.set_limit(pool.used_bytes() + room)
+    try:
+        with pytest.raises(losart.OutOfMemoryError, match=r"MiB more are needed .* MiB are free"):
+            model.generate(prompt, max_new_tokens=new_tokens, **options)
+        assert model.generate(PROMPT, max_new_tokens=16, **options).token_ids == expected
+    finally:
+        pool.set_limit(0)
+
+
+def test_memory_that_another_pool_has_cached_is_no_missing_memory(tiny_checkpoint):
+    import cupy
+
+    model = losart.load(tiny_checkpoint, device="cuda")
+    expected = model.generate(PROMPT[:16], max_new_tokens=4, stop_token_ids=[]).token_ids
+    all_there_is, size = [], 1 << 30
+    while size >= 1 << 20:
+        try:
+            all_there_is.append(cupy.empty(size, np.uint8))
+        except cupy.cuda.memory.OutOfMemoryError:
+            size //= 2
+    all_there_is.clear()  # which leaves it with the default pool
+    for length in (16, 611):
+        tokens = model.generate(PROMPT[:length], max_new_tokens=4, stop_token_ids=[]).token_ids
+        assert length == 611 or tokens == expected
+
+
+HOST_MEMORY_WHILE_LOADING = """
+import sys
+import threading
+import time
+
+import losart
+
+peak, done = 0, threading.Event()
+
+
+def watch():
+    global peak
+    while not done.is_set():
+        fields = dict(line.split(":") for line in open("/proc/self/status"))
+        peak = max(peak, int(fields["RssAnon"].split()[0]) + int(fields["RssShmem"].split()[0]))
+        time.sleep(0.005)
+
+
+import cupy
+
+cupy.zeros(1).sum().get()
+threading.Thread(target=watch, daemon=True).start()
+time.sleep(0.1)
+before = peak
+losart.load(sys.argv[1], device="cuda", dtype=sys.argv[2])
+done.set()
+print((peak - before) >> 10)
+"""
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float16"])
+def test_loading_takes_little_memory_of_the_host(make_checkpoint, dtype):
+    sizes = {"hidden_size": 2048, "intermediate_size": 8192, "num_layers": 8, "vocab_size": 30_000}
+    path = make_checkpoint(dtype="bfloat16", num_heads=16, head_dim=128, **sizes)
+    assert sum(file.stat().st_size for file in path.glob("*.safetensors")) > 1 << 30
+    command = [sys.executable, "-P", "-c", HOST_MEMORY_WHILE_LOADING, str(path), dtype]
+    mebibytes = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    assert mebibytes < 300
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "prompt"),
+    [
+        ("layers.0.self_attn.v_proj", np.nan, PROMPT[:3]),
+        ("layers.0.self_attn.k_proj", np.nan, PROMPT[:40]),  # a prefix of nothing but NaN keys
+        ("layers.0.mlp.down_proj", 1e20, PROMPT[:3]),  # squares overflow in the next norm
+    ],
+)
+def test_what_is_not_finite_is_an_error(make_checkpoint, name, value, prompt):
+    path = make_checkpoint(dtype="float32")
+    _edit(path, f"model.{name}.weight", slice(None), value)
+    with pytest.raises(losart.NumericalError):
+        losart.load(path, device="cuda").generate(prompt, max_new_tokens=4)
+
+
+def test_a_token_without_a_finite_embedding_is_an_error(make_checkpoint):
+    path = make_checkpoint(dtype="float32")
+    _edit(path, "model.embed_tokens.weight", 7, np.nan)
+    with pytest.raises(losart.NumericalError):
+        losart.load(path, device="cuda").generate([7], max_new_tokens=4)
+
+
+def _edit(path, name, rows, value):
+    from safetensors.numpy import load_file, save_file
+
+    tensors = load_file(path / "model.safetensors")
+    tensors[name][rows] = value
+    save_file(tensors, path / "model.safetensors")
+
+
+def test_memory_that_is_short_once_costs_no_captured_pass_its_place(make_checkpoint, monkeypatch):
+    import cupy
+
+    model = losart.load(make_checkpoint(), device="cuda")
+    options = {"max_new_tokens": 32, "stop_token_ids": []}
+    expected = [model.generate(PROMPT, block_length=length, **options).token_ids for length in (4, 8)]
+    plain, refused = cupy.cuda.memory.Memory, []
+
+    def short_once(size):
+        if not refused:
+            refused.append(size)
+            raise cupy.cuda.runtime.CUDARuntimeError(2)  # out of memory
+        return plain(size)
+
+    # Larger blocks than any before: their passes want new memory, while those of 4 and 8 are kept.
+    monkeypatch.setattr(cupy.cuda.memory, "Memory", short_once)
+    model.generate(PROMPT, block_length=64, **options)
+    assert refused
+    found = [model.generate(PROMPT, block_length=length, **options).token_ids for length in (4, 8)]
+    assert found == expected
+
+
+def test_a_model_goes_on_where_a_thread_of_another_ended(tiny_checkpoint):
+    from threading import Thread
+
+    model, found = losart.load(tiny_checkpoint, device="cuda"), []
+    options = {"max_new_tokens": 16, "stop_token_ids": []}
+
+    def generate():
+        found.append(model.generate(PROMPT, **options).token_ids)
+
+    for _ in range(2):
+        thread = Thread(target=generate)
+        thread.start()
+        thread.join()
+    generate()
+    threads = [Thread(target=generate) for _ in range(4)]  # at once
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 7 and all(tokens == found[0] for tokens in found)
+
+
+def test_captured_passes_are_bounded(tiny_checkpoint):
+    from losart.backends.cuda.passes import CAPTURED_PASSES
+
+    model = losart.load(tiny_checkpoint, device="cuda")
+    for length in range(1, CAPTURED_PASSES // 2 + 4):
+        model.generate(PROMPT, block_length=length, max_new_tokens=2 * length, stop_token_ids=[])
+    assert len(model._transformer.backend._passes) <= CAPTURED_PASSES

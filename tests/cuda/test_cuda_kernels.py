@@ -1,0 +1,431 @@
+"""CUDA kernels against the float64 reference: random shapes, outputs that held NaN before."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import reference as ref
+from cuda_arrays import on_host, product_array
+from hypothesis import example, given
+from hypothesis import strategies as st
+from kv import held, model_config, steady
+
+from losart.backends.base import PassInputs
+from losart.backends.cpu.backend import narrow, widen
+from losart.backends.cuda.plans import hopper_product_plans
+from losart.config.options import generation_config
+from losart.config.rope import inverse_frequencies
+from losart.engine.sampling import propose
+
+pytestmark = pytest.mark.gpu
+
+DTYPES = ("float32", "bfloat16", "float16")
+# Of attention's weights and results, and of what is narrowed for a product, as rounded in each dtype.
+TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 2e-3}
+
+
+@st.composite
+def cards(draw):
+    """The device as it is, or taken for one without its newest instructions."""
+    return draw(st.sampled_from([{}, {"capability": (8, 6), "shared_per_block": 99 << 10}]))
+
+
+def new_backend(dtype, card=None, **shape):
+    from losart.backends.cuda.backend import CudaBackend
+
+    backend = CudaBackend(model_config(**shape), dtype)
+    backend.card = replace(backend.card, **(card or {}))
+    poison(backend)
+    return backend
+
+
+def poison(backend):
+    """Leave NaN in the memory that the backend's next arrays are made of."""
+    import cupy
+
+    sizes = [32 << 20] * 4 + [1 << 16] * 32 + [1 << 10] * 64
+    with backend.stream:  # CuPy keeps what a stream has freed for that stream
+        for block in [cupy.empty(size, np.uint8) for size in sizes]:
+            block.data.memset_async(0xFF, block.nbytes, backend.stream)
+
+
+def to_device(backend, x, dtype="float32"):
+    import cupy
+
+    with backend.stream:
+        return cupy.asarray(narrow(x, dtype).view(np.uint16) if dtype != "float32" else x)
+
+
+def widened(x, dtype):
+    return widen(x.view(np.float16) if dtype == "float16" else x).astype(np.float64)
+
+
+def assert_close(found, expected, tolerance):
+    assert np.linalg.norm(found - expected) <= tolerance * max(np.linalg.norm(expected), 1e-6)
+
+
+def exact(x):
+    """float32 whose sums are exact while they stay small."""
+    return (np.rint(x * 2**17) / 2**17).astype(np.float32)
+
+
+def split_product(backend, x, rng):
+    """A product whose planes are what is left of `x` [tokens, rows] when each is drawn at random."""
+    import cupy
+
+    from losart.backends.cuda.results import Product
+
+    steps, share = int(rng.integers(1, 9)), int(rng.integers(1, 9))
+    planes = (steps - 1) // share + 2
+    values = np.full((planes, *x.shape), np.nan, np.float32)
+    for panel in range(-(-x.shape[1] // 128)):
+        columns = slice(panel * 128, min(x.shape[1], panel * 128 + 128))
+        used = ((panel + 1) * steps - 1) // share - panel * steps // share + 1
+        values[:used, :, columns] = exact(rng.standard_normal((used, len(x), x[:, columns].shape[1])))
+        values[used - 1, :, columns] = x[:, columns] - values[: used - 1, :, columns].sum(axis=0)
+    with backend.stream:
+        return Product(cupy.asarray(values), None, steps, share)
+
+
+# Products
+
+
+@steady(60)
+@given(
+    st.sampled_from(DTYPES),
+    st.integers(1, 200),
+    st.integers(1, 700),
+    st.integers(1, 900),
+    cards(),
+    st.booleans(),
+)
+@example("bfloat16", 16, 4096, 4096, {}, True)
+@example("float16", 64, 1000, 4096, {}, False)
+@example("bfloat16", 1, 128, 12288, {}, False)
+@example("bfloat16", 1000, 300, 264, {}, True)
+def test_products(dtype, tokens, rows, inner, card, bias):
+    rng = np.random.default_rng(tokens + rows + inner)
+    if rows % 4:
+        inner = -(-inner // 8) * 8
+    x, weight = (
+        rng.standard_normal((tokens, inner), np.float32),
+        rng.standard_normal((rows, inner), np.float32),
+    )
+    b = rng.standard_normal(rows, np.float32) if bias else None
+    backend = new_backend(dtype, card, kv_heads=1, group=1, width=16)
+    for with_blas in (True, False):
+        backend.blas = with_blas
+        with backend.stream:
+            product = backend.linear(
+                to_device(backend, x, dtype),
+                to_device(backend, weight, dtype),
+                None if b is None else to_device(backend, b),
+            )
+        expected = held(x, dtype) @ held(weight, dtype).T + (0 if b is None else b)
+        assert_close(product_array(backend, product), expected, 2e-6)
+
+
+def assert_product_of_integers(backend, dtype, tokens, rows, inner):
+    """A product whose sums every order of adding gives exactly."""
+    rng = np.random.default_rng(tokens + rows + inner)
+    x, weight = (rng.integers(-3, 4, shape).astype(np.float32) for shape in ((tokens, inner), (rows, inner)))
+    poison(backend)
+    with backend.stream:
+        product = backend.linear(to_device(backend, x, dtype), to_device(backend, weight, dtype))
+    np.testing.assert_array_equal(product_array(backend, product), x @ weight.T)
+
+
+@steady(60)
+@given(
+    st.sampled_from(("bfloat16", "float16")),
+    st.integers(65, 600),
+    st.integers(1, 1100),
+    st.integers(1, 120),
+    st.sampled_from([1, 2, 5, 132]),
+)
+@example("bfloat16", 2048, 4096, 33, 132)
+@example("float16", 65, 1, 1, 132)
+def test_products_of_many_tokens(dtype, tokens, rows, eighths, processors):
+    backend = new_backend(dtype, {"processors": processors}, kv_heads=1, group=1, width=16)
+    assert_product_of_integers(backend, dtype, tokens, rows, 8 * eighths)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("processors", [2, 132])
+@pytest.mark.parametrize("shape", [(300, 700, 264), (129, 1001, 72), (65, 64, 8), (640, 1538, 1032)])
+def test_every_way_to_cut_a_product(monkeypatch, dtype, processors, shape):
+    import losart.backends.cuda.dense
+
+    backend = new_backend(dtype, {"processors": processors}, kv_heads=1, group=1, width=16)
+    if not backend.card.hopper:
+        pytest.skip("not a Hopper GPU")
+    for _, plan in hopper_product_plans(backend.card, *shape[:2]):
+        monkeypatch.setattr(losart.backends.cuda.dense, "product_plan", lambda *_, plan=plan: plan)
+        assert_product_of_integers(backend, dtype, *shape)
+
+
+@steady(20)
+@given(st.sampled_from(DTYPES), st.integers(1, 70), st.sampled_from([8, 100, 1024, 2560]), st.booleans())
+def test_residual_and_norm(dtype, tokens, hidden, first):
+    rng = np.random.default_rng(tokens + hidden)
+    x, delta = (rng.standard_normal((tokens, hidden), np.float32) for _ in range(2))
+    gain = rng.standard_normal(hidden, np.float32)
+    backend = new_backend(dtype, kv_heads=1, group=1, width=16)
+    with backend.stream:
+        given = None if first else split_product(backend, delta, rng)
+        total, y = backend.add_rms_norm(to_device(backend, x), given, to_device(backend, gain))
+    expected = x.astype(np.float64) + (0 if first else delta)
+    total, y = on_host(backend, total, y)
+    assert_close(total, expected, 1e-6)
+    expected = expected / np.sqrt((expected**2).mean(axis=1, keepdims=True) + 1e-6) * gain
+    assert_close(widened(y, dtype), expected, TOLERANCE[dtype])
+
+
+@steady(20)
+@given(st.sampled_from(DTYPES), st.integers(1, 70), st.sampled_from([8, 96, 320, 6144]))
+def test_silu_gate(dtype, tokens, ffn):
+    rng = np.random.default_rng(tokens + ffn)
+    x = 3 * rng.standard_normal((tokens, 2 * ffn), np.float32)
+    backend = new_backend(dtype, kv_heads=1, group=1, width=16)
+    with backend.stream:
+        y = backend.silu_gate(split_product(backend, x, rng))
+    gate, up = np.split(x.astype(np.float64), 2, axis=1)
+    assert_close(widened(on_host(backend, y), dtype), gate / (1 + np.exp(-gate)) * up, TOLERANCE[dtype])
+
+
+@steady(20)
+@given(
+    st.integers(1, 70),
+    st.integers(1, 3),
+    st.integers(1, 4),
+    st.sampled_from([8, 16, 24, 48, 64, 80, 128, 192, 256]),
+    st.integers(0, 200_000),
+)
+@example(3, 1, 2, 8, 100)
+@example(3, 1, 2, 192, 100)
+def test_heads(tokens, kv_heads, group, width, length):
+    rng = np.random.default_rng(tokens + width)
+    backend = new_backend("float32", kv_heads=kv_heads, group=group, width=width, max_positions=1 << 18)
+    heads = kv_heads * group
+    x = rng.standard_normal((tokens, (heads + 2 * kv_heads) * width), np.float32)
+    gains = [rng.standard_normal(width, np.float32) for _ in range(2)]
+    cache = backend.new_cache(16)
+    cache.reserve(1)
+    cache.length = length
+    with backend.stream:
+        backend._place(PassInputs(np.zeros(tokens, np.int64)), cache)
+        found = backend.split_heads(
+            split_product(backend, x, rng), *(to_device(backend, g) for g in gains), cache
+        )
+    q, k, v = np.split(x.astype(np.float64).reshape(tokens, -1, width), [heads, heads + kv_heads], axis=1)
+    frequencies, _ = inverse_frequencies(backend.config.rope, width)
+    angles = np.arange(length, length + tokens)[:, None, None] * frequencies
+    for array, values, gain in zip(on_host(backend, *found), (q, k, v), (*gains, None), strict=True):
+        if gain is not None:
+            values = values / np.sqrt((values**2).mean(axis=2, keepdims=True) + 1e-6) * gain
+            first, second = np.split(values, 2, axis=2)
+            values = np.concatenate(
+                [
+                    first * np.cos(angles) - second * np.sin(angles),
+                    second * np.cos(angles) + first * np.sin(angles),
+                ],
+                axis=2,
+            )
+        assert_close(array, values, 1e-6)
+
+
+# Cache and attention
+
+
+@st.composite
+def shapes(draw):
+    width = draw(st.sampled_from([16, 48, 64, 64, 128, 128, 128, 256]))
+    return {
+        "kv_heads": draw(st.integers(1, 3)),
+        "group": draw(st.sampled_from([1, 2, 3, 4, 8])),
+        "width": width,
+    }
+
+
+def filled_cache(backend, k, v, page_size, pieces):
+    """A cache with k and v in its first layer of two, written in pieces of these lengths."""
+    cache = backend.new_cache(page_size)
+    start = 0
+    for piece in pieces:
+        cache.reserve(cache.length + piece)
+        with backend.stream:
+            backend._place(PassInputs(np.zeros(piece, np.int64)), cache)
+            for layer, factor in ((0, 1.0), (1, np.nan)):
+                cache.write(
+                    layer,
+                    to_device(backend, np.float32(factor) * k[start : start + piece]),
+                    to_device(backend, np.float32(factor) * v[start : start + piece]),
+                )
+        cache.advance(piece)
+        start += piece
+    return cache
+
+
+def random_pieces(rng, length):
+    pieces = []
+    while length:
+        pieces.append(int(rng.integers(1, min(length, 700) + 1)))
+        length -= pieces[-1]
+    return pieces
+
+
+@steady(80)
+@given(
+    st.sampled_from(DTYPES),
+    shapes(),
+    st.sampled_from([1, 3, 4, 5, 16, 32, 64]),
+    st.one_of(st.integers(0, 300), st.integers(900, 2300)),
+    st.sampled_from([16, 48, 64]),
+    cards(),
+)
+@example("bfloat16", {"kv_heads": 8, "group": 4, "width": 128}, 16, 4096, 16, {})
+@example("float16", {"kv_heads": 8, "group": 2, "width": 128}, 16, 1030, 16, {})
+@example("bfloat16", {"kv_heads": 2, "group": 4, "width": 64}, 16, 2049, 16, {})
+@example("bfloat16", {"kv_heads": 8, "group": 4, "width": 128}, 32, 0, 16, {})
+@example("bfloat16", {"kv_heads": 1, "group": 3, "width": 24}, 200, 100, 16, {})
+def test_prefix_and_block_attention(dtype, shape, tokens, length, page_size, card):
+    rng = np.random.default_rng(tokens + length)
+    backend = new_backend(dtype, card, layers=2, **shape)
+    heads, width = shape["kv_heads"] * shape["group"], shape["width"]
+    k, v = (rng.standard_normal((length, shape["kv_heads"], width), np.float32) for _ in range(2))
+    q = 2 * rng.standard_normal((tokens, heads, width), np.float32)
+    block_k, block_v = (rng.standard_normal((tokens, shape["kv_heads"], width), np.float32) for _ in range(2))
+    cache = filled_cache(backend, k, v, page_size, random_pieces(rng, length))
+    cache.reserve(length + tokens)
+    poison(backend)
+    with backend.stream:
+        backend._place(PassInputs(np.zeros(tokens, np.int64)), cache)
+        prefix = backend.prefix_attention(to_device(backend, q), cache, 0)
+        o, lse = backend.merge(prefix)
+        merged = backend.block_attention(*(to_device(backend, x) for x in (q, block_k, block_v)), prefix)
+    expected = ref.softmax_attention(q, held(k, dtype), held(v, dtype))
+    o, lse, merged = on_host(backend, o, lse, merged)
+    assert_close(o, expected[0], TOLERANCE[dtype])
+    assert (lse == expected[1])[np.isinf(expected[1])].all()
+    finite = np.isfinite(expected[1])
+    assert np.allclose(lse[finite], expected[1][finite], atol=2 * TOLERANCE[dtype], rtol=1e-5)
+    expected = ref.merge(*expected, *ref.softmax_attention(q, block_k, block_v))
+    assert_close(widened(merged, dtype), expected, TOLERANCE[dtype])
+
+    low, high = ref.page_bounds(held(k, dtype), page_size)
+    found = [on_host(backend, bounds)[0] for _, bounds in cache.table.chunks]
+    found = widened(np.concatenate(found, axis=1)[:, : len(low)].transpose(1, 0, 2, 3), dtype)
+    assert (found[:, :, 0] == low).all() and (found[:, :, 1] == high).all()
+
+
+@steady(60)
+@given(
+    st.sampled_from(DTYPES),
+    shapes(),
+    st.sampled_from([1, 4, 5, 16, 32]),
+    st.integers(0, 60),
+    st.integers(1, 60),
+    cards(),
+)
+@example("bfloat16", {"kv_heads": 8, "group": 4, "width": 128}, 16, 64, 64, {})
+@example("bfloat16", {"kv_heads": 8, "group": 4, "width": 128}, 4, 7, 300, {})
+@example("bfloat16", {"kv_heads": 1, "group": 1, "width": 64}, 32, 0, 40, {})
+def test_block_causal_attention(dtype, shape, block_length, blocks_before, blocks, card):
+    rng = np.random.default_rng(block_length + blocks)
+    backend = new_backend(dtype, card, layers=2, **shape)
+    heads, width = shape["kv_heads"] * shape["group"], shape["width"]
+    before, tokens = blocks_before * block_length, blocks * block_length
+    length = before + tokens
+    k, v = (rng.standard_normal((length, shape["kv_heads"], width), np.float32) for _ in range(2))
+    q = 2 * rng.standard_normal((tokens, heads, width), np.float32)
+    cache = filled_cache(backend, k, v, 16, [n for n in (before, tokens) if n])
+    cache.length = before
+    poison(backend)
+    with backend.stream:
+        backend._place(PassInputs(np.zeros(tokens, np.int64)), cache)
+        o = backend.causal_attention(to_device(backend, q), cache, 0, block_length)
+    k, v = held(k, dtype), held(v, dtype)
+    expected = np.concatenate(
+        [
+            ref.softmax_attention(
+                q[start : start + block_length],
+                k[: before + start + block_length],
+                v[: before + start + block_length],
+            )[0]
+            for start in range(0, tokens, block_length)
+        ]
+    )
+    assert_close(widened(on_host(backend, o), dtype), expected, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_key_that_is_not_finite_shows(dtype, bad):
+    rng = np.random.default_rng(0)
+    backend = new_backend(dtype, kv_heads=1, group=2, width=64)
+    k, v = (rng.standard_normal((40, 1, 64), np.float32) for _ in range(2))
+    k[20, 0, 3] = bad
+    cache = backend.new_cache(16)
+    cache.reserve(44)
+    with backend.stream:
+        backend._place(PassInputs(np.zeros(40, np.int64)), cache)
+        cache.write(0, to_device(backend, k), to_device(backend, v))
+        cache.advance(40)
+        backend._place(PassInputs(np.zeros(4, np.int64)), cache)
+        o, _ = backend.merge(
+            backend.prefix_attention(to_device(backend, np.abs(v[:4]).repeat(2, 1)), cache, 0)
+        )
+    assert np.isnan(on_host(backend, o)).any(axis=2).all()
+    bounds = widened(on_host(backend, cache.table.chunks[0][1])[0, 0, :3], dtype)
+    assert np.isnan(bounds[1, :, 3]).all() and np.isnan(bounds).sum() == 2
+
+
+# Sampling
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0.0},
+        {"temperature": 0.7},
+        {"temperature": 1.0, "top_k": 5},
+        {"temperature": 1.5, "top_p": 0.8},
+        {"temperature": 1.0, "top_k": 50, "top_p": 0.5},
+        {"temperature": 1e-3},
+    ],
+)
+@pytest.mark.parametrize(("tokens", "vocab"), [(1, 70), (16, 1000), (16, 151_936)])
+def test_sampling_is_that_of_the_cpu(options, tokens, vocab):
+    rng = np.random.default_rng(vocab)
+    backend = new_backend("float32", kv_heads=1, group=1, width=16, vocab_size=vocab)
+    logits = exact(3 * rng.standard_normal((tokens, vocab)))
+    rows = np.flatnonzero(rng.random(tokens) < 0.7) if tokens > 1 else np.array([0])
+    inputs = PassInputs(np.zeros(tokens, np.int64), rows, rng.random(tokens))
+    config = generation_config(
+        backend.config,
+        {"mask_token_id": 7, "remasking": "entropy_bounded", "block_length": tokens, **options},
+    )
+    logits[:, 7] = 50.0
+    product = split_product(backend, logits, rng)
+    backend.linear = lambda hidden, head: product
+    cache = backend.new_cache(16)
+    cache.reserve(1)
+    with backend.stream:
+        backend._place(inputs, cache)
+        backend.propose(None, inputs, None, config)
+        found, _ = backend._fetch(inputs, proposes=True, counts=False)
+    logits = product_array(backend, product).astype(np.float32)
+    logits[:, 7] = -np.inf
+    expected = propose(
+        logits[rows],
+        inputs.uniforms[rows],
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        with_entropy=True,
+    )
+    assert found.tokens.tolist() == expected.tokens.tolist()
+    assert np.allclose(found.confidence, expected.confidence, rtol=1e-4)
+    assert np.allclose(found.entropy, expected.entropy, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,396 @@
+"""Sparse attention on CUDA against the CPU backend and the float64 reference: kernels, then whole models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import reference as ref
+from cuda_arrays import on_host
+from hypothesis import example, given
+from hypothesis import strategies as st
+from kv import held, steady
+from test_cuda_kernels import (
+    DTYPES,
+    TOLERANCE,
+    assert_close,
+    cards,
+    filled_cache,
+    new_backend,
+    poison,
+    random_pieces,
+    shapes,
+    to_device,
+    widened,
+)
+
+import losart
+from losart.backends.base import PassInputs
+from losart.backends.cpu.backend import CpuBackend
+
+pytestmark = pytest.mark.gpu
+
+
+def simple(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    """Numbers of few bits, also in 16-bit dtypes: their sums of products are exact, and often tie."""
+    return rng.integers(-40, 41, shape).astype(np.float32) / 16
+
+
+def some_tokens(rng: np.random.Generator, tokens: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rising tokens, and the same with the places that a device's list may have after them."""
+    chosen = np.sort(rng.permutation(tokens)[: rng.integers(1, count + 1)]).astype(np.int32)
+    return chosen, np.concatenate([chosen, np.full(count - len(chosen), -1, np.int32)])
+
+
+class Case:
+    """A prefix in the first layer of caches of both backends, and a block's queries."""
+
+    def __init__(
+        self,
+        dtype: str,
+        shape: dict[str, int],
+        tokens: int,
+        length: int,
+        page_size: int,
+        card: dict[str, Any],
+    ) -> None:
+        self.rng = rng = np.random.default_rng(tokens + length)
+        self.dtype, self.tokens, self.length, self.shape = dtype, tokens, length, shape
+        heads = shape["kv_heads"] * shape["group"]
+        self.q = simple(rng, tokens, heads, shape["width"])
+        self.k, self.v = (simple(rng, length, shape["kv_heads"], shape["width"]) for _ in range(2))
+        self.backend = new_backend(dtype, card, layers=2, **shape)
+        pieces = random_pieces(rng, length)
+        self.cache = filled_cache(self.backend, self.k, self.v, page_size, pieces)
+        self.cache.reserve(length + tokens)
+        self.cpu = CpuBackend(self.backend.config, dtype)
+        self.cpu_cache = self.cpu.new_cache(page_size)
+        self.cpu_cache.write(0, self.k, self.v)
+        self.cpu_cache.advance(length)
+        self.place(np.zeros(0, np.int64))
+        poison(self.backend)
+
+    def place(self, masked: np.ndarray) -> None:
+        with self.backend.stream:
+            self.backend._place(PassInputs(np.zeros(self.tokens, np.int64), masked), self.cache)
+
+    def device(self, array: np.ndarray | None) -> Any:
+        return None if array is None else to_device(self.backend, array)
+
+
+def listed(backend: Any, pages: Any) -> list[list[int]]:
+    return [ids.tolist() for ids in backend.page_lists(pages)]
+
+
+def listed_by_cpu(pages: Any) -> list[list[int]]:
+    return [row[:count].tolist() for row, count in zip(pages.ids, pages.counts, strict=True)]
+
+
+@pytest.mark.parametrize("values", [1, 7, 10**6])  # all pages tie, many, hardly any
+@pytest.mark.parametrize("count", [1, 96, 97, 600])
+@pytest.mark.parametrize("pages", [1, 97, 513, 2600, 9000])
+def test_top_pages_of_any_number(pages, count, values):
+    import cupy
+
+    rng = np.random.default_rng(pages + count)
+    backend = new_backend("float32", kv_heads=2, group=1, width=16, max_positions=16 * pages + 16)
+    scores = rng.integers(0, values, (2, 3, pages)).astype(np.float32) - values // 2
+    scores[:, 0, pages // 2] = np.nan
+    cache = backend.new_cache(16)
+    cache.reserve(1)
+    cache.length = 16 * pages
+    with backend.stream:
+        ids = cupy.full((2, 3, min(count, pages)), -2, np.int32)
+        backend._place(PassInputs(np.zeros(1, np.int64)), cache)
+        backend._top_pages(to_device(backend, scores), 1, 1, cache, ids)
+    order = np.argsort(-np.where(np.isnan(scores), np.inf, scores), axis=-1, kind="stable")
+    np.testing.assert_array_equal(np.sort(on_host(backend, ids)), np.sort(order[..., :count]))
+
+
+def some_case(most: int = 2300) -> Any:
+    return (
+        st.sampled_from(DTYPES),
+        shapes(),
+        st.sampled_from([1, 3, 4, 5, 16, 32]),
+        st.one_of(st.integers(0, 300), st.integers(900, most)),
+        st.sampled_from([16, 48, 64]),
+        cards(),
+    )
+
+
+@steady(60)
+@given(
+    st.sampled_from([(2, 16), (9, 256)]),  # narrow, and more than a thread block loads at once
+    *(st.integers(1, 70), st.integers(0, 70), st.booleans(), st.booleans(), st.integers(0, 99)),
+)
+def test_active_tokens_are_those_of_the_cpu(sizes, tokens, count, masked_only, keep, seed):
+    group, width = sizes
+    rng = np.random.default_rng(seed)
+    count = min(count, tokens)
+    backend = new_backend("float32", kv_heads=2, group=group, width=width)
+    cpu = CpuBackend(backend.config, "float32")
+    previous = simple(rng, tokens, 2 * group, width)
+    q = previous.copy()
+    # Some do not change, some change alike, one may be no number.
+    q[:, 0, 0] += rng.integers(0, 4, tokens)
+    if seed % 5 == 0:
+        q[rng.integers(tokens)] = np.nan
+    masked = np.flatnonzero(rng.random(tokens) < 0.6).astype(np.int32)
+    cache = backend.new_cache(16)
+    cache.reserve(tokens)
+    with backend.stream:
+        backend._place(PassInputs(np.zeros(tokens, np.int64), masked), cache)
+        before = to_device(backend, previous)
+        for _ in range(2):  # the second time the counter is as the first has left it
+            active = backend.select_active(
+                to_device(backend, q), before, count, masked if masked_only else None, keep and _ == 1
+            )
+    expected = cpu.select_active(q, previous.copy(), count, masked if masked_only else None)
+    found, before = on_host(backend, active, before)
+    assert found[: len(expected)].tolist() == expected.tolist()
+    assert (found[len(expected) :] == -1).all()
+    np.testing.assert_array_equal(before, q if keep else previous)
+
+
+@steady(60)
+@given(*some_case(), st.integers(1, 60), st.booleans())
+@example("bfloat16", {"kv_heads": 8, "group": 4, "width": 128}, 16, 2300, 16, {}, 8, False)
+@example("bfloat16", {"kv_heads": 2, "group": 8, "width": 128}, 32, 2300, 16, {}, 8, True)
+@example("float16", {"kv_heads": 2, "group": 4, "width": 64}, 16, 33 * 16, 16, {}, 100, False)
+def test_selected_pages_are_those_of_the_cpu(dtype, shape, tokens, length, page_size, card, count, every):
+    case = Case(dtype, shape, tokens, length, page_size, card)
+    chosen, places = some_tokens(case.rng, tokens, min(tokens, 5))
+    if every:
+        chosen = places = None
+    with case.backend.stream:
+        for _ in range(2):
+            pages = case.backend.select_pages(case.device(case.q), case.device(places), case.cache, 0, count)
+    expected = case.cpu.select_pages(case.q, chosen, case.cpu_cache, 0, count)
+    assert listed(case.backend, pages) == listed_by_cpu(expected)
+
+
+@steady(60)
+@given(*some_case(), st.integers(1, 60), st.booleans())
+@example("bfloat16", {"kv_heads": 8, "group": 4, "width": 128}, 16, 2300, 16, {}, 20, False)
+@example("bfloat16", {"kv_heads": 8, "group": 4, "width": 128}, 16, 0, 16, {}, 20, True)
+def test_attention_over_listed_pages(dtype, shape, tokens, length, page_size, card, count, every):
+    case = Case(dtype, shape, tokens, length, page_size, card)
+    backend, rng = case.backend, case.rng
+    chosen, places = some_tokens(rng, tokens, min(tokens, 5))
+    if every:
+        chosen, places = np.arange(tokens), None
+    o = simple(rng, *case.q.shape)
+    lse = simple(rng, *case.q.shape[:2])
+    with backend.stream:
+        q = case.device(case.q)
+        pages = backend.select_pages(q, case.device(places), case.cache, 0, count)
+        poison(case.backend)
+        into = case.device(o), case.device(lse)
+        later = tuple(case.device(x) for x in (o, lse))
+        at_once, refreshed = (
+            backend.sparse_prefix_attention(q, case.device(places), pages, case.cache, 0, into=kept)
+            for kept in (into, later)
+        )
+        backend.merge(at_once)
+        block = [case.device(simple(rng, tokens, shape["kv_heads"], shape["width"])) for _ in range(2)]
+        found, expected = (backend.block_attention(q, *block, prefix) for prefix in (refreshed, into))
+        if every:
+            loose = backend.sparse_prefix_attention(q, None, pages, case.cache, 0)
+            loose = backend.merge(backend.as_parts(loose))
+    # Merged within attention over the block: the same results are kept, and it sees them.
+    for kept, merged in zip(on_host(backend, *later), on_host(backend, *into), strict=True):
+        np.testing.assert_array_equal(kept, merged)
+    found, expected = (widened(x, dtype) for x in on_host(backend, found, expected))
+    assert_close(found, expected, TOLERANCE[dtype])
+    found_o, found_lse = on_host(backend, *into)
+    if every:
+        for array, other in zip(on_host(backend, *loose), (found_o, found_lse), strict=True):
+            np.testing.assert_array_equal(array, other)
+    group = shape["group"]
+    assert backend._given.get()[0] == (3 if every else 2) * sum(
+        len(ref.positions_of_pages(np.array(ids, np.int32), page_size, length))
+        for ids in listed(backend, pages)
+    )
+    for kv_head, ids in enumerate(listed(backend, pages)):
+        where = ref.positions_of_pages(np.array(ids, np.int32), page_size, length)
+        heads = slice(kv_head * group, (kv_head + 1) * group)
+        k, v = (held(x, dtype)[where, kv_head : kv_head + 1] for x in (case.k, case.v))
+        o[chosen, heads], lse[chosen, heads] = ref.softmax_attention(case.q[chosen, heads], k, v)
+    assert_close(found_o, o, TOLERANCE[dtype])
+    finite = np.isfinite(lse)
+    assert (found_lse == lse)[~finite].all()
+    assert np.allclose(found_lse[finite], lse[finite], atol=2 * TOLERANCE[dtype], rtol=1e-5)
+
+
+@steady(40)
+@given(*some_case(1500), st.booleans())
+@example("bfloat16", {"kv_heads": 8, "group": 4, "width": 128}, 16, 2300, 16, {}, False)
+def test_masses_and_their_top_pages(dtype, shape, tokens, length, page_size, card, summed):
+    case = Case(dtype, shape, tokens, length, page_size, card)
+    backend = case.backend
+    memory = backend.new_memory("test")
+    chosen, places = some_tokens(case.rng, tokens, min(tokens, 5))
+    if summed:
+        chosen = places = None
+    pages, count = case.cache.pages, 4
+    with backend.stream:
+        (o, _), masses = backend.prefix_attention_and_masses(case.device(case.q), case.cache, 0)
+        backend.keep_masses(memory, "masses", masses, case.cache, count, summed)
+        found = backend.select_pages_by_mass(memory.arrays["masses"], case.device(places), case.cache, count)
+    (cpu_o, _), expected = case.cpu.prefix_attention_and_masses(case.q, case.cpu_cache, 0)
+    assert_close(on_host(backend, o), cpu_o, TOLERANCE[dtype])
+    units = page_size // 16
+    masses = on_host(backend, masses[..., : -(-length // 16)]).astype(np.float64)
+    masses = np.pad(masses, [(0, 0)] * 3 + [(0, pages * units - masses.shape[-1])])
+    masses = masses.reshape(*masses.shape[:3], pages, units).sum(axis=-1)
+    # Scores of up to 40, of which a 16-bit product loses a thousandth.
+    assert np.allclose(masses, expected, rtol=1e-3 if dtype == "float32" else 0.25, atol=1e-4)
+    # The pages selected are the top ones by the device's own masses.
+    rows = masses.sum(axis=1, keepdims=True) if summed else masses[:, chosen]
+    lists = listed(backend, found)
+    for kv_head, of_head in enumerate(rows.reshape(rows.shape[0], rows.shape[1] * rows.shape[2], pages)):
+        top = np.sort(of_head, axis=1)[:, ::-1][:, : min(count, pages)]
+        chosen_pages = lists[kv_head]
+        assert len(chosen_pages) <= count * len(of_head) and sorted(set(chosen_pages)) == chosen_pages
+        for row, best in zip(of_head, top, strict=True):
+            within = np.sort(row[chosen_pages])[::-1][: len(best)]
+            np.testing.assert_allclose(within, best, rtol=1e-5)
+
+
+# Whole models
+
+METHODS: list[dict[str, Any]] = [
+    {"attention": "losa"},
+    {"attention": "losa", "active": 2, "commit": "sparse"},
+    {"attention": "losa", "active": 0},
+    {"attention": "losa", "active": 0, "drift": "refresh", "dense_layers": 1},
+    {"attention": "losa", "drift": "refresh", "candidates": "masked"},
+    {"attention": "losa", "selector": "anchor"},
+    {
+        "attention": "losa",
+        "selector": "anchor",
+        "drift": "refresh",
+        "candidates": "masked",
+        "commit": "sparse",
+    },
+    {"attention": "quest"},
+    {"attention": "quest", "commit": "sparse", "dense_layers": 2},
+    {"attention": "sparsed"},
+    {"attention": "sparsed", "page_size": 48},
+    {"attention": "losa", "first_pass": "sparse"},
+    {"attention": "quest", "first_pass": "dense"},
+]
+PROMPT = np.random.default_rng(0).integers(0, 300, 611).tolist()
+
+
+def name_of(options: dict[str, Any]) -> str:
+    return "-".join(f"{key}={value}" for key, value in options.items())
+
+
+@pytest.fixture(scope="module")
+def models(tiny_checkpoint) -> list[losart.Model]:
+    return [losart.load(tiny_checkpoint, device=device) for device in ("cpu", "cuda")]
+
+
+@pytest.mark.parametrize("method", METHODS, ids=name_of)
+@pytest.mark.parametrize("length", [5, 611])
+@pytest.mark.parametrize("block_length", [1, 8])
+def test_tokens_and_reads_are_those_of_the_cpu(models, method, length, block_length):
+    options = {"max_new_tokens": 40, "stop_token_ids": [], "block_length": block_length, "budget": 64}
+    options |= {"remasking": "low_confidence_static"} | method
+    if isinstance(options.get("active"), int):
+        options["active"] = min(options["active"], block_length)
+    cpu, cuda = models
+    expected = cpu.generate(PROMPT[:length], **options)
+    for _ in range(2):  # the second replays what the first captured
+        found = cuda.generate(PROMPT[:length], **options)
+        assert found.token_ids == expected.token_ids
+        for figure in ("density", "sparse_density", "active_fraction"):
+            a, b = getattr(found.stats, figure), getattr(expected.stats, figure)
+            assert a == (b if b is None else pytest.approx(b, rel=0.01))
+
+
+@pytest.mark.parametrize("method", METHODS, ids=name_of)
+def test_the_host_selects_what_the_device_selects(models, method):
+    _, cuda = models
+    options = {"max_new_tokens": 40, "stop_token_ids": [], "block_length": 8, "budget": 64, **method}
+    seen: dict[str, list[Any]] = {"device": [], "host": []}
+    for planner, layers in seen.items():
+        cuda.generate(
+            PROMPT,
+            planner=planner,
+            observer=lambda each, layers=layers: layers.extend(
+                (layer.active.tolist(), [ids.tolist() for ids in layer.pages]) for layer in each.layers
+            ),
+            **options,
+        )
+    assert seen["host"] == seen["device"]
+
+
+@pytest.mark.parametrize("method", [METHODS[0], METHODS[5], METHODS[7]], ids=name_of)
+def test_two_hundred_passes_over_a_growing_prefix(models, method):
+    _, cuda = models
+    options = {"max_new_tokens": 208, "stop_token_ids": [], "block_length": 16, "budget": 64, **method}
+    options |= {"remasking": "low_confidence_static"}
+    device, host = (cuda.generate(PROMPT, planner=planner, **options) for planner in ("device", "host"))
+    assert device.stats.denoising_passes >= 200
+    assert host.token_ids == device.token_ids
+
+
+def test_everything_read_and_active_is_dense_attention(models):
+    _, cuda = models
+    options = {"max_new_tokens": 40, "stop_token_ids": [], "block_length": 8}
+    dense = cuda.generate(PROMPT, **options).token_ids
+    for method in ({"attention": "losa", "active": 8}, {"attention": "quest"}, {"attention": "sparsed"}):
+        assert cuda.generate(PROMPT, budget=4096, **options, **method).token_ids == dense
+
+
+@pytest.mark.parametrize("method", [METHODS[0], METHODS[6]], ids=name_of)
+def test_two_generations_keep_what_is_theirs(models, method):
+    _, model = models
+    options = {"max_new_tokens": 32, "stop_token_ids": [], "block_length": 8, "budget": 32, **method}
+    prompts = (PROMPT, PROMPT[100:])
+    expected = [model.generate(prompt, **options).token_ids for prompt in prompts]
+    streams = [model.stream(prompt, **options) for prompt in prompts]
+    results: list[Any] = [None, None]
+    while None in results:
+        for i, stream in enumerate(streams):
+            step = next(stream, None)
+            if step is not None and step.result is not None:
+                results[i] = step.result.token_ids
+    assert results == expected
+
+
+def test_a_pass_that_was_captured_before_its_first_pass_was_run(models):
+    """A generation of one pass captures a block's first pass alone; the next replays it and goes on."""
+    cpu, cuda = models
+    options = {"attention": "losa", "budget": 32, "active": 3, "stop_token_ids": [], "block_length": 6}
+    assert cuda.generate(PROMPT[:7], max_new_tokens=1, **options).stats.denoising_passes >= 1
+    options |= {"max_new_tokens": 24}
+    assert cuda.generate(PROMPT, **options).token_ids == cpu.generate(PROMPT, **options).token_ids
+
+
+def test_memories_of_many_settings_are_bounded(tiny_checkpoint):
+    from losart.backends.cuda.backend import FREE_MEMORIES
+
+    model = losart.load(tiny_checkpoint, device="cuda")
+    for budget in range(16, 16 * (FREE_MEMORIES + 4), 16):
+        model.generate(PROMPT, attention="losa", budget=budget, max_new_tokens=20, block_length=8)
+    assert len(model._transformer.backend._free) <= FREE_MEMORIES
+
+
+@pytest.mark.parametrize("method", [METHODS[0], METHODS[7], METHODS[9]], ids=name_of)
+def test_observers_see_what_is_read(models, method):
+    cpu, cuda = models
+    options = {"max_new_tokens": 16, "stop_token_ids": [], "block_length": 8, "budget": 32, **method}
+    seen: list[list[Any]] = []
+    for model in (cpu, cuda, cuda):
+        passes: list[Any] = []
+        model.generate(PROMPT, observer=passes.append, **options)
+        layers = [layer for each in passes for layer in each.layers]
+        seen.append([(layer.active.tolist(), [ids.tolist() for ids in layer.pages]) for layer in layers])
+    assert seen[1] == seen[2]
+    assert len(seen[0]) == len(seen[1])
+    alike = sum(a == b for a, b in zip(seen[0], seen[1], strict=True))
+    assert alike >= 0.95 * len(seen[0])

@@ -1,0 +1,143 @@
+"""Every kernel compiles for all devices that it is meant for, within their means; needs no device."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+import losart.kernels_cu
+from losart.backends.cuda.variants import CARDS, variants
+from losart.errors import DeviceError
+from losart.kernels_cu import FILES, Defines, KernelFile, compile_options, source
+from losart.kernels_cu.compiler import compile_cubin, nvrtc_version
+
+JOBS = [
+    (name, architecture) for name in FILES for architecture, card in CARDS.items() if variants(name, card)
+]
+
+
+@pytest.fixture(scope="module")
+def compiler() -> None:
+    """Skips where there is no compiler."""
+    try:
+        nvrtc_version()
+    except DeviceError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def found(compiler: None, request: pytest.FixtureRequest) -> Iterator[dict[tuple[str, str], list[Future]]]:
+    """What is wrong with the chosen jobs' compilations, which run on all processors at once."""
+    prefix = test_kernel_compiles.__name__ + "["
+    chosen = [item.callspec.params["job"] for item in request.session.items if item.name.startswith(prefix)]
+    threads = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
+    yield {
+        (name, architecture): [
+            threads.submit(complaints, name, FILES[name], source(name), architecture, dtype, defines, shared)
+            for dtype in FILES[name].dtypes
+            for defines, shared in variants(name, CARDS[architecture]).items()
+        ]
+        for name, architecture in chosen
+    }
+    threads.shutdown(cancel_futures=True)
+
+
+def complaints(
+    name: str, file: KernelFile, source: str, architecture: str, dtype: str, defines: Defines, shared: int
+) -> list[str]:
+    """What is wrong with one compilation of a kernel."""
+    options = (*compile_options(dtype, defines), "--ptxas-options=-v")
+    case = f"{name}, {dtype}, {dict(defines)}, {architecture}"
+    try:
+        _, log = compile_cubin(source, f"{name}.cu", options, architecture)
+    except DeviceError as error:
+        return [f"{case}: {error}"]
+    kernels = re.findall(r"Compiling entry function '(\w+)' for '(\w+)'", log)
+    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    used = re.findall(r"Used \d+ registers(?:.*?(\d+) bytes smem)?", log)
+    wrong = []
+    if kernels != [(name, architecture)] or not frames or len(used) != 1:
+        wrong.append("the log is not that of this kernel")
+    if not file.spills and any(int(size) for frame in frames for size in frame):
+        wrong.append("it spills to local memory")
+    fixed = sum(int(size or 0) for size in used)
+    if fixed + shared > CARDS[architecture].shared_per_block:
+        wrong.append(f"{fixed} + {shared} bytes of shared memory are too many")
+    if "warning" in log or "Performance Loss" in log:
+        wrong.append("the compiler warns")
+    return [f"{case}: {problem}:\n{log}" for problem in wrong]
+
+
+def test_table_has_every_source_and_names_what_to_compile():
+    folder = Path(losart.kernels_cu.__file__).parent
+    assert sorted(FILES) == sorted(path.stem for path in folder.glob("*.cu"))
+    headers = {header for file in FILES.values() for header in file.headers}
+    assert headers == {path.name for path in folder.glob("*.cuh")}
+    assert {name for name, _ in JOBS} == set(FILES)
+    hopper_only = {name for name in FILES if all(a == "sm_90a" for n, a in JOBS if n == name)}
+    assert hopper_only == {"linear_hopper", "prefix_attention_hopper", "causal_attention_hopper"}
+
+
+@pytest.mark.parametrize("job", JOBS, ids="-".join)
+def test_kernel_compiles(found, job):
+    wrong = [complaint for future in found[job] for complaint in future.result()]
+    assert not wrong, "\n\n".join(wrong)
+
+
+SOUND = 'extern "C" __global__ void kernel(float *x) { x[threadIdx.x] = 0; }'
+SPILLING = """extern "C" __global__ void __launch_bounds__(1024) kernel(float *x, int n)
+{
+    float a[100];
+    for (int i = 0; i < 100; i++) a[i] = x[i * n];
+    __syncthreads();
+    for (int i = 0; i < 100; i++) x[i] = a[i] * a[99 - i];
+    for (int i = 0; i < 100; i++) x[i * n] = a[i] + a[99 - i];
+}"""
+FRAME = """extern "C" __global__ void kernel(float *x)
+{
+    float a[64] = {};
+    for (int i = 0; i < 64; i++) a[(int)x[i] % 64] += 1;
+    for (int i = 0; i < 64; i++) x[i] = a[i];
+}"""
+SHARED = """extern "C" __global__ void kernel(float *x)
+{
+    __shared__ float a[1024];
+    a[threadIdx.x] = x[0];
+    __syncthreads();
+    x[0] = a[threadIdx.x + 1];
+}"""
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "complaint"),
+    [
+        (SOUND, {}, None),
+        (SOUND.replace("kernel", "other"), {}, "not that of this kernel"),
+        (SOUND + SOUND.replace("kernel", "other"), {}, "not that of this kernel"),
+        (SOUND.replace("{", "{ int n;"), {}, "the compiler warns"),
+        (SOUND.replace("0", "nothing"), {}, "cannot compile kernel.cu"),
+        (SPILLING, {}, "spills"),
+        (SPILLING, {"spills": True}, None),
+        (FRAME, {}, "spills"),
+        (FRAME, {"spills": True}, None),
+        (SHARED, {"shared": 95 * 1024}, None),
+        (SHARED, {"shared": 95 * 1024 + 1}, "shared memory"),
+    ],
+)
+def test_check_finds_what_is_wrong(compiler, text, options, complaint):
+    options = dict(options)
+    shared = options.pop("shared", 0)
+    found = complaints("kernel", KernelFile((), **options), text, "sm_86", "bfloat16", (("N", 1),), shared)
+    assert not found if complaint is None else complaint in "".join(found)
+
+
+def test_error_has_the_log(compiler):
+    with pytest.raises(DeviceError, match=r'(?s)for sm_80:\nhead.cuh\(2\): error: .*"nothing" is undefined'):
+        compile_cubin('#line 2 "head.cuh"\n' + SOUND.replace("0", "nothing"), "kernel.cu", (), "sm_80")
+    with pytest.raises(DeviceError, match="invalid value for --gpu-architecture"):
+        compile_cubin(SOUND, "kernel.cu", (), "sm_999")

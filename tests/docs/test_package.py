@@ -1,0 +1,106 @@
+"""What `import losart` brings with it, and what an installation puts where."""
+
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+from importlib.metadata import requires
+from pathlib import Path
+
+import pytest
+
+import losart
+import losart.kernels_cu
+import losart.loaders
+
+
+def run_python(code: str) -> str:
+    # Elsewhere: the repository's own folders must not be found by accident.
+    result = subprocess.run([sys.executable, "-c", code], cwd="/", capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+def test_import_is_light():
+    heavy = "cupy torch transformers jinja2 huggingface_hub tokenizers"
+    code = f"import sys, losart; print(*[name for name in '{heavy}'.split() if name in sys.modules])"
+    assert run_python(code) == ""
+
+
+def test_generation_from_ids_needs_no_jinja2_and_no_hub(tiny_checkpoint):
+    code = (
+        f"import sys, losart; losart.generate({str(tiny_checkpoint)!r}, [1, 2, 3], max_new_tokens=4); "
+        "print(*[name for name in ('jinja2', 'huggingface_hub', 'torch') if name in sys.modules])"
+    )
+    assert run_python(code) == ""
+
+
+def test_nothing_but_losart_enters_the_namespace():
+    code = (
+        "import importlib.util as u, losart.loaders, losart.kernels_cu; "
+        "print([u.find_spec(name) for name in ('loaders', 'kernels_cu', 'tests', 'benchmarks')])"
+    )
+    assert run_python(code) == "[None, None, None, None]"
+
+
+def test_types_are_shipped():
+    assert (Path(losart.__file__).parent / "py.typed").exists()
+
+
+def test_a_checkpoint_is_shipped_with_its_card():
+    folder = Path(losart.__file__).parent / "small_checkpoint"
+    files = {file.name: file.stat().st_size for file in folder.iterdir()}
+    weights = {"model.safetensors", "config.json", "generation_config.json"}
+    assert files.keys() == weights | {"tokenizer.json", "tokenizer_config.json", "README.md"}
+    assert sum(files.values()) <= 16e6
+    assert run_python("import losart; print(losart.load(device='cpu').config.block_length)") == "16"
+
+
+@pytest.mark.parametrize(
+    ("package", "extras"), [("torch", {"parity", "train"}), ("transformers", {"parity"})]
+)
+def test_torch_is_only_needed_by_extras(package, extras):
+    wanted = [line for line in requires("losart") or [] if re.match(rf"{package}\b", line)]
+    assert {re.search(r'extra == "(\w+)"', line)[1] for line in wanted} == extras
+
+
+def test_compiled_modules_are_importable():
+    for name in ("active_set", "kv_index", "attention_kernels", "skinny_linear"):
+        assert importlib.util.find_spec(f"losart.backends.cpu.{name}") is not None
+
+
+def test_generated_c_is_not_installed():
+    folder = Path(losart.__file__).parent
+    if (folder.parent / "pyproject.toml").exists():
+        pytest.skip("not an installation but the repository, where Cython leaves it")
+    assert not list(folder.rglob("*.c"))
+
+
+# setup.py without the modules to be compiled, which take minutes.
+BUILD = """
+import runpy, sys, types
+cython = types.ModuleType("Cython.Build")
+cython.cythonize = lambda *modules, **options: []
+sys.modules |= {"Cython": types.ModuleType("Cython"), "Cython.Build": cython}
+sys.argv = ["setup.py", "-q", "build_py", "--build-lib", "built"]
+runpy.run_path("setup.py")
+"""
+
+
+@pytest.mark.parametrize("archives", [[], ["sm_80.tar.xz", "sm_90a.tar.xz"]])
+def test_prebuilt_kernels_are_installed_where_there_are_any(tmp_path, archives):
+    pytest.importorskip("setuptools", minversion="77")
+    repository = Path(__file__).parents[2]
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md"):
+        shutil.copy(repository / name, tmp_path)
+    for name in ("losart", "loaders", "kernels_cu"):
+        shutil.copytree(repository / name, tmp_path / name, ignore=shutil.ignore_patterns("cubins", "*.so"))
+    (tmp_path / "kernels_cu/cubins").mkdir()
+    for archive in archives:
+        (tmp_path / "kernels_cu/cubins" / archive).write_bytes(b"archive")
+    built = subprocess.run([sys.executable, "-c", BUILD], cwd=tmp_path, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    installed = tmp_path / "built/losart/kernels_cu"
+    assert sorted(path.name for path in installed.glob("cubins/*")) == archives
+    assert (installed / "common.cuh").exists() and (installed / "prebuilt.py").exists()

@@ -1,0 +1,71 @@
+"""The accuracy study: its grid, and a file that is gone on with."""
+
+import json
+
+import accuracy_grid
+import accuracy_study
+import pytest
+
+import losart
+from losart.config.model import ModelConfig
+from losart.config.options import generation_config
+from losart.errors import DataError
+
+
+@pytest.fixture(scope="module")
+def config() -> ModelConfig:
+    return losart.load(device="cpu").config
+
+
+def test_no_cell_is_measured_twice(config):
+    """Not even one that says in other words what another says."""
+    cells = accuracy_grid.cells()
+    meant = [(cell.task, cell.length, generation_config(config, cell.setting)) for cell in cells]
+    assert all(meant.count(cell) == 1 for cell in meant)
+    assert {cell.key for cell in cells} == {
+        accuracy_grid.cell_key(task, length, setting)
+        for length in accuracy_grid.LENGTHS
+        for group in accuracy_grid.GROUPS.values()
+        for setting in group.settings
+        for task in group.tasks
+    }
+
+
+def test_options_stand_alone_and_together():
+    options = accuracy_grid.together([{"a": 1}, {"b": 2}, {"c": 3}])
+    assert len(options) == 7
+    assert options[0] == {"a": 1} and options[4] == {"a": 1, "c": 3} and len(options[-1]) == 3
+
+
+def study(file, samples=2):
+    return accuracy_study.Study(file, "cpu", 2, samples, seed=3)
+
+
+def test_a_study_goes_on_where_it_was_cut_short(tmp_path, capsys):
+    file = tmp_path / "study.json"
+    wanted = accuracy_grid.cells(["first"], [256], ["keys-4"])
+    study(file).run(wanted[:3])
+    first = json.loads(file.read_text())
+    assert (first["device"], first["samples"], first["seed"]) == ("cpu", 2, 3)
+    assert {cell["attention"] for cell in first["cells"]} == {"losa", "quest"}
+    capsys.readouterr()
+    study(file).run(wanted[:5])
+    assert "5 cells, 2 of them to measure: 4 questions" in capsys.readouterr().out
+    cells = json.loads(file.read_text())["cells"]
+    assert cells[:3] == first["cells"] and len(cells) == 5
+    keys = {accuracy_grid.cell_key(cell["task"], cell["length"], cell["setting"]) for cell in cells}
+    assert keys == {asked.key for asked in wanted[:5]}
+    assert all(
+        (cell["budget"], cell["active"]) == (cell["setting"]["budget"], cell["setting"].get("active"))
+        and cell["passes_per_question"] == 8
+        for cell in cells
+    )
+
+    before = file.read_text()
+    with pytest.raises(DataError, match="has samples 2, not 1: give another --json"):
+        study(file, samples=1).run(wanted)
+    assert file.read_text() == before
+    file.write_text("[]")
+    with pytest.raises(DataError, match=r"study\.json is no file of this study"):
+        study(file).run(wanted)
+    assert file.read_text() == "[]"

@@ -1,0 +1,80 @@
+"""Keys and values for the tests of kernels and caches: as they are held, and in a table."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+from hypothesis import settings
+
+from losart.backends.cpu.kv_index import PageTable
+from losart.config.model import ModelConfig
+
+LAYER = 1  # of two; the other is full of NaN, which shows in whoever reads it
+HELD_AS = {"float32": np.float32, "bfloat16": np.uint16, "float16": np.float16}
+
+
+def steady(examples: int) -> settings:
+    """The same examples each time: scores that all but tie would select other pages than float64.
+
+    The environment can ask for fewer, as for kernels under compute-sanitizer.
+    """
+    examples = min(examples, int(os.environ.get("LOSART_TEST_EXAMPLES", examples)))
+    return settings(max_examples=examples, deadline=None, derandomize=True)
+
+
+def bfloat16(x: np.ndarray) -> np.ndarray:
+    """float32 rounded to bfloat16, to the nearest, ties to even; as float64. By arithmetic, not by bits."""
+    with np.errstate(invalid="ignore"):
+        x = np.asarray(x, np.float64)
+        unit = np.ldexp(1.0, np.maximum(np.frexp(x)[1], -125) - 8)
+        rounded = np.where(np.isfinite(x), np.rint(x / unit) * unit, x)
+    return np.where(np.abs(rounded) >= 2.0**128, np.copysign(np.inf, x), rounded)
+
+
+def held(x: np.ndarray, dtype: str) -> np.ndarray:
+    """float32 values as `dtype` holds them, in float64."""
+    if dtype == "bfloat16":
+        return bfloat16(x)
+    with np.errstate(over="ignore"):
+        return x.astype(HELD_AS[dtype]).astype(np.float64)
+
+
+def empty_table(
+    kv_heads: int,
+    width: int,
+    page_size: int,
+    dtype: str = "float32",
+    positions: int = 1,
+    chunk_pages: int = 16,
+) -> tuple[PageTable, list[tuple[np.ndarray, np.ndarray]]]:
+    """A table of two layers with room for `positions`, and its chunks of keys and values and of bounds."""
+    table = PageTable(2, kv_heads, width, page_size, chunk_pages * page_size, dtype)
+    chunks = []
+    while table.capacity < positions:
+        chunks.append((np.zeros(table.kv_shape, HELD_AS[dtype]), np.zeros(table.bounds_shape, np.float32)))
+        table.add_chunk(*chunks[-1])
+    return table, chunks
+
+
+def table_of(k: np.ndarray, v: np.ndarray, page_size: int, dtype: str = "float32") -> PageTable:
+    """A table that holds k and v [positions, kv_heads, width] in its layer `LAYER`."""
+    positions, kv_heads, width = k.shape
+    table, _ = empty_table(kv_heads, width, page_size, dtype, positions)
+    table.write(LAYER, 0, k, v)
+    poison = np.full_like(k, np.nan)
+    table.write(1 - LAYER, 0, poison, poison)
+    return table
+
+
+def model_config(kv_heads: int, group: int, width: int, layers: int = 1, **changes: int) -> ModelConfig:
+    """The shape of a model's attention; all else is of no matter."""
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "max_positions": 4096} | changes
+    return ModelConfig(
+        model_type="sdar",
+        num_layers=layers,
+        num_heads=kv_heads * group,
+        num_kv_heads=kv_heads,
+        head_dim=width,
+        **sizes,
+    )
