@@ -6,101 +6,127 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from losart.config.precision import DTYPES, FORMATS, Precision
 from losart.errors import DeviceError
 from losart.kernels_cu.compiler import architecture_of, cached_cubin
+from losart.kernels_cu.constants import define_lines
 from losart.kernels_cu.launch import OVERLAP_CAPABILITY, OVERLAP_DRIVER, Kernel
 from losart.kernels_cu.prebuilt import prebuilt_cubin
+from losart.kernels_cu.views import layout_checks
 
-DTYPE_CODES = {"float32": 0, "bfloat16": 1, "float16": 2}
-SIXTEEN_BIT = ("bfloat16", "float16")
 Defines = tuple[tuple[str, int], ...]
 
 
 @dataclass(frozen=True)
 class KernelFile:
-    """A .cu file, its kernel's name.
+    """A .cu file, which is named like its kernel.
 
     Attributes
     ----------
+    folder : str
     headers : tuple of str
-    dtypes : tuple of str
-        In which weights, keys and values may be held.
+        Beside `COMMON`, in order.
+    sixteen_bit : bool
+        Whether what it multiplies must be held in a format of 16 bits.
     spills : bool
         Whether registers may spill to local memory.
     """
 
-    headers: tuple[str, ...]
-    dtypes: tuple[str, ...] = tuple(DTYPE_CODES)
+    folder: str
+    headers: tuple[str, ...] = ()
+    sixteen_bit: bool = False
     spills: bool = False
 
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        """Formats in which weights, keys and values, and activations may all be held."""
+        return tuple(name for name in DTYPES if not self.sixteen_bit or FORMATS[name].bits == 16)
 
-COMMON = ("common.cuh",)
-PRODUCT = (*COMMON, "product.cuh")
-CACHE = (*COMMON, "cache.cuh")
-ATTENTION = (*CACHE, "attention.cuh")
-PARTS = (*COMMON, "parts.cuh")
-BOUNDS = (*COMMON, "bounds.cuh")
-TOP_PAGES = (*COMMON, "top_pages.cuh")
-TENSOR = (*COMMON, "tensor.cuh")
-TENSOR_ATTENTION = (*CACHE, "tensor.cuh", "tensor_attention.cuh")
-HOPPER_ATTENTION = (*CACHE, "tensor.cuh", "hopper.cuh", "hopper_attention.cuh")
+
+VIEWS = "common/views.cuh"
+COMMON = ("common/types.cuh", "common/math.cuh", VIEWS, "common/overlap.cuh", "common/reduce.cuh")
+PLANES = ("matmul/planes.cuh",)
+NORM = ("matmul/planes.cuh", "norm/rms.cuh")
+TENSOR_MATMUL = ("matmul/operands.cuh", "common/tensor.cuh")
+CACHE = ("cache/layout.cuh",)
+TENSOR_CACHE = ("cache/layout.cuh", "cache/operands.cuh", "common/tensor.cuh")
+PLAIN_ATTENTION = (*CACHE, "attention/rows.cuh", "attention/plain.cuh")
+FRAGMENTS = (*TENSOR_CACHE, "attention/rows.cuh", "attention/fragments.cuh")
+TENSOR_ATTENTION = (*FRAGMENTS, "attention/tensor.cuh")
+HOPPER_ATTENTION = (*FRAGMENTS, "common/hopper.cuh", "attention/hopper.cuh")
+TOP_PAGES = (*CACHE, "selection/choose_top.cuh")
 FILES = {
-    "embedding": KernelFile(COMMON),
-    "add_rms_norm": KernelFile(PRODUCT),
-    "linear": KernelFile(COMMON),
-    "linear_tensor": KernelFile((*PRODUCT, "tensor.cuh"), SIXTEEN_BIT),
-    "linear_tiles": KernelFile(TENSOR, SIXTEEN_BIT),
-    "linear_hopper": KernelFile((*TENSOR, "hopper.cuh", "tensor_map.cuh"), SIXTEEN_BIT),
-    "split_heads": KernelFile(PRODUCT),
-    "silu_gate": KernelFile(PRODUCT),
-    "cache_write": KernelFile(CACHE),
-    "prefix_attention": KernelFile(ATTENTION, spills=True),
-    "prefix_attention_tensor": KernelFile(TENSOR_ATTENTION, SIXTEEN_BIT),
-    "prefix_attention_hopper": KernelFile(HOPPER_ATTENTION, SIXTEEN_BIT),
-    "sparse_attention": KernelFile((*ATTENTION, "page_list.cuh"), spills=True),
-    "sparse_attention_tensor": KernelFile((*TENSOR_ATTENTION, "page_list.cuh"), SIXTEEN_BIT),
-    "merge_parts": KernelFile(PARTS),
-    "block_attention": KernelFile(PARTS),
-    "causal_attention": KernelFile(ATTENTION, spills=True),
-    "causal_attention_tensor": KernelFile(TENSOR_ATTENTION, SIXTEEN_BIT),
-    "causal_attention_hopper": KernelFile(HOPPER_ATTENTION, SIXTEEN_BIT),
-    "query_change": KernelFile(COMMON),
-    "copy_tokens": KernelFile(COMMON),
-    "page_scores": KernelFile(BOUNDS),
-    # On capability 10.0, with 3 tiles of rows 128 wide, 4 bytes.
-    "page_scores_tensor": KernelFile((*BOUNDS, "tensor.cuh"), SIXTEEN_BIT, spills=True),
-    "page_masses": KernelFile(ATTENTION, spills=True),
-    "page_masses_tensor": KernelFile(TENSOR_ATTENTION, SIXTEEN_BIT),
-    "mark_pages": KernelFile(TOP_PAGES),
-    "top_pages": KernelFile(TOP_PAGES),
-    "logit_slices": KernelFile((*PRODUCT, "logit_row.cuh")),
-    "sample": KernelFile((*COMMON, "logit_row.cuh")),
+    "embedding": KernelFile("matmul"),
+    "linear": KernelFile("matmul"),
+    "linear_tensor": KernelFile("matmul", TENSOR_MATMUL, sixteen_bit=True),
+    "linear_tiles": KernelFile("matmul", TENSOR_MATMUL, sixteen_bit=True),
+    "linear_hopper": KernelFile(
+        "matmul", (*TENSOR_MATMUL, "common/hopper.cuh", "common/tensor_map.cuh"), sixteen_bit=True
+    ),
+    "silu_gate": KernelFile("matmul", PLANES),
+    "add_rms_norm": KernelFile("norm", NORM),
+    "split_heads": KernelFile("norm", NORM),
+    "cache_write": KernelFile("cache", CACHE),
+    "prefix_attention": KernelFile("attention", PLAIN_ATTENTION, spills=True),
+    "prefix_attention_tensor": KernelFile("attention", TENSOR_ATTENTION, sixteen_bit=True),
+    "prefix_attention_hopper": KernelFile("attention", HOPPER_ATTENTION, sixteen_bit=True),
+    "sparse_attention": KernelFile("attention", (*PLAIN_ATTENTION, "attention/page_list.cuh"), spills=True),
+    "sparse_attention_tensor": KernelFile(
+        "attention", (*TENSOR_ATTENTION, "attention/page_list.cuh"), sixteen_bit=True
+    ),
+    "causal_attention": KernelFile("attention", PLAIN_ATTENTION, spills=True),
+    "causal_attention_tensor": KernelFile("attention", TENSOR_ATTENTION, sixteen_bit=True),
+    "causal_attention_hopper": KernelFile("attention", HOPPER_ATTENTION, sixteen_bit=True),
+    "merge_parts": KernelFile("attention", ("attention/parts.cuh",)),
+    "block_attention": KernelFile("attention", ("attention/parts.cuh",)),
+    "query_change": KernelFile("selection"),
+    "store_tokens": KernelFile("selection"),
+    "page_scores": KernelFile("selection", (*CACHE, "attention/rows.cuh", "selection/bounds.cuh")),
+    # On capability 10.0, with 3 tiles of rows and head_dim 128, 4 bytes spill.
+    "page_scores_tensor": KernelFile(
+        "selection", (*TENSOR_CACHE, "selection/bounds.cuh"), sixteen_bit=True, spills=True
+    ),
+    "page_masses": KernelFile("selection", PLAIN_ATTENTION, spills=True),
+    "page_masses_tensor": KernelFile("selection", TENSOR_ATTENTION, sixteen_bit=True),
+    "mark_pages": KernelFile("selection", TOP_PAGES),
+    "top_pages": KernelFile("selection", TOP_PAGES),
+    "logit_slices": KernelFile("sampling", (*PLANES, "sampling/logit_row.cuh")),
+    "sample": KernelFile("sampling", ("sampling/logit_row.cuh",)),
 }
 
 
-def source(file: str) -> str:
-    """The whole source of one file, its headers included."""
-    folder = Path(__file__).parent
-    parts = (*FILES[file].headers, f"{file}.cu")
-    return "".join(f'#line 1 "{part}"\n{(folder / part).read_text("utf-8")}\n' for part in parts)
+def source(name: str) -> str:
+    """The whole source of a kernel: constants, headers with checks of the views' layout, and its own file."""
+    folder, file = Path(__file__).parent, FILES[name]
+    texts = [("constants.py", define_lines())]
+    for path in (*COMMON, *file.headers, f"{file.folder}/{name}.cu"):
+        texts.append((path, (folder / path).read_text("utf-8")))
+        if path == VIEWS:
+            texts.append(("views.py", layout_checks()))
+    return "".join(f'#line 1 "{path}"\n{text}\n' for path, text in texts)
 
 
-def compile_options(dtype: str, defines: Defines = ()) -> tuple[str, ...]:
-    """The compiler's options for weights, keys and values held in `dtype`."""
-    macros = (("LOSART_DTYPE", DTYPE_CODES[dtype]), *defines)
+def compile_options(precision: Precision, defines: Defines = ()) -> tuple[str, ...]:
+    """The compiler's options for a precision and a kernel's compile-time constants."""
+    macros = (
+        ("LOSART_WEIGHTS", precision.weights.code),
+        ("LOSART_KV", precision.kv.code),
+        ("LOSART_ACTIVATIONS", precision.activations.code),
+        *defines,
+    )
     return ("--std=c++17", *(f"-D{name}={value}" for name, value in macros))
 
 
-def kernel(name: str, dtype: str, defines: Defines = ()) -> Kernel:
+def kernel(name: str, precision: Precision, defines: Defines = ()) -> Kernel:
     """A kernel for the current device: prebuilt, or compiled at first use and cached on disk.
 
     Parameters
     ----------
     name : str
-    dtype : {"float32", "bfloat16", "float16"}
-        In which weights, keys and values are held.
+        Of `FILES`.
+    precision : Precision
     defines : tuple of (str, int)
-        The file's compile-time constants.
+        The kernel's compile-time constants.
 
     Raises
     ------
@@ -109,27 +135,31 @@ def kernel(name: str, dtype: str, defines: Defines = ()) -> Kernel:
     """
     import cupy
 
-    return _kernel(cupy.cuda.runtime.getDevice(), name, dtype, defines)
+    return _kernel(cupy.cuda.runtime.getDevice(), name, precision, defines)
 
 
 def prebuilt_for(capability: tuple[int, int]) -> bool:
-    """Whether kernels of these very sources, in some dtype, are prebuilt for devices of this capability."""
+    """Whether kernels of these very sources, in some format, are prebuilt for devices of this capability."""
     inputs = (source("embedding"), "embedding.cu")
+    options = (compile_options(Precision.of(dtype)) for dtype in DTYPES)
     architecture = architecture_of(capability)
-    return any(prebuilt_cubin(*inputs, compile_options(dtype), architecture) for dtype in DTYPE_CODES)
+    return any(prebuilt_cubin(*inputs, option, architecture) for option in options)
 
 
 @cache
-def _kernel(device: int, name: str, dtype: str, defines: Defines) -> Kernel:
+def _kernel(device: int, name: str, precision: Precision, defines: Defines) -> Kernel:
     import cupy
 
     capability = divmod(int(cupy.cuda.Device(device).compute_capability), 10)
-    inputs = (source(name), f"{name}.cu", compile_options(dtype, defines), architecture_of(capability))
+    options, architecture = compile_options(precision, defines), architecture_of(capability)
+    inputs = (source(name), f"{name}.cu", options, architecture)
     cubin = prebuilt_cubin(*inputs) or cached_cubin(*inputs)
     module = cupy.cuda.function.Module()
     try:
         module.load(cubin)
     except cupy.cuda.driver.CUDADriverError as error:
-        raise DeviceError(f"the driver does not load {name}, as compiled for {inputs[3]}: {error}") from error
+        raise DeviceError(
+            f"the driver does not load {name}, as compiled for {architecture}: {error}"
+        ) from error
     overlap = capability >= OVERLAP_CAPABILITY and cupy.cuda.runtime.driverGetVersion() >= OVERLAP_DRIVER
     return Kernel(name, module.get_function(name), overlap)

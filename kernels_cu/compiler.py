@@ -1,4 +1,4 @@
-"""Compiles CUDA sources by NVRTC, which needs no device, and keeps the result on disk."""
+"""Compiles CUDA sources with NVRTC, which needs no device, and caches the results on disk."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ HOW_TO_INSTALL = "pip install 'losart[cuda12x]' or 'losart[cuda13x]', as fits th
 
 
 def architecture_of(capability: tuple[int, int]) -> str:
-    """What to compile for on a device of this compute capability."""
-    # The a: Hopper's own instructions, which run on no other device.
+    """The architecture to compile for on a device of this compute capability."""
+    # The a stands for Hopper's own instructions, which run on no other device.
     return "sm_90a" if capability == (9, 0) else "sm_{}{}".format(*capability)
 
 
 def nvrtc_version() -> tuple[int, int]:
-    """The version of the compiler at hand.
+    """The compiler's version.
 
     Raises
     ------
@@ -32,9 +32,9 @@ def nvrtc_version() -> tuple[int, int]:
     try:
         return _nvrtc().getVersion()
     except (ImportError, RuntimeError) as error:
-        said = " ".join(str(error).split())  # CuPy's takes several lines
+        message = " ".join(str(error).split())  # CuPy's has several lines
         raise DeviceError(
-            f"CuPy finds no NVRTC to compile CUDA kernels with ({said}); install one: {HOW_TO_INSTALL}"
+            f"CuPy finds no NVRTC to compile CUDA kernels with ({message}); install one: {HOW_TO_INSTALL}"
         ) from error
 
 
@@ -46,7 +46,7 @@ def compile_cubin(source: str, name: str, options: tuple[str, ...], architecture
     source : str
         All of it: nothing can be included.
     name : str
-        How the compiler's messages call the source.
+        The source's name in the compiler's messages.
     options : tuple of str
     architecture : str
         A real one: "sm_90a".
@@ -55,7 +55,7 @@ def compile_cubin(source: str, name: str, options: tuple[str, ...], architecture
     -------
     cubin : bytes
     log : str
-        What the compiler had to say.
+        The compiler's messages.
 
     Raises
     ------
@@ -69,40 +69,40 @@ def compile_cubin(source: str, name: str, options: tuple[str, ...], architecture
         try:
             nvrtc.compileProgram(program, (*options, f"-arch={architecture}"))
         except nvrtc.NVRTCError as error:
-            said = nvrtc.getProgramLog(program).strip(" \n\0") or str(error)
+            log = nvrtc.getProgramLog(program).strip(" \n\0") or str(error)
             raise DeviceError(
-                "NVRTC {}.{} cannot compile {} for {}:\n{}".format(*version, name, architecture, said)
+                "NVRTC {}.{} cannot compile {} for {}:\n{}".format(*version, name, architecture, log)
             ) from error
-        # CuPy takes the last byte for a string's end and drops it; it is the highest of a small number.
+        # CuPy drops the last byte, as if it ended a string; it is the highest byte of a small number.
         return nvrtc.getCUBIN(program) + b"\0", nvrtc.getProgramLog(program).strip(" \n\0")
     finally:
         nvrtc.destroyProgram(program)
 
 
 def cubin_name(source: str, name: str, options: tuple[str, ...], architecture: str) -> str:
-    """What a cubin is called where it is kept: whatever would change it changes its name, NVRTC aside."""
+    """A cubin's name in caches and archives: whatever would change the cubin changes it, except for NVRTC."""
     key = hashlib.sha256(repr((source, options, architecture)).encode()).hexdigest()
     return f"{name}-{architecture}-{key}"
 
 
 def cached_cubin(source: str, name: str, options: tuple[str, ...], architecture: str) -> bytes:
-    """The cubin of a source, from the disk where the same was compiled before; as `compile_cubin`.
+    """The cubin of a source, from disk if it was compiled before; parameters as of `compile_cubin`.
 
-    Without NVRTC what any version of it has left on the disk is taken.
+    Without NVRTC, a cubin that any version of it left on disk will do.
     """
-    folder, kept = cache_folder(), cubin_name(source, name, options, architecture)
+    folder, key = cache_folder(), cubin_name(source, name, options, architecture)
     try:
         version = nvrtc_version()
     except DeviceError as error:
-        cubins = map(_read, sorted(folder.glob(f"{kept}-*.cubin"))) if folder else ()
-        found = next((cubin for cubin in cubins if cubin is not None), None)
-        if found is None:
+        cubins = map(_read, sorted(folder.glob(f"{key}-*.cubin"))) if folder else ()
+        left = next((cubin for cubin in cubins if cubin is not None), None)
+        if left is None:
             shown = " ".join((*options, f"-arch={architecture}"))
             raise DeviceError(f"{name} is not prebuilt with {shown}, and {error}") from error
-        return found
+        return left
     if folder is None:
         return compile_cubin(source, name, options, architecture)[0]
-    path = folder / "{}-{}.{}.cubin".format(kept, *version)
+    path = folder / "{}-{}.{}.cubin".format(key, *version)
     cubin = _read(path)
     if cubin is None:
         cubin, _ = compile_cubin(source, name, options, architecture)
@@ -111,7 +111,7 @@ def cached_cubin(source: str, name: str, options: tuple[str, ...], architecture:
 
 
 def cache_folder() -> Path | None:
-    """Where cubins are kept; None where there is no home directory."""
+    """The folder of cached cubins; None where there is no home directory."""
     if own := os.environ.get("LOSART_CACHE_DIR"):
         return Path(own) / "kernels"
     if caches := os.environ.get("XDG_CACHE_HOME"):
@@ -123,26 +123,26 @@ def cache_folder() -> Path | None:
 
 
 def _read(path: Path) -> bytes | None:
-    """The cubin in a file of the cache, None if it is not there whole."""
+    """The cubin in a file of the cache; None if it is missing or damaged."""
     try:
         content = path.read_bytes()
     except OSError:
         return None
-    # The digest comes last, where tools that read the file as a cubin do not look.
+    # The digest comes last, where tools that read the file as a cubin ignore it.
     cubin, digest = content[:-DIGEST_BYTES], content[-DIGEST_BYTES:]
     return cubin if cubin.startswith(ELF) and hashlib.sha256(cubin).digest() == digest else None
 
 
 def _write(path: Path, cubin: bytes) -> None:
-    """Put a cubin into the cache: all of it at once, or nothing where that cannot be."""
+    """Put a cubin into the cache: atomically, or not at all where that is impossible."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            whole = Path(folder) / path.name
-            whole.write_bytes(cubin + hashlib.sha256(cubin).digest())
-            whole.replace(path)
+            complete = Path(folder) / path.name
+            complete.write_bytes(cubin + hashlib.sha256(cubin).digest())
+            complete.replace(path)
     except OSError:
-        pass  # it will be compiled again
+        pass  # the next process compiles it again
 
 
 def _nvrtc() -> Any:

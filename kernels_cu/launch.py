@@ -1,8 +1,8 @@
 """A kernel on a device, ready to be launched.
 
-Kernels are launched through the driver, each allowed to start while the one before it still runs
+Kernels are launched through the driver, each allowed to start while the previous one still runs
 (programmatic dependent launch, compute capability 9.0 and later), also within a captured graph: CuPy's
-own launch has no way to say so. Kernels wait for what they read by themselves (common.cuh).
+own launch cannot express that. Kernels themselves wait for what they read (common/overlap.cuh).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from losart.errors import DeviceError
 
 PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CUlaunchAttributeID
-SHARED_MEMORY_CARVEOUT, MOST = 9, 100  # CUfunction_attribute, percent
+SHARED_MEMORY_CARVEOUT, LARGEST_CARVEOUT = 9, 100  # CUfunction_attribute, percent
 OVERLAP_CAPABILITY, OVERLAP_DRIVER = (9, 0), 12030
 
 
@@ -34,6 +34,8 @@ class _Config(ctypes.Structure):
 
 
 _OVERLAP = _Attribute(PROGRAMMATIC_STREAM_SERIALIZATION, 0, (ctypes.c_int * 16)(1))
+KEPT_CONFIGS = 1024  # of a kernel: blocks and pieces of a prompt come in few sizes
+_C_TYPES = (ctypes.Structure, ctypes._SimpleCData)
 
 
 class Kernel:
@@ -44,20 +46,22 @@ class Kernel:
     name : str
     function : cupy.cuda.Function
     overlap : bool
-        Whether it may start while the kernel before it still runs.
+        Whether it may start while the previous kernel still runs.
     """
 
     def __init__(self, name: str, function: Any, overlap: bool) -> None:
-        from cupy.cuda import driver
+        from cupy.cuda import driver, get_current_stream
 
         self._name = name
         self._function = function  # keeps the module loaded
         self._handle = ctypes.c_void_p(function.ptr)
         self._attributes = int(overlap)
+        self._current_stream = get_current_stream
+        self._configs: dict[tuple[Any, ...], _Config] = {}
         if overlap:
-            # A processor divides its memory into L1 cache and shared memory, and must be idle to do it anew:
-            # kernels that want it divided otherwise would not run beside each other.
-            driver.funcSetAttribute(function.ptr, SHARED_MEMORY_CARVEOUT, MOST)
+            # An SM must be idle to divide its memory between L1 cache and shared memory anew: kernels with
+            # different preferences would not run side by side.
+            driver.funcSetAttribute(function.ptr, SHARED_MEMORY_CARVEOUT, LARGEST_CARVEOUT)
         self._shared_limit: int = driver.funcGetAttribute(
             driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, function.ptr
         )
@@ -69,7 +73,7 @@ class Kernel:
         ----------
         grid : tuple of int
         threads : int
-            Of a block.
+            Per block.
         *args : cupy.ndarray, int, float, ctypes scalar or structure, or None
             An int goes as int, a float as float, None as a null pointer.
         shared : int
@@ -78,25 +82,31 @@ class Kernel:
         Raises
         ------
         DeviceError
-            The driver refuses, for instance that much shared memory.
+            The driver refuses, for instance so much shared memory.
         """
-        from cupy.cuda import get_current_stream
-
-        if shared > self._shared_limit:
-            self._allow_shared(shared)
         values = [_as_c(arg) for arg in args]
         pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
-        config = _Config(
-            (ctypes.c_uint * 3)(*grid, *(1,) * (3 - len(grid))),
-            (ctypes.c_uint * 3)(threads, 1, 1),
-            shared,
-            get_current_stream().ptr,
-            ctypes.pointer(_OVERLAP),
-            self._attributes,
-        )
+        key = (grid, threads, shared, self._current_stream().ptr)
+        config = self._configs.get(key) or self._new_config(key)
         status = driver().cuLaunchKernelEx(ctypes.byref(config), self._handle, pointers, None)
         if status:
             raise DeviceError(f"the kernel {self._name} could not be launched: {error_name(status)}")
+
+    def _new_config(self, key: tuple[Any, ...]) -> _Config:
+        grid, threads, shared, stream = key
+        if shared > self._shared_limit:
+            self._allow_shared(shared)
+        if len(self._configs) == KEPT_CONFIGS:
+            self._configs.clear()
+        config = self._configs[key] = _Config(
+            (ctypes.c_uint * 3)(*grid, *(1,) * (3 - len(grid))),
+            (ctypes.c_uint * 3)(threads, 1, 1),
+            shared,
+            stream,
+            ctypes.pointer(_OVERLAP),
+            self._attributes,
+        )
+        return config
 
     def _allow_shared(self, size: int) -> None:
         from cupy.cuda import driver
@@ -113,19 +123,18 @@ class Kernel:
 
 @cache
 def driver() -> Any:
-    """The driver's library."""
+    """The library of the CUDA driver."""
     return ctypes.CDLL("libcuda.so.1")
 
 
 def _as_c(value: Any) -> Any:
     if isinstance(value, int):
         return ctypes.c_int(value)
+    if isinstance(value, _C_TYPES):
+        return value
     if isinstance(value, float):
         return ctypes.c_float(value)
-    if value is None:
-        return ctypes.c_void_p(0)
-    is_c = isinstance(value, ctypes._SimpleCData | ctypes.Structure)
-    return value if is_c else ctypes.c_void_p(value.data.ptr)
+    return ctypes.c_void_p(None if value is None else value.data.ptr)
 
 
 def error_name(status: int) -> str:

@@ -1,7 +1,7 @@
-"""Kernels compiled beforehand, which come with the package: an archive for each architecture.
+"""Kernels that were compiled ahead of time and come with the package, one archive per architecture.
 
-An archive is a .tar.xz of cubins: they are much alike, and compressed together they are a fifteenth as large.
-Each is named by a digest of all that it was compiled from, so that none is used for another source.
+An archive is a .tar.xz of cubins: they are so alike that they compress to a fifteenth of their size. Each is
+named by a digest of all that it was compiled from, so that it is not used for any other source.
 """
 
 from __future__ import annotations
@@ -27,27 +27,27 @@ def prebuilt_cubin(source: str, name: str, options: tuple[str, ...], architectur
 
 def prebuilt_counts() -> dict[str, int]:
     """The number of prebuilt kernels of each architecture that has any."""
-    # Without the cache, which would hold those of all architectures.
+    # Uncached: the cache would hold the cubins of all architectures.
     read = _cubins.__wrapped__
     counts = {path.name.removesuffix(SUFFIX): len(read(path)) for path in sorted(FOLDER.glob(f"*{SUFFIX}"))}
     return {architecture: count for architecture, count in counts.items() if count}
 
 
 def write_archive(architecture: str, cubins: Mapping[str, bytes], folder: Path) -> Path:
-    """Write the archive of an architecture, all of it at once; the same cubins make the same bytes.
+    """Write the archive of an architecture, atomically; equal cubins make equal bytes.
 
     Parameters
     ----------
     architecture : str
     cubins : mapping of str to bytes
-        By what `cubin_name` calls them.
+        By their `cubin_name`.
     folder : Path
-        Is made if it is missing.
+        Created if it is missing.
 
     Returns
     -------
     Path
-        Of the archive.
+        The archive's.
     """
     import lzma
     import tarfile
@@ -55,27 +55,27 @@ def write_archive(architecture: str, cubins: Mapping[str, bytes], folder: Path) 
     content = io.BytesIO()
     with tarfile.open(fileobj=content, mode="w") as archive:
         for name in sorted(cubins):
-            entry = tarfile.TarInfo(name)  # with a fixed time
+            entry = tarfile.TarInfo(name)  # its time is fixed
             entry.size = len(cubins[name])
             archive.addfile(entry, io.BytesIO(cubins[name]))
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{architecture}{SUFFIX}"
     with tempfile.TemporaryDirectory(dir=folder) as unfinished:
-        whole = Path(unfinished) / path.name
-        whole.write_bytes(lzma.compress(content.getvalue()))
-        whole.replace(path)
+        complete = Path(unfinished) / path.name
+        complete.write_bytes(lzma.compress(content.getvalue()))
+        complete.replace(path)
     return path
 
 
 @cache
 def _cubins(path: Path) -> dict[str, bytes]:
-    """All cubins of an archive, by name; none where there is no sound archive."""
+    """All cubins of an archive, by name; none if it is missing or damaged."""
     try:
-        # Only here: nothing else needs them, and some Pythons are built without lzma.
+        # Imported here since some Pythons are built without lzma.
         import lzma
         import tarfile
 
-        # At once, since what is damaged shows at the end.
+        # All at once, since damage shows only at the end.
         content = io.BytesIO(lzma.decompress(path.read_bytes()))
         with tarfile.open(fileobj=content) as archive:
             return {entry.name: archive.extractfile(entry).read() for entry in archive}  # type: ignore[union-attr]

@@ -4,13 +4,16 @@ from losart.loaders.chat_template import ChatTemplate
 from losart.loaders.checkpoint import Checkpoint, open_checkpoint
 from losart.loaders.families import SUPPORTED_MODEL_TYPES
 from losart.loaders.safetensors_files import MappedTensor
-from losart.loaders.tokenizer import Tokenizer
+from losart.loaders.tokenizer import Prompt, Tokenizer, is_batch, prompt_ids
 
 __all__ = [
     "SUPPORTED_MODEL_TYPES",
     "ChatTemplate",
     "Checkpoint",
     "MappedTensor",
+    "Prompt",
     "Tokenizer",
+    "is_batch",
     "open_checkpoint",
+    "prompt_ids",
 ]

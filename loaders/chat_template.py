@@ -1,4 +1,4 @@
-"""The chat template of a checkpoint: messages to the text of a prompt."""
+"""The chat template of a checkpoint, which turns messages into the text of a prompt."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from losart.loaders.json_files import read_optional_json_object, read_text
 if TYPE_CHECKING:
     import jinja2
 
-LARGEST_OUTPUT = 2**26  # characters, of a template that does not end
+LARGEST_OUTPUT = 2**26  # characters; stops templates that never end
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class ChatTemplate:
     source : str
         The template.
     file : Path
-        Where it stands.
+        The file that holds it.
     special_tokens : mapping of str to str
         Variables that the template sees, such as "bos_token".
     """
@@ -44,14 +44,14 @@ class ChatTemplate:
         messages : list of dict
             Each with the strings "role" and "content"; other keys may hold JSON data.
         add_generation_prompt : bool
-            Whether to open the assistant's next turn.
+            Whether to begin the assistant's next turn.
 
         Raises
         ------
         PromptError
             If the messages are not as above, or the template rejects them.
         CheckpointError
-            If the template is broken or reaches out of its sandbox.
+            If the template is broken or tries to leave its sandbox.
         """
         from losart.loaders.jinja_sandbox import MessagesRejected
 
@@ -93,13 +93,13 @@ class ChatTemplate:
 def read_chat_template(directory: Path, special_tokens: Mapping[str, str]) -> ChatTemplate | None:
     """The chat template of the checkpoint in `directory`, None where there is none.
 
-    chat_template.jinja wins over the `chat_template` of tokenizer_config.json; of several named
-    templates there, "default" is taken.
+    chat_template.jinja takes precedence over `chat_template` of tokenizer_config.json; of several
+    named templates there, "default" is used.
 
     Raises
     ------
     CheckpointError
-        If a file is unreadable or holds something else than a template.
+        If a file is unreadable or holds anything but a template.
     """
     file = directory / "chat_template.jinja"
     if file.exists():
@@ -118,7 +118,7 @@ def read_chat_template(directory: Path, special_tokens: Mapping[str, str]) -> Ch
 
 
 def _plain_messages(messages: object) -> list[dict[str, Any]]:
-    """A copy made of JSON types alone, so that a template meets no object with methods of its own."""
+    """A copy of plain JSON types, so that templates cannot call methods of other objects."""
     if not isinstance(messages, (list, tuple)) or not messages:
         raise PromptError("messages must be a list of dicts with role and content, and not empty")
     for i, message in enumerate(messages):

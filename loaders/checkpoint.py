@@ -1,4 +1,4 @@
-"""A checkpoint, opened and verified: the one entry to this package."""
+"""A checkpoint, opened and verified: the entry point of this package."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from losart.config.model import DTYPES, ModelConfig
+from losart.config.model import ModelConfig
+from losart.config.precision import DTYPES
 from losart.errors import TensorError
 from losart.loaders.chat_template import ChatTemplate, read_chat_template
 from losart.loaders.families import family_of
@@ -21,7 +22,7 @@ _NAMES_IN_AN_ERROR = 3
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint whose configuration and tensors are known to fit each other.
+    """A checkpoint whose tensors have been checked against its configuration.
 
     Attributes
     ----------
@@ -29,7 +30,7 @@ class Checkpoint:
         Its directory.
     config : ModelConfig
     tensors : dict of str to MappedTensor
-        By canonical name (see `losart.loaders.families`); nothing is read yet.
+        By canonical name (see `losart.loaders.families`); mapped, not read.
     tokenizer : Tokenizer or None
         None where the checkpoint has none.
     chat_template : ChatTemplate or None
@@ -44,7 +45,7 @@ class Checkpoint:
 
     @property
     def dtype(self) -> str:
-        """In which it was saved: as its configuration says, else as its embedding is."""
+        """Of the saved weights: the configuration's, else the embedding's."""
         return self.config.dtype or self.tensors["embed"].dtype
 
 
@@ -54,7 +55,7 @@ def open_checkpoint(model: str | os.PathLike[str] | None = None) -> Checkpoint:
     Parameters
     ----------
     model : str or path, optional
-        A directory, or a hub id ("org/name"); without one, the small checkpoint that comes with losart.
+        A directory, or a hub id ("org/name"); by default, the small checkpoint that comes with losart.
 
     Raises
     ------
@@ -74,16 +75,16 @@ def open_checkpoint(model: str | os.PathLike[str] | None = None) -> Checkpoint:
 
 
 def _canonical_tensors(
-    directory: Path, config: ModelConfig, found: Mapping[str, MappedTensor]
+    directory: Path, config: ModelConfig, saved: Mapping[str, MappedTensor]
 ) -> dict[str, MappedTensor]:
     family = family_of(config.model_type)
     tensors: dict[str, MappedTensor] = {}
     missing: list[str] = []
     for expected in family.expected_tensors(config):
-        tensor = found.get(expected.source)
+        tensor = saved.get(expected.source)
         if tensor is None:
             missing.append(expected.source)
-            # A configuration may ask for any number of layers: the first few names are enough.
+            # A configuration may claim billions of layers: a few names are enough.
             if len(missing) > _NAMES_IN_AN_ERROR:
                 break
             continue
@@ -102,12 +103,12 @@ def _canonical_tensors(
         raise TensorError(f"{directory}: missing tensors: {_names(missing)}")
 
     used = {tensor.name for tensor in tensors.values()}
-    unknown = [name for name in found if name not in used and not family.is_harmless(name, config)]
+    unknown = [name for name in saved if name not in used and not family.is_harmless(name, config)]
     if unknown:
         raise TensorError(f"{directory}: unknown tensors: {_names(unknown)}")
     return tensors
 
 
 def _names(names: list[str]) -> str:
-    more = ", ..." if len(names) > _NAMES_IN_AN_ERROR else ""
-    return ", ".join(repr(name) for name in names[:_NAMES_IN_AN_ERROR]) + more
+    shown = [repr(name) for name in names[:_NAMES_IN_AN_ERROR]]
+    return ", ".join(shown + ["..."] * (len(names) > _NAMES_IN_AN_ERROR))

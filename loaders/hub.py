@@ -1,4 +1,4 @@
-"""A model's name to the directory that holds it, by way of the Hugging Face hub if need be."""
+"""The directory of a checkpoint, downloaded from the Hugging Face hub if need be."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from losart.errors import CheckpointError
 
-# Two names around one slash; the hub's own rules for each.
+# Two names with a slash between them, each by the hub's own rules.
 _HUB_ID = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _FILES = [
     "config.json",
@@ -29,8 +29,8 @@ def checkpoint_directory(model: str | os.PathLike[str] | None) -> Path:
     Parameters
     ----------
     model : str, path or None
-        A directory, or else a hub id ("org/name"), which is fetched into the hub's cache; None for the
-        small checkpoint that comes with losart.
+        A directory, or else a hub id ("org/name"), which is downloaded into the hub's cache; None for
+        the small checkpoint that comes with losart.
 
     Raises
     ------
@@ -65,7 +65,7 @@ def _fetch(hub_id: str) -> Path:
         raise CheckpointError(
             f"{hub_id}: no such directory, and no such model on the hub (or no access to it): {error}"
         ) from error
-    except Exception as error:  # the network's errors have no common base
+    except Exception as error:  # network errors have no common base class
         reason = error
     try:
         return Path(snapshot_download(hub_id, allow_patterns=_FILES, local_files_only=True))

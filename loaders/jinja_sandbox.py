@@ -1,4 +1,4 @@
-"""The Jinja environment of chat templates, with the names that transformers gives them.
+"""The Jinja environment of chat templates, with the names that transformers defines for them.
 
 Imported on the first use of a template, so that nothing else needs jinja2.
 """
@@ -20,13 +20,13 @@ LARGEST_POWER_BITS = 1024
 
 
 class MessagesRejected(Exception):
-    """The template called raise_exception."""
+    """A template called raise_exception."""
 
 
 class _GenerationTag(jinja2.ext.Extension):
-    """{% generation %} marks an assistant's text for training; here its body is rendered as it is."""
+    """{% generation %} marks an assistant's text for training; its body is rendered as if unmarked."""
 
-    tags = {"generation"}  # noqa: RUF012, a set in the base class too
+    tags = {"generation"}  # noqa: RUF012, also a set in the base class
 
     def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
         next(parser.stream)
@@ -34,17 +34,17 @@ class _GenerationTag(jinja2.ext.Extension):
 
 
 class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """Templates come with the checkpoint and are not trusted; this also bars the crudest memory bombs."""
+    """For templates of untrusted checkpoints; also stops the simplest memory bombs."""
 
     intercepted_binops = frozenset(["*", "**"])
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         if (
             operator == "*"
-            and (_length(left) * _times(right) + _length(right) * _times(left)) > LARGEST_PRODUCT
+            and (_length(left) * _count(right) + _length(right) * _count(left)) > LARGEST_PRODUCT
         ):
             raise jinja2.exceptions.SecurityError("a repetition is too long")
-        if operator == "**" and _times(left).bit_length() * _times(right) > LARGEST_POWER_BITS:
+        if operator == "**" and _count(left).bit_length() * _count(right) > LARGEST_POWER_BITS:
             raise jinja2.exceptions.SecurityError("a power is too large")
         return super().call_binop(context, operator, left, right)
 
@@ -53,7 +53,7 @@ def _length(value: Any) -> int:
     return len(value) if isinstance(value, (str, list, tuple)) else 0
 
 
-def _times(value: Any) -> int:
+def _count(value: Any) -> int:
     return value if isinstance(value, int) else 0
 
 
@@ -75,7 +75,7 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    # Jinja's own filter escapes HTML.
+    # Jinja's own filter would escape HTML.
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )

@@ -19,7 +19,7 @@ LARGEST_INTEGER = 2**31 - 1
 
 @dataclass(frozen=True)
 class JsonObject:
-    """A JSON object and where it stands, so that an error can name the file and the key.
+    """A JSON object with its file and its path in it, so that errors can name both.
 
     A key whose value is null counts as absent, as Hugging Face's configurations mean it.
 
@@ -42,10 +42,10 @@ class JsonObject:
         return self.values.get(key)
 
     def integer(self, key: str) -> int:
-        """A positive integer that must be there."""
+        """A positive integer; required."""
         value = self.optional_integer(key)
         if value is None:
-            raise ConfigError(f"{self.file}: missing key {self.prefix + key!r}")
+            raise self.missing(key)
         return value
 
     def optional_integer(self, key: str, minimum: int = 1) -> int | None:
@@ -54,10 +54,15 @@ class JsonObject:
         return None if value is None else self.checked_integer(key, value, minimum)
 
     def checked_integer(self, key: str, value: object, minimum: int) -> int:
-        """`value`, found at `key`, if it is an integer from `minimum` to `LARGEST_INTEGER`."""
+        """`value`, which stands at `key`, if it is an integer from `minimum` to `LARGEST_INTEGER`."""
         if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= LARGEST_INTEGER:
             raise self.error(key, value, f"an integer from {minimum} to {LARGEST_INTEGER}")
         return value
+
+    def number(self, key: str, default: float) -> float:
+        """A finite number as a float, `default` where absent."""
+        value = self.optional_number(key)
+        return default if value is None else value
 
     def optional_number(self, key: str) -> float | None:
         """A finite number as a float, None where absent."""
@@ -99,6 +104,10 @@ class JsonObject:
             raise self.error(key, value, "an object")
         return JsonObject(self.file, value, f"{self.prefix}{key}.")
 
+    def missing(self, key: str) -> ConfigError:
+        """The error for a required key that is absent."""
+        return ConfigError(f"{self.file}: missing key {self.prefix + key!r}")
+
     def error(self, key: str, value: object, expected: str) -> ConfigError:
         """The error for a value that is not what was expected."""
         return ConfigError(f"{self.file}: {self.prefix}{key} must be {expected}, not {reprlib.repr(value)}")
@@ -106,7 +115,7 @@ class JsonObject:
 
 @contextmanager
 def errors_naming(file: Path) -> Iterator[None]:
-    """Put the file's name in front of a ConfigError from code that does not know the file."""
+    """Prefix the file's name to a ConfigError raised by code that does not know the file."""
     try:
         yield
     except ConfigError as error:
@@ -119,7 +128,7 @@ def read_json_object(file: Path) -> JsonObject:
     Raises
     ------
     CheckpointError
-        If the file is missing, unreadable, not JSON, or holds something else than an object.
+        If the file is missing, unreadable, not JSON, or holds anything but an object.
     """
     try:
         values = json.loads(read_text(file))
@@ -131,7 +140,7 @@ def read_json_object(file: Path) -> JsonObject:
 
 
 def read_optional_json_object(file: Path) -> JsonObject:
-    """As `read_json_object`, but an empty object where there is no such file."""
+    """As `read_json_object`, but an empty object where the file does not exist."""
     return read_json_object(file) if file.exists() else JsonObject(file, {})
 
 

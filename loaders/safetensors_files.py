@@ -1,4 +1,4 @@
-"""Tensors of a checkpoint's safetensors files, mapped into memory and not read."""
+"""Tensors of a checkpoint's safetensors files, mapped into memory."""
 
 from __future__ import annotations
 
@@ -11,23 +11,18 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 import numpy as np
 import safetensors
 
+from losart.config.precision import FORMATS
 from losart.errors import CheckpointError, TensorError
 from losart.loaders.json_files import read_json_object
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-
-# safetensors' name: our name and the NumPy dtype of its bits; NumPy has no bfloat16.
-_DTYPES = {
-    "F32": ("float32", np.dtype("<f4")),
-    "BF16": ("bfloat16", np.dtype("<u2")),
-    "F16": ("float16", np.dtype("<f2")),
-}
+_BY_SAFETENSORS_NAME = {format.safetensors: format for format in FORMATS.values()}
 
 
 @dataclass(frozen=True)
 class MappedTensor:
-    """A tensor that lies in a mapped file.
+    """A tensor in a mapped file.
 
     Attributes
     ----------
@@ -36,43 +31,43 @@ class MappedTensor:
     file : Path
     shape : tuple of int
     dtype : {"float32", "bfloat16", "float16"}
-        Or safetensors' name of another dtype; such a tensor has no `array`.
+        Or safetensors' name of another dtype, which `array` refuses.
     """
 
     name: str
     file: Path
     shape: tuple[int, ...]
     dtype: str
-    _bits: np.dtype | None = field(repr=False)
     _mapping: mmap.mmap = field(repr=False)
     _offset: int = field(repr=False)
     _nbytes: int = field(repr=False)
 
     def array(self) -> np.ndarray:
-        """The values, read-only, without a copy: float32, float16, or uint16 bits of bfloat16.
+        """The values, read-only and not copied: float32, float16, or bfloat16 as uint16 bits.
 
-        The array may be used after `release`; its pages are then read from the file again.
+        The array stays usable after `release`: its pages are then read from the file again.
 
         Raises
         ------
         TensorError
             If the dtype is not one of the three.
         """
-        if self._bits is None:
+        if self.dtype not in FORMATS:
             raise TensorError(f"{self.file}: tensor {self.name!r} has the unsupported dtype {self.dtype}")
+        dtype = np.dtype(FORMATS[self.dtype].array).newbyteorder("<")
         count = math.prod(self.shape)
-        array = np.frombuffer(self._mapping, self._bits, count, self._offset).reshape(self.shape)
-        if self._offset % self._bits.itemsize:
-            # Compiled code may not read a misaligned value.
+        array = np.frombuffer(self._mapping, dtype, count, self._offset).reshape(self.shape)
+        if self._offset % dtype.itemsize:
+            # Compiled code must not read misaligned values.
             array = array.copy()
             array.flags.writeable = False
         return array
 
     def release(self) -> None:
-        """Give the tensor's pages back to the system, where it allows that."""
+        """Return the tensor's pages to the operating system, where it supports that."""
         if not hasattr(mmap, "MADV_DONTNEED") or not self._nbytes:
             return
-        # The outermost pages may belong to a neighbour too; nothing is lost, since they are clean.
+        # The first and last page may be shared with other tensors; they are clean, so nothing is lost.
         start = self._offset - self._offset % mmap.PAGESIZE
         self._mapping.madvise(mmap.MADV_DONTNEED, start, self._offset + self._nbytes - start)
 
@@ -83,7 +78,7 @@ def map_tensors(directory: Path) -> dict[str, MappedTensor]:
     Parameters
     ----------
     directory : Path
-        Holds model.safetensors, or many files and model.safetensors.index.json.
+        Holds model.safetensors, or several files and model.safetensors.index.json.
 
     Returns
     -------
@@ -100,7 +95,7 @@ def map_tensors(directory: Path) -> dict[str, MappedTensor]:
     if (directory / SINGLE_FILE).exists():
         return map_file(directory / SINGLE_FILE)
     if not (directory / INDEX_FILE).exists():
-        raise CheckpointError(f"{directory}: {_what_is_missing(directory)}")
+        raise CheckpointError(f"{directory}: {_why_no_tensors(directory)}")
 
     weight_map = _read_weight_map(directory / INDEX_FILE)
     tensors: dict[str, MappedTensor] = {}
@@ -112,7 +107,7 @@ def map_tensors(directory: Path) -> dict[str, MappedTensor]:
     for name, file_name in weight_map.items():
         file = directory / file_name
         if name not in tensors or tensors[name].file != file:
-            raise TensorError(f"{file}: tensor {name!r} is missing, which {INDEX_FILE} says is there")
+            raise TensorError(f"{file}: tensor {name!r} is missing, although {INDEX_FILE} lists it")
     return tensors
 
 
@@ -127,7 +122,7 @@ def map_file(file: Path) -> dict[str, MappedTensor]:
     if not file.exists():
         raise CheckpointError(f"{file}: no such file")
     try:
-        # Checks that the header is sound and that the tensors fill the file without gap or overlap.
+        # Checks that the header is valid and that the tensors fill the file without gaps or overlaps.
         with safetensors.safe_open(file, framework="numpy"):
             pass
         with file.open("rb") as stream:
@@ -139,12 +134,14 @@ def map_file(file: Path) -> dict[str, MappedTensor]:
         for name, entry in header.items():
             start, end = entry["data_offsets"]
             shape = tuple(entry["shape"])
-            dtype, bits = _DTYPES.get(entry["dtype"], (entry["dtype"], None))
-            # A second look, since a wrong size would make NumPy or the kernel read past the file.
-            if data_start + end > len(mapping) or (bits and end - start != math.prod(shape) * bits.itemsize):
+            dtype = entry["dtype"]
+            format = _BY_SAFETENSORS_NAME.get(dtype)
+            # Checked again, since a wrong size would make NumPy or the kernel read past the file.
+            wrong_size = format is not None and end - start != math.prod(shape) * format.itemsize
+            if wrong_size or data_start + end > len(mapping):
                 raise CheckpointError(f"{file}: tensor {name!r} does not fit its place in the file")
             tensors[name] = MappedTensor(
-                name, file, shape, dtype, bits, mapping, data_start + start, end - start
+                name, file, shape, format.name if format else dtype, mapping, data_start + start, end - start
             )
         return tensors
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
@@ -160,7 +157,7 @@ def _read_weight_map(index: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: weight_map must be an object of tensor names and file names")
     for name, file_name in weight_map.items():
-        # Judged by name alone: in the hub's cache every file is a link to somewhere else.
+        # Checked by name only: in the hub's cache every file is a link out of the directory.
         if not isinstance(file_name, str) or not _is_inside(file_name):
             raise CheckpointError(
                 f"{index}: tensor {name!r} is in {file_name!r}, which is not a file of this directory"
@@ -175,9 +172,9 @@ def _is_inside(file_name: str) -> bool:
     return "\0" not in file_name
 
 
-def _what_is_missing(directory: Path) -> str:
+def _why_no_tensors(directory: Path) -> str:
     if any(directory.glob("*.bin")) or any(directory.glob("*.bin.index.json")):
         return "only safetensors checkpoints are supported; this one has PyTorch .bin files"
     if any(directory.glob("*.safetensors")):
         return f"several safetensors files need {INDEX_FILE}, which is missing"
-    return f"neither {SINGLE_FILE} nor {INDEX_FILE} is there"
+    return f"neither {SINGLE_FILE} nor {INDEX_FILE} exists"

@@ -1,13 +1,17 @@
-"""The tokenizer of a checkpoint: tokenizer.json and the special tokens declared beside it."""
+"""The tokenizer of a checkpoint, and prompts of any kind to token ids."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from losart.config.model import ModelConfig
 from losart.errors import CheckpointError, PromptError
+from losart.loaders.chat_template import ChatTemplate
 from losart.loaders.json_files import JsonObject, read_optional_json_object, read_text
 
 if TYPE_CHECKING:
@@ -22,8 +26,10 @@ SPECIAL_TOKEN_KEYS = (
     "cls_token",
     "mask_token",
 )
-# SDAR's mask token; some of its checkpoints add it without declaring it as the mask token.
+# SDAR's mask token; some of its checkpoints add it without declaring its role.
 UNDECLARED_MASK_TOKEN = "<|MASK|>"
+
+Prompt = str | Sequence[int] | Sequence[dict[str, str]]
 
 
 @dataclass(frozen=True)
@@ -34,7 +40,7 @@ class Tokenizer:
     ----------
     backend : tokenizers.Tokenizer
     special_tokens : mapping of str to str
-        Content by role: "eos_token", "mask_token" and so on, only those that are declared.
+        Content by role ("eos_token", "mask_token", ...) of those that are declared.
     """
 
     backend: tokenizers.Tokenizer = field(repr=False)
@@ -46,14 +52,14 @@ class Tokenizer:
         Parameters
         ----------
         text : str
-            Special tokens written out in it become their ids.
+            Special tokens spelled out in it become their ids.
         special : bool
-            Whether to add the tokens that the tokenizer puts around every text.
+            Whether to add the special tokens that the tokenizer puts around every text.
 
         Raises
         ------
         PromptError
-            If `text` is not a string of valid Unicode, or holds what the tokenizer has no token for.
+            If `text` is not a string of valid Unicode, or the tokenizer cannot encode it.
         """
         if not isinstance(text, str):
             raise PromptError(f"cannot tokenize {type(text).__name__}; expected a string")
@@ -63,15 +69,15 @@ class Tokenizer:
             raise PromptError(f"cannot tokenize text that is not valid Unicode: {error}") from error
         try:
             return self.backend.encode(text, add_special_tokens=special).ids
-        except Exception as error:  # the library has no type of its own
+        except Exception as error:  # the library has no exception of its own
             raise PromptError(f"the tokenizer cannot tokenize the text: {error}") from error
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
-        """Text of token ids; ids without a token give nothing, partial UTF-8 gives U+FFFD."""
+        """Text of token ids; ids without a token are skipped, partial UTF-8 becomes U+FFFD."""
         return self.backend.decode(list(ids), skip_special_tokens=skip_special)
 
     def token_to_id(self, token: str) -> int | None:
-        """Id of a token by its content, None where there is no such token."""
+        """Id of the token with this content, None where there is none."""
         return self.backend.token_to_id(token)
 
     @property
@@ -92,19 +98,19 @@ class Tokenizer:
 def read_tokenizer(directory: Path) -> Tokenizer | None:
     """The tokenizer of the checkpoint in `directory`, None where there is no tokenizer.json.
 
-    Tokens that only tokenizer_config.json or special_tokens_map.json declare are added, as
-    transformers does.
+    As in transformers, tokens that only tokenizer_config.json or special_tokens_map.json declares
+    are added.
 
     Raises
     ------
     CheckpointError
-        If a file is corrupt, or an added token cannot get the id it claims.
+        If a file is corrupt, or an added token cannot have the id that it claims.
     """
     file = directory / "tokenizer.json"
     if not file.exists():
         return None
     backend = _parse(file)
-    # A saved limit on the length would silently cut prompts.
+    # A saved length limit would silently truncate prompts.
     backend.no_truncation()
     backend.no_padding()
 
@@ -112,12 +118,12 @@ def read_tokenizer(directory: Path) -> Tokenizer | None:
     special_tokens_map = read_optional_json_object(directory / "special_tokens_map.json")
     _add_numbered_tokens(backend, config)
     special_tokens: dict[str, str] = {}
-    for place in (config, special_tokens_map):
+    for keys in (config, special_tokens_map):
         for role in SPECIAL_TOKEN_KEYS:
-            if place.get(role) is not None:
-                special_tokens.setdefault(role, _content(place, role, place.get(role)))
+            if keys.get(role) is not None:
+                special_tokens.setdefault(role, _content(keys, role, keys.get(role)))
         for key in ("additional_special_tokens", "extra_special_tokens"):
-            _add_special_tokens(backend, _contents(place, key))
+            _add_special_tokens(backend, _contents(keys, key))
     _add_special_tokens(backend, special_tokens.values())
 
     added = {token.content for token in backend.get_added_tokens_decoder().values()}
@@ -133,7 +139,7 @@ def _parse(file: Path) -> tokenizers.Tokenizer:
     try:
         return tokenizers.Tokenizer.from_str(text)
     except BaseException as error:
-        # A panic inside the library is not an Exception; an interrupt of the user has to pass.
+        # A panic inside the library is not an Exception; a KeyboardInterrupt must pass.
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":
             raise CheckpointError(f"{file}: not a sound tokenizer: {error}") from error
         raise
@@ -175,18 +181,87 @@ def _add_special_tokens(backend: tokenizers.Tokenizer, contents: Iterable[str]) 
     backend.add_special_tokens([tokenizers.AddedToken(content, special=True) for content in new])
 
 
-def _contents(place: JsonObject, key: str) -> list[str]:
-    entries = place.get(key) or []
+def _contents(keys: JsonObject, key: str) -> list[str]:
+    entries = keys.get(key) or []
     if isinstance(entries, dict):  # transformers 4.5x: content by role
         entries = list(entries.values())
     if not isinstance(entries, list):
-        raise CheckpointError(f"{place.file}: {key} must be a list of tokens")
-    return [_content(place, key, entry) for entry in entries]
+        raise CheckpointError(f"{keys.file}: {key} must be a list of tokens")
+    return [_content(keys, key, entry) for entry in entries]
 
 
-def _content(place: JsonObject, key: str, entry: Any) -> str:
-    """A token is written as its content or as an object that holds it."""
+def _content(keys: JsonObject, key: str, entry: Any) -> str:
+    """Of a token that is written as its content, or as an object that holds it."""
     content = entry.get("content") if isinstance(entry, dict) else entry
     if not isinstance(content, str) or not content:
-        raise CheckpointError(f"{place.file}: {key} must be a token, a string or an object with its content")
+        raise CheckpointError(f"{keys.file}: {key} must be a token, a string or an object with its content")
     return content
+
+
+def prompt_ids(
+    prompt: Any, config: ModelConfig, tokenizer: Tokenizer | None, template: ChatTemplate | None
+) -> list[int]:
+    """Token ids of one prompt.
+
+    Parameters
+    ----------
+    prompt : str, list of dict, or list of int
+        Text, chat messages, or token ids.
+    config : ModelConfig
+    tokenizer : Tokenizer or None
+    template : ChatTemplate or None
+
+    Raises
+    ------
+    PromptError
+        If the prompt is empty, too long, out of the vocabulary, or needs a tokenizer or chat template
+        that the checkpoint does not have.
+    """
+    if isinstance(prompt, str):
+        ids = _required(tokenizer, "a string").encode(prompt)
+    elif _is_list(prompt) and len(prompt) > 0 and all(isinstance(item, dict) for item in prompt):
+        encode = _required(tokenizer, "chat messages").encode
+        if template is None:
+            raise PromptError("the checkpoint has no chat template; give a string or token ids")
+        ids = encode(template.render(prompt), special=False)
+    elif _is_list(prompt) and all(_is_id(token) for token in prompt):
+        ids = [int(token) for token in prompt]
+    else:
+        raise PromptError("a prompt is a string, a list of chat messages, or a list of token ids")
+    if not ids:
+        raise PromptError("the prompt is empty")
+    for i, token in enumerate(ids):
+        if not 0 <= token < config.vocab_size:
+            raise PromptError(
+                f"token id {token} at place {i} of the prompt is outside the vocabulary of "
+                f"{config.vocab_size}"
+            )
+    if len(ids) >= config.max_positions:
+        raise PromptError(
+            f"the prompt has {len(ids)} tokens; the model has {config.max_positions} positions for it "
+            f"and the answer"
+        )
+    return ids
+
+
+def is_batch(prompt: Any) -> bool:
+    """Whether `prompt` is a list of prompts rather than one prompt."""
+    return (
+        _is_list(prompt)
+        and len(prompt) > 0
+        and all(isinstance(item, str) or _is_list(item) for item in prompt)
+    )
+
+
+def _required(tokenizer: Tokenizer | None, kind: str) -> Tokenizer:
+    if tokenizer is None:
+        raise PromptError(f"the checkpoint has no tokenizer.json for {kind}; give token ids")
+    return tokenizer
+
+
+def _is_id(value: object) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, (list, tuple)) or (isinstance(value, np.ndarray) and value.ndim > 0)

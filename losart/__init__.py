@@ -6,9 +6,6 @@ model = losart.load("path/to/SDAR-1.7B-Chat")
 print(model.generate("Why is the sky blue?", attention="losa"))
 """
 
-from losart.api.chat import Chat
-from losart.api.model import Model, generate, load
-from losart.api.session import Session
 from losart.config.model import ModelConfig
 from losart.config.options import AttentionConfig, GenerationConfig
 from losart.errors import (
@@ -23,12 +20,19 @@ from losart.errors import (
     PromptError,
     TensorError,
     TraceError,
+    explain_unbuilt,
 )
-from losart.observe.observation import ObservedLayer, ObservedPass
-from losart.observe.results import GenerationResult, Stats, Step
+from losart.observe.step import GenerationResult, ObservedLayer, Stats, Step
 from losart.observe.trace import Trace, TraceWriter, read_trace
+from losart.version import __version__
 
-__version__ = "0.1.0"
+try:
+    from losart.api.chat import Chat
+    from losart.api.model import Model, generate, load
+    from losart.api.session import Session
+except ModuleNotFoundError as error:
+    explain_unbuilt(error)
+    raise
 
 __all__ = [
     "AttentionConfig",
@@ -44,7 +48,6 @@ __all__ = [
     "ModelConfig",
     "NumericalError",
     "ObservedLayer",
-    "ObservedPass",
     "OptionError",
     "OutOfMemoryError",
     "PromptError",
@@ -55,6 +58,7 @@ __all__ = [
     "Trace",
     "TraceError",
     "TraceWriter",
+    "__version__",
     "generate",
     "load",
     "read_trace",

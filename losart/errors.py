@@ -1,5 +1,9 @@
 """The exceptions of losart: one base class, each also the built-in that fits."""
 
+from __future__ import annotations
+
+from pathlib import Path
+
 
 class LosartError(Exception):
     """Base class of every error that losart raises on purpose."""
@@ -43,3 +47,19 @@ class TraceError(LosartError, ValueError):
 
 class NumericalError(LosartError, RuntimeError):
     """The model produced values that are not numbers."""
+
+
+def explain_unbuilt(error: ModuleNotFoundError) -> None:
+    """Raise an ImportError that names the build command, where a missing module is one that a build makes.
+
+    Those are the Cython modules, and the packages that lie beside `losart/` in the source tree.
+    """
+    folder = Path(__file__).parents[1]
+    name = error.name or ""
+    beside = {"losart.loaders": "loaders", "losart.kernels_cu": "kernels_cu"}
+    source = folder / beside[name] if name in beside else folder / f"{name.replace('.', '/')}.pyx"
+    if (folder / "setup.py").exists() and source.exists():
+        raise ImportError(
+            f"losart is imported from sources that are not built: run `pip install -e .` in {folder}",
+            name=name,
+        ) from None

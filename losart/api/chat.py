@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from losart.api.model import Model
+from losart.engine.engine import Stream
 from losart.errors import PromptError
-from losart.observe.observation import Observer, Progress
-from losart.observe.results import GenerationResult, Step
+from losart.observe.step import GenerationResult, Observer, Progress, Step
 
 
 class Chat:
@@ -62,20 +62,17 @@ class Chat:
             The conversation is longer than the model's positions, or the template rejects it; it
             stays as it was before.
         """
-        for step in self.stream(text, progress=progress, observer=observer):
-            result = step.result
-        assert result is not None
-        return result
+        return self.stream(text, progress=progress, observer=observer).result()
 
     def stream(
         self, text: str, *, progress: Progress | None = None, observer: Observer | None = None
-    ) -> Iterator[Step]:
+    ) -> Stream:
         """As `say`, giving a `Step` after each denoising pass; see :meth:`losart.Session.stream`."""
         question = {"role": "user", "content": text}
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
         prompt = [*system, *self.messages, question]
         steps = self._session.stream(prompt, progress=progress, observer=observer)
-        return self._noted(question, steps)
+        return Stream(self._noted(question, steps))
 
     def _noted(self, question: dict[str, str], steps: Iterator[Step]) -> Iterator[Step]:
         messages, answer = self.messages, {"role": "assistant", "content": ""}

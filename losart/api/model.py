@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from losart.api.prompts import Prompt, is_batch
 from losart.api.session import Session
 from losart.backends import make_backend
-from losart.config.model import DTYPES, ModelConfig
+from losart.config.model import ModelConfig
+from losart.config.options import generation_config
+from losart.config.precision import DTYPES, Precision
+from losart.engine.engine import Engine, Stream
 from losart.errors import OptionError
 from losart.loaders import ChatTemplate, Checkpoint, Tokenizer, open_checkpoint
+from losart.loaders.tokenizer import Prompt, is_batch, prompt_ids
 from losart.models.transformer import Transformer
-from losart.observe.observation import Observer, Progress
-from losart.observe.results import GenerationResult, Step
+from losart.observe.step import GenerationResult, Observer, Progress
 
 
 class Model:
@@ -44,9 +46,9 @@ class Model:
         self.tokenizer: Tokenizer | None = checkpoint.tokenizer
         self.chat_template: ChatTemplate | None = checkpoint.chat_template
         self.dtype = checkpoint.dtype if dtype == "auto" else dtype
-        backend = make_backend(device, self.config, self.dtype)
+        backend = make_backend(device, self.config, Precision.of(self.dtype))
         self.device = backend.name
-        self._transformer = Transformer(self.config, checkpoint.tensors, backend, progress)
+        self._engine = Engine(Transformer(self.config, checkpoint.tensors, backend, progress))
 
     def generate(
         self,
@@ -66,7 +68,7 @@ class Model:
         progress : callable, optional
             Called during prefill with the prompt tokens done and in all.
         observer : callable, optional
-            Called after each pass over a block with an `ObservedPass`: the block, and which tokens
+            Called after each pass over a block with a `Step`: the block, and which tokens
             read which pages of the prefix in each layer. Costs nothing when left out.
         max_new_tokens : int, default 128
             New tokens at most; the model's positions limit them too.
@@ -97,32 +99,8 @@ class Model:
             Default: the checkpoint's.
         attention : str, default "dense"
             How denoising passes read the prefix: "dense", "losa", "quest" or "sparsed".
-        budget : int, default 256
-            Prefix positions that each query selects.
-        active : int or float, default 5
-            losa: recomputed tokens of a block, a count or a fraction; 0 reuses all results.
-        selector : {"quest", "anchor"}, default "quest"
-            losa: what ranks the pages for a recomputed token's queries: QUEST's bound, or the
-            attention mass of the pages in the dense first pass.
-        drift : {"previous", "refresh"}, default "previous"
-            losa: whether the change of a token's query is measured against the previous pass, or
-            against the pass in which the token's stored result was computed.
-        candidates : {"all", "masked"}, default "all"
-            losa: which tokens can be recomputed: all, or only those that are still masked. With
-            "masked" a pass recomputes fewer than `active` where fewer are masked, so that not even
-            `active=1.0` and a budget of everything is dense attention.
-        page_size : int, default 16
-            Positions selected together, a multiple of 16 up to 65536.
-        dense_layers : int, default 0
-            This many first layers stay dense.
-        first_pass : {"auto", "dense", "sparse"}, default "auto"
-            How the first pass over a block reads the prefix; "auto" is dense for losa and sparsed,
-            sparse for quest. "sparse" goes neither with sparsed nor with `selector="anchor"`.
-        commit : {"dense", "sparse"}, default "dense"
-            How the pass that commits a finished block reads the prefix.
-        planner : {"auto", "device", "host"}, default "auto"
-            Where a GPU's tokens and pages are selected; the same ones are. "auto" takes the faster. It
-            makes no difference on the CPU.
+        budget, active, selector, drift, candidates, page_size, dense_layers, first_pass, commit, planner
+            Of the attention method: see :class:`losart.AttentionConfig`.
 
         Returns
         -------
@@ -140,18 +118,19 @@ class Model:
         OutOfMemoryError
             The KV cache does not fit.
         """
-        if is_batch(prompt):
-            return [self._generate(one, progress, observer, options) for one in prompt]
-        return self._generate(prompt, progress, observer, options)
+        prompts = prompt if is_batch(prompt) else [prompt]
+        streams = [self._submit(one, progress, observer, options) for one in prompts]
+        results = [stream.result() for stream in streams]
+        return results if is_batch(prompt) else results[0]
 
-    def _generate(
-        self,
-        prompt: Any,
-        progress: Progress | None,
-        observer: Observer | None,
-        options: dict[str, Any],
-    ) -> GenerationResult:
-        return self.session(**options).generate(prompt, progress=progress, observer=observer)
+    def _submit(
+        self, prompt: Any, progress: Progress | None, observer: Observer | None, options: dict[str, Any]
+    ) -> Stream:
+        config = generation_config(self.config, options)
+        decode = self.tokenizer.decode if self.tokenizer else None
+        self._engine.check(config, decode)
+        ids = prompt_ids(prompt, self.config, self.tokenizer, self.chat_template)
+        return self._engine.submit(ids, config, decode=decode, observer=observer, progress=progress)
 
     def stream(
         self,
@@ -160,20 +139,20 @@ class Model:
         progress: Progress | None = None,
         observer: Observer | None = None,
         **options: Any,
-    ) -> Iterator[Step]:
+    ) -> Stream:
         """Generate from one prompt, giving a `Step` after each denoising pass.
 
         Options and errors are those of `generate`; errors of the options and the prompt are raised
         at once, before the first step is asked for.
         """
-        return self.session(**options).stream(prompt, progress=progress, observer=observer)
+        return self._submit(prompt, progress, observer, options)
 
     def session(self, **options: Any) -> Session:
         """A session: generations with these options, each prompt reusing the KV cache of those before.
 
         Options and their errors are those of `generate`.
         """
-        return Session(self._transformer, self.tokenizer, self.chat_template, options)
+        return Session(self._engine, self.tokenizer, self.chat_template, options)
 
 
 def load(

@@ -2,29 +2,18 @@
 
 from losart.attention.dense import DensePolicy
 from losart.attention.losa import LosaPolicy
-from losart.attention.policy import AttentionPolicy
+from losart.attention.policy import POLICIES, AttentionPolicy, make_policy
 from losart.attention.quest import QuestPolicy
 from losart.attention.sparsed import SparsedPolicy
-from losart.config.model import ModelConfig
-from losart.config.options import AttentionConfig
-from losart.errors import OptionError
 
-POLICIES: dict[str, type[AttentionPolicy]] = {
-    "dense": DensePolicy,
-    "losa": LosaPolicy,
-    "quest": QuestPolicy,
-    "sparsed": SparsedPolicy,
-}
+POLICIES.update(dense=DensePolicy, losa=LosaPolicy, quest=QuestPolicy, sparsed=SparsedPolicy)
 
-
-def make_policy(config: AttentionConfig, model: ModelConfig, block_length: int) -> AttentionPolicy:
-    """A fresh policy for one generation.
-
-    Raises
-    ------
-    OptionError
-        When `config.method` names none, or the method does not go with another option.
-    """
-    if config.method not in POLICIES:
-        raise OptionError(f"attention must be one of {', '.join(POLICIES)}, not {config.method!r}")
-    return POLICIES[config.method](config, model, block_length)
+__all__ = [
+    "POLICIES",
+    "AttentionPolicy",
+    "DensePolicy",
+    "LosaPolicy",
+    "QuestPolicy",
+    "SparsedPolicy",
+    "make_policy",
+]

@@ -4,76 +4,76 @@ from __future__ import annotations
 
 from typing import Any
 
-from losart.attention.policy import AttentionPolicy, PassKind
-from losart.backends.base import Prefix
-from losart.config.checks import require
-from losart.engine.kv_cache import PagedKVCache
+from losart.attention.policy import AttentionPolicy
+from losart.backends.base import Prefix, Selection, StoredResults
+from losart.engine.batch import PassKind, SequencePass
 from losart.errors import OptionError
 
 
 class LosaPolicy(AttentionPolicy):
     """Tokens whose queries changed most read the prefix, sparsely; the others reuse their results.
 
-    The first pass over a block reads for all tokens, densely unless `first_pass="sparse"`, and fills
-    the memory: `q`, which each token's change is measured against, `prefix`, its result, and with
-    `selector="anchor"` the `masses` of pages. In later passes the `active` tokens of largest query
-    change select pages, by QUEST's bound or by those masses, and attend to the union per kv head;
-    their new results replace the stored ones.
+    The first pass over a block reads for all tokens, densely unless `first_pass="sparse"`, and stores each
+    token's query, which its change is measured against, its result, and with `selector="anchor"` the pages
+    of highest mass for it. In later passes the `active` tokens of largest query change select pages, by
+    QUEST's bound or those stored ones, and attend to the union per kv head; their new results replace the
+    stored ones.
     """
 
     dense_first_pass = True
-    keeps = True
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        require(
-            self.config.first_pass != "sparse" or self.config.selector != "anchor",
-            OptionError,
-            'first_pass must not be "sparse" with selector="anchor", which ranks pages by their masses in a '
-            "dense first pass",
-        )
-        self._active_count = self.config.active_count(self.block_length)
+        config = self.config
+        if config.first_pass == "sparse" and config.selector == "anchor":
+            raise OptionError(
+                'first_pass must not be "sparse" with selector="anchor", which ranks pages by their masses '
+                "in a dense first pass"
+            )
+        self._active_count = config.active_count(self.block_length)
+        self._masked_only = config.candidates == "masked"
 
     @property
-    def _readers(self) -> int:
-        if self.kind is PassKind.FIRST:
-            return self.block_length
-        if self.config.candidates == "masked":
-            return min(self._active_count, len(self.masked))
-        return self._active_count
+    def stored(self) -> StoredResults:
+        if self.config.selector == "quest":
+            return StoredResults(self.block_length, attention=True)
+        pages, rows = self.config.pages_per_query, self.block_length * self.model.group_size
+        return StoredResults(self.block_length, attention=True, top_pages=pages, top_pages_rows=rows)
 
-    def prefix(self, backend: Any, layer: int, q: Any, cache: PagedKVCache) -> Prefix:
-        if self.kind is not PassKind.FIRST:
-            return self._refresh(backend, layer, q, cache)
-        self._fill(backend, layer, q, cache)
-        return self.kept(layer, "prefix")
+    def prefix(self, backend: Any, layer: int, q: Any, batch: Any) -> tuple[Prefix, Selection | None]:
+        if batch.kind is PassKind.FIRST:
+            return self._fill(backend, layer, q, batch)
+        return self._refresh(backend, layer, q, batch)
 
-    def _fill(self, backend: Any, layer: int, q: Any, cache: PagedKVCache) -> None:
-        memory, config = self.memory, self.config
-        if not self._dense_pass():
-            pages = backend.select_pages(q, None, cache, layer, config.pages_per_query)
-            prefix = backend.sparse_prefix_attention(q, None, pages, cache, layer)
+    def _fill(self, backend: Any, layer: int, q: Any, batch: Any) -> tuple[Prefix, Selection | None]:
+        config, selection = self.config, None
+        if not self.is_dense(PassKind.FIRST):
+            selector = backend.selector(config.planner)
+            selection = selector.select_pages(layer, q, None, batch, config.pages_per_query)
+            prefix = backend.sparse_prefix_attention(layer, q, selection, batch)
         elif config.selector == "quest":
-            prefix = backend.prefix_attention(q, cache, layer)
+            prefix = backend.prefix_attention(layer, q, batch)
         else:
-            prefix, masses = backend.prefix_attention_and_masses(q, cache, layer)
-            count = config.pages_per_query
-            backend.keep_masses(memory, (layer, "masses"), masses, cache, count, summed=False)
-        backend.keep_prefix(memory, (layer, "prefix"), prefix)
-        backend.keep(memory, (layer, "q"), q)
+            prefix, masses = backend.prefix_attention_and_masses(layer, q, batch)
+            backend.store_top_pages(layer, masses, batch, config.pages_per_query, summed=False)
+        return backend.store_attention(layer, q, prefix, batch), selection
 
-    def _refresh(self, backend: Any, layer: int, q: Any, cache: PagedKVCache) -> Prefix:
-        config, previous = self.config, self.kept(layer, "q")
-        candidates = self.masked if config.candidates == "masked" else None
+    def _refresh(self, backend: Any, layer: int, q: Any, batch: Any) -> tuple[Prefix, Selection | None]:
+        config, selector = self.config, backend.selector(self.config.planner)
         follow = config.drift == "previous"
-        active = backend.select_active(q, previous, self._active_count, candidates, keep=follow)
+        active = selector.select_active(
+            layer, q, batch, self._active_count, masked_only=self._masked_only, follow=follow
+        )
         if config.selector == "quest":
-            pages = backend.select_pages(q, active, cache, layer, config.pages_per_query)
+            selection = selector.select_pages(layer, q, active, batch, config.pages_per_query)
         else:
-            masses = self.kept(layer, "masses")
-            pages = backend.select_pages_by_mass(masses, active, cache, config.pages_per_query)
-        kept = self.kept(layer, "prefix")
-        prefix = backend.sparse_prefix_attention(q, active, pages, cache, layer, into=kept)
+            selection = selector.select_stored_pages(layer, active, batch)
+        prefix = backend.refresh_prefix_attention(layer, q, selection, batch)
         if not follow:
-            backend.copy_tokens(q, active, into=previous)
-        return prefix
+            backend.store_queries(layer, q, selection.tokens, batch)
+        return prefix, selection
+
+    def active_tokens(self, sequence: SequencePass) -> int:
+        if sequence.kind is PassKind.FIRST:
+            return self.block_length
+        return min(self._active_count, len(sequence.masked)) if self._masked_only else self._active_count

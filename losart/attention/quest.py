@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from losart.attention.policy import AttentionPolicy
-from losart.backends.base import Prefix
-from losart.engine.kv_cache import PagedKVCache
+from losart.backends.base import Prefix, Selection
 
 
 class QuestPolicy(AttentionPolicy):
     """Every token selects its pages anew in every layer and pass, the first included by default."""
 
-    def prefix(self, backend: Any, layer: int, q: Any, cache: PagedKVCache) -> Prefix:
-        pages = backend.select_pages(q, None, cache, layer, self.config.pages_per_query)
-        return backend.sparse_prefix_attention(q, None, pages, cache, layer)
+    def prefix(self, backend: Any, layer: int, q: Any, batch: Any) -> tuple[Prefix, Selection | None]:
+        selector = backend.selector(self.config.planner)
+        selection = selector.select_pages(layer, q, None, batch, self.config.pages_per_query)
+        return backend.sparse_prefix_attention(layer, q, selection, batch), selection

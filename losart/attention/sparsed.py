@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from losart.attention.policy import AttentionPolicy, PassKind
-from losart.backends.base import Prefix
-from losart.config.checks import require
-from losart.engine.kv_cache import PagedKVCache
+from losart.attention.policy import AttentionPolicy
+from losart.backends.base import Prefix, Selection, StoredResults
+from losart.engine.batch import PassKind
 from losart.errors import OptionError
 
 
@@ -19,22 +18,24 @@ class SparsedPolicy(AttentionPolicy):
     """
 
     dense_first_pass = True
-    keeps = True
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        require(
-            self.config.first_pass != "sparse",
-            OptionError,
-            'first_pass must not be "sparse" with attention="sparsed", which takes the masses of pages from '
-            "a dense first pass",
-        )
+        if self.config.first_pass == "sparse":
+            raise OptionError(
+                'first_pass must not be "sparse" with attention="sparsed", which takes the masses of pages '
+                "from a dense first pass"
+            )
 
-    def prefix(self, backend: Any, layer: int, q: Any, cache: PagedKVCache) -> Prefix:
-        count = self.config.pages_per_query
-        if self.kind is PassKind.FIRST:
-            prefix, masses = backend.prefix_attention_and_masses(q, cache, layer)
-            backend.keep_masses(self.memory, (layer, "masses"), masses, cache, count, summed=True)
-            return prefix
-        pages = backend.select_pages_by_mass(self.kept(layer, "masses"), None, cache, count)
-        return backend.sparse_prefix_attention(q, None, pages, cache, layer)
+    @property
+    def stored(self) -> StoredResults:
+        pages, rows = self.config.pages_per_query, self.model.group_size
+        return StoredResults(self.block_length, top_pages=pages, top_pages_rows=rows)
+
+    def prefix(self, backend: Any, layer: int, q: Any, batch: Any) -> tuple[Prefix, Selection | None]:
+        if batch.kind is PassKind.FIRST:
+            prefix, masses = backend.prefix_attention_and_masses(layer, q, batch)
+            backend.store_top_pages(layer, masses, batch, self.config.pages_per_query, summed=True)
+            return prefix, None
+        selection = backend.selector(self.config.planner).select_stored_pages(layer, None, batch)
+        return backend.sparse_prefix_attention(layer, q, selection, batch), selection

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import warnings
+from pathlib import Path
 
-from losart.backends.base import SparseBackend
+from losart.backends.base import Backend
 from losart.backends.cpu.backend import CpuBackend
 from losart.config.model import ModelConfig
+from losart.config.precision import Precision
 from losart.errors import DeviceError, OptionError
 from losart.kernels_cu import prebuilt_for
 from losart.kernels_cu.compiler import HOW_TO_INSTALL, nvrtc_version
@@ -14,15 +17,16 @@ from losart.kernels_cu.compiler import HOW_TO_INSTALL, nvrtc_version
 OLDEST_CAPABILITY = (8, 0)
 
 
-def make_backend(device: str, config: ModelConfig, dtype: str) -> SparseBackend:
+def make_backend(device: str, config: ModelConfig, precision: Precision) -> Backend:
     """The backend for a device.
 
     Parameters
     ----------
     device : {"auto", "cpu", "cuda"}
-        "auto" takes CUDA where it works; where it does not it says so, once, and takes the CPU.
+        "auto" takes CUDA where it works, else the CPU; it warns where there is an NVIDIA device that it
+        cannot use.
     config : ModelConfig
-    dtype : {"float32", "bfloat16", "float16"}
+    precision : Precision
 
     Raises
     ------
@@ -38,11 +42,12 @@ def make_backend(device: str, config: ModelConfig, dtype: str) -> SparseBackend:
         if problem is None:
             from losart.backends.cuda.backend import CudaBackend
 
-            return CudaBackend(config, dtype)
+            return CudaBackend(config, precision)
         if device == "cuda":
             raise DeviceError(f"device 'cuda' does not work here: {problem}")
-        warnings.warn(f"running on the CPU: {problem}", stacklevel=2)
-    return CpuBackend(config, dtype)
+        if has_nvidia_device():
+            warnings.warn(f"running on the CPU: {problem}", stacklevel=2)
+    return CpuBackend(config, precision)
 
 
 def cuda_problem() -> str | None:
@@ -67,3 +72,15 @@ def cuda_problem() -> str | None:
         except DeviceError as error:
             return str(error)
     return None
+
+
+def has_nvidia_device(devices: Path = Path("/dev"), driver: str = "libcuda.so.1") -> bool:
+    """Whether there is an NVIDIA device, without CuPy: by its file, else by asking the driver (WSL)."""
+    if any(devices.glob("nvidia[0-9]*")):
+        return True
+    try:
+        cuda = ctypes.CDLL(driver)
+        count = ctypes.c_int()
+        return cuda.cuInit(0) == 0 and cuda.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
+    except (OSError, AttributeError):  # no driver, or a library that is not one
+        return False

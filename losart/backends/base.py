@@ -1,78 +1,128 @@
 """What a backend must offer: the one place where machines differ.
 
-Arrays are the backend's own. The block that a pass works on begins at `cache.length`; a backend
-takes positions and the length of the prefix from the cache, never from the caller.
+Arrays are the backend's own. `batch` is the pass: what `run` hands to its body, a PassBatch or what the
+backend made of one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
-from losart.config.options import GenerationConfig
+from losart.config.model import ModelConfig
+from losart.config.precision import Precision
+from losart.engine.batch import PassBatch
 from losart.engine.kv_cache import PagedKVCache
 from losart.engine.sampling import Proposals
 
 Array = Any
-Matrix = Any  # a weight [out, in], or several joined along `out`, as the backend holds them
-Product = Any  # a matrix product, for the operation that follows it
-Pages = Any  # that each kv head reads: a PageList, or what else the backend makes of them
+Batch = Any  # a PassBatch, as the backend hands it to the body of a pass
+Weight = Any  # matrices [out_i, in], joined along `out`
+Matmul = Any  # the result of a matmul, for the operation that follows it
 Prefix = Any  # o [tokens, heads, head_dim] and log-sum-exp [tokens, heads], for block_attention
-
-
-def _nothing() -> np.ndarray:
-    return np.empty(0)
-
-
-@dataclass(eq=False)
-class Memory:
-    """What passes over a block leave for later ones, in one generation at a time.
-
-    Attributes
-    ----------
-    key : hashable
-        Of the arrays' places: passes may be replayed for others with the same key.
-    arrays : dict
-        What was kept, by name: the backend's own.
-    """
-
-    key: Hashable = None
-    arrays: dict[Hashable, Any] = field(default_factory=dict)
+Slot = Any  # a sequence's stored results
+ActiveTokens = Any  # of a block, for the page selection that follows
 
 
 @dataclass(frozen=True)
-class PassInputs:
-    """What the host gives to a pass over a block.
+class StoredResults:
+    """What passes over a block store for later ones, in each layer.
 
     Attributes
     ----------
-    ids : int64 [tokens]
-        The block, the mask token where it is masked.
-    rows : int64 [any]
-        Masked positions, rising.
-    uniforms : float64 [tokens]
-        Random numbers in [0, 1), one a position.
+    tokens : int
+        Of a block.
+    attention : bool
+        Queries, and results of attention over the prefix.
+    top_pages : int
+        Pages of highest mass per row; 0 for none.
+    top_pages_rows : int
+        Rows per kv head that rank pages: the query heads that share it, once for the block or for each token.
     """
 
-    ids: np.ndarray
-    rows: np.ndarray = field(default_factory=_nothing)
-    uniforms: np.ndarray = field(default_factory=_nothing)
+    tokens: int
+    attention: bool = False
+    top_pages: int = 0
+    top_pages_rows: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """What a sparse layer reads of the prefix.
+
+    Attributes
+    ----------
+    tokens : Array or None
+        Rows whose queries read, ascending; the backend's own. None: all.
+    pages : Any
+        That each kv head reads; the backend's own.
+    """
+
+    tokens: Any
+    pages: Any
+
+
+@dataclass(frozen=True, eq=False)
+class PassOutput:
+    """What a pass gave.
+
+    Attributes
+    ----------
+    proposals : sequence of Proposals
+        One per sequence; none of a pass that proposes nothing.
+    positions : sequence of int
+        Prefix positions that sparse attention read, summed over kv heads and layers, per sequence.
+    reads : sequence of (Selection or None)
+        Per layer, None where it was dense. Empty but for passes that are observed.
+    """
+
+    proposals: Sequence[Proposals]
+    positions: Sequence[int]
+    reads: Sequence[Selection | None]
+
+
+Body = Callable[[Batch], tuple[Any, list[Selection | None]]]
+
+
+class Selector(Protocol):
+    """Selects active tokens, and the pages that queries read.
+
+    Selected pages are united per kv head.
+    """
+
+    def select_active(
+        self, layer: int, q: Array, batch: Batch, count: int, *, masked_only: bool, follow: bool
+    ) -> ActiveTokens:
+        """The `count` tokens of each block whose queries changed most against the stored ones, ascending.
+
+        With `masked_only` only of the masked ones: all of them where there are fewer than `count`. With
+        `follow` all queries are stored.
+        """
+
+    def select_pages(
+        self, layer: int, q: Array, active: ActiveTokens | None, batch: Batch, count: int
+    ) -> Selection:
+        """The `count` pages of highest QUEST bound for each query of some tokens (None: of all)."""
+
+    def select_stored_pages(self, layer: int, active: ActiveTokens | None, batch: Batch) -> Selection:
+        """The pages that `store_top_pages` stored for some tokens' queries (None: for all)."""
 
 
 class Backend(Protocol):
-    """Operations of the transformer, of dense attention and of sampling."""
+    """A machine that transformers run on."""
 
     name: str
-    dtype: str
-    prefill_tokens: int  # of the prompt that go through the model at a time
+    config: ModelConfig
+    precision: Precision
+    prefill_tokens: int  # of a prompt that go through the model at a time
 
-    # -- weights and cache
+    # -- weights, cache and stored results
 
-    def upload(self, *tensors: Any) -> Matrix:
-        """A checkpoint's tensors [out_i, in] as one matrix [sum of out_i, in], in the backend's dtype."""
+    def upload(self, *tensors: Any) -> Weight:
+        """A checkpoint's tensors [out_i, in] as one matrix [sum of out_i, in], in the format of weights."""
 
     def upload_vector(self, *tensors: Any) -> Array:
         """A norm gain or a bias in float32; several tensors one after the other."""
@@ -80,149 +130,104 @@ class Backend(Protocol):
     def new_cache(self, page_size: int, expected: int | None = None) -> PagedKVCache:
         """An empty KV cache, expected to hold so many positions in the end."""
 
+    def new_slot(self, stored: StoredResults) -> Slot:
+        """Room for one sequence's stored results."""
+
+    def free_slot(self, slot: Slot) -> None:
+        """The sequence has ended."""
+
     # -- running
 
-    def run_pass(
-        self, shape: Hashable, inputs: PassInputs, cache: PagedKVCache, body: Callable[[Array], Any]
-    ) -> tuple[Any, int]:
-        """Run one pass over the block after the cache's prefix: `body` of the block's ids.
-
-        Returns what `body` gave, and the positions that sparse attention read, summed over kv heads
-        and layers.
+    def run(self, batch: PassBatch, key: Hashable, body: Body, observe: bool = False) -> PassOutput:
+        """Run one pass.
 
         Parameters
         ----------
-        shape : hashable
-            Passes of equal shape launch the same operations: one may be replayed for another.
-        inputs : PassInputs
-        cache : PagedKVCache
+        batch : PassBatch
+        key : hashable
+            Passes of equal keys, numbers of rows and page sizes launch the same operations: one may be
+            replayed for another. None: the pass is run by itself.
         body : callable
-            Block's ids, as `embed` takes them, to what the pass gives.
+            The batch to what the pass proposes (`propose`, or None) and what each layer read.
+        observe : bool
+            Whether to return what each layer read.
         """
 
-    def run_prefill(self, ids: np.ndarray, cache: PagedKVCache, body: Callable[[Array], Any]) -> None:
-        """Run `body` on the ids of a piece of the prompt that follows the cache's prefix."""
+    def on_host(self, selection: Selection, batch: PassBatch) -> list[tuple[np.ndarray, list[np.ndarray]]]:
+        """Per sequence the tokens that read, and each kv head's page ids, of the pass that was run last."""
 
     # -- transformer
 
-    def embed(self, table: Matrix, ids: Array) -> Array:
-        """Rows of the embedding table: float32 [tokens, hidden]."""
+    def embed(self, table: Weight, batch: Batch) -> Array:
+        """The rows' embeddings: float32 [tokens, hidden]."""
 
-    def linear(self, x: Array, matrix: Matrix, bias: Array | None = None) -> Product:
-        """x [tokens, in] times the matrix: [tokens, out]."""
+    def linear(self, x: Array, weight: Weight, bias: Array | None = None) -> Matmul:
+        """x [tokens, in] times the transposed weight: [tokens, out]."""
 
-    def add_rms_norm(self, x: Array, delta: Product | None, gain: Array) -> tuple[Array, Array]:
+    def prefill_linear(self, x: Array, weight: Weight, bias: Array | None = None) -> Matmul:
+        """As `linear`, of many tokens: it may use a vendor's library, which cannot be captured."""
+
+    def add_rms_norm(self, x: Array, delta: Matmul | None, gain: Array) -> tuple[Array, Array]:
         """The residual stream x + delta, and its RMS norm times gain."""
 
     def split_heads(
-        self, qkv: Product, q_norm: Array, k_norm: Array, cache: PagedKVCache
+        self, qkv: Matmul, q_norm: Array, k_norm: Array, batch: Batch
     ) -> tuple[Array, Array, Array]:
         """q [tokens, heads, head_dim], k and v [tokens, kv_heads, head_dim] from joined projections.
 
-        q and k are RMS-normed per head and rotated to the positions of the block.
+        q and k are RMS-normed per head and rotated to the rows' positions.
         """
 
-    def silu_gate(self, gate_up: Product) -> Array:
+    def silu_gate(self, gate_up: Matmul) -> Array:
         """silu(gate) * up from the joined projections [tokens, 2 * ffn]."""
+
+    def write_kv(self, layer: int, k: Array, v: Array, batch: Batch) -> None:
+        """Keys and values of the rows into the cache, after each sequence's prefix."""
 
     # -- attention
 
-    def causal_attention(self, q: Array, cache: PagedKVCache, layer: int, block_length: int) -> Array:
+    def causal_attention(self, layer: int, q: Array, batch: Batch) -> Array:
         """Block-causal attention of a piece of the prompt whose keys and values were just written.
 
         Returns o [tokens, heads, head_dim].
         """
 
-    def prefix_attention(self, q: Array, cache: PagedKVCache, layer: int) -> Prefix:
+    def prefix_attention(self, layer: int, q: Array, batch: Batch) -> Prefix:
         """Dense attention over the prefix."""
 
-    def block_attention(self, q: Array, k: Array, v: Array, prefix: Prefix) -> Array:
-        """Attention of the block's tokens over the block, merged with that over the prefix."""
+    def prefix_attention_and_masses(self, layer: int, q: Array, batch: Batch) -> tuple[Prefix, Array]:
+        """As `prefix_attention`, and each page's probability mass, for `store_top_pages`."""
 
-    # -- sampling
+    def sparse_prefix_attention(self, layer: int, q: Array, selection: Selection, batch: Batch) -> Prefix:
+        """Attention of all tokens over selected pages."""
 
-    def propose(self, hidden: Array, inputs: PassInputs, head: Matrix, config: GenerationConfig) -> Proposals:
+    def refresh_prefix_attention(self, layer: int, q: Array, selection: Selection, batch: Batch) -> Prefix:
+        """Attention of the selected tokens over selected pages, and the stored results of the others.
+
+        The new results are stored, by the `block_attention` that is given them at the latest.
+        """
+
+    def block_attention(self, q: Array, k: Array, v: Array, prefix: Prefix, batch: Batch) -> Array:
+        """Attention of each block's tokens over their block, merged with that over the prefix."""
+
+    # -- stored results
+
+    def store_attention(self, layer: int, q: Array, prefix: Prefix, batch: Batch) -> Prefix:
+        """Store all tokens' queries and results of attention over the prefix.
+
+        Returns the results; they are stored by the `block_attention` that is given them at the latest.
+        """
+
+    def store_queries(self, layer: int, q: Array, tokens: Array, batch: Batch) -> None:
+        """Store the queries of some tokens, those of a `Selection`."""
+
+    def store_top_pages(self, layer: int, masses: Array, batch: Batch, count: int, *, summed: bool) -> None:
+        """Store the `count` pages of highest mass per query, with `summed` per query head for the block."""
+
+    # -- selection and sampling
+
+    def selector(self, planner: str) -> Selector:
+        """What selects tokens and pages: where `AttentionConfig.planner` says."""
+
+    def propose(self, hidden: Array, head: Weight, batch: Batch) -> Any:
         """A token for each masked row of hidden [tokens, hidden], with its confidence."""
-
-
-class SparseBackend(Backend, Protocol):
-    """A backend on which the sparse attention policies run."""
-
-    def to_host(self, array: Array) -> np.ndarray:
-        """An array of the last pass as it is when the pass has ended; only observers ask for it."""
-
-    def page_lists(self, pages: Pages) -> list[np.ndarray]:
-        """Page ids of each kv head, rising, as `to_host`."""
-
-    def planned(self, planner: str) -> Any:
-        """The backend as a policy talks to it whose tokens and pages are selected where `planner` says."""
-
-    def new_memory(self, purpose: Hashable) -> Memory:
-        """A memory for one generation; of equal purpose, arrays of equal names have equal shapes."""
-
-    def keep(self, memory: Memory, name: Hashable, array: Array) -> None:
-        """Later passes find this array's values in the memory under that name."""
-
-    def keep_prefix(self, memory: Memory, name: Hashable, prefix: Prefix) -> None:
-        """As `keep`, of o and log-sum-exp of all tokens, which are kept as a pair."""
-
-    def keep_masses(
-        self, memory: Memory, name: Hashable, masses: Array, cache: PagedKVCache, count: int, summed: bool
-    ) -> None:
-        """As `keep`, of what selecting the top `count` pages by mass needs.
-
-        `summed`: by the mass summed over the block's tokens, instead of for each of them.
-        """
-
-    def prefix_attention_and_masses(self, q: Array, cache: PagedKVCache, layer: int) -> tuple[Prefix, Array]:
-        """As `prefix_attention`, and each page's probability mass [kv_heads, tokens, group, pages]."""
-
-    def sparse_prefix_attention(
-        self,
-        q: Array,
-        tokens: Array | None,
-        pages: Pages,
-        cache: PagedKVCache,
-        layer: int,
-        into: tuple[Array, Array] | None = None,
-    ) -> Prefix:
-        """Attention of some tokens (None: all) over listed pages.
-
-        With `into`, the tokens' rows of o and log-sum-exp are written there, and the others stay as
-        they are; it may be the `block_attention` that is given the result which writes them, so that the
-        result must not be dropped. Without, there must be all tokens.
-        """
-
-    def select_active(
-        self,
-        q: Array,
-        previous: Array,
-        count: int,
-        candidates: np.ndarray | None = None,
-        keep: bool = False,
-    ) -> Array:
-        """The `count` tokens whose queries changed most, rising.
-
-        With `candidates`, rising positions of the block, only these; all of them where there are
-        fewer than `count`. With `keep`, q is written over `previous` then.
-        """
-        # Candidates, the masked positions, differ between passes of equal shape. A backend that
-        # replays passes must take them from its own copy of the pass's inputs (PassInputs.rows), and
-        # always give `count` places: those past the last active token hold -1, which select_pages,
-        # select_pages_by_mass, sparse_prefix_attention and copy_tokens then pass over.
-
-    def copy_tokens(self, source: Array, tokens: Array, into: Array) -> None:
-        """Copy the rows `tokens` of source [all tokens, ...] into the same rows of another array."""
-
-    def select_pages(
-        self, q: Array, tokens: Array | None, cache: PagedKVCache, layer: int, count: int
-    ) -> Pages:
-        """Top `count` pages of each query of `tokens` (None: all) by QUEST's bound, united per kv head."""
-
-    def select_pages_by_mass(
-        self, masses: Array, tokens: Array | None, cache: PagedKVCache, count: int
-    ) -> Pages:
-        """Top `count` pages of each query of `tokens` (None: all) by mass, united per kv head.
-
-        `masses` are what `keep_masses` kept, for the same count.
-        """

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable
 
 from losart.cli.tables import share
-from losart.observe.results import GenerationResult, Stats, Step
+from losart.observe.step import GenerationResult, Stats, Step
 
 
 def last_result(steps: Iterable[Step]) -> GenerationResult:

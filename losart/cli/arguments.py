@@ -7,9 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 from losart.attention import POLICIES
-from losart.config.model import DTYPES
 from losart.config.options import CHOICES, OPTIONS
-from losart.engine.remasking import STRATEGIES
+from losart.config.precision import DTYPES
+from losart.engine.sampling import STRATEGIES
 from losart.measure.random_checkpoint import SIZES
 
 Group = argparse._ArgumentGroup
@@ -44,7 +44,7 @@ def add_model_or_size(command: argparse.ArgumentParser) -> None:
 
 
 def add_generation(command: argparse.ArgumentParser) -> None:
-    """The options of `Model.generate`, left out of the namespace unless they are given."""
+    """The options of `Model.generate`, absent from the namespace unless the command line has them."""
     group = add_decoding(command)
     group.add_argument("--seed", type=int, metavar="N", help="same seed, same output")
     group.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; repeatable")
@@ -65,7 +65,7 @@ def add_decoding(command: argparse.ArgumentParser, new_tokens: str = "128") -> G
     group = command.add_argument_group("generation", argument_default=argparse.SUPPRESS)
     group.add_argument("--max-new-tokens", type=int, metavar="N", help=f"new tokens at most ({new_tokens})")
     group.add_argument("--block-length", type=int, metavar="N", help="tokens of a block (the checkpoint's)")
-    group.add_argument("--denoising-steps", type=int, metavar="N", help="passes a block (the block length)")
+    group.add_argument("--denoising-steps", type=int, metavar="N", help="passes per block (the block length)")
     group.add_argument("--remasking", choices=STRATEGIES, help="(low_confidence_dynamic)")
     group.add_argument("--confidence-threshold", type=float, metavar="P", help="(0.85)")
     group.add_argument("--eb-threshold", type=float, metavar="NATS", help="(0.35)")
@@ -93,7 +93,7 @@ def add_attention_details(group: Group) -> None:
     group.add_argument(
         "--first-pass",
         choices=CHOICES["first_pass"],
-        help="how the first pass over a block reads the prefix (auto: as the method has it)",
+        help="how the first pass over a block reads the prefix (auto: as the method does it)",
     )
     group.add_argument("--commit", choices=CHOICES["commit"], help="(dense)")
     group.add_argument(
@@ -102,7 +102,7 @@ def add_attention_details(group: Group) -> None:
 
 
 def generation_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Those of them that were given."""
+    """Those that the command line has."""
     return {name: value for name, value in vars(args).items() if name in OPTIONS}
 
 
@@ -126,7 +126,7 @@ def active(text: str) -> int | float:
 
 
 def listed(item: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
-    """A list with commas, as the type of an argument."""
+    """The type of an argument that is a comma-separated list."""
 
     def parse(text: str) -> tuple[Any, ...]:
         try:

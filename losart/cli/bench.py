@@ -15,7 +15,6 @@ from losart.attention import POLICIES
 from losart.cli.arguments import add_loading, add_model_or_size, listed, positive
 from losart.cli.progress import Steps, load_model, write_weights
 from losart.cli.tables import share
-from losart.config.checks import require
 from losart.config.options import AttentionConfig
 from losart.errors import OptionError
 from losart.measure.bench import NoiseBlocks, check_prefix
@@ -32,9 +31,9 @@ def add_command(commands: Any) -> None:
         "bench",
         help="measure prefill and denoising passes on the device at hand",
         description="Measure how fast a prompt is prefilled, and how long the first and later passes over a "
-        "block take after prefixes of given lengths, for each attention method. On the CPU keys and values "
+        "block take after prefixes of several lengths, for each attention method. On the CPU keys and values "
         "are white noise, for sparse methods the worst case: the density says what they read. Lists are "
-        "given with commas.",
+        "separated by commas.",
         epilog=EXAMPLE,
     )
     command.set_defaults(run=run)
@@ -72,15 +71,12 @@ def run(args: argparse.Namespace) -> None:
 def _measure(model: Model, name: str, args: argparse.Namespace) -> dict[str, Any]:
     block_length = args.block_length or model.config.block_length or RANDOM_BLOCK
     lengths = args.lengths or [n for n in LENGTHS if n <= model.config.max_positions - block_length]
-    require(
-        bool(lengths),
-        OptionError,
-        f"lengths must be given: the model has no room for {LENGTHS[0]} and a block",
-    )
+    if not lengths:
+        raise OptionError(f"lengths must be given: the model has no room for {LENGTHS[0]} and a block")
     for length in lengths:
         check_prefix(model.config, length, block_length)
     methods = args.attention or list(POLICIES)
-    for method in methods:  # refuses wrong options
+    for method in methods:  # rejects wrong options
         model.session(attention=method, budget=args.budget, block_length=block_length)
     rows = []
     with Steps(len(lengths) * (1 + len(methods))) as steps:
@@ -95,12 +91,12 @@ def _measure(model: Model, name: str, args: argparse.Namespace) -> dict[str, Any
             rows.append(
                 {"prefix": length, "prefill_tokens_per_second": blocks.prefill_rate, "passes": passes}
             )
-    here = environment()
+    machine = environment()
     return {
-        "losart": here["losart"],
-        "cpu": here["cpu"]["name"],
-        "threads": here["cpu"]["threads"],
-        "gpu": here["gpu"]["name"] if model.device == "cuda" else None,
+        "losart": machine["losart"],
+        "cpu": machine["cpu"]["name"],
+        "threads": machine["cpu"]["threads"],
+        "gpu": machine["gpu"]["name"] if model.device == "cuda" else None,
         "model": name,
         "device": model.device,
         "dtype": model.dtype,
@@ -113,11 +109,11 @@ def _measure(model: Model, name: str, args: argparse.Namespace) -> dict[str, Any
 def _print(figures: dict[str, Any]) -> None:
     machine = figures["gpu"] or f"{figures['cpu']}, {figures['threads']} threads"
     print(f"{figures['model']} in {figures['dtype']} on {machine}, losart {figures['losart']}")
-    print(f"blocks of {figures['block_length']}, budget {figures['budget']}; milliseconds a pass\n")
+    print(f"blocks of {figures['block_length']}, budget {figures['budget']}; milliseconds per pass\n")
     print(f"{'prefix':>8}  {'prefill':>10}  {'attention':9}  {'first':>8}  {'later':>8}  density")
     for row in figures["lengths"]:
-        begin = f"{row['prefix']:8}  {row['prefill_tokens_per_second']:6.0f} t/s"
+        prefix = f"{row['prefix']:8}  {row['prefill_tokens_per_second']:6.0f} t/s"
         for method, times in row["passes"].items():
             first, later = (f"{1e3 * times[f'{kind}_seconds']:8.1f}" for kind in ("first", "later"))
-            print(f"{begin}  {method:9}  {first}  {later}  {share(times['density']):>7}")
-            begin = " " * len(begin)
+            print(f"{prefix}  {method:9}  {first}  {later}  {share(times['density']):>7}")
+            prefix = " " * len(prefix)

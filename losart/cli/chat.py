@@ -27,8 +27,8 @@ def add_command(commands: Any) -> None:
     command = commands.add_parser(
         "chat",
         help="talk with a model",
-        description="Talk with a model, a line a turn, through the checkpoint's chat template. What earlier "
-        f"turns left in the KV cache is not computed again. {COMMANDS}.",
+        description="Talk with a model, one line per turn, through the checkpoint's chat template. What "
+        f"earlier turns left in the KV cache is not recomputed. {COMMANDS}.",
         epilog=EXAMPLE,
     )
     command.set_defaults(run=run)
@@ -38,7 +38,7 @@ def add_command(commands: Any) -> None:
         "--stats", action="store_true", help="print figures after each answer, to standard error"
     )
     command.add_argument(
-        "--json", action="store_true", help="print each answer as one JSON object, on a line of its own"
+        "--json", action="store_true", help="print each answer as one JSON object on its own line"
     )
     add_generation(command)
 
@@ -46,7 +46,7 @@ def add_command(commands: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     """Talk until the input ends.
 
-    At a terminal an interrupt stops the answer, and a mistake costs the turn; elsewhere they end
+    At a terminal an interrupt stops the answer, and a mistake costs the turn; elsewhere either ends
     the command.
     """
     terminal = sys.stdin.isatty()
@@ -88,9 +88,9 @@ def _take(line: str, chat: Chat, args: argparse.Namespace) -> None:
 
 
 def _lines(terminal: bool) -> Iterator[str]:
-    """Lines of standard input that say something."""
+    """Lines of standard input that are not blank."""
     if hasattr(sys.stdin, "reconfigure"):
-        # What is not UTF-8 then is an error of the prompt, and not of reading.
+        # What is not UTF-8 is then an error of the prompt, not of reading.
         sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
     if terminal:
         with suppress(ImportError):

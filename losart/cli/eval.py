@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from losart.api.model import Model
 from losart.attention import POLICIES
 from losart.cli.arguments import (
     active,
@@ -17,6 +18,9 @@ from losart.cli.arguments import (
 )
 from losart.cli.progress import Progress, load_model
 from losart.errors import OptionError
+
+if TYPE_CHECKING:
+    from losart.eval import EvalConfig
 
 EXAMPLE = (
     "example: losart eval path/to/SDAR-1.7B-Chat --tasks key,keys-4 --lengths 4096 "
@@ -31,7 +35,7 @@ def add_command(commands: Any) -> None:
         "eval",
         help="measure the accuracy of attention methods",
         description="Ask a model questions with checkable answers about long documents, and print how many "
-        "it answers with each attention setting, and what each reads. Lists are given with commas; all "
+        "it answers with each attention setting, and what each reads. Lists are separated by commas; all "
         "combinations are measured.",
         epilog=EXAMPLE,
     )
@@ -63,31 +67,28 @@ def add_command(commands: Any) -> None:
         default=False,
         help="instead of accuracy: how the change of queries between passes is spread over a block's tokens",
     )
-    group.add_argument("--json", metavar="FILE", default=None, help="write figures here after each cell")
+    group.add_argument("--json", metavar="FILE", default=None, help="write the figures here after each cell")
     add_attention_details(add_decoding(command, "enough for the answers"))
 
 
 def run(args: argparse.Namespace) -> None:
     """Measure, and print a table."""
-    given = vars(args)
-    for name in given.get("attention", ()):
+    for name in getattr(args, "attention", ()):
         if name not in POLICIES:
             raise OptionError(f"attention must be one of {', '.join(POLICIES)}, not {name!r}")
-    options = {name: value for name, value in generation_options(args).items() if name not in SWEPT}
     if args.locality:
-        _run_locality(args, given, options)
+        _run_locality(args)
     elif args.longbench is None:
-        _run_tasks(args, given, options)
+        _run_tasks(args)
     else:
-        _run_longbench(args, given, options)
+        _run_longbench(args)
 
 
-def _run_tasks(args: argparse.Namespace, given: dict[str, Any], options: dict[str, Any]) -> None:
+def _run_tasks(args: argparse.Namespace) -> None:
     from losart.cli.eval_report import CELL_COLUMNS, JsonReport, Table
-    from losart.eval import EvalConfig, check_config, evaluate
+    from losart.eval import check_config, evaluate
 
-    names = ("tasks", "lengths", "attention", "budgets", "active", "samples", "seed", "style")
-    config = EvalConfig(**{name: given[name] for name in names if name in given}, options=options)
+    config = _config(args, "tasks", "lengths", "attention", "budgets", "active", "samples", "seed", "style")
     model = load_model(args.model, args.device, args.dtype)
     style = check_config(model, config)
     facts = _facts(args, model, config) | {"style": style, "samples": config.samples}
@@ -96,20 +97,18 @@ def _run_tasks(args: argparse.Namespace, given: dict[str, Any], options: dict[st
         evaluate(model, config, on_cell=report.add, progress=progress)
 
 
-def _run_longbench(args: argparse.Namespace, given: dict[str, Any], options: dict[str, Any]) -> None:
+def _run_longbench(args: argparse.Namespace) -> None:
     from losart.cli.eval_report import SCORE_COLUMNS, JsonReport, Table
-    from losart.eval import EvalConfig
     from losart.eval.longbench import evaluate_longbench
     from losart.eval.longbench_data import find_datasets
 
-    if "style" in given:
+    if "style" in args:
         raise OptionError("--style is for losart's own tasks, not for --longbench")
-    lengths = given.get("lengths", (None,))
+    lengths = getattr(args, "lengths", (None,))
     if len(lengths) > 1:
         raise OptionError("--longbench takes one of --lengths, the longest prompt")
-    datasets = given.get("tasks") or find_datasets(Path(args.longbench))
-    names = ("attention", "budgets", "active", "samples", "seed")
-    config = EvalConfig(**{name: given[name] for name in names if name in given}, options=options)
+    datasets = args.tasks if "tasks" in args else find_datasets(Path(args.longbench))
+    config = _config(args, "attention", "budgets", "active", "samples", "seed")
     model = load_model(args.model, args.device, args.dtype)
     with Progress("asking", "questions") as progress:
         report = Table(SCORE_COLUMNS, JsonReport(args.json, _facts(args, model, config)), progress)
@@ -118,27 +117,24 @@ def _run_longbench(args: argparse.Namespace, given: dict[str, Any], options: dic
             args.longbench,
             datasets,
             config,
-            samples=given.get("samples"),
+            samples=getattr(args, "samples", None),
             max_prompt_tokens=lengths[0],
             on_score=report.add,
             progress=progress,
         )
 
 
-def _run_locality(args: argparse.Namespace, given: dict[str, Any], options: dict[str, Any]) -> None:
+def _run_locality(args: argparse.Namespace) -> None:
     from losart.cli.eval_report import LOCALITY_COLUMNS, JsonReport, Table
-    from losart.eval import EvalConfig, check_config
+    from losart.eval import check_config
     from losart.eval.locality import measure_locality
 
     for name in ("attention", "budgets", "active"):
-        if name in given:
+        if name in args:
             raise OptionError(f"--{name} is not for --locality, which decodes densely")
     if args.longbench is not None:
         raise OptionError("--longbench and --locality exclude each other")
-    names = ("tasks", "lengths", "samples", "seed", "style")
-    config = EvalConfig(
-        **{name: given[name] for name in names if name in given}, attention=("dense",), options=options
-    )
+    config = _config(args, "tasks", "lengths", "samples", "seed", "style", attention=("dense",))
     model = load_model(args.model, "cpu" if args.device == "auto" else args.device, args.dtype)
     style = check_config(model, config)
     facts = _facts(args, model, config) | {"style": style, "samples": config.samples}
@@ -148,7 +144,16 @@ def _run_locality(args: argparse.Namespace, given: dict[str, Any], options: dict
             report.add(layer)
 
 
-def _facts(args: argparse.Namespace, model: Any, config: Any) -> dict[str, Any]:
+def _config(args: argparse.Namespace, *names: str, **fixed: Any) -> EvalConfig:
+    """From those of these fields that the command line has, `fixed` ones, and the options of generations."""
+    from losart.eval import EvalConfig
+
+    options = {name: value for name, value in generation_options(args).items() if name not in SWEPT}
+    fields = {name: getattr(args, name) for name in names if name in args}
+    return EvalConfig(**fields, **fixed, options=options)
+
+
+def _facts(args: argparse.Namespace, model: Model, config: EvalConfig) -> dict[str, Any]:
     return {
         "model": args.model or "small_checkpoint",
         "device": model.device,

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import losart
 from losart.cli.progress import Progress
 from losart.cli.tables import share
 from losart.eval.locality import KINDS, TOP
+from losart.version import __version__
 
 
 class JsonReport:
-    """A JSON file that has all cells so far, at any time whole; there is none before the first cell.
+    """A JSON file of all cells so far, complete at any time; it does not exist before the first cell.
 
     Parameters
     ----------
@@ -29,7 +29,7 @@ class JsonReport:
     key : str
         Of the list of cells.
     done : sequence of dataclasses
-        Cells that are there already, with which the file begins when it is next written.
+        Cells that were measured earlier, which the file begins with when it is next written.
     """
 
     def __init__(
@@ -37,13 +37,13 @@ class JsonReport:
     ) -> None:
         self._file = Path(file) if file else None
         self._cells: list[dict[str, Any]] = [dataclasses.asdict(cell) for cell in done]
-        self._report = {"losart": losart.__version__, **facts, key: self._cells}
+        self._report = {"losart": __version__, **facts, key: self._cells}
         if self._file is not None and (self._file.is_dir() or not self._file.parent.is_dir()):
             code = errno.EISDIR if self._file.is_dir() else errno.ENOENT
             raise OSError(code, os.strerror(code), str(self._file))
 
     def add(self, cell: Any) -> None:
-        """Take a cell, a dataclass, and write the file anew."""
+        """Add a cell, a dataclass, and rewrite the file."""
         self._cells.append(dataclasses.asdict(cell))
         self._write()
 
@@ -65,7 +65,7 @@ def _or_dash(value: object) -> str:
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a table: its head, its width, and a row's text in it."""
+    """A column of a table: its head, its width, and its text for a row."""
 
     head: str
     width: int
@@ -73,14 +73,14 @@ class Column:
 
 
 class Table:
-    """A table whose rows are printed as they come, and written as JSON.
+    """A table whose rows are printed, and written as JSON, as they come.
 
     Parameters
     ----------
     columns : sequence of Column
     report : JsonReport
     progress : Progress
-        Makes room for a row.
+        Is cleared before a row is printed.
     """
 
     def __init__(self, columns: Sequence[Column], report: JsonReport, progress: Progress) -> None:
@@ -90,7 +90,7 @@ class Table:
         self._begun = False
 
     def add(self, row: Any) -> None:
-        """Take a row, a dataclass; the head stands before the first."""
+        """Add a row, a dataclass; the head is printed before the first."""
         self._report.add(row)
         self._progress.clear()
         if not self._begun:

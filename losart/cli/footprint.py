@@ -25,7 +25,7 @@ def add_command(commands: Any) -> None:
     """Add this command to the subparsers of `losart`."""
     command = commands.add_parser(
         "footprint",
-        help="compare size, memory and start with torch + transformers",
+        help="compare size, memory and start-up with torch + transformers",
         description="Install losart, and torch + transformers, into new virtual environments, let both do "
         "the same generation of the same checkpoint, and print a table in Markdown of what each takes: on "
         "disk, in memory, and in time until the first token. Takes a few minutes; downloads what pip needs. "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import warnings
 from contextlib import ExitStack
@@ -13,9 +14,10 @@ from losart.api.model import Model
 from losart.cli.answers import last_result, print_figures, print_json, print_steps
 from losart.cli.arguments import add_generation, add_model, generation_options
 from losart.cli.progress import Progress, load_model
-from losart.cli.watch import watch
+from losart.cli.watch import Watch
 from losart.errors import PromptError
-from losart.observe.observation import ObservedPass, Observer
+from losart.loaders import Tokenizer
+from losart.observe.step import Observer, Step
 from losart.observe.trace import TraceWriter
 
 EXAMPLE = 'example: losart generate path/to/SDAR-1.7B-Chat --chat --prompt "Why is the sky blue?" --stats'
@@ -63,9 +65,9 @@ def run(args: argparse.Namespace) -> None:
     prompt = [{"role": "user", "content": text}] if args.chat else text
     observers: list[Observer] = []
 
-    def tell(observed: ObservedPass) -> None:
+    def tell(step: Step) -> None:
         for observer in observers:
-            observer(observed)
+            observer(step)
 
     observer = tell if args.trace or args.watch else None
     with ExitStack() as stack:
@@ -75,7 +77,7 @@ def run(args: argparse.Namespace) -> None:
             trace = stack.enter_context(TraceWriter(args.trace, session, args.model or "small_checkpoint"))
             observers.append(trace)
         if args.watch:
-            passes = stack.enter_context(watch(model.tokenizer, session.options.attention.page_size))
+            passes = stack.enter_context(_watch(model.tokenizer, session.options.attention.page_size))
             observers.append(passes)
             result = passes.follow(steps)
         else:
@@ -86,6 +88,19 @@ def run(args: argparse.Namespace) -> None:
         print_json(result)
     if args.stats:
         print_figures(result)
+
+
+def _watch(tokenizer: Tokenizer | None, page_size: int) -> Watch:
+    """What shows passes here: a block redrawn in place by rich, on a terminal that can do so, else lines."""
+    if sys.stdout.isatty() and os.environ.get("TERM") != "dumb":
+        try:
+            from losart.cli.watch_live import LiveWatch
+        except ImportError:
+            message = "rich is not installed, so passes are plain lines: pip install 'losart[watch]'"
+            print(f"losart: {message}", file=sys.stderr)
+        else:
+            return LiveWatch(tokenizer, page_size)
+    return Watch(tokenizer, page_size)
 
 
 def _warn_of_unknown_words(model: Model, text: str) -> None:

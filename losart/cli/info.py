@@ -26,7 +26,7 @@ def add_command(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print what there is."""
+    """Print the facts."""
     facts = environment()
     if args.json:
         print(json.dumps(facts, indent=2))

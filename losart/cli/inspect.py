@@ -37,7 +37,7 @@ def add_command(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print what there is."""
+    """Print the facts."""
     facts = inspection(open_checkpoint(args.model), args.device, args.dtype, args.context)
     if args.json:
         print(json.dumps(facts, indent=2))
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> None:
 def _rows(facts: dict[str, Any]) -> list[tuple[str, object]]:
     sizes, disk = facts["sizes"], facts["dtype_on_disk"]
     ends, options = facts["end_tokens"], facts["options"]
-    given = "the mask token must be given: mask_token_id"
+    no_options = "the mask token must be given: mask_token_id"
     return [
         ("checkpoint", facts["path"]),
         ("architecture", facts["architecture"]),
@@ -66,7 +66,7 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, object]]:
         ("end tokens", ", ".join(map(_token, ends)) or "none"),
         ("tokenizer", "yes" if facts["tokenizer"] else "no"),
         ("chat template", "yes" if facts["chat_template"] else "no"),
-        ("options", given if options is None else ", ".join(f"{k}={v!r}" for k, v in options.items())),
+        ("options", no_options if options is None else ", ".join(f"{k}={v!r}" for k, v in options.items())),
     ]
 
 

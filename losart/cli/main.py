@@ -8,8 +8,8 @@ import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import losart
 from losart.errors import LosartError, OptionError
+from losart.version import __version__
 
 if TYPE_CHECKING:
     import argparse
@@ -19,13 +19,13 @@ FAILED, USAGE, INTERRUPTED = 1, 2, 130
 
 def parser() -> argparse.ArgumentParser:
     """The command line's parser; each command sets `run`, a function of the parsed arguments."""
-    # Here, so that an interrupt while they are imported finds main waiting for it.
+    # Imported here, so that `main` catches an interrupt during the imports.
     import argparse
 
     from losart.cli import bench, chat, eval, footprint, generate, info, inspect, plot, prebuild
 
     top = argparse.ArgumentParser(prog="losart", description="Runs block-wise diffusion language models.")
-    top.add_argument("--version", action="version", version=f"losart {losart.__version__}")
+    top.add_argument("--version", action="version", version=f"losart {__version__}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in (generate, chat, eval, plot, bench, footprint, inspect, info, prebuild):
         command.add_command(commands)
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\nlosart: interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
-        # The reader has gone. Python flushes once more at exit, and must find somewhere to.
+        # The reader has gone. Python flushes again at exit, and needs somewhere to write.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except OptionError as error:
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _replace_closed_streams() -> None:
-    """Put the null device where Python found a standard stream closed and left None."""
+    """Open the null device for standard streams that were closed, which Python leaves as None."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))

@@ -25,7 +25,7 @@ def add_command(commands: Any) -> None:
     command.set_defaults(run=run)
     command.add_argument("file", metavar="FILE", help="the trace")
     command.add_argument(
-        "-o", "--output", metavar="OUT", help="the picture; its ending says the format (FILE with .png)"
+        "-o", "--output", metavar="OUT", help="the picture; its suffix is the format (FILE with .png)"
     )
     command.add_argument("--kind", choices=KINDS, default="both", help="what to draw (both)")
     command.add_argument(
@@ -34,7 +34,7 @@ def add_command(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Draw, and say where the picture is."""
+    """Draw, and print where the picture is."""
     trace = read_trace(args.file)
     output = Path(args.output) if args.output else Path(args.file).with_suffix(".png")
     if output == Path(args.file):

@@ -1,4 +1,4 @@
-"""`losart prebuild`: compiles the CUDA kernels ahead, for installations without a compiler."""
+"""`losart prebuild`: compiles the CUDA kernels in advance, for installations without a compiler."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from losart.backends.cuda.variants import CARDS
 from losart.cli.arguments import listed
 from losart.cli.progress import Progress
 from losart.cli.tables import size
-from losart.config.checks import require
-from losart.config.model import DTYPES
+from losart.config.precision import DTYPES
 from losart.errors import OptionError
 from losart.kernels_cu.prebuilt import FOLDER
 
@@ -24,10 +23,10 @@ def add_command(commands: Any) -> None:
     command = commands.add_parser(
         "prebuild",
         help="compile the CUDA kernels for installations without a compiler",
-        description="Compile the CUDA kernels into this installation, so that it needs NVRTC no more; with "
+        description="Compile the CUDA kernels into this installation, so that it no longer needs NVRTC; with "
         "an editable installation, into the sources, and wheels then built from them hold the kernels. "
-        "Needs NVRTC and no GPU; takes minutes. An architecture's kernels are written anew, in the named "
-        "dtypes alone. Lists are given with commas.",
+        "Needs NVRTC and no GPU; takes minutes. An architecture's kernels are replaced, in the named "
+        "dtypes alone. Lists are separated by commas.",
         epilog=EXAMPLE,
     )
     command.set_defaults(run=run)
@@ -45,8 +44,9 @@ def add_command(commands: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     """Compile, and say what was written."""
     for name, known in (("architectures", tuple(CARDS)), ("dtypes", DTYPES)):
-        for given in getattr(args, name):
-            require(given in known, OptionError, f"{name} must be of {', '.join(known)}, not {given!r}")
+        for value in getattr(args, name):
+            if value not in known:
+                raise OptionError(f"{name} must be of {', '.join(known)}, not {value!r}")
     with Progress("compiling", "kernels") as progress:
         archives = prebuild(args.output, args.architectures, args.dtypes, progress=progress)
     for path, count in archives.items():

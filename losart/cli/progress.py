@@ -1,4 +1,4 @@
-"""How far a long command is, on standard error."""
+"""How far a long command has come, on standard error."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from losart.measure.random_checkpoint import write_size
 
 Shown = TypeVar("Shown", bound="Progress")
 
-QUIET_SECONDS = 60.0  # between lines where nobody watches a terminal
+QUIET_SECONDS = 60.0  # between lines that do not go to a terminal
 
 
 class Progress:
     """How far something is, at which rate, and the time left.
 
-    On a terminal one line that is drawn anew, and cleared at the end; elsewhere a line a minute. As a
+    On a terminal one line that is redrawn, and cleared at the end; elsewhere one line per minute. As a
     context it also clears the line when it is left early.
 
     Parameters
@@ -38,7 +38,7 @@ class Progress:
         self._began = self._shown = time.monotonic()
 
     def __call__(self, done: int, total: int) -> None:
-        """Say how many are done, and how many there are in all."""
+        """Show how many are done, of how many in all."""
         if done >= total:
             self.clear()
         elif self._terminal or time.monotonic() - self._shown >= QUIET_SECONDS:
@@ -57,7 +57,7 @@ class Progress:
         self._drawn = self._terminal
 
     def clear(self) -> None:
-        """Make room on the terminal for another line."""
+        """Clear the line on the terminal, for another one."""
         if self._drawn:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
         self._drawn = False
@@ -84,7 +84,7 @@ class Steps(Progress):
         self._begun = 0
 
     def begin(self, step: str) -> None:
-        """Say which step begins."""
+        """Show which step begins."""
         self._doing = step
         self._show(self._begun, self._count)
         self._begun += 1
@@ -97,7 +97,7 @@ def load_model(model: str | Path | None, device: str, dtype: str) -> Model:
 
 
 def write_weights(folder: Path, size: str, **options: Any) -> Path:
-    """Write random weights of a size into a new folder there, with progress; options: `write_size`'s."""
+    """Write random weights of a size into a new subfolder, with progress; options as `write_size`'s."""
     with Progress(f"writing random weights of {size}", "MiB") as progress:
         return write_size(folder / f"random-{size}", size, progress=progress, **options)
 

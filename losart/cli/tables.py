@@ -1,4 +1,4 @@
-"""Facts on the terminal: as rows of a table, and numbers that are easy to read."""
+"""Facts on the terminal: rows of a table, and numbers that are easy to read."""
 
 from __future__ import annotations
 

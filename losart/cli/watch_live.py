@@ -9,7 +9,7 @@ from rich.text import Text
 
 from losart.cli.watch import Watch, active_layers
 from losart.loaders import Tokenizer
-from losart.observe.observation import ObservedPass
+from losart.observe.step import Step
 
 TEXT_LINES = 6  # of the text before the block
 LEGEND = (
@@ -22,33 +22,33 @@ LEGEND = (
 
 
 class LiveWatch(Watch):
-    """An observer that draws the block anew after each pass, below the end of the text so far."""
+    """An observer that redraws the block after each pass, below the end of the text so far."""
 
     def __init__(self, tokenizer: Tokenizer | None, page_size: int) -> None:
         super().__init__(tokenizer, page_size)
         self._live = Live(console=Console(), auto_refresh=False)
 
-    def __call__(self, seen: ObservedPass) -> None:
+    def __call__(self, step: Step) -> None:
         """Draw one pass."""
         self._live.start()  # with the first pass: progress is shown on the same terminal before it
-        self._live.update(self._drawing(seen), refresh=True)
+        self._live.update(self._drawing(step), refresh=True)
 
     def close(self) -> None:
-        """Take the drawing away."""
+        """Remove the drawing."""
         self._live.transient = True
         self._live.stop()
 
     def __exit__(self, *_: object) -> None:
         self._live.stop()  # what was interrupted leaves its last drawing
 
-    def _drawing(self, seen: ObservedPass) -> Group:
-        layers = len(seen.layers)
+    def _drawing(self, step: Step) -> Group:
+        layers = len(step.layers)
         cells = []
-        rows = zip(seen.block, self.words(seen), active_layers(seen), strict=True)
-        for place, (token, word, active) in enumerate(rows):
-            style = "dim" if token is None else "bold green" if place in seen.fixed else ""
+        rows = zip(step.block, self.words(step), active_layers(step), strict=True)
+        for index, (token, word, active) in enumerate(rows):
+            style = "dim" if token is None else "bold green" if index in step.fixed else ""
             count = (f"{active}/{layers}", "cyan" if active else "dim")
             cells.append(Text.assemble((word, style), "\n", count))
         text = Text(self.text[-TEXT_LINES * self._live.console.width :])
-        summary = Text(self.summary(seen), "bold")
+        summary = Text(self.summary(step), "bold")
         return Group(text, summary, Columns(cells, equal=True), Text.assemble(*LEGEND))

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 
-def is_int(value: object) -> bool:
+def is_int(value: Any) -> bool:
+    """Whether it is an int and not a bool."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def is_number(value: object) -> bool:
-    """Whether it is an int or a float that is finite as a float."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
+def is_number(value: Any) -> bool:
+    """Whether it is an int or a float, and finite as a float."""
+    if not isinstance(value, float) and not is_int(value):
         return False
     try:
         return math.isfinite(value)
@@ -20,5 +22,6 @@ def is_number(value: object) -> bool:
 
 
 def require(condition: bool, error: type[Exception], message: str) -> None:
+    """Raise `error` with `message` unless `condition` holds."""
     if not condition:
         raise error(message)

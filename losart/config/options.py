@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from losart.config.checks import is_int, is_number, require
+from losart.config.checks import is_int, is_number
 from losart.config.model import ModelConfig
 from losart.errors import OptionError
 
@@ -78,36 +78,27 @@ class AttentionConfig:
     planner: str = "auto"
 
     def __post_init__(self) -> None:
-        require(
-            is_int(self.budget) and self.budget > 0,
-            OptionError,
-            f"budget must be a positive number of positions, not {self.budget!r}",
-        )
+        if not (is_int(self.budget) and self.budget > 0):
+            raise OptionError(f"budget must be a positive number of positions, not {self.budget!r}")
         whole = is_int(self.active) and self.active >= 0
         fraction = isinstance(self.active, float) and 0.0 <= self.active <= 1.0
-        require(
-            whole or fraction,
-            OptionError,
-            f"active must be a count of tokens (int, 0 or more) or a fraction of the block "
-            f"(float, 0.0 to 1.0), not {self.active!r}",
-        )
-        require(
-            is_int(self.page_size) and 0 < self.page_size <= LARGEST_PAGE and self.page_size % PAGE_UNIT == 0,
-            OptionError,
-            f"page_size must be a multiple of {PAGE_UNIT} up to {LARGEST_PAGE}, not {self.page_size!r}",
-        )
-        require(
-            is_int(self.dense_layers) and self.dense_layers >= 0,
-            OptionError,
-            f"dense_layers must be 0 or more, not {self.dense_layers!r}",
-        )
+        if not (whole or fraction):
+            raise OptionError(
+                f"active must be a count of tokens (int, 0 or more) or a fraction of the block "
+                f"(float, 0.0 to 1.0), not {self.active!r}"
+            )
+        if not (
+            is_int(self.page_size) and 0 < self.page_size <= LARGEST_PAGE and self.page_size % PAGE_UNIT == 0
+        ):
+            raise OptionError(
+                f"page_size must be a multiple of {PAGE_UNIT} up to {LARGEST_PAGE}, not {self.page_size!r}"
+            )
+        if not (is_int(self.dense_layers) and self.dense_layers >= 0):
+            raise OptionError(f"dense_layers must be 0 or more, not {self.dense_layers!r}")
         for name, choices in CHOICES.items():
             value = getattr(self, name)
-            require(
-                value in choices,
-                OptionError,
-                f"{name} must be {' or '.join(map(repr, choices))}, not {value!r}",
-            )
+            if value not in choices:
+                raise OptionError(f"{name} must be {' or '.join(map(repr, choices))}, not {value!r}")
 
     @property
     def pages_per_query(self) -> int:
@@ -154,42 +145,24 @@ class GenerationConfig:
             ("top_k", 0),
         ):
             value = getattr(self, name)
-            require(
-                is_int(value) and value >= lowest,
-                OptionError,
-                f"{name} must be an integer, {lowest} or more, not {value!r}",
-            )
+            if not (is_int(value) and value >= lowest):
+                raise OptionError(f"{name} must be an integer, {lowest} or more, not {value!r}")
         for name, highest in (
             ("confidence_threshold", 1.0),
             ("eb_threshold", math.inf),
             ("temperature", math.inf),
         ):
             value = getattr(self, name)
-            require(
-                is_number(value) and 0.0 <= value <= highest,
-                OptionError,
-                f"{name} must be a number from 0 to {highest}, not {value!r}",
-            )
-        require(
-            is_number(self.top_p) and 0.0 < self.top_p <= 1.0,
-            OptionError,
-            f"top_p must be above 0 and at most 1, not {self.top_p!r}",
-        )
-        require(
-            self.seed is None or (is_int(self.seed) and self.seed >= 0),
-            OptionError,
-            f"seed must be an integer, 0 or more, not {self.seed!r}",
-        )
-        require(
-            all(isinstance(text, str) and text for text in self.stop),
-            OptionError,
-            f"stop must be a string or a list of non-empty strings, not {self.stop!r}",
-        )
-        require(
-            all(is_int(token) and token >= 0 for token in self.stop_token_ids),
-            OptionError,
-            f"stop_token_ids must be a list of token ids, not {self.stop_token_ids!r}",
-        )
+            if not (is_number(value) and 0.0 <= value <= highest):
+                raise OptionError(f"{name} must be a number from 0 to {highest}, not {value!r}")
+        if not (is_number(self.top_p) and 0.0 < self.top_p <= 1.0):
+            raise OptionError(f"top_p must be above 0 and at most 1, not {self.top_p!r}")
+        if not (self.seed is None or (is_int(self.seed) and self.seed >= 0)):
+            raise OptionError(f"seed must be an integer, 0 or more, not {self.seed!r}")
+        if not all(isinstance(text, str) and text for text in self.stop):
+            raise OptionError(f"stop must be a string or a list of non-empty strings, not {self.stop!r}")
+        if not all(is_int(token) and token >= 0 for token in self.stop_token_ids):
+            raise OptionError(f"stop_token_ids must be a list of token ids, not {self.stop_token_ids!r}")
 
     @property
     def sampling(self) -> tuple[float, int, float, int]:
@@ -241,40 +214,30 @@ def generation_config(model: ModelConfig, options: dict[str, Any]) -> Generation
             hint = f"; did you mean {close[0]!r}?" if close else f"; there are: {', '.join(OPTIONS)}"
             raise OptionError(f"unknown option {name!r}{hint}")
 
-    given = {name: _plain(value) for name, value in options.items() if value is not None}
-    attention = {name: given.pop(name) for name in list(given) if name in _ATTENTION_OPTIONS}
-    attention["method"] = given.pop("attention", AttentionConfig.method)
-    require(
-        isinstance(attention["method"], str),
-        OptionError,
-        f"attention must be the name of a policy, not {attention['method']!r}",
-    )
+    values = {name: _plain(value) for name, value in options.items() if value is not None}
+    attention = {name: values.pop(name) for name in list(values) if name in _ATTENTION_OPTIONS}
+    attention["method"] = values.pop("attention", AttentionConfig.method)
+    if not (isinstance(attention["method"], str)):
+        raise OptionError(f"attention must be the name of a policy, not {attention['method']!r}")
 
-    block_length = given.setdefault("block_length", model.block_length or DEFAULT_BLOCK_LENGTH)
-    given.setdefault("denoising_steps", block_length)
-    given.setdefault("mask_token_id", model.mask_token_id)
-    require(
-        given["mask_token_id"] is not None,
-        OptionError,
-        "the checkpoint does not say its mask token: give mask_token_id",
+    block_length = values.setdefault("block_length", model.block_length or DEFAULT_BLOCK_LENGTH)
+    values.setdefault("denoising_steps", block_length)
+    values.setdefault("mask_token_id", model.mask_token_id)
+    if not (values["mask_token_id"] is not None):
+        raise OptionError("the checkpoint does not say its mask token: give mask_token_id")
+    values["stop_token_ids"] = _as_tuple(
+        "stop_token_ids", values.get("stop_token_ids", model.end_token_ids), int
     )
-    given["stop_token_ids"] = _as_tuple(
-        "stop_token_ids", given.get("stop_token_ids", model.end_token_ids), int
-    )
-    given["stop"] = _as_tuple("stop", given.get("stop", ()), str)
-    config = GenerationConfig(attention=AttentionConfig(**attention), **given)
+    values["stop"] = _as_tuple("stop", values.get("stop", ()), str)
+    config = GenerationConfig(attention=AttentionConfig(**attention), **values)
     for name, token in [("mask_token_id", config.mask_token_id)] + [
         ("stop_token_ids", token) for token in config.stop_token_ids
     ]:
-        require(
-            token < model.vocab_size,
-            OptionError,
-            f"{name}: {token} is outside the vocabulary of {model.vocab_size}",
+        if not (token < model.vocab_size):
+            raise OptionError(f"{name}: {token} is outside the vocabulary of {model.vocab_size}")
+    if not (config.block_length <= model.max_positions):
+        raise OptionError(
+            f"block_length ({config.block_length}) must not be more than the model's max_positions "
+            f"({model.max_positions})"
         )
-    require(
-        config.block_length <= model.max_positions,
-        OptionError,
-        f"block_length ({config.block_length}) must not be more than the model's max_positions "
-        f"({model.max_positions})",
-    )
     return config

@@ -1,16 +1,87 @@
-"""Frequencies of the rotary position embedding."""
+"""The rotary position embedding: its configuration and its frequencies."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 
-from losart.config.model import RopeConfig
+from losart.config.checks import is_int, is_number
+from losart.errors import ConfigError
+
+ROPE_KINDS = ("default", "linear", "yarn", "llama3")
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding.
+
+    Attributes
+    ----------
+    theta : float
+        Base of the frequencies.
+    kind : {"default", "linear", "yarn", "llama3"}
+        How the frequencies are scaled to longer contexts.
+    factor : float
+        Scaling factor (all kinds but "default").
+    original_max_positions : int or None
+        Context length of pre-training (yarn, llama3).
+    attention_factor : float or None
+        yarn: factor on cos and sin; None computes it from `factor` (and the mscales).
+    beta_fast, beta_slow, mscale, mscale_all_dim, truncate
+        yarn (arXiv 2309.00071), named as in Hugging Face's configurations.
+    low_freq_factor, high_freq_factor : float
+        llama3.
+    """
+
+    theta: float = 10000.0
+    kind: str = "default"
+    factor: float = 1.0
+    original_max_positions: int | None = None
+    attention_factor: float | None = None
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in ROPE_KINDS:
+            raise ConfigError(f"rope type {self.kind!r} is not supported; supported: {', '.join(ROPE_KINDS)}")
+        for name in ("theta", "factor", "beta_fast", "beta_slow", "low_freq_factor", "high_freq_factor"):
+            value = getattr(self, name)
+            if not is_number(value) or value <= 0:
+                raise ConfigError(f"rope {name} must be a positive number, not {value!r}")
+        original = self.original_max_positions
+        if self.kind in ("yarn", "llama3") and (original is None or not is_int(original) or original <= 0):
+            raise ConfigError(
+                f"rope type {self.kind!r} needs original_max_position_embeddings, a positive integer, "
+                f"not {original!r}"
+            )
+        if self.kind == "llama3" and self.high_freq_factor <= self.low_freq_factor:
+            raise ConfigError("rope high_freq_factor must be larger than low_freq_factor")
+        if self.kind == "yarn":
+            self._check_yarn()
+
+    def _check_yarn(self) -> None:
+        factor = self.attention_factor
+        if factor is not None and (not is_number(factor) or factor <= 0):
+            raise ConfigError(f"rope attention_factor must be a positive number, not {factor!r}")
+        for name in ("mscale", "mscale_all_dim"):
+            value = getattr(self, name)
+            if value is not None and (not is_number(value) or value < 0):
+                raise ConfigError(f"rope {name} must be a number, 0 or more, not {value!r}")
+        if self.beta_fast <= self.beta_slow:
+            raise ConfigError(
+                f"rope beta_fast ({self.beta_fast}) must be larger than beta_slow ({self.beta_slow})"
+            )
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> tuple[np.ndarray, float]:
-    """Angles per position of each pair of channels, scaled as the configuration asks.
+    """Angle per position of each pair of channels, scaled as the configuration says.
 
     Parameters
     ----------
@@ -23,7 +94,7 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> tuple[np.ndarray, fl
     frequencies : ndarray of float64 [head_dim / 2]
         Radians per position.
     factor : float
-        To be multiplied to cos and sin.
+        Scales cos and sin.
     """
     frequencies = rope.theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     if rope.kind == "linear":
@@ -36,12 +107,12 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> tuple[np.ndarray, fl
 
 
 def _yarn(rope: RopeConfig, frequencies: np.ndarray, head_dim: int) -> np.ndarray:
-    """arXiv 2309.00071: channels that turn often keep their frequency, slow ones are interpolated."""
+    """arXiv 2309.00071: fast channels keep their frequency, slow ones are interpolated."""
     low = _channel_of_rotations(rope, rope.beta_fast, head_dim)
     high = _channel_of_rotations(rope, rope.beta_slow, head_dim)
     if rope.truncate:
         low, high = math.floor(low), math.ceil(high)
-    # The bound of high counts channels, not pairs, as in the authors' code.
+    # As in the authors' code, `high` is bounded by the number of channels, not of pairs.
     low, high = max(low, 0), min(high, head_dim - 1)
     if low == high:
         high += 0.001
@@ -50,7 +121,7 @@ def _yarn(rope: RopeConfig, frequencies: np.ndarray, head_dim: int) -> np.ndarra
 
 
 def _channel_of_rotations(rope: RopeConfig, rotations: float, head_dim: int) -> float:
-    """The pair of channels that turns `rotations` times over the pre-training context."""
+    """The (fractional) pair of channels that rotates `rotations` times over the pre-training context."""
     assert rope.original_max_positions is not None
     positions_per_radian = rope.original_max_positions / (rotations * 2 * math.pi)
     return head_dim * math.log(positions_per_radian) / (2 * math.log(rope.theta))
@@ -69,7 +140,7 @@ def _yarn_factor(rope: RopeConfig) -> float:
 
 
 def _llama3(rope: RopeConfig, frequencies: np.ndarray) -> np.ndarray:
-    """Long waves are stretched, short ones kept, those between blended."""
+    """Long wavelengths are stretched, short ones kept, those in between blended."""
     assert rope.original_max_positions is not None
     wavelengths = 2 * math.pi / frequencies
     kept = (rope.original_max_positions / wavelengths - rope.low_freq_factor) / (

@@ -4,33 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
+from losart.config.precision import Format
 from losart.errors import OutOfMemoryError
 
 CHUNK_POSITIONS, SMALL_CHUNK_POSITIONS = 1024, 256
 FEW_POSITIONS = 8192
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 GROUP_PAGES = 16  # page bounds are laid out in groups of this many pages
-
-
-@dataclass(frozen=True)
-class PageList:
-    """Pages that each kv head reads.
-
-    Attributes
-    ----------
-    ids : int32 [kv_heads, capacity]
-        Rising page ids, valid up to the head's count.
-    counts : int32 [kv_heads]
-    positions : int
-        Positions in all listed pages, summed over kv heads.
-    """
-
-    ids: Any
-    counts: Any
-    positions: int
 
 
 def chunk_positions(page_size: int, expected: int | None = None) -> int:
@@ -51,9 +32,9 @@ class PagedKVCache:
     ----------
     table : PageTable
         Where the pages lie: the backend's own, with `page_size`, `positions_per_chunk`, `capacity`,
-        `dtype`, `kv_shape`, `bounds_dtype`, `bounds_shape`, `add_chunk` and `write`.
+        `kv_format`, `kv_shape`, `bounds_format`, `bounds_shape` and `add_chunk`.
     allocate : callable
-        (shape, dtype) -> an array of zeros.
+        (shape, format) -> an array of zeros.
 
     Attributes
     ----------
@@ -61,7 +42,7 @@ class PagedKVCache:
         Committed positions. The block being denoised begins here.
     """
 
-    def __init__(self, table: Any, allocate: Callable[[tuple[int, ...], str], Any]) -> None:
+    def __init__(self, table: Any, allocate: Callable[[tuple[int, ...], Format], Any]) -> None:
         self.table = table
         self.length = 0
         self._allocate = allocate
@@ -80,7 +61,7 @@ class PagedKVCache:
     def _chunk_bytes(self) -> int:
         table = self.table
         kv, bounds = math.prod(table.kv_shape), math.prod(table.bounds_shape)
-        return kv * BYTES[table.dtype] + bounds * BYTES[table.bounds_dtype]
+        return kv * table.kv_format.itemsize + bounds * table.bounds_format.itemsize
 
     def bytes_for(self, positions: int) -> int:
         """Memory that this many positions take, in whole chunks."""
@@ -97,8 +78,8 @@ class PagedKVCache:
         while self.table.capacity < positions:
             try:
                 chunk = (
-                    self._allocate(self.table.kv_shape, self.table.dtype),
-                    self._allocate(self.table.bounds_shape, self.table.bounds_dtype),
+                    self._allocate(self.table.kv_shape, self.table.kv_format),
+                    self._allocate(self.table.bounds_shape, self.table.bounds_format),
                 )
             except MemoryError as error:
                 missing = -(-(positions - self.table.capacity) // self.table.positions_per_chunk)
@@ -109,16 +90,8 @@ class PagedKVCache:
                 ) from error
             self.table.add_chunk(*chunk)
 
-    def write(self, layer: int, k: Any, v: Any) -> None:
-        """Write one layer's keys and values, [tokens, kv_heads, head_dim], after the prefix.
-
-        They join the prefix when `advance` is called, once all layers are written.
-        """
-        self.reserve(self.length + len(k))
-        self.table.write(layer, self.length, k, v)
-
     def advance(self, tokens: int) -> None:
-        """Take the `tokens` positions last written into the prefix."""
+        """Take `tokens` positions into the prefix: their keys and values are written in all layers."""
         self.length += tokens
 
     def rewind(self, positions: int, multiple: int = 1) -> None:

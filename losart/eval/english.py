@@ -12,7 +12,7 @@ from losart.errors import OptionError
 from losart.eval.tasks import CHAIN_FACTS, TIMES_SET, Task
 
 TOKENS_PER_FACT = 80  # about a sixth of a document is facts
-MOST_FACTS = 200
+MAX_FACTS = 200
 
 _ADJECTIVES = """
 amber azure brass bronze copper coral crimson ebony emerald golden indigo ivory jade lilac marble olive opal
@@ -32,7 +32,7 @@ _TIMES = ["in the morning", "after the rain", "late in autumn", "before supper",
 
 
 def numbers(text: str) -> str:
-    """The numbers of a text in their order: what of an answer has to be right."""
+    """The numbers of a text in their order: the part of an answer that is checked."""
     return " ".join(re.findall(r"\d+", text))
 
 
@@ -46,7 +46,7 @@ def make_text(
     rng : numpy.random.Generator
     task : Task
     length : int
-        Tokens at most; less than a sentence is missing.
+        Tokens at most; the text is less than a sentence shorter.
     count_tokens : callable
         Of a prompt with this text.
 
@@ -60,14 +60,14 @@ def make_text(
         `length` has no room for the facts.
     """
     facts, question, answer = _facts(rng, task, max(length // TOKENS_PER_FACT, 12))
-    # About as much filler as a document can need: a sentence has 6 tokens or more.
+    # Enough filler for any document: a sentence has 6 tokens or more.
     filler = [_filler(rng) for _ in range(length // 6)]
-    places = np.sort(rng.random(len(facts)))
+    positions = np.sort(rng.random(len(facts)))
 
     def text(sentences: int) -> str:
         parts = filler[:sentences]
-        for place, fact in zip(places[::-1], facts[::-1], strict=True):
-            parts.insert(int(place * (sentences + 1)), fact)
+        for position, fact in zip(positions[::-1], facts[::-1], strict=True):
+            parts.insert(int(position * (sentences + 1)), fact)
         return f"{' '.join(parts)}\n\n{question}"
 
     low, high = -1, len(filler)
@@ -90,8 +90,8 @@ def _filler(rng: np.random.Generator) -> str:
 
 
 def _facts(rng: np.random.Generator, task: Task, count: int) -> tuple[list[str], str, str]:
-    """Facts in an order in which they can be told, a question about them, its answer."""
-    count = min(count, MOST_FACTS)
+    """Facts in a random order, a question about them, its answer."""
+    count = min(count, MAX_FACTS)
     chains, repeated = max(3, count // 12), max(1, count // 12)
     singles = max(4, count - chains * CHAIN_FACTS - repeated * TIMES_SET)
     all_names = [f"the {first} {second}" for first in _ADJECTIVES.split() for second in _ANIMALS.split()]
@@ -105,7 +105,7 @@ def _facts(rng: np.random.Generator, task: Task, count: int) -> tuple[list[str],
     repeated_codes = {name: [codes.pop() for _ in range(TIMES_SET)] for name in rest[:repeated]}
     single_codes = {name: codes.pop() for name in rest[repeated:]}
 
-    # Each with a place in the order; a key's codes are told as they were set.
+    # Each with its rank in the order; a key's codes keep the order in which they were set.
     told: list[tuple[float, str]] = []
     for members, code in zip(chain_names, chain_codes, strict=True):
         links = [f"{one.capitalize()} guards {other}." for one, other in itertools.pairwise(members)]

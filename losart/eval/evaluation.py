@@ -7,13 +7,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from losart.config.checks import is_int, require
+from losart.config.checks import is_int
 from losart.errors import OptionError
 from losart.eval.figures import Figures, figures
 from losart.eval.questions import STYLES, find_style, make_questions
 from losart.eval.tasks import TASKS, find_task
-from losart.observe.observation import Progress
-from losart.observe.results import Stats
+from losart.observe.step import Progress, Stats
 
 ANSWER_TOKENS = {"symbols": 16, "english": 64}
 
@@ -39,8 +38,8 @@ class EvalConfig:
     style : {"auto", "symbols", "english"}
         "auto" is English for a checkpoint that chats.
     options : mapping
-        Further options of `Model.generate`, for all cells. `max_new_tokens` is 16 for symbols and
-        64 for English, where it is not given.
+        Further options of `Model.generate`, for all cells. `max_new_tokens` is by default 16 for
+        symbols and 64 for English.
     """
 
     tasks: tuple[str, ...] = tuple(TASKS)
@@ -55,23 +54,19 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         for name in ("tasks", "lengths", "attention", "budgets", "active"):
-            require(len(getattr(self, name)) > 0, OptionError, f"{name} must not be empty")
+            if not len(getattr(self, name)):
+                raise OptionError(f"{name} must not be empty")
         for name in self.tasks:
             find_task(name)
-        require(self.style in STYLES, OptionError, f"style must be {', '.join(STYLES)}, not {self.style!r}")
+        if self.style not in STYLES:
+            raise OptionError(f"style must be {', '.join(STYLES)}, not {self.style!r}")
         for name, lowest in (("samples", 1), ("seed", 0)):
             value = getattr(self, name)
-            require(
-                is_int(value) and value >= lowest,
-                OptionError,
-                f"{name} must be an integer, {lowest} or more, not {value!r}",
-            )
+            if not (is_int(value) and value >= lowest):
+                raise OptionError(f"{name} must be an integer, {lowest} or more, not {value!r}")
         for length in self.lengths:
-            require(
-                is_int(length) and length > 0,
-                OptionError,
-                f"lengths must be positive numbers of tokens, not {length!r}",
-            )
+            if not (is_int(length) and length > 0):
+                raise OptionError(f"lengths must be positive numbers of tokens, not {length!r}")
 
     @property
     def settings(self) -> list[dict[str, Any]]:
@@ -103,8 +98,8 @@ class Cell(Figures):
     accuracy, low, high : float
         Share of right answers and its 95% interval (Wilson).
     prefilled_tokens : int
-        Prompt tokens that went through the model: what a prompt has in common with the one before it
-        did so once.
+        Prompt tokens that went through the model; what a prompt has in common with the one before it
+        is counted once.
     """
 
     task: str
@@ -130,7 +125,7 @@ def evaluate(
     model : losart.Model
     config : EvalConfig, optional
     on_cell : callable, optional
-        Called with each cell's figures when they are there.
+        Called with each cell's figures once it is measured.
     progress : callable, optional
         Called after each question with questions done and in all.
 
@@ -150,7 +145,7 @@ def evaluate(
     for length in config.lengths:
         for name in config.tasks:
             for setting in settings:
-                session = model.session(**shared, **setting)  # prefills a document once for its questions
+                session = model.session(**shared, **setting)  # prefills a document once
                 right, stats = 0, []
                 for question in make_questions(
                     model, TASKS[name], length, config.samples, config.seed, style
@@ -168,7 +163,7 @@ def evaluate(
 
 
 def check_config(model: Any, config: EvalConfig) -> str:
-    """Check that a model can be measured so; returns the style of its questions.
+    """Check that a model can be measured with a configuration; returns the style of its questions.
 
     Raises
     ------
@@ -177,15 +172,14 @@ def check_config(model: Any, config: EvalConfig) -> str:
     """
     style = find_style(model, config.style)
     for setting in config.settings:
-        model.session(**shared_options(config, style), **setting)  # refuses wrong options
+        model.session(**shared_options(config, style), **setting)  # rejects wrong options
     for length in config.lengths:
-        require(
-            length < model.config.max_positions,
-            OptionError,
-            f"lengths: {length} tokens and an answer do not fit the model's {model.config.max_positions} "
-            f"positions",
-        )
-        for name in config.tasks:  # refuses lengths that have no room for the facts
+        if not (length < model.config.max_positions):
+            raise OptionError(
+                f"lengths: {length} tokens and an answer do not fit the model's {model.config.max_positions} "
+                f"positions"
+            )
+        for name in config.tasks:  # rejects lengths that have no room for the facts
             next(make_questions(model, TASKS[name], length, 1, config.seed, style))
     return style
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from losart.observe.results import Stats
+from losart.observe.step import Stats
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,6 @@ def figures(setting: Mapping[str, Any], stats: Sequence[Stats]) -> dict[str, Any
 
 
 def mean(values: Iterable[float | None]) -> float | None:
-    """Mean of those that are there; None without any."""
-    there = [value for value in values if value is not None]
-    return sum(there) / len(there) if there else None
+    """Mean of the values that are not None; None without any."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from losart.api.prompts import prompt_ids
 from losart.attention import DensePolicy
-from losart.attention.policy import PassKind
 from losart.config.options import generation_config
-from losart.engine.decode import BlockDecoder
-from losart.engine.kv_cache import PagedKVCache
-from losart.engine.output import Output
+from losart.engine.batch import PassKind
+from losart.engine.engine import Engine
 from losart.errors import OptionError
 from losart.eval.evaluation import EvalConfig, check_config, shared_options
 from losart.eval.questions import make_questions
 from losart.eval.tasks import TASKS
-from losart.observe.observation import Progress
+from losart.loaders.tokenizer import prompt_ids
+from losart.observe.step import Progress
 
 TOP = (1, 3, 5, 8)  # tokens of a block
 COUNTED = 5  # of the tokens that changed most: what they are
@@ -69,21 +67,21 @@ class QueryChanges(DensePolicy):
         super().__init__(*args)
         self.rows: list[list[np.ndarray]] = [[] for _ in range(self.model.num_layers)]
         self._queries: dict[int, np.ndarray] = {}
+        self._masked = np.empty(0, np.int32)
         self._kinds = np.empty(0, np.int64)
 
-    def begin_pass(self, kind: PassKind, prefix_length: int, masked: np.ndarray | Sequence[int] = ()) -> None:
-        if kind is not PassKind.FIRST:
-            unmasked = np.setdiff1d(self.masked, masked)
-            self._kinds = token_kinds(self.block_length, unmasked)
-        super().begin_pass(kind, prefix_length, masked)
-
-    def attend(self, backend: Any, layer: int, q: Any, k: Any, v: Any, cache: PagedKVCache) -> Any:
-        if self.kind is PassKind.LATER:
+    def attend(self, backend: Any, layer: int, q: Any, k: Any, v: Any, batch: Any) -> Any:
+        (sequence,) = batch.sequences
+        if layer == 0:
+            if batch.kind is not PassKind.FIRST:
+                self._kinds = token_kinds(self.block_length, np.setdiff1d(self._masked, sequence.masked))
+            self._masked = sequence.masked
+        if batch.kind is PassKind.LATER:
             change = np.square(q.astype(np.float64) - self._queries[layer]).mean(axis=(1, 2))
             if change.sum() > 0:
                 self.rows[layer].append(shares(change, self._kinds))
         self._queries[layer] = q.copy()
-        return super().attend(backend, layer, q, k, v, cache)
+        return super().attend(backend, layer, q, k, v, batch)
 
 
 def token_kinds(block_length: int, unmasked: np.ndarray) -> np.ndarray:
@@ -106,14 +104,14 @@ def shares(change: np.ndarray, kinds: np.ndarray) -> np.ndarray:
     order = np.argsort(-change, kind="stable")
     within = np.cumsum(change[order]) / change.sum()
     top = [within[min(count, len(change)) - 1] for count in TOP]
-    most = kinds[order[:COUNTED]]
+    changed_most = kinds[order[:COUNTED]]
     every = range(len(KINDS))
     by_change = [change[kinds == kind].sum() / change.sum() for kind in every]
     return np.array(
         [
             *top,
             *by_change,
-            *((most == kind).mean() for kind in every),
+            *((changed_most == kind).mean() for kind in every),
             *((kinds == kind).mean() for kind in every),
         ]
     )
@@ -147,22 +145,16 @@ def measure_locality(
         raise OptionError("locality is measured on the CPU: load the model with device='cpu'")
     style = check_config(model, config)
     options = generation_config(model.config, shared_options(config, style))
-    rows: list[list[np.ndarray]] = [[] for _ in range(model.config.num_layers)]
+    transformer = copy.copy(model._engine.runner)
+    policy = QueryChanges(options.attention, model.config, options.block_length)
+    transformer.policies = {(options.attention, options.block_length): policy}
+    engine, rows = Engine(transformer), policy.rows
     done, total = 0, len(config.lengths) * len(config.tasks) * config.samples
     for length in config.lengths:
         for name in config.tasks:
             for question in make_questions(model, TASKS[name], length, config.samples, config.seed, style):
-                policy = QueryChanges(options.attention, model.config, options.block_length)
                 ids = prompt_ids(question.prompt, model.config, model.tokenizer, model.chat_template)
-                output = Output(options.max_new_tokens, options.stop_token_ids)
-                # Not Model.generate, which makes its policy itself.
-                transformer = model._transformer
-                expected = len(ids) + options.max_new_tokens
-                cache = transformer.backend.new_cache(options.attention.page_size, expected)
-                for _ in BlockDecoder(transformer, options, policy, cache, output).run(ids):
-                    pass
-                for layer, more in zip(rows, policy.rows, strict=True):
-                    layer += more
+                engine.submit(ids, options).result()
                 done += 1
                 if progress is not None:
                     progress(done, total)

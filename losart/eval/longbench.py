@@ -14,10 +14,9 @@ from losart.errors import OptionError
 from losart.eval.evaluation import EvalConfig
 from losart.eval.figures import Figures, figures, mean
 from losart.eval.longbench_data import PLAIN, Dataset, read_dataset
-from losart.observe.observation import Progress
-from losart.observe.results import Stats
+from losart.observe.step import Progress, Stats
 
-TEMPLATE_ROOM = 128  # tokens left for the chat template, and for what decoding and encoding again adds
+TEMPLATE_ROOM = 128  # tokens left for the chat template, and for what decoding and encoding again add
 
 
 @dataclass(frozen=True)
@@ -57,13 +56,13 @@ def evaluate_longbench(
     datasets : sequence of str
         Some of `losart.eval.longbench_data.DATASETS`.
     config : EvalConfig
-        Its attention settings, seed and options. `max_new_tokens` wins over dataset2maxlen.json.
+        Its attention settings, seed and options. `max_new_tokens` overrides dataset2maxlen.json.
     samples : int, optional
         Only the first questions of each data set.
     max_prompt_tokens : int, optional
         Longer prompts lose their middle. Default: what the model has positions for.
     on_score : callable, optional
-        Called with each score when it is there; at the end with the averages of each setting.
+        Called with each score once it is measured; at the end with the averages of each setting.
     progress : callable, optional
         Called after each question with questions done and in all.
 
@@ -80,7 +79,7 @@ def evaluate_longbench(
     settings = config.settings
     options = [_options(config, one) for one in sets]
     for setting in settings:
-        model.session(**options[0], **setting)  # refuses wrong options
+        model.session(**options[0], **setting)  # rejects wrong options
     rooms = [_room(model, one["max_new_tokens"], max_prompt_tokens) for one in options]
 
     done, total = 0, len(settings) * sum(len(one.items) for one in sets)
@@ -112,17 +111,17 @@ def _options(config: EvalConfig, dataset: Dataset) -> dict[str, Any]:
 
 
 def _room(model: Any, new_tokens: int, asked: int | None) -> int:
-    most = model.config.max_positions - new_tokens - TEMPLATE_ROOM
-    if most < 2 or (asked is not None and not 2 <= asked <= most):
+    room = model.config.max_positions - new_tokens - TEMPLATE_ROOM
+    if room < 2 or (asked is not None and not 2 <= asked <= room):
         raise OptionError(
-            f"lengths: prompts of LongBench must have 2 to {most} tokens, since the model has "
+            f"lengths: prompts of LongBench must have 2 to {room} tokens, since the model has "
             f"{model.config.max_positions} positions and answers may have {new_tokens} tokens"
         )
-    return most if asked is None else asked
+    return room if asked is None else asked
 
 
 def _average(scores: Sequence[Score]) -> Score:
-    """The mean over data sets, each counting the same."""
+    """The mean over data sets, with equal weights."""
     first = scores[0]
     return Score(
         attention=first.attention,
@@ -159,11 +158,11 @@ def best_f1(dataset: str, text: str, answers: Sequence[str]) -> float:
 
 def f1(text: str, answer: str) -> float:
     """F1 of the words that two texts share, normalised: LongBench's qa_f1_score."""
-    given, wanted = normalise(text).split(), normalise(answer).split()
-    shared = sum((Counter(given) & Counter(wanted)).values())
+    words, wanted = normalise(text).split(), normalise(answer).split()
+    shared = sum((Counter(words) & Counter(wanted)).values())
     if shared == 0:
         return 0.0
-    precision, recall = shared / len(given), shared / len(wanted)
+    precision, recall = shared / len(words), shared / len(wanted)
     return 2 * precision * recall / (precision + recall)
 
 

@@ -60,16 +60,16 @@ def read_dataset(directory: Path, name: str, samples: int | None = None) -> Data
         )
     file = directory / "data" / f"{name}.jsonl"
     items: list[Item] = []
-    for place, row in _rows(file):
+    for line, row in _rows(file):
         if samples is not None and len(items) == samples:
             break
         answers = row.get("answers")
         if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
-            raise DataError(f"{place}: answers must be a list of strings")
+            raise DataError(f"{line}: answers must be a list of strings")
         try:
             items.append(Item(template.format(**row), answers))
         except (KeyError, IndexError, ValueError, AttributeError) as error:
-            raise DataError(f"{place}: does not fit the prompt of {name!r}: {error!r}") from error
+            raise DataError(f"{line}: does not fit the prompt of {name!r}: {error!r}") from error
     if not items:
         raise DataError(f"{file}: no questions")
     return Dataset(name, items, limit)
@@ -83,10 +83,10 @@ def find_datasets(directory: Path) -> list[str]:
     DataError
         When there is none.
     """
-    found = [name for name in DATASETS if (directory / "data" / f"{name}.jsonl").is_file()]
-    if not found:
+    datasets = [name for name in DATASETS if (directory / "data" / f"{name}.jsonl").is_file()]
+    if not datasets:
         raise DataError(f"{directory}: no data/NAME.jsonl of LongBench for any of {', '.join(DATASETS)}")
-    return found
+    return datasets
 
 
 def _config(directory: Path, name: str) -> dict[str, Any]:
@@ -95,7 +95,7 @@ def _config(directory: Path, name: str) -> dict[str, Any]:
 
 
 def _rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each line's place and its object."""
+    """Each line's number, for messages, and its object."""
     for number, line in enumerate(read_text(file).split("\n"), 1):
         if not line.strip():
             continue

@@ -41,14 +41,14 @@ class Question:
 
 
 def find_style(model: Any, style: str = "auto") -> str:
-    """The style of a checkpoint's questions, one of `STYLES`; what "auto" is for it.
+    """The style of a checkpoint's questions, one of `STYLES`, with "auto" resolved.
 
-    It is English where there is a chat template, or a tokenizer that does not know the symbols.
+    "auto" is English for a checkpoint with a chat template, or whose tokenizer does not know the symbols.
 
     Raises
     ------
     OptionError
-        The style needs a tokenizer that the checkpoint has not.
+        The style needs a tokenizer that the checkpoint lacks.
     """
     if model.tokenizer is None:
         raise OptionError("the checkpoint has no tokenizer.json: its questions cannot be written")
@@ -63,7 +63,7 @@ def find_style(model: Any, style: str = "auto") -> str:
 def make_questions(
     model: Any, task: Task, length: int, samples: int, seed: int, style: str
 ) -> Iterator[Question]:
-    """Questions: in "symbols" up to 8 in turn about one document, in "english" each about its own.
+    """Questions: in "symbols" up to 8 in a row about one document, in "english" each about its own.
 
     Parameters
     ----------
@@ -71,9 +71,9 @@ def make_questions(
         Its tokenizer and chat template are used.
     task : Task
     length : int
-        Tokens of a prompt: exactly so many in "symbols", a sentence less at most in "english".
+        Tokens of a prompt: exactly so many in "symbols", less by at most a sentence in "english".
     samples, seed : int
-        The first of more questions are the same.
+        With more samples the first questions stay the same.
     style : {"symbols", "english"}
     """
     documents = (
@@ -88,7 +88,7 @@ def make_questions(
 
 
 def _symbolic(rng: np.random.Generator, task: Task, length: int) -> Iterator[Question]:
-    """Questions about a document that share no fact: one that is hard to find counts but once."""
+    """Questions about a document that share no fact, so that one that is hard to find counts only once."""
     batch = symbols.make_batch(
         rng, 1, length, {task.name: 1.0}, questions=QUESTIONS_PER_DOCUMENT, split="eval"
     )

@@ -1,4 +1,4 @@
-"""The facts of symbolic documents: which keys have which values, and in which order they are told."""
+"""The facts of symbolic documents: keys, values, and the order in which they appear."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from losart.eval.tasks import CHAIN_FACTS, TIMES_SET
 from losart.eval.vocabulary import SYMBOLS
 
-PARTS = 8  # of the pairs of symbols; one of them is evaluation's
+PARTS = 8  # of the pairs of symbols; evaluation has one of them
 
 
 @dataclass(frozen=True)
@@ -52,14 +52,14 @@ class SymbolFacts:
         )
 
     def order(self, rng: np.random.Generator) -> np.ndarray:
-        """A random order in which they can be told: the place of each of `listed`, [rows, facts]."""
+        """A random order: the rank of each of `listed`, [rows, facts]. Repeated ones keep their order."""
         rows, repeated = self.repeated_keys.shape[:2]
         facts = self.first_single + self.single_keys.shape[1]
-        places = rng.permuted(np.tile(np.arange(facts), (rows, 1)), axis=1)
+        ranks = rng.permuted(np.tile(np.arange(facts), (rows, 1)), axis=1)
         times = slice(self.first_repeated, self.first_single)
-        in_order = np.sort(places[:, times].reshape(rows, repeated, TIMES_SET), axis=-1)
-        places[:, times] = in_order.reshape(rows, -1)
-        return places
+        in_order = np.sort(ranks[:, times].reshape(rows, repeated, TIMES_SET), axis=-1)
+        ranks[:, times] = in_order.reshape(rows, -1)
+        return ranks
 
     @property
     def first_repeated(self) -> int:
@@ -105,16 +105,16 @@ def is_evaluation_key(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 def _draw_keys(rng: np.random.Generator, rows: int, count: int, alike: int, split: str) -> np.ndarray:
     """Keys [rows, count, 2], different within a row; the last `alike` begin as the first ones do."""
     keys = np.empty((rows, count, 2), np.int64)
-    todo = np.arange(rows)
-    while len(todo):
-        first = rng.integers(SYMBOLS, size=(len(todo), count))
+    pending = np.arange(rows)
+    while len(pending):
+        first = rng.integers(SYMBOLS, size=(len(pending), count))
         if alike:
             first[:, count - alike :] = first[:, :alike]
-        # The remainder of the sum says whose the key is (`is_evaluation_key`).
+        # The remainder of the sum says which split has the key (`is_evaluation_key`).
         lowest, parts = (0, 1) if split == "eval" else (1, PARTS - 1)
         remainder = lowest + rng.integers(parts, size=first.shape)
         second = rng.integers(SYMBOLS // PARTS, size=first.shape) * PARTS + (remainder - first) % PARTS
-        keys[todo, :, 0], keys[todo, :, 1] = first, second
+        keys[pending, :, 0], keys[pending, :, 1] = first, second
         codes = np.sort(first * SYMBOLS + second, axis=1)
-        todo = todo[(codes[:, 1:] == codes[:, :-1]).any(axis=1)]
+        pending = pending[(codes[:, 1:] == codes[:, :-1]).any(axis=1)]
     return keys

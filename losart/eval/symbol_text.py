@@ -18,15 +18,15 @@ def document_text(ids: Iterable[int]) -> str:
     """A document in lines: facts as `Baki-zomu: tafi-podi.` among words."""
     words, names = [], vocabulary()
     ids = [int(token) for token in ids]
-    place = 0
-    while place < len(ids):
-        if ids[place] >= FIRST_SYMBOL:
-            a, b, c, d = (names[token] for token in ids[place : place + FACT])
+    index = 0
+    while index < len(ids):
+        if ids[index] >= FIRST_SYMBOL:
+            a, b, c, d = (names[token] for token in ids[index : index + FACT])
             words.append(f"{a.capitalize()}-{b}: {c}-{d}.")
-            place += FACT
+            index += FACT
         else:
-            words.append(names[ids[place]])
-            place += 1
+            words.append(names[ids[index]])
+            index += 1
     return textwrap.fill(" ".join(words), COLUMNS, break_on_hyphens=False, break_long_words=False)
 
 

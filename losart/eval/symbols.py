@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from losart.config.checks import is_int, require
+from losart.config.checks import is_int
 from losart.errors import OptionError
 from losart.eval.symbol_facts import SymbolFacts, draw_facts
 from losart.eval.tasks import CHAIN_FACTS, TASKS, TIMES_SET, Task
@@ -29,7 +29,7 @@ from losart.eval.vocabulary import ASK, EARLIER, END, FIRST_FILLER, FIRST_SYMBOL
 BLOCK = 16  # tokens of a question, and of an answer
 FACT = 4  # tokens of a fact
 SHORTEST = 128  # tokens of a prompt
-MOST_FACTS = 256
+MAX_FACTS = 256
 TOKENS_PER_FACT = 20
 SPLITS = ("train", "eval")
 
@@ -57,7 +57,7 @@ class SymbolBatch:
 
 def fact_count(tokens: int) -> int:
     """Facts of a document of that many tokens."""
-    return min(MOST_FACTS, max(tokens // TOKENS_PER_FACT, 12))
+    return min(MAX_FACTS, max(tokens // TOKENS_PER_FACT, 12))
 
 
 def make_batch(
@@ -81,9 +81,9 @@ def make_batch(
     length : int
         Tokens of a prompt, that is of a document and one question; a multiple of 16, 128 or more.
     tasks : mapping of str to float, optional
-        Weights of the tasks by name; default: all alike.
+        Weights of the tasks by name; default: equal ones.
     questions : int
-        To each document.
+        Per document.
     facts : int, optional
         Of a document, 12 or more; default: `fact_count`. Of these an eighth begins a chain of three,
         and a sixteenth sets a key for the first of three times. A quarter of the single facts share
@@ -101,7 +101,8 @@ def make_batch(
     _check(length, facts, split)
     wanted = dict.fromkeys(TASKS, 1.0) if tasks is None else dict(tasks)
     for name in wanted:
-        require(name in TASKS, OptionError, f"tasks must be among {', '.join(TASKS)}, not {name!r}")
+        if name not in TASKS:
+            raise OptionError(f"tasks must be among {', '.join(TASKS)}, not {name!r}")
 
     drawn_facts = draw_facts(rng, rows, facts, split)
     listed = drawn_facts.listed
@@ -113,39 +114,38 @@ def make_batch(
         row, column = np.nonzero(drawn == index)
         if len(row):
             number = _ask(rng, task, drawn_facts, len(row))
-            found = row[:, None, None], number
+            which = row[:, None, None], number
             asked[row, column], answers[row, column], sources[row, column] = _blocks(
-                task, listed[found], starts[found]
+                task, listed[which], starts[which]
             )
     return SymbolBatch(documents, asked, answers, drawn, sources)
 
 
 def _check(length: int, facts: int, split: str) -> None:
-    require(
-        is_int(length) and length >= SHORTEST and length % BLOCK == 0,
-        OptionError,
-        f"lengths of symbolic prompts must be multiples of {BLOCK}, {SHORTEST} or more, not {length!r}",
-    )
-    require(
-        is_int(facts) and 12 <= facts <= (length - BLOCK) // FACT,
-        OptionError,
-        f"facts must be an integer from 12 to {(length - BLOCK) // FACT} here, not {facts!r}",
-    )
-    require(split in SPLITS, OptionError, f"split must be {' or '.join(SPLITS)}, not {split!r}")
+    if not (is_int(length) and length >= SHORTEST and length % BLOCK == 0):
+        raise OptionError(
+            f"lengths of symbolic prompts must be multiples of {BLOCK}, {SHORTEST} or more, not {length!r}"
+        )
+    if not (is_int(facts) and 12 <= facts <= (length - BLOCK) // FACT):
+        raise OptionError(
+            f"facts must be an integer from 12 to {(length - BLOCK) // FACT} here, not {facts!r}"
+        )
+    if split not in SPLITS:
+        raise OptionError(f"split must be {' or '.join(SPLITS)}, not {split!r}")
 
 
 def _documents(
     rng: np.random.Generator, tokens: int, listed: np.ndarray, order: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Facts [rows, facts, 4], told in an order [rows, facts], at random places among filler.
+    """Facts [rows, facts, 4] in an order [rows, facts], at random positions among filler.
 
     Ids [rows, tokens], and where each fact starts [rows, facts].
     """
     rows, facts, _ = listed.shape
     documents = rng.integers(FIRST_FILLER, FIRST_SYMBOL, size=(rows, tokens), dtype=np.int32)
-    room = tokens - (FACT - 1) * facts  # a fact takes one place here, and opens three more
-    places = np.argpartition(rng.random((rows, room), dtype=np.float32), facts - 1, axis=1)[:, :facts]
-    in_order = np.sort(places, axis=1) + (FACT - 1) * np.arange(facts)
+    room = tokens - (FACT - 1) * facts  # a fact takes one position here, and adds three
+    positions = np.argpartition(rng.random((rows, room), dtype=np.float32), facts - 1, axis=1)[:, :facts]
+    in_order = np.sort(positions, axis=1) + (FACT - 1) * np.arange(facts)
     row = np.arange(rows)[:, None]
     starts = in_order[row, order]
     documents[row[:, :, None], starts[:, :, None] + np.arange(FACT)] = FIRST_SYMBOL + listed
@@ -166,7 +166,7 @@ def _ask(rng: np.random.Generator, task: Task, facts: SymbolFacts, count: int) -
 
 
 def _distinct(rng: np.random.Generator, rows: int, high: int, count: int) -> np.ndarray:
-    """`count` different numbers below `high` a row."""
+    """`count` different numbers below `high` per row."""
     return np.argsort(rng.random((rows, high), dtype=np.float32), axis=1)[:, :count]
 
 

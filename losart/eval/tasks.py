@@ -16,7 +16,7 @@ class Task:
     keys : int
         Keys asked at once.
     hops : int
-        Facts from a key to its answer: the value of one is the key of the next. All values on the
+        Facts from a key to its answer: the value of one is the key of the next. All values along the
         way are part of the answer.
     values : int
         Values asked of a key, the one set last first.

@@ -15,7 +15,7 @@ VOCABULARY_SIZE = 1280
 FIRST_FILLER = len(MARKS)
 FIRST_SYMBOL = VOCABULARY_SIZE - SYMBOLS
 
-# Everyday words, none of which has the form of a symbol.
+# Everyday words, none of which looks like a symbol.
 _FILLER = """
 the a of and to in was it for on with as at by from that this when while where before after then there
 over under near beyond along across around between behind above below inside outside through toward

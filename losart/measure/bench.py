@@ -11,20 +11,20 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from losart.api.model import Model
-from losart.attention import make_policy
-from losart.attention.policy import AttentionPolicy, PassKind
-from losart.backends.base import PassInputs
-from losart.config.checks import require
 from losart.config.model import ModelConfig
-from losart.config.options import PAGE_UNIT, AttentionConfig, generation_config
-from losart.engine.decode import prefill
+from losart.config.options import PAGE_UNIT, AttentionConfig, GenerationConfig, generation_config
+from losart.engine.batch import PassBatch, PassKind, SequencePass
+from losart.engine.engine import Engine
+from losart.engine.kv_cache import PagedKVCache
+from losart.engine.sequence import ReadLog
 from losart.errors import OptionError
+from losart.models.transformer import Transformer
 
 CHANGED = 2  # tokens of the block that differ from pass to pass
 PREFILLED = 256  # last tokens of the prefix that are always prefilled, and timed
@@ -54,11 +54,10 @@ def check_prefix(model: ModelConfig, prefix: int, block_length: int) -> None:
     OptionError
     """
     room, step = model.max_positions - block_length, math.lcm(PAGE_UNIT, block_length)
-    require(
-        0 < prefix <= room and prefix % step == 0,
-        OptionError,
-        f"lengths must be multiples of {step}, of whole pages and blocks, up to {room}, not {prefix}",
-    )
+    if not (0 < prefix <= room and prefix % step == 0):
+        raise OptionError(
+            f"lengths must be multiples of {step}, of whole pages and blocks, up to {room}, not {prefix}"
+        )
 
 
 class NoiseBlocks:
@@ -84,10 +83,10 @@ class NoiseBlocks:
 
     def __init__(self, model: Model, prefix: int, block_length: int) -> None:
         check_prefix(model.config, prefix, block_length)
-        self.transformer = model._transformer
-        self.config = generation_config(model.config, {"block_length": block_length})
-        self.block_length = block_length
-        self.cache = self.transformer.backend.new_cache(PAGE_UNIT, prefix + block_length)
+        self.engine: Engine = model._engine
+        self.transformer: Any = self.engine.runner
+        self.config = generation_config(model.config, {"block_length": block_length, "page_size": PAGE_UNIT})
+        self.cache = self.transformer.new_cache(self.config, prefix + block_length)
         self._rng = np.random.default_rng(0)
         self._ids = self._random_ids(block_length)
         step = math.lcm(PAGE_UNIT, block_length)
@@ -103,46 +102,90 @@ class NoiseBlocks:
             self._prefill(tokens)
             return
         model = self.transformer.config
+        self.cache.reserve(tokens)
         for layer in range(model.num_layers):
-            self.cache.write(layer, *noise((tokens, model.num_kv_heads, model.head_dim), layer))
+            self.cache.table.write(layer, 0, *noise((tokens, model.num_kv_heads, model.head_dim), layer))
         self.cache.advance(tokens)
 
     def _prefill(self, tokens: int) -> None:
-        prefill(self.transformer, self._random_ids(tokens), self.cache, self.block_length)
-
-    def later_policy(self, attention: AttentionConfig) -> AttentionPolicy:
-        """A policy that has seen the first pass of a block; the passes that follow are later ones."""
-        policy = make_policy(attention, self.transformer.config, self.block_length)
-        self._first_pass(policy)
-        self._begin(policy, PassKind.LATER)
-        return policy
-
-    def _first_pass(self, policy: AttentionPolicy) -> None:
-        policy.begin_block()
-        self._begin(policy, PassKind.FIRST)
-        self.denoising_pass(policy)
-
-    def _begin(self, policy: AttentionPolicy, kind: PassKind) -> None:
-        policy.begin_pass(kind, self.cache.length, np.arange(self.block_length))
-
-    def denoising_pass(self, policy: AttentionPolicy) -> None:
-        """A pass over a block of which a few tokens changed, and proposals for all of it."""
-        changed = min(CHANGED, self.block_length)
-        self._ids[self._rng.choice(self.block_length, changed, replace=False)] = self._random_ids(changed)
-        inputs = PassInputs(self._ids, np.arange(self.block_length), np.zeros(self.block_length))
-        self.transformer.denoise(inputs, self.cache, policy, self.config)
+        # What the cache holds already needs ids too; they are not looked at.
+        prompt = [*[0] * self.cache.length, *self._random_ids(tokens).tolist()]
+        self.engine.prefill(self.engine.sequence(prompt, self.config, self.cache))
 
     def pass_times(self, attention: AttentionConfig, repeats: int) -> PassTimes:
         """Time the first and a later pass of this many blocks, after one block that does not count."""
-        policy = make_policy(attention, self.transformer.config, self.block_length)
+        passes = self.passes(attention)
 
-        def later() -> None:
-            self._begin(policy, PassKind.LATER)
-            self.denoising_pass(policy)
+        def seconds(kind: PassKind) -> float:
+            return _seconds(lambda: passes.run(kind))
 
-        times = [(_seconds(lambda: self._first_pass(policy)), _seconds(later)) for _ in range(repeats + 1)]
-        first, later_ = (statistics.median(seconds) for seconds in zip(*times[1:], strict=True))
-        return PassTimes(first, later_, policy.reads.sparse_density)
+        times = [(seconds(PassKind.FIRST), seconds(PassKind.LATER)) for _ in range(repeats + 1)]
+        passes.close()
+        first, later = (statistics.median(column) for column in zip(*times[1:], strict=True))
+        return PassTimes(first, later, passes.reads.sparse_density)
+
+    def passes(self, attention: AttentionConfig) -> BlockPasses:
+        """Denoising passes over a block, with these attention options."""
+        options = replace(self.config, attention=attention)
+        return BlockPasses(self.transformer, self.cache, options, self.changed_ids)
+
+    def changed_ids(self) -> np.ndarray:
+        """The block's ids, of which a few differ from those of the call before."""
+        tokens = len(self._ids)
+        changed = min(CHANGED, tokens)
+        self._ids[self._rng.choice(tokens, changed, replace=False)] = self._random_ids(changed)
+        return self._ids.copy()
+
+
+class BlockPasses:
+    """Denoising passes over the block after a cache's prefix, with proposals for all of it.
+
+    Parameters
+    ----------
+    transformer : Transformer
+    cache : PagedKVCache
+    options : GenerationConfig
+    ids : callable
+        Called for the block's ids of each pass: int64 [block_length].
+
+    Attributes
+    ----------
+    reads : ReadLog
+    """
+
+    def __init__(
+        self,
+        transformer: Transformer,
+        cache: PagedKVCache,
+        options: GenerationConfig,
+        ids: Callable[[], np.ndarray],
+    ) -> None:
+        self._transformer = transformer
+        self._cache = cache
+        self._options = options
+        self._ids = ids
+        self._slot = transformer.new_slot(options)
+        self.reads = ReadLog(options.block_length)
+
+    def batch(self, kind: PassKind) -> PassBatch:
+        """The next pass, of this kind."""
+        tokens, length = self._options.block_length, self._cache.length
+        self._cache.reserve(length + tokens)
+        request = SequencePass(
+            *(kind, self._ids(), length, self._options, self._cache, self._slot),
+            masked=np.arange(tokens, dtype=np.int32),
+            uniforms=np.zeros(tokens),
+        )
+        return PassBatch((request,))
+
+    def run(self, kind: PassKind) -> None:
+        """Run the next pass."""
+        result = self._transformer.forward(self.batch(kind))
+        self.reads.add(result.reads[0], self._cache.length, self._transformer.config.num_kv_heads)
+
+    def close(self) -> None:
+        """No pass follows."""
+        self._transformer.free_slot(self._slot)
 
 
 def noise(shape: tuple[int, int, int], layer: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,4 +1,4 @@
-"""What losart runs on. Nothing here fails: what cannot be found out is None."""
+"""What losart runs on. Nothing here fails: what is unknown is None."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-import losart
 import losart.backends.cpu.attention_kernels as kernels
 from losart.backends import cuda_problem
 from losart.kernels_cu.compiler import cache_folder, nvrtc_version
 from losart.kernels_cu.prebuilt import prebuilt_counts
+from losart.version import __version__
 
 Fact = TypeVar("Fact")
 
@@ -22,7 +22,7 @@ VECTORS = {2: "AVX-512", 1: "AVX2"}
 
 
 def _known(read: Callable[[], Fact]) -> Fact | None:
-    """What `read` gives, None where it fails, for whatever reason: drivers and their libraries have many."""
+    """What `read` returns, or None where it fails: drivers and their libraries raise errors of many kinds."""
     try:
         return read()
     except Exception:
@@ -30,13 +30,13 @@ def _known(read: Callable[[], Fact]) -> Fact | None:
 
 
 def environment() -> dict[str, Any]:
-    """Versions, processor, GPU or why there is none, prebuilt and cached kernels; JSON types alone."""
+    """Versions, CPU, GPU or why there is none, prebuilt and cached kernels; JSON types alone."""
     try:
         problem = cuda_problem()
     except Exception as error:
         problem = f"CuPy fails: {error}"
     return {
-        "losart": losart.__version__,
+        "losart": __version__,
         "python": platform.python_version(),
         "system": platform.platform(),
         "cpu": {"name": cpu_name(), "threads": kernels.threads_in_use(), "vectors": _vectors()},
@@ -50,7 +50,7 @@ def environment() -> dict[str, Any]:
 
 
 def cpu_name() -> str:
-    """The processor's name where the system tells it."""
+    """The CPU's name, as far as the system tells it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
     except OSError:
@@ -66,7 +66,7 @@ def _vectors() -> str:
 
 
 def _gpu() -> dict[str, Any]:
-    """The device that losart would take."""
+    """The device that losart would use."""
     from cupy import cuda
 
     device = cuda.Device()
@@ -82,9 +82,9 @@ def _gpu() -> dict[str, Any]:
 
 
 def _driver_version() -> str | None:
-    said = Path("/proc/driver/nvidia/version").read_text()
-    found = re.search(r"Kernel Module.*?(\d+(?:\.\d+)+)", said)
-    return found.group(1) if found else None
+    text = Path("/proc/driver/nvidia/version").read_text()
+    match = re.search(r"Kernel Module.*?(\d+(?:\.\d+)+)", text)
+    return match.group(1) if match else None
 
 
 def _cupy_version() -> str:

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from losart.backends import make_backend
-from losart.config.checks import is_int, require
-from losart.config.model import DTYPES, ModelConfig
+from losart.config.checks import is_int
+from losart.config.model import ModelConfig
 from losart.config.options import AttentionConfig, generation_config
-from losart.engine.kv_cache import BYTES
+from losart.config.precision import DTYPES, FLOAT32, FORMATS, Precision
 from losart.errors import OptionError
 from losart.loaders import Checkpoint, MappedTensor
 
@@ -29,8 +29,8 @@ def inspection(
     device, dtype : str
         As :func:`losart.load`'s.
     contexts : sequence of int
-        Lengths to give the size of the KV cache for; those of `CONTEXTS` that the model has, and all
-        of its positions, where there are none.
+        Lengths to compute the size of the KV cache for. Default: those of `CONTEXTS` that the model
+        has, and all of its positions.
 
     Raises
     ------
@@ -40,20 +40,19 @@ def inspection(
         The model does not run on the device, or there is none.
     """
     config, tokenizer = checkpoint.config, checkpoint.tokenizer
-    require(
-        dtype in ("auto", *DTYPES), OptionError, f"dtype must be auto, {', '.join(DTYPES)}, not {dtype!r}"
-    )
+    if dtype not in ("auto", *DTYPES):
+        raise OptionError(f"dtype must be auto, {', '.join(DTYPES)}, not {dtype!r}")
     for context in contexts:
-        require(
-            is_int(context) and 0 < context <= config.max_positions,
-            OptionError,
-            f"context must be 1 to the model's {config.max_positions} positions, not {context!r}",
-        )
+        if not (is_int(context) and 0 < context <= config.max_positions):
+            raise OptionError(
+                f"context must be 1 to the model's {config.max_positions} positions, not {context!r}"
+            )
     if not contexts:
         fitting = [context for context in CONTEXTS if context < config.max_positions]
         contexts = [*fitting, config.max_positions]
     dtype = checkpoint.dtype if dtype == "auto" else dtype
-    backend = make_backend(device, config, dtype)
+    precision = Precision.of(dtype)
+    backend = make_backend(device, config, precision)
     tensors = checkpoint.tensors.values()
 
     def kv_bytes(context: int) -> int:
@@ -69,10 +68,10 @@ def inspection(
         "sizes": _sizes(config),
         "parameters": sum(math.prod(tensor.shape) for tensor in tensors),
         "dtype_on_disk": sorted({tensor.dtype for tensor in tensors}),
-        "bytes_on_disk": sum(math.prod(tensor.shape) * BYTES[tensor.dtype] for tensor in tensors),
+        "bytes_on_disk": sum(math.prod(tensor.shape) * FORMATS[tensor.dtype].itemsize for tensor in tensors),
         "device": backend.name,
         "dtype": dtype,
-        "weight_bytes": _held_bytes(tensors, dtype),
+        "weight_bytes": _held_bytes(tensors, precision),
         "kv_cache": [{"context": n, "bytes": kv_bytes(n)} for n in contexts],
         "block_length": config.block_length,
         "mask_token": token(config.mask_token_id),
@@ -99,15 +98,16 @@ def _sizes(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _held_bytes(tensors: Iterable[MappedTensor], dtype: str) -> int:
+def _held_bytes(tensors: Iterable[MappedTensor], precision: Precision) -> int:
     """Matrices as `Backend.upload` holds them, gains and biases as `Backend.upload_vector` does."""
     return sum(
-        math.prod(tensor.shape) * BYTES[dtype if len(tensor.shape) > 1 else "float32"] for tensor in tensors
+        math.prod(tensor.shape) * (precision.weights if len(tensor.shape) > 1 else FLOAT32).itemsize
+        for tensor in tensors
     )
 
 
 def _default_options(config: ModelConfig) -> dict[str, Any] | None:
-    """What `Model.generate` takes where nothing is given, by its names; None where something has to be."""
+    """The defaults of `Model.generate` by name; None where an option has no default."""
     try:
         options = dataclasses.asdict(generation_config(config, {}))
     except OptionError:

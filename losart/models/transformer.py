@@ -1,25 +1,19 @@
-"""The layer stack of the Qwen3 architecture, written once in terms of a backend."""
+"""The layer stack, written once in terms of a backend."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-import numpy as np
-
-from losart.attention.policy import AttentionPolicy
-from losart.attention.recorder import ReadRecorder
-from losart.backends.base import Array, Matrix, PassInputs, SparseBackend
+from losart.attention import AttentionPolicy, make_policy
+from losart.backends.base import Array, Backend, Batch, PassOutput, Selection, Slot, Weight
 from losart.config.model import ModelConfig
-from losart.config.options import GenerationConfig
+from losart.config.options import AttentionConfig, GenerationConfig
+from losart.engine.batch import PassBatch, PassKind, PassResult
 from losart.engine.kv_cache import PagedKVCache
-from losart.engine.sampling import Proposals
-from losart.observe.observation import ObservedLayer, Progress, observed_layers
-
-Attend = Callable[[int, Array, Array, Array], Array]  # layer, q, k, v -> o
-
-Observed = tuple[ObservedLayer, ...] | None  # a pass's layers, where it is observed
+from losart.models.observed import observed_layers
 
 
 @dataclass(frozen=True)
@@ -27,26 +21,26 @@ class LayerWeights:
     """One layer's weights as the backend holds them."""
 
     input_norm: Array
-    qkv: Matrix
+    qkv: Weight
     qkv_bias: Array | None
     q_norm: Array
     k_norm: Array
-    o: Matrix
+    o: Weight
     o_bias: Array | None
     post_norm: Array
-    gate_up: Matrix
-    down: Matrix
+    gate_up: Weight
+    down: Weight
 
 
 class Transformer:
-    """A block-diffusion transformer on one backend.
+    """A block-diffusion transformer on one backend. Implements `losart.engine.engine.Runner`.
 
     Parameters
     ----------
     config : ModelConfig
     tensors : mapping
         The checkpoint's tensors by canonical name (`losart.loaders`).
-    backend : SparseBackend
+    backend : Backend
     progress : callable, optional
         Called after each layer with the layers uploaded and in all.
     """
@@ -55,8 +49,8 @@ class Transformer:
         self,
         config: ModelConfig,
         tensors: Mapping[str, Any],
-        backend: SparseBackend,
-        progress: Progress | None = None,
+        backend: Backend,
+        progress: Callable[[int, int], None] | None = None,
     ) -> None:
         self.config = config
         self.backend = backend
@@ -68,17 +62,12 @@ class Transformer:
                 progress(i + 1, config.num_layers)
         self.final_norm = backend.upload_vector(tensors["final_norm"])
         self.head = self.embedding if config.tie_embeddings else backend.upload(tensors["head"])
-        self._recorders: dict[Hashable, ReadRecorder] = {}
-
-    @property
-    def prefill_tokens(self) -> int:
-        """Tokens of the prompt that go through the model at a time, about."""
-        return self.backend.prefill_tokens
+        self.policies: dict[tuple[AttentionConfig, int], AttentionPolicy] = {}
 
     def _load_layer(self, tensors: Mapping[str, Any], prefix: str) -> LayerWeights:
         backend = self.backend
 
-        def matrix(*names: str) -> Matrix:
+        def weight(*names: str) -> Weight:
             return backend.upload(*(tensors[prefix + name] for name in names))
 
         def vector(*names: str) -> Array:
@@ -87,115 +76,100 @@ class Transformer:
         bias = self.config.attention_bias
         return LayerWeights(
             input_norm=vector("input_norm"),
-            qkv=matrix("q", "k", "v"),
+            qkv=weight("q", "k", "v"),
             qkv_bias=vector("q_bias", "k_bias", "v_bias") if bias else None,
             q_norm=vector("q_norm"),
             k_norm=vector("k_norm"),
-            o=matrix("o"),
+            o=weight("o"),
             o_bias=vector("o_bias") if bias else None,
             post_norm=vector("post_norm"),
-            gate_up=matrix("gate", "up"),
-            down=matrix("down"),
+            gate_up=weight("gate", "up"),
+            down=weight("down"),
         )
 
-    def _forward(self, ids: Array, cache: PagedKVCache, attend: Attend) -> Array:
-        backend = self.backend
-        x, delta = backend.embed(self.embedding, ids), None
+    @property
+    def prefill_tokens(self) -> int:
+        """Tokens of a prompt that go through the model at a time, about."""
+        return self.backend.prefill_tokens
+
+    def policy(self, options: GenerationConfig) -> AttentionPolicy:
+        """The attention policy of these options.
+
+        Raises
+        ------
+        OptionError
+            There is no such method, or it does not go with another option.
+        """
+        key = (options.attention, options.block_length)
+        if key not in self.policies:
+            self.policies[key] = make_policy(options.attention, self.config, options.block_length)
+        return self.policies[key]
+
+    def check(self, options: GenerationConfig) -> None:
+        """Raise OptionError where the options do not go together."""
+        self.policy(options)
+
+    def new_cache(self, options: GenerationConfig, expected: int) -> PagedKVCache:
+        """An empty KV cache, expected to hold so many positions in the end."""
+        return self.backend.new_cache(options.attention.page_size, expected)
+
+    def new_slot(self, options: GenerationConfig) -> Slot | None:
+        """Room for a sequence's stored results; None where its attention method stores none."""
+        stored = self.policy(options).stored
+        return None if stored is None else self.backend.new_slot(stored)
+
+    def free_slot(self, slot: Slot | None) -> None:
+        """The sequence has ended."""
+        if slot is not None:
+            self.backend.free_slot(slot)
+
+    def forward(self, batch: PassBatch, observe: bool = False) -> PassResult:
+        """Run one pass: proposals for masked rows, or keys and values into the caches.
+
+        With `observe` the result says what each layer read of the prefix.
+        """
+        policy = self.policy(batch.options)
+        body = partial(self._pass, policy)
+        output = self.backend.run(batch, self._key(policy, batch, observe), body, observe)
+        if batch.kind is PassKind.PREFILL:
+            return PassResult()
+        counted = zip(batch.sequences, output.positions, strict=True)
+        reads = [policy.reads(sequence, positions) for sequence, positions in counted]
+        layers = self._observed(batch, output) if observe else ()
+        return PassResult(output.proposals, reads, layers)
+
+    def _key(self, policy: AttentionPolicy, batch: PassBatch, observe: bool) -> Hashable:
+        """What passes that launch the same operations have in common; None: it is not replayed."""
+        of_policy = policy.key(batch.kind)
+        if batch.kind is PassKind.PREFILL or of_policy is None:
+            return None
+        kind = batch.kind
+        if policy.always_dense and kind is PassKind.LATER:
+            kind = PassKind.FIRST
+        return kind, of_policy, batch.options.sampling if kind.denoises else None, observe
+
+    def _pass(self, policy: AttentionPolicy, batch: Batch) -> tuple[Any, list[Selection | None]]:
+        backend, kind = self.backend, batch.kind
+        linear = backend.prefill_linear if kind is PassKind.PREFILL else backend.linear
+        x, delta = backend.embed(self.embedding, batch), None
+        reads: list[Selection | None] = []
         for index, layer in enumerate(self.layers):
             x, h = backend.add_rms_norm(x, delta, layer.input_norm)
-            qkv = backend.linear(h, layer.qkv, layer.qkv_bias)
-            q, k, v = backend.split_heads(qkv, layer.q_norm, layer.k_norm, cache)
-            o = attend(index, q, k, v)
-            delta = backend.linear(o.reshape(len(ids), -1), layer.o, layer.o_bias)
+            qkv = linear(h, layer.qkv, layer.qkv_bias)
+            q, k, v = backend.split_heads(qkv, layer.q_norm, layer.k_norm, batch)
+            if kind is PassKind.PREFILL:
+                backend.write_kv(index, k, v, batch)
+                o = backend.causal_attention(index, q, batch)
+            else:
+                o, selection = policy.attend(backend, index, q, k, v, batch)
+                reads.append(selection)
+            if kind is PassKind.COMMIT:
+                backend.write_kv(index, k, v, batch)
+            delta = linear(o.reshape(len(o), -1), layer.o, layer.o_bias)
             x, h = backend.add_rms_norm(x, delta, layer.post_norm)
-            delta = backend.linear(backend.silu_gate(backend.linear(h, layer.gate_up)), layer.down)
-        return backend.add_rms_norm(x, delta, self.final_norm)[1]
+            delta = linear(backend.silu_gate(linear(h, layer.gate_up)), layer.down)
+        _, hidden = backend.add_rms_norm(x, delta, self.final_norm)
+        return (backend.propose(hidden, self.head, batch) if kind.denoises else None), reads
 
-    def prefill(self, ids: np.ndarray, cache: PagedKVCache, block_length: int) -> None:
-        """Take whole blocks of known tokens into the cache.
-
-        Parameters
-        ----------
-        ids : int [tokens]
-            A multiple of `block_length`.
-        cache : PagedKVCache
-            Its length is a multiple of `block_length`, and grows by the tokens.
-        block_length : int
-        """
-
-        def attend(layer: int, q: Array, k: Array, v: Array) -> Array:
-            cache.write(layer, k, v)
-            return self.backend.causal_attention(q, cache, layer, block_length)
-
-        self.backend.run_prefill(ids, cache, lambda ids: self._forward(ids, cache, attend))
-        cache.advance(len(ids))
-
-    def denoise(
-        self,
-        inputs: PassInputs,
-        cache: PagedKVCache,
-        policy: AttentionPolicy,
-        config: GenerationConfig,
-        observe: bool = False,
-    ) -> tuple[Proposals, Observed]:
-        """One denoising pass over the block after the cache's prefix: a token for each masked row.
-
-        With `observe` also what each layer read; else None.
-        """
-
-        def body(ids: Array, backend: Any) -> Any:
-            def attend(layer: int, q: Array, k: Array, v: Array) -> Array:
-                return policy.attend(backend, layer, q, k, v, cache)
-
-            return self.backend.propose(self._forward(ids, cache, attend), inputs, self.head, config)
-
-        return self._run_pass("denoise", policy, config.sampling, inputs, cache, body, observe)
-
-    def commit(
-        self, ids: np.ndarray, cache: PagedKVCache, policy: AttentionPolicy, observe: bool = False
-    ) -> Observed:
-        """Take a finished block into the cache."""
-
-        def body(ids: Array, backend: Any) -> None:
-            def attend(layer: int, q: Array, k: Array, v: Array) -> Array:
-                o = policy.attend(backend, layer, q, k, v, cache)
-                cache.write(layer, k, v)
-                return o
-
-            self._forward(ids, cache, attend)
-
-        _, observed = self._run_pass("commit", policy, None, PassInputs(ids), cache, body, observe)
-        cache.advance(len(ids))
-        return observed
-
-    def _run_pass(
-        self,
-        name: str,
-        policy: AttentionPolicy,
-        sampling: Hashable,
-        inputs: PassInputs,
-        cache: PagedKVCache,
-        body: Callable[[Array, Any], Any],
-        observe: bool,
-    ) -> tuple[Any, Observed]:
-        """Run `body` of the block's ids and of the backend as the policy talks to it."""
-        policy.use(self.backend)
-        shape: Hashable = (name, policy.shape, sampling)
-        talked_to = self.backend.planned(policy.config.planner)
-        if observe:
-            # A shape of its own, so that a pass that is captured while it is observed keeps the noted
-            # arrays; and the recorder is kept with it, since a replay does not come by here.
-            shape = ("observed", shape)
-            talked_to = self._recorders.setdefault(shape, ReadRecorder(talked_to))
-        result, positions = self.backend.run_pass(shape, inputs, cache, lambda ids: body(ids, talked_to))
-        policy.end_pass(positions)
-        if not observe:
-            return result, None
-        return result, observed_layers(
-            talked_to.reads,
-            talked_to,
-            kv_heads=self.config.num_kv_heads,
-            tokens=len(inputs.ids),
-            prefix_length=cache.length,
-            page_size=cache.page_size,
-        )
+    def _observed(self, batch: PassBatch, output: PassOutput) -> list[Any]:
+        return observed_layers(output.reads, self.backend, batch, self.config.num_kv_heads)

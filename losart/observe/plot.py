@@ -18,7 +18,7 @@ LOSA_OPTIONS = ("active", "selector", "drift", "candidates")
 
 def density_map(trace: Trace) -> np.ndarray:
     """Density of each layer and pass: float [layers, passes], NaN where the prefix is empty."""
-    rows = [[layer.density for layer in observed.layers] for observed in trace.passes]
+    rows = [[layer.density for layer in step.layers] for step in trace.passes]
     return np.array(rows, np.float64).T
 
 
@@ -32,12 +32,12 @@ def page_map(trace: Trace, layer: int | None = None) -> np.ndarray:
         Default: the mean over all layers.
     """
     chosen = range(trace.layers) if layer is None else [layer]
-    counts = [-(-observed.block_start // trace.page_size) for observed in trace.passes]
+    counts = [-(-step.block_start // trace.page_size) for step in trace.passes]
     shares = np.full((len(counts), max(counts)), np.nan)
-    for row, count, observed in zip(shares, counts, trace.passes, strict=True):
+    for row, count, step in zip(shares, counts, trace.passes, strict=True):
         row[:count] = 0.0
         for index in chosen:
-            for pages in observed.layers[index].pages:
+            for pages in step.layers[index].pages:
                 row[pages] += 1 / (len(chosen) * trace.kv_heads)
     return shares
 
@@ -71,7 +71,7 @@ def draw(trace: Trace, kind: str = "both", layer: int | None = None) -> Any:
         raise LosartError("plots need matplotlib: pip install 'losart[plot]'") from error
     if layer is not None and not 0 <= layer < trace.layers:
         raise OptionError(f"layer must be 0 to {trace.layers - 1}, not {layer}")
-    if not any(observed.block_start for observed in trace.passes):
+    if not any(step.block_start for step in trace.passes):
         raise TraceError("the trace has no pass over a prefix, so there is nothing to draw")
     panels = KINDS[1:] if kind == "both" else (kind,)
     figure = Figure(figsize=(8, 0.8 + 3.6 * len(panels)), layout="constrained", dpi=150)
@@ -89,7 +89,7 @@ def _title(trace: Trace) -> str:
     method = attention["method"]
     shown: tuple[str, ...] = () if method == "dense" else SPARSE_OPTIONS
     shown += LOSA_OPTIONS if method == "losa" else ()
-    # A trace that was written before there was an option lacks it.
+    # Traces that are older than an option lack it.
     options = [f"{name}={attention[name]}" for name in shown if name in attention]
     line = ", ".join([method, f"block_length={trace.block_length}", *options])
     return "\n".join([*textwrap.wrap(trace.model, TITLE_WIDTH), *textwrap.wrap(line, TITLE_WIDTH)])
@@ -100,8 +100,8 @@ def _draw_density(figure: Any, axes: Any, trace: Trace) -> None:
         density_map(trace), aspect="auto", interpolation="nearest", origin="lower", vmin=0, vmax=1
     )
     axes.set(xlabel="pass (lines: a new block begins)", ylabel="layer", title="share of the prefix read")
-    for place in _block_starts(trace):
-        axes.axvline(place - 0.5, color="white", linewidth=0.5)
+    for index in _block_starts(trace):
+        axes.axvline(index - 0.5, color="white", linewidth=0.5)
     _whole_ticks(axes)
     figure.colorbar(image, ax=axes, label="density")
 
@@ -114,17 +114,18 @@ def _draw_pages(figure: Any, axes: Any, trace: Trace, layer: int | None) -> None
         ylabel="pass",
         title=f"pages read, {of}",
     )
-    for place in _block_starts(trace):
-        axes.axhline(place - 0.5, color="white", linewidth=0.5)
+    for index in _block_starts(trace):
+        axes.axhline(index - 0.5, color="white", linewidth=0.5)
     _whole_ticks(axes)
     figure.colorbar(image, ax=axes, label="share of kv heads that read")
 
 
 def _block_starts(trace: Trace) -> list[int]:
-    starts = [observed.block_start for observed in trace.passes]
-    return [place for place in range(1, len(starts)) if starts[place] != starts[place - 1]]
+    """Passes that are the first of their block, but for the first block."""
+    starts = [step.block_start for step in trace.passes]
+    return [index for index in range(1, len(starts)) if starts[index] != starts[index - 1]]
 
 
 def _whole_ticks(axes: Any) -> None:
     for axis in (axes.xaxis, axes.yaxis):
-        axis.get_major_locator().set_params(integer=True)
+        axis.get_major_locator().set_params(integer=True, min_n_ticks=1)

@@ -1,4 +1,4 @@
-"""Trace files: what every pass of a generation read, as JSON lines. The format is in docs/watching.md."""
+"""Trace files: what every pass of a generation read, as JSON lines; docs/guide/watching.md has the format."""
 
 from __future__ import annotations
 
@@ -8,21 +8,32 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-import losart
-from losart.api.session import Session
+from losart.config.model import ModelConfig
+from losart.config.options import GenerationConfig
 from losart.errors import TraceError
-from losart.observe.observation import ObservedLayer, ObservedPass
-from losart.observe.results import GenerationResult
+from losart.observe.step import GenerationResult, ObservedLayer, Step
+from losart.version import __version__
 
 FORMAT = 1  # raised when a reader of the format before would misread a file
+PASS_FIELDS = ("kind", "block_start", "block", "fixed")  # and "layers"
+
+
+class Configured(Protocol):
+    """What generates with options: a `Session`."""
+
+    @property
+    def options(self) -> GenerationConfig: ...
+
+    @property
+    def model_config(self) -> ModelConfig: ...
 
 
 class TraceWriter:
-    """An observer that writes a trace file, a line a pass.
+    """An observer that writes a trace file, one line per pass.
 
     session = model.session(attention="losa")
     with losart.TraceWriter("run.jsonl", session) as trace:
@@ -33,7 +44,7 @@ class TraceWriter:
     file : path
         Is overwritten.
     session : Session
-        Whose passes will be written.
+        Whose passes are written.
     name : str
         Of the model, for titles.
 
@@ -43,13 +54,13 @@ class TraceWriter:
         The file cannot be written.
     """
 
-    def __init__(self, file: str | os.PathLike[str], session: Session, name: str = "") -> None:
+    def __init__(self, file: str | os.PathLike[str], session: Configured, name: str = "") -> None:
         model, options = session.model_config, session.options
         self._file = open(file, "w", encoding="utf-8")  # noqa: SIM115 - closed by `close`
         self._write(
             {
                 "losart_trace": FORMAT,
-                "losart": losart.__version__,
+                "losart": __version__,
                 "model": name,
                 "layers": model.num_layers,
                 "kv_heads": model.num_kv_heads,
@@ -59,10 +70,10 @@ class TraceWriter:
             }
         )
 
-    def __call__(self, observed: ObservedPass) -> None:
+    def __call__(self, step: Step) -> None:
         """Write one pass."""
-        values = {field.name: getattr(observed, field.name) for field in dataclasses.fields(observed)}
-        self._write(values | {"layers": [_layer_line(layer) for layer in observed.layers]})
+        values = {name: getattr(step, name) for name in PASS_FIELDS}
+        self._write(values | {"layers": [_layer_line(layer) for layer in step.layers]})
 
     def finish(self, result: GenerationResult) -> None:
         """Write the last line: what the generation gave."""
@@ -99,7 +110,7 @@ class Trace:
     layers, kv_heads, page_size, block_length : int
     options : dict
         Of the generation; those of the attention under "attention".
-    passes : list of ObservedPass
+    passes : list of Step
     result : dict or None
         Text, token_ids, finish_reason and stats; None when the generation was cut off.
     """
@@ -111,7 +122,7 @@ class Trace:
     page_size: int
     block_length: int
     options: dict[str, Any]
-    passes: list[ObservedPass]
+    passes: list[Step]
     result: dict[str, Any] | None
 
 
@@ -129,7 +140,7 @@ def read_trace(file: str | os.PathLike[str]) -> Trace:
     number, header = next(lines, (1, {}))
     if header.pop("losart_trace", None) != FORMAT:
         raise TraceError(f"{file}: line 1: not the header of a losart trace of format {FORMAT}")
-    passes: list[ObservedPass] = []
+    passes: list[Step] = []
     result = None
     try:
         trace = Trace(**header, passes=passes, result=None)
@@ -157,11 +168,11 @@ def _lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             yield number, line
 
 
-def _pass(line: dict[str, Any], trace: Trace) -> ObservedPass:
+def _pass(line: dict[str, Any], trace: Trace) -> Step:
     if len(line["layers"]) != trace.layers:
         raise ValueError(f"it has {len(line['layers'])} layers, the header says {trace.layers}")
     layers = tuple(_layer(layer, line["block_start"], trace) for layer in line["layers"])
-    return ObservedPass(**{**line, "layers": layers})
+    return Step(**{name: line[name] for name in PASS_FIELDS}, layers=layers)
 
 
 def _layer(line: dict[str, Any], prefix_length: int, trace: Trace) -> ObservedLayer:

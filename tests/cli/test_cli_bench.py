@@ -1,4 +1,4 @@
-"""`losart bench`: which figures there are, and what they are of."""
+"""`losart bench`: its figures, and the passes that they are of."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import json
 
 import numpy as np
 import pytest
+from passes import block_batch
 
 import losart
-from losart.attention.policy import PassKind
 from losart.cli import main
 from losart.config.options import AttentionConfig
+from losart.engine.batch import PassKind
 from losart.measure.bench import NoiseBlocks
 
 TINY = ["--device", "cpu", "--lengths", "64,320", "--repeats", "1", "--budget", "32"]
@@ -53,13 +54,14 @@ def test_random_weights_and_a_table(capsys):
 def test_passes_are_those_of_a_generation(tiny_checkpoint, monkeypatch):
     blocks = NoiseBlocks(losart.load(tiny_checkpoint, "cpu"), 64, 4)
     seen = []
-    denoise = blocks.transformer.denoise
+    forward = blocks.transformer.forward
 
-    def noting(inputs, cache, policy, config):
-        seen.append((policy.kind, cache.length, inputs.rows.tolist()))
-        return denoise(inputs, cache, policy, config)
+    def noting(batch):
+        (sequence,) = batch.sequences
+        seen.append((batch.kind, sequence.prefix_length, sequence.masked.tolist()))
+        return forward(batch)
 
-    monkeypatch.setattr(blocks.transformer, "denoise", noting)
+    monkeypatch.setattr(blocks.transformer, "forward", noting)
     times = blocks.pass_times(AttentionConfig("losa", 16, 1), repeats=2)
     assert seen == [(kind, 64, [0, 1, 2, 3]) for kind in (PassKind.FIRST, PassKind.LATER)] * 3
     assert 16 / 64 <= times.density <= 32 / 64  # a page for each of the two heads that share keys
@@ -69,17 +71,20 @@ def test_passes_are_those_of_a_generation(tiny_checkpoint, monkeypatch):
 def test_the_end_of_a_prefix_is_prefilled_and_the_rest_noise(tiny_checkpoint, monkeypatch, prefix, prefilled):
     model = losart.load(tiny_checkpoint, "cpu")
     pieces = []
-    prefill = model._transformer.prefill
+    transformer = model._engine.runner
+    forward = transformer.forward
 
-    def noting(ids, cache, block_length):
-        pieces.append((cache.length, len(ids)))
-        prefill(ids, cache, block_length)
+    def noting(batch, observe=False):
+        assert batch.kind is PassKind.PREFILL
+        pieces.append((batch.sequences[0].prefix_length, batch.tokens))
+        return forward(batch, observe)
 
-    monkeypatch.setattr(model._transformer, "prefill", noting)
+    monkeypatch.setattr(transformer, "forward", noting)
     blocks = NoiseBlocks(model, prefix, 4)
     assert pieces == [(prefix - prefilled, prefilled)] and blocks.cache.length == prefix
     queries = np.ones((4, 4, 32), np.float32)
-    read, _ = blocks.transformer.backend.prefix_attention(queries, blocks.cache, 0)
+    batch = block_batch(blocks.cache, 4)
+    read, _ = blocks.transformer.backend.prefix_attention(0, queries, batch)
     assert np.isfinite(read).all() and np.std(read) > 0
 
 

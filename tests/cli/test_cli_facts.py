@@ -10,14 +10,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from test_device import CUDARuntimeError
+from test_device import CUDARuntimeError, no_nvrtc
 
 import losart
 import losart.backends
 import losart.measure.environment
-from losart.backends.cpu.backend import HELD_AS, CpuBackend
+from losart.backends.cpu.backend import CpuBackend
 from losart.cli import main
-from losart.engine.kv_cache import BYTES, PagedKVCache
+from losart.config.precision import FORMATS
+from losart.engine.kv_cache import PagedKVCache
 from losart.loaders import safetensors_files
 
 # info
@@ -30,7 +31,13 @@ def info(capsys: pytest.CaptureFixture[str]) -> dict:
     return json.loads(printed.out)
 
 
-def test_info(capsys, monkeypatch, tmp_path):
+@pytest.fixture
+def without_nvrtc(monkeypatch):
+    for module in (losart.backends, losart.measure.environment):
+        monkeypatch.setattr(module, "nvrtc_version", no_nvrtc)
+
+
+def test_info(capsys, monkeypatch, tmp_path, without_nvrtc):
     monkeypatch.setenv("LOSART_CACHE_DIR", str(tmp_path))
     monkeypatch.setitem(sys.modules, "cupy", None)
     facts = info(capsys)
@@ -82,7 +89,7 @@ def test_info_of_a_gpu(capsys, monkeypatch):
 
 @pytest.mark.parametrize("call", ["getDeviceCount", "getDeviceProperties", "driverGetVersion"])
 @pytest.mark.parametrize("error", [CUDARuntimeError, OSError, AttributeError])
-def test_info_where_cuda_is_broken(capsys, monkeypatch, call, error):
+def test_info_where_cuda_is_broken(capsys, monkeypatch, without_nvrtc, call, error):
     def broken(*_: object) -> None:
         raise error("something is broken")
 
@@ -145,7 +152,7 @@ def test_inspect_counts_what_is_held(make_checkpoint, capsys, monkeypatch, dtype
 
         def noting(backend, *tensors, original=original):
             array = original(backend, *tensors)
-            held.extend(array if isinstance(array, tuple) else [array])
+            held.extend(getattr(array, "matrices", [array]))
             return array
 
         monkeypatch.setattr(CpuBackend, name, noting)
@@ -153,10 +160,10 @@ def test_inspect_counts_what_is_held(make_checkpoint, capsys, monkeypatch, dtype
     assert facts["weight_bytes"] == sum(array.nbytes for array in held)
 
     allocated = []
-    new_cache = model._transformer.backend.new_cache(16, 6000)
+    new_cache = model._engine.runner.backend.new_cache(16, 6000)
     cache = PagedKVCache(
         new_cache.table,
-        lambda shape, dtype: allocated.append(np.zeros(shape, HELD_AS[dtype])) or allocated[-1],
+        lambda shape, format: allocated.append(np.zeros(shape, format.array)) or allocated[-1],
     )
     for entry, context in zip(facts["kv_cache"], (4096, 6000), strict=True):
         cache.reserve(context)
@@ -164,7 +171,7 @@ def test_inspect_counts_what_is_held(make_checkpoint, capsys, monkeypatch, dtype
     # Keys and values, and in float32 the bounds of pages of 16: by hand.
     config = model.config
     row = config.num_layers * config.num_kv_heads * config.head_dim * 2
-    assert facts["kv_cache"][1]["bytes"] == 6144 * row * BYTES[dtype] + 6144 // 16 * row * 4
+    assert facts["kv_cache"][1]["bytes"] == 6144 * row * FORMATS[dtype].itemsize + 6144 // 16 * row * 4
 
 
 def test_inspect_options_are_those_of_a_generation(make_checkpoint, capsys):

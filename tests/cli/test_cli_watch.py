@@ -1,4 +1,4 @@
-"""`losart generate --watch`: a line a pass, and the block redrawn on a terminal."""
+"""`losart generate --watch`: one line per pass, and the block redrawn on a terminal."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ needs_rich = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def observed(tiny_checkpoint):
-    passes: list[losart.ObservedPass] = []
+    passes: list[losart.Step] = []
     result = losart.load(tiny_checkpoint, device="cpu").generate(PROMPT, observer=passes.append, **OPTIONS)
     return passes, result
 
@@ -78,10 +78,10 @@ def test_a_line_for_each_pass_and_the_text(tiny_checkpoint, observed, capsys):
         assert f"; fixed: {' '.join(map(str, seen.fixed)) or '-'}; " in line
         active = re.search(r"active, of 4 layers: ([\d ]+);", line)[1].split()
         assert active == [str(sum(i in layer.active for layer in seen.layers)) for i in range(4)]
-        read, there = re.search(r"([\d.]+) of (\d+) pages read", line).groups()
+        read, pages = re.search(r"([\d.]+) of (\d+) pages read", line).groups()
         lists = [pages for layer in seen.layers for pages in layer.pages]
         assert float(read) == pytest.approx(sum(map(len, lists)) / len(lists), abs=0.051)
-        assert int(there) == -(-seen.block_start // 16)
+        assert int(pages) == -(-seen.block_start // 16)
         words = ["_" if token is None else repr(tokenizer.decode([token])) for token in seen.block]
         assert line.endswith(f"; block: {' '.join(words)}")
 
@@ -95,7 +95,7 @@ def test_watching_goes_with_a_trace(tiny_checkpoint, observed, tmp_path, capsys)
 
 def test_a_checkpoint_without_a_tokenizer_shows_ids(make_checkpoint):
     model = losart.load(make_checkpoint(tokenizer=False), device="cpu")
-    passes: list[losart.ObservedPass] = []
+    passes: list[losart.Step] = []
     result = model.generate([1, 2, 3, 4], observer=passes.append, max_new_tokens=4, stop_token_ids=[])
     assert Watch(None, 16).words(passes[-1]) == [str(token) for token in result.token_ids]
 

@@ -9,10 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from kv import model_config
+from passes import block_batch
 
+from losart.backends.base import StoredResults
 from losart.backends.cpu.active_set import query_change, select_active
 from losart.backends.cpu.backend import CpuBackend
 from losart.config.options import AttentionConfig
+from losart.config.precision import Precision
 
 changes = st.one_of(st.floats(0, 1, width=32), st.sampled_from([0.0, 0.25, 0.5, float("inf")]))
 
@@ -68,9 +71,12 @@ def test_of_candidates_the_largest_changes_are_active_and_of_few_all(change, dat
     # One channel of one head, whose square is the change.
     q = np.zeros((len(change), 1, 16), np.float32)
     q[:, 0, 0] = 4 * np.sqrt(np.minimum(change, 1))
-    backend = CpuBackend(model_config(1, 1, 16), "float32")
-    candidates = np.flatnonzero(masked).astype(np.int32)
-    active = backend.select_active(q, np.zeros_like(q), count, candidates)
+    backend = CpuBackend(model_config(1, 1, 16), Precision.of("float32"))
+    slot = backend.new_slot(StoredResults(len(change), attention=True))
+    slot.queries[0] = 0
+    batch = block_batch(backend.new_cache(16), len(change), slot=slot, masked=np.flatnonzero(masked))
+    selector = backend.selector("auto")
+    (active,) = selector.select_active(0, q, batch, count, masked_only=True, follow=False)
     assert active.dtype == np.int32 and len(active) == min(count, masked.sum())
     np.testing.assert_array_equal(active, ref.select_active(query_change(q, np.zeros_like(q)), count, masked))
 

@@ -18,9 +18,11 @@ import reference as ref
 from hypothesis import example, given
 from hypothesis import strategies as st
 from kv import HELD_AS, LAYER, held, model_config, steady, table_of
+from passes import block_batch, write
 
 from losart.backends.cpu import attention_kernels as kernels
-from losart.backends.cpu.backend import CpuBackend
+from losart.backends.cpu.backend import CpuBackend, Weight
+from losart.config.precision import FORMATS, Precision
 
 TOLERANCE = 1e-4
 PAGE_SIZES = [16, 32, 48, 64]
@@ -215,12 +217,13 @@ def test_what_lies_outside_is_refused(changes, message):
 @given(case_of(), st.sampled_from([1.0, 12.0]))
 @example(Case(prefix=0), 1.0)
 def test_page_masses(case, scale):
-    backend = CpuBackend(model_config(case.kv_heads, case.group, case.width), case.dtype)
+    backend = CpuBackend(model_config(case.kv_heads, case.group, case.width), Precision.of(case.dtype))
     cache = backend.new_cache(case.page_size)
     q, (k, v) = case.q(scale), case.kv()
-    cache.write(0, k, v)
+    write(cache, 0, k, v)
     cache.advance(len(k))
-    (o, lse), masses = backend.prefix_attention_and_masses(q, cache, 0)
+    batch = block_batch(cache, case.tokens)
+    (o, lse), (masses,) = backend.prefix_attention_and_masses(0, q, batch)
     k, v = held(k, case.dtype), held(v, case.dtype)
     assert_attention(o, lse, ref.softmax_attention(q, k, v))
     expected = ref.page_mass(q, k, case.page_size).reshape(case.tokens, case.kv_heads, case.group, -1)
@@ -284,22 +287,27 @@ def test_over_the_prompt(case, block_length, blocks_before, blocks):
 def digest() -> str:
     """Of what all kernels give for sizes that they share among threads."""
     case = Case(tokens=16, kv_heads=2, group=4, width=64, prefix=3000, dtype="bfloat16")
-    backend = CpuBackend(model_config(case.kv_heads, case.group, case.width), case.dtype)
+    backend = CpuBackend(model_config(case.kv_heads, case.group, case.width), Precision.of(case.dtype))
     cache = backend.new_cache(case.page_size)
-    cache.write(0, *case.kv())
+    write(cache, 0, *case.kv())
     cache.advance(case.prefix)
     q, weight = case.q(2.0), np.random.default_rng(0).standard_normal((512, 512), np.float32)
-    pages = backend.select_pages(q, np.arange(3, dtype=np.int32), cache, 0, 20)
+    batch, selector = block_batch(cache, 16), backend.selector("auto")
+    selection = selector.select_pages(0, q, [np.arange(3, dtype=np.int32)], batch, 20)
+    (pages,) = selection.pages
+    one, two = (
+        Weight(matrices, FORMATS["float32"]) for matrices in ((weight,), (np.vstack([weight, weight]),))
+    )
     block = [np.ascontiguousarray(x[:16]) for x in case.kv()]
     results = [
-        *backend.prefix_attention(q, cache, 0),
-        backend.prefix_attention_and_masses(q, cache, 0)[1],
-        *backend.sparse_prefix_attention(q, np.arange(16, dtype=np.int32), pages, cache, 0),
-        backend.block_attention(q, *block, backend.prefix_attention(q, cache, 0)),
+        *backend.prefix_attention(0, q, batch),
+        *backend.prefix_attention_and_masses(0, q, batch)[1],
+        *backend.sparse_prefix_attention(0, q, selection, batch),
+        backend.block_attention(q, *block, backend.prefix_attention(0, q, batch), batch),
         kernels.bound_scores(cache.table, 0, q, np.arange(16, dtype=np.int32), case.prefix),
         pages.ids,
-        backend.linear(weight[:16].copy(), (weight,)),
-        backend.linear(weight[:4].copy(), (np.vstack([weight, weight]),)),
+        backend.linear(weight[:16].copy(), one),
+        backend.linear(weight[:4].copy(), two),
     ]
     long = Case(tokens=400, kv_heads=2, group=4, width=64)
     o, _ = unwritten(long)

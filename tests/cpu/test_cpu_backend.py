@@ -7,19 +7,20 @@ import sys
 
 import numpy as np
 import pytest
-from kv import held, model_config
+from kv import held, model_config, narrow
 
-from losart.backends.cpu.backend import CpuBackend, narrow
+from losart.backends.cpu.backend import CpuBackend, Weight
+from losart.config.precision import FORMATS, Precision
 
 
 def largest_error() -> float:
     """Of products of few and of many tokens, in units of what rounding may cost."""
     rng, worst = np.random.default_rng(0), 0.0
     for dtype in ("float32", "bfloat16", "float16"):
-        backend = CpuBackend(model_config(1, 1, 16), dtype)
+        backend = CpuBackend(model_config(1, 1, 16), Precision.of(dtype))
         for rows, inner in ((1, 1), (5, 15), (49, 16), (97, 100), (130, 264)):
             weight = rng.standard_normal((rows, inner), np.float32)
-            matrix = (narrow(weight, dtype), narrow(weight[: rows // 2], dtype))
+            matrix = Weight((narrow(weight, dtype), narrow(weight[: rows // 2], dtype)), FORMATS[dtype])
             exact = np.concatenate([held(weight, dtype), held(weight[: rows // 2], dtype)]).astype(np.float64)
             for tokens in (*range(1, 10), 16, 17, 40):
                 x = rng.standard_normal((tokens, inner), np.float32)
@@ -40,9 +41,9 @@ def test_products_are_those_of_float64(level):
 
 def test_a_token_s_product_does_not_depend_on_how_many_there_are():
     rng = np.random.default_rng(1)
-    backend = CpuBackend(model_config(1, 1, 16), "bfloat16")
+    backend = CpuBackend(model_config(1, 1, 16), Precision.of("bfloat16"))
     x, weight = rng.standard_normal((8, 300), np.float32), rng.standard_normal((70, 300), np.float32)
-    matrix = (narrow(weight, "bfloat16"),)
+    matrix = Weight((narrow(weight, "bfloat16"),), FORMATS["bfloat16"])
     for first, last in itertools.combinations(range(9), 2):
         np.testing.assert_array_equal(
             backend.linear(x[first:last], matrix), backend.linear(x, matrix)[first:last]
@@ -53,11 +54,11 @@ MULTIPLY = """
 import os
 import sys
 import numpy as np
-from losart.backends.cpu.backend import _blas_multiply
+from losart.backends.cpu.backend import blas_multiply
 
 weight = np.ones((2048, 1024), sys.argv[1])
 out = np.empty((100, 2048), np.float32)
-_blas_multiply(np.ones((100, 1024), np.float32), weight, out)
+blas_multiply(np.ones((100, 1024), np.float32), weight, out)
 print(len(os.listdir("/proc/self/task")))
 """
 

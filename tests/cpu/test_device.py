@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import sys
+import warnings
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -35,7 +38,7 @@ def no_nvrtc() -> None:
 
 
 @pytest.mark.parametrize(
-    ("found", "nvrtc", "says"),
+    ("module", "nvrtc", "says"),
     [
         (None, None, r"CuPy is not installed.*losart\[cuda12x\]"),
         (cupy(0), None, "there is no CUDA device"),
@@ -44,8 +47,9 @@ def no_nvrtc() -> None:
         (cupy(1), no_nvrtc, "CuPy finds no NVRTC"),
     ],
 )
-def test_what_is_missing_is_named(monkeypatch, tiny_checkpoint, found, nvrtc, says):
-    monkeypatch.setitem(sys.modules, "cupy", found)
+def test_what_is_missing_is_named(monkeypatch, tiny_checkpoint, module, nvrtc, says):
+    monkeypatch.setattr(losart.backends, "has_nvidia_device", lambda: True)
+    monkeypatch.setitem(sys.modules, "cupy", module)
     monkeypatch.setattr(losart.backends, "prebuilt_for", lambda capability: False)
     if nvrtc is not None:
         monkeypatch.setattr(losart.backends, "nvrtc_version", nvrtc)
@@ -53,6 +57,43 @@ def test_what_is_missing_is_named(monkeypatch, tiny_checkpoint, found, nvrtc, sa
         losart.load(tiny_checkpoint, device="cuda")
     with pytest.warns(UserWarning, match="running on the CPU: .*" + says):
         assert losart.load(tiny_checkpoint, device="auto").device == "cpu"
+
+
+@pytest.mark.parametrize("module", [None, cupy(0), cupy(CUDARuntimeError("no driver"))])
+def test_nothing_is_said_where_there_is_no_device(monkeypatch, tiny_checkpoint, module):
+    monkeypatch.setattr(losart.backends, "has_nvidia_device", lambda: False)
+    monkeypatch.setitem(sys.modules, "cupy", module)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert losart.load(tiny_checkpoint, device="auto").device == "cpu"
+    with pytest.raises(DeviceError, match="device 'cuda' does not work here: "):
+        losart.load(tiny_checkpoint, device="cuda")
+
+
+@pytest.mark.parametrize(
+    ("file", "expected"), [("nvidia0", True), ("nvidia12", True), ("nvidiactl", False), ("dxg", False)]
+)
+def test_a_device_is_known_by_its_file(tmp_path, file, expected):
+    (tmp_path / file).touch()
+    assert losart.backends.has_nvidia_device(tmp_path, driver="no_such_library.so") == expected
+
+
+@pytest.mark.parametrize(("status", "devices", "expected"), [(0, 1, True), (0, 0, False), (100, 1, False)])
+def test_a_device_is_known_by_its_driver(monkeypatch, tmp_path, status, devices, expected):
+    def device_count(count: Any) -> int:
+        count._obj.value = devices
+        return 0
+
+    driver = SimpleNamespace(cuInit=lambda flags: status, cuDeviceGetCount=device_count)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: driver)
+    assert losart.backends.has_nvidia_device(tmp_path) == expected
+
+
+def test_a_library_that_is_no_driver_is_no_device(tmp_path):
+    libraries = [
+        line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "/libc.so" in line
+    ]
+    assert not losart.backends.has_nvidia_device(tmp_path, driver=libraries[0])
 
 
 @pytest.mark.parametrize("capability", ["80", "90", "120"])

@@ -10,10 +10,13 @@ import pytest
 import reference as ref
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kv import HELD_AS, bfloat16, empty_table, held, model_config
+from kv import HELD_AS, bfloat16, empty_table, held, model_config, narrow
+from passes import block_batch, write
 
-from losart.backends.cpu.backend import CpuBackend, narrow, widen
+from losart.backends.cpu.backend import CpuBackend
+from losart.backends.cpu.convert import widen
 from losart.backends.cpu.kv_index import PageTable, mark_pages, positions_in, union_of_top_pages
+from losart.config.precision import FORMATS, Precision
 from losart.engine.kv_cache import PagedKVCache
 from losart.errors import OutOfMemoryError
 
@@ -123,20 +126,21 @@ def test_no_memory_is_an_error_of_ours_and_the_cache_stays_valid():
     config = model_config(2, 1, 16)
     given_out = []
 
-    def allocate(shape, dtype):
+    def allocate(shape, format):
         if len(given_out) == 3:
             raise MemoryError
-        given_out.append(np.zeros(shape, HELD_AS[dtype]))
+        given_out.append(np.zeros(shape, format.array))
         return given_out[-1]
 
-    cache = PagedKVCache(PageTable(2, 2, 16, 16, 1024, "float32"), allocate)
+    cache = PagedKVCache(PageTable(2, 2, 16, 16, 1024, FORMATS["float32"]), allocate)
     k, v = random_kv(1024)
-    cache.write(0, k, v)
+    write(cache, 0, k, v)
     cache.advance(1024)
     with pytest.raises(OutOfMemoryError, match=r"1025 .* room for 1024, 0 MiB more"):
-        cache.write(0, k[:1], v[:1])
+        write(cache, 0, k[:1], v[:1])
     q = np.ones((1, 2, 16), np.float32)
-    assert np.isfinite(CpuBackend(config, "float32").prefix_attention(q, cache, 0)[0]).all()
+    backend = CpuBackend(config, Precision.of("float32"))
+    assert np.isfinite(backend.prefix_attention(0, q, block_batch(cache, 1))[0]).all()
 
 
 # Rounding
@@ -279,11 +283,11 @@ def test_bounds_after_going_back_are_those_of_the_keys_that_are_left(steps, page
     block, steps = steps
     chunks = []
 
-    def allocate(shape, dtype):
-        chunks.append(np.zeros(shape, HELD_AS[dtype]))
+    def allocate(shape, format):
+        chunks.append(np.zeros(shape, format.array))
         return chunks[-1]
 
-    cache = PagedKVCache(PageTable(1, 2, 16, page_size, 16 * page_size, dtype), allocate)
+    cache = PagedKVCache(PageTable(1, 2, 16, page_size, 16 * page_size, FORMATS[dtype]), allocate)
     keys = np.zeros((0, 2, 16), np.float32)
     dirty = False
     for seed, (kind, count) in enumerate(steps):
@@ -296,7 +300,7 @@ def test_bounds_after_going_back_are_those_of_the_keys_that_are_left(steps, page
             keys, dirty = keys[: cache.length], False
         if kind != "rewind":
             k, v = random_kv(count * block, seed=seed)
-            cache.write(0, k, v)
+            write(cache, 0, k, v)
             if kind == "write":
                 cache.advance(len(k))
                 keys = np.concatenate([keys, k])
@@ -314,11 +318,11 @@ def test_bounds_after_going_back_are_those_of_the_keys_that_are_left(steps, page
 @pytest.mark.parametrize("dtype", HELD_AS)
 @pytest.mark.parametrize("positions", [1, 1000, 1024, 1025, 5000])
 def test_memory_of_positions_is_that_of_their_chunks(page_size, dtype, positions):
-    table = CpuBackend(model_config(2, 1, 16, layers=3), dtype).new_cache(page_size).table
+    table = CpuBackend(model_config(2, 1, 16, layers=3), Precision.of(dtype)).new_cache(page_size).table
     arrays = []
 
-    def allocate(shape, dtype):
-        arrays.append(np.zeros(shape, HELD_AS[dtype]))
+    def allocate(shape, format):
+        arrays.append(np.zeros(shape, format.array))
         return arrays[-1]
 
     cache = PagedKVCache(table, allocate)

@@ -11,11 +11,13 @@ from drive import Case, RecordingBackend, drive
 from hypothesis import given
 from hypothesis import strategies as st
 from kv import model_config, steady
+from passes import block_batch, write
 
 import losart
 from losart.attention import make_policy
-from losart.attention.policy import PassKind
 from losart.config.options import CHOICES, AttentionConfig
+from losart.config.precision import Precision
+from losart.engine.batch import PassKind
 
 NAMES = ("selector", "drift", "candidates")
 COMBINATIONS = [
@@ -104,17 +106,17 @@ def active_sets(queries: list[np.ndarray], **options: Any) -> list[list[int]]:
     tokens, heads, width = queries[0].shape
     rng = np.random.default_rng(0)
     model = model_config(heads, 1, width)
-    backend = RecordingBackend(model, "float32")
+    backend = RecordingBackend(model, Precision.of("float32"))
     cache = backend.new_cache(16)
-    cache.write(0, *rng.standard_normal((2, 100, heads, width), np.float32))
+    write(cache, 0, *rng.standard_normal((2, 100, heads, width), np.float32))
     cache.advance(100)
     k, v = rng.standard_normal((2, tokens, heads, width), np.float32)
     policy = make_policy(AttentionConfig("losa", budget=16, **options), model, tokens)
-    policy.use(backend)
-    policy.begin_block()
+    slot = backend.new_slot(policy.stored)
     for n, q in enumerate(queries):
-        policy.begin_pass(PassKind.LATER if n else PassKind.FIRST, cache.length, range(tokens))
-        policy.attend(backend, 0, q.copy(), k, v, cache)
+        kind = PassKind.LATER if n else PassKind.FIRST
+        batch = block_batch(cache, tokens, kind, slot=slot, masked=range(tokens))
+        policy.attend(backend, 0, q.copy(), k, v, batch)
     return [tokens for tokens, _ in backend.reads[1:]]
 
 
@@ -138,15 +140,15 @@ def test_anchor_scans_no_page_bounds():
 
 
 def test_a_fixed_position_is_never_active(model, monkeypatch):
-    backend = model._transformer.backend
+    backend = model._engine.runner.backend
     recomputed: list[set[int]] = []
-    sparse_prefix_attention = backend.sparse_prefix_attention
+    refresh_prefix_attention = backend.refresh_prefix_attention
 
-    def spy(q, tokens, *args, **kwargs):
-        recomputed.append(set(tokens.tolist()))
-        return sparse_prefix_attention(q, tokens, *args, **kwargs)
+    def spy(layer, q, selection, batch):
+        recomputed.append(set(selection.tokens[0].tolist()))
+        return refresh_prefix_attention(layer, q, selection, batch)
 
-    monkeypatch.setattr(backend, "sparse_prefix_attention", spy)
+    monkeypatch.setattr(backend, "refresh_prefix_attention", spy)
     options = {"attention": "losa", "candidates": "masked", "commit": "sparse", "budget": 32}
     layers, masked, sizes = model.config.num_layers, set(), []
     for step in model.stream(PROMPT, active=5, **options, **GENERATION):
@@ -161,13 +163,18 @@ def test_a_fixed_position_is_never_active(model, monkeypatch):
     assert sizes and all(size == min(5, left) for left, size in sizes)
 
 
-def test_passes_of_any_masks_have_one_shape():
+def test_passes_of_any_masks_have_one_shape(model, monkeypatch):
     """A captured pass is replayed for another whatever is masked."""
-    policy = make_policy(AttentionConfig("losa", candidates="masked"), model_config(1, 1, 16), 8)
-    shapes = set()
-    for masked in (range(8), [1, 5], [7]):
-        policy.begin_pass(PassKind.LATER, 100, masked)
-        shapes.add(policy.shape)
+    keys, run = [], model._engine.runner.backend.run
+
+    def noting(batch, key, *args):
+        keys.append(key)
+        return run(batch, key, *args)
+
+    monkeypatch.setattr(model._engine.runner.backend, "run", noting)
+    model.generate(PROMPT, attention="losa", candidates="masked", **GENERATION)
+    shapes = {key for key in keys if key and key[0] is PassKind.LATER}
+    assert len([key for key in keys if key in shapes]) > 10
     assert len(shapes) == 1
 
 

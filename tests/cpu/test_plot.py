@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
+import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -83,6 +86,24 @@ def test_labels_and_title(run):
     panels = [axes for axes in figure.axes if axes.get_title()]
     assert [axes.get_title() for axes in panels] == ["share of the prefix read", "pages read, layer 1"]
     assert all(axes.get_xlabel() and axes.get_ylabel() for axes in panels)
+
+
+@needs_matplotlib
+def test_a_trace_of_an_earlier_version_is_drawn():
+    trace = losart.read_trace(Path(__file__).with_name("trace_format_1.jsonl"))
+    assert [len(draw(trace, kind).axes) for kind in ("density", "both")] == [2, 4]
+
+
+@needs_matplotlib
+@pytest.mark.parametrize("passes", [1, 2, 7])
+def test_ticks_are_whole_numbers(run, passes):
+    trace = losart.read_trace(run[0])
+    figure = draw(dataclasses.replace(trace, passes=trace.passes[:passes]))
+    for axes in figure.axes:
+        if axes.get_title():
+            assert all(tick == round(tick) for tick in [*axes.get_xticks(), *axes.get_yticks()])
+            labels = [label.get_text() for label in [*axes.get_xticklabels(), *axes.get_yticklabels()]]
+            assert labels and all(re.fullmatch(r"−?\d+", label) for label in labels)  # noqa: RUF001
 
 
 @needs_matplotlib

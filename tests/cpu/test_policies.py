@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 from drive import PASSES, REFERENCES, Case, drive
 from kv import model_config
+from passes import block_batch, write
 
 import losart
 from losart.attention import make_policy
-from losart.attention.policy import PassKind
 from losart.backends.cpu.backend import CpuBackend
 from losart.config.options import AttentionConfig
+from losart.config.precision import Precision
+from losart.engine.batch import PassKind
 from losart.errors import OptionError
 
 METHODS = list(REFERENCES)
@@ -77,9 +79,9 @@ def test_a_policy_is_the_references(case):
 
 
 def test_no_active_token_reads_nothing_after_the_first_pass():
-    policy, _, passes = drive(Case(options={"active": 0, "commit": "sparse"}))
-    assert policy.reads.sparse_density == policy.reads.active_fraction == 0.0
-    assert policy.reads.density == pytest.approx(1 / len(PASSES))
+    reads, _, passes = drive(Case(options={"active": 0, "commit": "sparse"}))
+    assert reads.sparse_density == reads.active_fraction == 0.0
+    assert reads.density == pytest.approx(1 / len(PASSES))
     assert not any(positions.size for kind, records in passes if kind != "first" for record in records
                    for positions in record.positions_read)  # fmt: skip
 
@@ -95,22 +97,20 @@ def outputs(*configs: AttentionConfig) -> list[list[np.ndarray]]:
     """Of the passes of a block in one layer, with the same queries, keys and values for all configs."""
     rng = np.random.default_rng(0)
     model = model_config(2, 3, 32)
-    backend = CpuBackend(model, "float32")
+    backend = CpuBackend(model, Precision.of("float32"))
     cache = backend.new_cache(16)
-    cache.write(0, *rng.standard_normal((2, 1203, 2, 32), np.float32))
+    write(cache, 0, *rng.standard_normal((2, 1203, 2, 32), np.float32))
     cache.advance(1203)
     policies = [make_policy(config, model, 5) for config in configs]
+    slots = [backend.new_slot(policy.stored) if policy.stored else None for policy in policies]
     passes = []
     for kind in PASSES:
         q = rng.standard_normal((5, 6, 32), np.float32)
         k, v = rng.standard_normal((2, 5, 2, 32), np.float32)
         passes.append([])
-        for policy in policies:
-            policy.use(backend)
-            if kind == "first":
-                policy.begin_block()
-            policy.begin_pass(PassKind(kind), cache.length)
-            passes[-1].append(policy.attend(backend, 0, q.copy(), k, v, cache))
+        for policy, slot in zip(policies, slots, strict=True):
+            batch = block_batch(cache, 5, PassKind(kind), slot=slot)
+            passes[-1].append(policy.attend(backend, 0, q.copy(), k, v, batch)[0])
     return passes
 
 

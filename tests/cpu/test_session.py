@@ -11,18 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 import reference as ref
+from passes import block_batch
 from test_kv_index import bounds, read_back
 from test_model_api import spoil_row, with_tensor
 
 import losart
 from losart import NumericalError, OptionError, OutOfMemoryError, PromptError
-from losart.attention import make_policy
-from losart.attention.policy import PassKind
 from losart.backends.cpu.backend import CpuBackend
 from losart.config.options import generation_config
-from losart.engine.decode import BlockDecoder
+from losart.engine.batch import PassKind
 from losart.engine.kv_cache import PagedKVCache
-from losart.engine.output import Output
 from losart.measure.random_checkpoint import write_checkpoint
 
 LOSA = {"attention": "losa", "budget": 32, "active": 2}
@@ -101,17 +99,21 @@ def test_a_second_prompt_answers_as_after_the_same_blocks(
     second = session.generate([*FIRST, *first, *MORE])
 
     config = generation_config(model.config, options)
-    policy = make_policy(config.attention, model.config, block_length)
-    transformer, ids = model._transformer, np.array([*FIRST, *first, *MORE])
-    cache = transformer.backend.new_cache(page_size)
-    prefilled = len(FIRST) // block_length * block_length
-    transformer.prefill(ids[:prefilled], cache, block_length)
+    engine, ids = model._engine, [*FIRST, *first, *MORE]
+    transformer = engine.runner
+    cache = transformer.new_cache(config, len(ids))
+    engine.prefill(engine.sequence(FIRST, config, cache))
+    slot = transformer.new_slot(config)
     while cache.length < second.stats.reused_tokens:
-        policy.begin_pass(PassKind.COMMIT, cache.length)
-        transformer.commit(ids[cache.length :][:block_length], cache, policy)
-    decoder = BlockDecoder(transformer, config, policy, cache, Output(50))
-    assert list(decoder.run(ids[cache.length :]))
-    assert second.token_ids == decoder.output.tokens
+        block = ids[cache.length :][:block_length]
+        cache.reserve(cache.length + len(block))
+        transformer.forward(
+            block_batch(cache, len(block), PassKind.COMMIT, slot=slot, options=config, ids=block)
+        )
+        cache.advance(len(block))
+    sequence = engine.sequence(ids, config, cache)
+    assert list(engine.steps(sequence))
+    assert second.token_ids == sequence.output.tokens
 
 
 def test_the_same_prompt_again_is_prefilled_no_more(models):
@@ -160,7 +162,7 @@ def test_a_stream_cannot_go_on_after_another_began(models):
 
 FILES = {
     str(Path(losart.__file__).parent / f"{name}.py")
-    for name in ("api/session", "engine/decode", "models/transformer", "engine/kv_cache")
+    for name in ("api/session", "engine/engine", "engine/sequence", "models/transformer", "engine/kv_cache")
 }
 
 

@@ -5,14 +5,15 @@ import sys
 
 import numpy as np
 import pytest
-from cuda_arrays import product_array
+from cuda_arrays import matmul_array
+from passes import block_batch
 
 import losart
-from losart.attention import make_policy
-from losart.attention.policy import PassKind
-from losart.backends.base import PassInputs
-from losart.backends.cpu.backend import CpuBackend, narrow, widen
-from losart.config.options import AttentionConfig, generation_config
+from losart.backends.cpu.backend import CpuBackend
+from losart.backends.cpu.convert import narrow, widen
+from losart.config.options import generation_config
+from losart.config.precision import Precision
+from losart.engine.batch import PassKind
 
 pytestmark = pytest.mark.gpu
 
@@ -21,42 +22,44 @@ PROMPT = np.random.default_rng(0).integers(0, 300, 611).tolist()
 
 def hidden_states(model, prompt, block_length):
     """Prefill the prompt's whole blocks; final hidden states of a block after it, as NumPy."""
-    transformer = model._transformer
-    cache = transformer.backend.new_cache(16)
+    transformer = model._engine.runner
+    backend, options = transformer.backend, generation_config(model.config, {"block_length": block_length})
+    cache = backend.new_cache(16)
     whole = len(prompt) // block_length * block_length
+    cache.reserve(whole + block_length)
     for start in range(0, whole, 4 * block_length):
-        transformer.prefill(
-            np.array(prompt[start : min(whole, start + 4 * block_length)]), cache, block_length
-        )
-    policy = make_policy(AttentionConfig(), model.config, block_length)
-    policy.begin_pass(PassKind.FIRST, cache.length)
-    inputs = PassInputs(np.arange(block_length) + 1, np.arange(block_length), np.zeros(block_length))
+        ids = prompt[start : min(whole, start + 4 * block_length)]
+        transformer.forward(block_batch(cache, len(ids), PassKind.PREFILL, ids=ids, options=options))
+        cache.advance(len(ids))
+    block = np.arange(block_length)
+    inputs = {"ids": block + 1, "masked": block, "uniforms": np.zeros(block_length)}
     seen = []
 
-    def propose(hidden, inputs, head, config):
-        seen.append(transformer.backend.linear(hidden, head))
-        return original(hidden, inputs, head, config)
+    def propose(hidden, head, batch):
+        seen.append(backend.linear(hidden, head))
+        return original(hidden, head, batch)
 
-    original, transformer.backend.propose = transformer.backend.propose, propose
+    original, backend.propose = backend.propose, propose
     try:
-        config = generation_config(model.config, {"block_length": block_length})
-        transformer.denoise(inputs, cache, policy, config)
+        transformer.forward(block_batch(cache, block_length, options=options, **inputs))
     finally:
-        transformer.backend.propose = original
-    return seen[0] if isinstance(seen[0], np.ndarray) else product_array(transformer.backend, seen[0])
+        backend.propose = original
+    return seen[0] if isinstance(seen[0], np.ndarray) else matmul_array(backend, seen[0])
 
 
 SIZES = {"hidden_size": 192, "intermediate_size": 320, "num_layers": 3, "num_heads": 6, "num_kv_heads": 2}
 
 
 class RoundingBackend(CpuBackend):
-    """The CPU backend with what enters a product rounded as on the device, queries included."""
+    """The CPU backend with what enters a matmul rounded as on the device, queries included."""
 
     def _rounded(self, x):
-        return widen(narrow(np.ascontiguousarray(x), self.dtype))
+        return widen(narrow(np.ascontiguousarray(x), self.precision.activations))
 
-    def linear(self, x, matrix, bias=None):
-        return super().linear(self._rounded(x), matrix, bias)
+    def linear(self, x, weight, bias=None):
+        return super().linear(self._rounded(x), weight, bias)
+
+    prefill_linear = linear
 
     def split_heads(self, *args):
         q, k, v = super().split_heads(*args)
@@ -85,7 +88,7 @@ def test_sharp_attention_loses_what_the_rounding_loses(make_checkpoint, block_le
     path = make_checkpoint(dtype="bfloat16", head_dim=head_dim, **SIZES)
     model = losart.load(path, device="cpu")
     expected = hidden_states(model, PROMPT, block_length)
-    model._transformer.backend = RoundingBackend(model.config, "bfloat16")
+    model._engine.runner.backend = RoundingBackend(model.config, Precision.of("bfloat16"))
     rounded = relative_error(hidden_states(model, PROMPT, block_length), expected)
     found = hidden_states(losart.load(path, device="cuda"), PROMPT, block_length)
     assert relative_error(found, expected) <= 1.5 * rounded
@@ -137,11 +140,11 @@ def test_two_generations_on_one_model_do_not_disturb_each_other(tiny_checkpoint)
 
 def test_a_growing_prefix_needs_no_new_capture(tiny_checkpoint):
     model = losart.load(tiny_checkpoint, device="cuda")
-    passes = model._transformer.backend._passes
+    passes = model._engine.runner.backend.runner.passes
     options = {"max_new_tokens": 32, "stop_token_ids": [], "block_length": 8}
     model.generate(PROMPT[:20], **options)
     captured = dict(passes)
-    assert {shape[0][0] for shape in captured} == {"denoise", "commit"} and all(captured.values())
+    assert {key[0][0] for key in captured} == {PassKind.FIRST, PassKind.COMMIT} and all(captured.values())
     model.generate(PROMPT * 4, **options)
     assert passes == captured
 
@@ -150,10 +153,10 @@ def test_a_long_prompt_goes_in_pieces_and_memory_stays_flat(tiny_checkpoint):
     import cupy
 
     model = losart.load(tiny_checkpoint, device="cuda")
-    backend = model._transformer.backend
+    backend = model._engine.runner.backend
     cupy.get_default_memory_pool().free_all_blocks()
     backend.prefill_tokens = 512
-    pools = (cupy.get_default_memory_pool(), backend._prefill_pool)
+    pools = (cupy.get_default_memory_pool(), backend.memory.prefill_pool)
     used, taken = {}, {}
     for pieces in (1, 3):
         reports, prompt = [], (PROMPT * 3)[: 512 * pieces]
@@ -165,7 +168,7 @@ def test_a_long_prompt_goes_in_pieces_and_memory_stays_flat(tiny_checkpoint):
         model.generate(prompt, max_new_tokens=4, progress=report)
         assert reports == [(512 * (i + 1), len(prompt)) for i in range(pieces)]
         used[pieces] -= backend.new_cache(16, len(prompt)).bytes_for(len(prompt))
-        assert backend._prefill_pool.total_bytes() == 0, "it is given back"
+        assert backend.memory.prefill_pool.total_bytes() == 0, "it is given back"
     assert used[3] <= used[1] + (4 << 20)
     assert 0 < taken[3] <= taken[1]
 
@@ -181,7 +184,7 @@ def test_a_generation_that_does_not_fit_leaves_the_model_usable(make_checkpoint,
     expected = model.generate(PROMPT, max_new_tokens=16, **options).token_ids
     pool = cupy.get_default_memory_pool()
     pool.free_all_blocks()
-    room = model._transformer.backend.new_cache(16, 1280).bytes_for(1280)
+    room = model._engine.runner.backend.new_cache(16, 1280).bytes_for(1280)
     pool.set_limit(pool.used_bytes() + room)
     try:
         with pytest.raises(losart.OutOfMemoryError, match=r"MiB more are needed .* MiB are free"):
@@ -323,9 +326,9 @@ def test_a_model_goes_on_where_a_thread_of_another_ended(tiny_checkpoint):
 
 
 def test_captured_passes_are_bounded(tiny_checkpoint):
-    from losart.backends.cuda.passes import CAPTURED_PASSES
+    from losart.backends.cuda.runner import CAPTURED_PASSES
 
     model = losart.load(tiny_checkpoint, device="cuda")
     for length in range(1, CAPTURED_PASSES // 2 + 4):
         model.generate(PROMPT, block_length=length, max_new_tokens=2 * length, stop_token_ids=[])
-    assert len(model._transformer.backend._passes) <= CAPTURED_PASSES
+    assert len(model._engine.runner.backend.runner.passes) <= CAPTURED_PASSES

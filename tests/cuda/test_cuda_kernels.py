@@ -7,15 +7,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import reference as ref
-from cuda_arrays import on_host, product_array
+from cuda_arrays import matmul_array, on_host
 from hypothesis import example, given
 from hypothesis import strategies as st
 from kv import held, model_config, steady
+from passes import block_batch, options_of
 
-from losart.backends.base import PassInputs
-from losart.backends.cpu.backend import narrow, widen
-from losart.backends.cuda.plans import hopper_product_plans
+from losart.backends.cpu.convert import narrow, widen
+from losart.backends.cuda.matmul_plans import hopper_matmul_plans
 from losart.config.options import generation_config
+from losart.config.precision import FORMATS, Precision
 from losart.config.rope import inverse_frequencies
 from losart.engine.sampling import propose
 
@@ -35,8 +36,8 @@ def cards(draw):
 def new_backend(dtype, card=None, **shape):
     from losart.backends.cuda.backend import CudaBackend
 
-    backend = CudaBackend(model_config(**shape), dtype)
-    backend.card = replace(backend.card, **(card or {}))
+    backend = CudaBackend(model_config(**shape), Precision.of(dtype))
+    backend.kernels.card = replace(backend.kernels.card, **(card or {}))
     poison(backend)
     return backend
 
@@ -46,16 +47,27 @@ def poison(backend):
     import cupy
 
     sizes = [32 << 20] * 4 + [1 << 16] * 32 + [1 << 10] * 64
-    with backend.stream:  # CuPy keeps what a stream has freed for that stream
+    with backend.memory.stream:  # CuPy keeps what a stream has freed for that stream
         for block in [cupy.empty(size, np.uint8) for size in sizes]:
-            block.data.memset_async(0xFF, block.nbytes, backend.stream)
+            block.data.memset_async(0xFF, block.nbytes, backend.memory.stream)
 
 
 def to_device(backend, x, dtype="float32"):
     import cupy
 
-    with backend.stream:
-        return cupy.asarray(narrow(x, dtype).view(np.uint16) if dtype != "float32" else x)
+    with backend.memory.stream:
+        return cupy.asarray(narrow(x, FORMATS[dtype]).view(np.uint16) if dtype != "float32" else x)
+
+
+def place(backend, cache, tokens, **options):
+    """The batch of a pass over so many rows after the cache's prefix, its inputs in place."""
+    return backend.runner.place(block_batch(cache, tokens, **options))
+
+
+def to_weight(backend, x, dtype):
+    from losart.backends.cuda.results import Weight
+
+    return Weight(to_device(backend, x, dtype))
 
 
 def widened(x, dtype):
@@ -71,11 +83,11 @@ def exact(x):
     return (np.rint(x * 2**17) / 2**17).astype(np.float32)
 
 
-def split_product(backend, x, rng):
-    """A product whose planes are what is left of `x` [tokens, rows] when each is drawn at random."""
+def split_matmul(backend, x, rng):
+    """A matmul whose planes are what is left of `x` [tokens, rows] when each is drawn at random."""
     import cupy
 
-    from losart.backends.cuda.results import Product
+    from losart.backends.cuda.results import Matmul
 
     steps, share = int(rng.integers(1, 9)), int(rng.integers(1, 9))
     planes = (steps - 1) // share + 2
@@ -85,11 +97,11 @@ def split_product(backend, x, rng):
         used = ((panel + 1) * steps - 1) // share - panel * steps // share + 1
         values[:used, :, columns] = exact(rng.standard_normal((used, len(x), x[:, columns].shape[1])))
         values[used - 1, :, columns] = x[:, columns] - values[: used - 1, :, columns].sum(axis=0)
-    with backend.stream:
-        return Product(cupy.asarray(values), None, steps, share)
+    with backend.memory.stream:
+        return Matmul(cupy.asarray(values), None, steps, share)
 
 
-# Products
+# Matmuls
 
 
 @steady(60)
@@ -105,7 +117,7 @@ def split_product(backend, x, rng):
 @example("float16", 64, 1000, 4096, {}, False)
 @example("bfloat16", 1, 128, 12288, {}, False)
 @example("bfloat16", 1000, 300, 264, {}, True)
-def test_products(dtype, tokens, rows, inner, card, bias):
+def test_matmuls(dtype, tokens, rows, inner, card, bias):
     rng = np.random.default_rng(tokens + rows + inner)
     if rows % 4:
         inner = -(-inner // 8) * 8
@@ -115,26 +127,25 @@ def test_products(dtype, tokens, rows, inner, card, bias):
     )
     b = rng.standard_normal(rows, np.float32) if bias else None
     backend = new_backend(dtype, card, kv_heads=1, group=1, width=16)
-    for with_blas in (True, False):
-        backend.blas = with_blas
-        with backend.stream:
-            product = backend.linear(
+    for linear in (backend.prefill_linear, backend.linear):
+        with backend.memory.stream:
+            matmul = linear(
                 to_device(backend, x, dtype),
-                to_device(backend, weight, dtype),
+                to_weight(backend, weight, dtype),
                 None if b is None else to_device(backend, b),
             )
         expected = held(x, dtype) @ held(weight, dtype).T + (0 if b is None else b)
-        assert_close(product_array(backend, product), expected, 2e-6)
+        assert_close(matmul_array(backend, matmul), expected, 2e-6)
 
 
-def assert_product_of_integers(backend, dtype, tokens, rows, inner):
-    """A product whose sums every order of adding gives exactly."""
+def assert_matmul_of_integers(backend, dtype, tokens, rows, inner):
+    """A matmul whose sums every order of adding gives exactly."""
     rng = np.random.default_rng(tokens + rows + inner)
     x, weight = (rng.integers(-3, 4, shape).astype(np.float32) for shape in ((tokens, inner), (rows, inner)))
     poison(backend)
-    with backend.stream:
-        product = backend.linear(to_device(backend, x, dtype), to_device(backend, weight, dtype))
-    np.testing.assert_array_equal(product_array(backend, product), x @ weight.T)
+    with backend.memory.stream:
+        matmul = backend.linear(to_device(backend, x, dtype), to_weight(backend, weight, dtype))
+    np.testing.assert_array_equal(matmul_array(backend, matmul), x @ weight.T)
 
 
 @steady(60)
@@ -147,23 +158,23 @@ def assert_product_of_integers(backend, dtype, tokens, rows, inner):
 )
 @example("bfloat16", 2048, 4096, 33, 132)
 @example("float16", 65, 1, 1, 132)
-def test_products_of_many_tokens(dtype, tokens, rows, eighths, processors):
-    backend = new_backend(dtype, {"processors": processors}, kv_heads=1, group=1, width=16)
-    assert_product_of_integers(backend, dtype, tokens, rows, 8 * eighths)
+def test_matmuls_of_many_tokens(dtype, tokens, rows, eighths, sms):
+    backend = new_backend(dtype, {"sms": sms}, kv_heads=1, group=1, width=16)
+    assert_matmul_of_integers(backend, dtype, tokens, rows, 8 * eighths)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("processors", [2, 132])
+@pytest.mark.parametrize("sms", [2, 132])
 @pytest.mark.parametrize("shape", [(300, 700, 264), (129, 1001, 72), (65, 64, 8), (640, 1538, 1032)])
-def test_every_way_to_cut_a_product(monkeypatch, dtype, processors, shape):
-    import losart.backends.cuda.dense
+def test_every_way_to_cut_a_matmul(monkeypatch, dtype, sms, shape):
+    import losart.backends.cuda.backend
 
-    backend = new_backend(dtype, {"processors": processors}, kv_heads=1, group=1, width=16)
-    if not backend.card.hopper:
+    backend = new_backend(dtype, {"sms": sms}, kv_heads=1, group=1, width=16)
+    if not backend.kernels.card.hopper:
         pytest.skip("not a Hopper GPU")
-    for _, plan in hopper_product_plans(backend.card, *shape[:2]):
-        monkeypatch.setattr(losart.backends.cuda.dense, "product_plan", lambda *_, plan=plan: plan)
-        assert_product_of_integers(backend, dtype, *shape)
+    for _, plan in hopper_matmul_plans(backend.kernels.card, *shape[:2]):
+        monkeypatch.setattr(losart.backends.cuda.backend, "matmul_plan", lambda *_, plan=plan: plan)
+        assert_matmul_of_integers(backend, dtype, *shape)
 
 
 @steady(20)
@@ -173,8 +184,8 @@ def test_residual_and_norm(dtype, tokens, hidden, first):
     x, delta = (rng.standard_normal((tokens, hidden), np.float32) for _ in range(2))
     gain = rng.standard_normal(hidden, np.float32)
     backend = new_backend(dtype, kv_heads=1, group=1, width=16)
-    with backend.stream:
-        given = None if first else split_product(backend, delta, rng)
+    with backend.memory.stream:
+        given = None if first else split_matmul(backend, delta, rng)
         total, y = backend.add_rms_norm(to_device(backend, x), given, to_device(backend, gain))
     expected = x.astype(np.float64) + (0 if first else delta)
     total, y = on_host(backend, total, y)
@@ -189,8 +200,8 @@ def test_silu_gate(dtype, tokens, ffn):
     rng = np.random.default_rng(tokens + ffn)
     x = 3 * rng.standard_normal((tokens, 2 * ffn), np.float32)
     backend = new_backend(dtype, kv_heads=1, group=1, width=16)
-    with backend.stream:
-        y = backend.silu_gate(split_product(backend, x, rng))
+    with backend.memory.stream:
+        y = backend.silu_gate(split_matmul(backend, x, rng))
     gate, up = np.split(x.astype(np.float64), 2, axis=1)
     assert_close(widened(on_host(backend, y), dtype), gate / (1 + np.exp(-gate)) * up, TOLERANCE[dtype])
 
@@ -214,10 +225,10 @@ def test_heads(tokens, kv_heads, group, width, length):
     cache = backend.new_cache(16)
     cache.reserve(1)
     cache.length = length
-    with backend.stream:
-        backend._place(PassInputs(np.zeros(tokens, np.int64)), cache)
+    with backend.memory.stream:
+        batch = place(backend, cache, tokens)
         found = backend.split_heads(
-            split_product(backend, x, rng), *(to_device(backend, g) for g in gains), cache
+            split_matmul(backend, x, rng), *(to_device(backend, g) for g in gains), batch
         )
     q, k, v = np.split(x.astype(np.float64).reshape(tokens, -1, width), [heads, heads + kv_heads], axis=1)
     frequencies, _ = inverse_frequencies(backend.config.rope, width)
@@ -255,13 +266,14 @@ def filled_cache(backend, k, v, page_size, pieces):
     start = 0
     for piece in pieces:
         cache.reserve(cache.length + piece)
-        with backend.stream:
-            backend._place(PassInputs(np.zeros(piece, np.int64)), cache)
+        with backend.memory.stream:
+            batch = place(backend, cache, piece)
             for layer, factor in ((0, 1.0), (1, np.nan)):
-                cache.write(
+                backend.write_kv(
                     layer,
                     to_device(backend, np.float32(factor) * k[start : start + piece]),
                     to_device(backend, np.float32(factor) * v[start : start + piece]),
+                    batch,
                 )
         cache.advance(piece)
         start += piece
@@ -300,11 +312,13 @@ def test_prefix_and_block_attention(dtype, shape, tokens, length, page_size, car
     cache = filled_cache(backend, k, v, page_size, random_pieces(rng, length))
     cache.reserve(length + tokens)
     poison(backend)
-    with backend.stream:
-        backend._place(PassInputs(np.zeros(tokens, np.int64)), cache)
-        prefix = backend.prefix_attention(to_device(backend, q), cache, 0)
+    with backend.memory.stream:
+        batch = place(backend, cache, tokens)
+        prefix = backend.prefix_attention(0, to_device(backend, q), batch)
         o, lse = backend.merge(prefix)
-        merged = backend.block_attention(*(to_device(backend, x) for x in (q, block_k, block_v)), prefix)
+        merged = backend.block_attention(
+            *(to_device(backend, x) for x in (q, block_k, block_v)), prefix, batch
+        )
     expected = ref.softmax_attention(q, held(k, dtype), held(v, dtype))
     o, lse, merged = on_host(backend, o, lse, merged)
     assert_close(o, expected[0], TOLERANCE[dtype])
@@ -343,9 +357,9 @@ def test_block_causal_attention(dtype, shape, block_length, blocks_before, block
     cache = filled_cache(backend, k, v, 16, [n for n in (before, tokens) if n])
     cache.length = before
     poison(backend)
-    with backend.stream:
-        backend._place(PassInputs(np.zeros(tokens, np.int64)), cache)
-        o = backend.causal_attention(to_device(backend, q), cache, 0, block_length)
+    with backend.memory.stream:
+        batch = place(backend, cache, tokens, options=options_of(block_length))
+        o = backend.causal_attention(0, to_device(backend, q), batch)
     k, v = held(k, dtype), held(v, dtype)
     expected = np.concatenate(
         [
@@ -369,13 +383,12 @@ def test_a_key_that_is_not_finite_shows(dtype, bad):
     k[20, 0, 3] = bad
     cache = backend.new_cache(16)
     cache.reserve(44)
-    with backend.stream:
-        backend._place(PassInputs(np.zeros(40, np.int64)), cache)
-        cache.write(0, to_device(backend, k), to_device(backend, v))
+    with backend.memory.stream:
+        backend.write_kv(0, to_device(backend, k), to_device(backend, v), place(backend, cache, 40))
         cache.advance(40)
-        backend._place(PassInputs(np.zeros(4, np.int64)), cache)
+        batch = place(backend, cache, 4)
         o, _ = backend.merge(
-            backend.prefix_attention(to_device(backend, np.abs(v[:4]).repeat(2, 1)), cache, 0)
+            backend.prefix_attention(0, to_device(backend, np.abs(v[:4]).repeat(2, 1)), batch)
         )
     assert np.isnan(on_host(backend, o)).any(axis=2).all()
     bounds = widened(on_host(backend, cache.table.chunks[0][1])[0, 0, :3], dtype)
@@ -402,25 +415,23 @@ def test_sampling_is_that_of_the_cpu(options, tokens, vocab):
     backend = new_backend("float32", kv_heads=1, group=1, width=16, vocab_size=vocab)
     logits = exact(3 * rng.standard_normal((tokens, vocab)))
     rows = np.flatnonzero(rng.random(tokens) < 0.7) if tokens > 1 else np.array([0])
-    inputs = PassInputs(np.zeros(tokens, np.int64), rows, rng.random(tokens))
+    uniforms = rng.random(tokens)
     config = generation_config(
         backend.config,
         {"mask_token_id": 7, "remasking": "entropy_bounded", "block_length": tokens, **options},
     )
     logits[:, 7] = 50.0
-    product = split_product(backend, logits, rng)
-    backend.linear = lambda hidden, head: product
+    matmul = split_matmul(backend, logits, rng)
+    backend.linear = lambda hidden, head: matmul
     cache = backend.new_cache(16)
     cache.reserve(1)
-    with backend.stream:
-        backend._place(inputs, cache)
-        backend.propose(None, inputs, None, config)
-        found, _ = backend._fetch(inputs, proposes=True, counts=False)
-    logits = product_array(backend, product).astype(np.float32)
+    batch = block_batch(cache, tokens, masked=rows, uniforms=uniforms, options=config)
+    (found,) = backend.run(batch, None, lambda batch: (backend.propose(None, None, batch), [])).proposals
+    logits = matmul_array(backend, matmul).astype(np.float32)
     logits[:, 7] = -np.inf
     expected = propose(
         logits[rows],
-        inputs.uniforms[rows],
+        uniforms[rows],
         temperature=config.temperature,
         top_k=config.top_k,
         top_p=config.top_p,

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import reference as ref
-from cuda_arrays import on_host
+from cuda_arrays import on_host, stored_array
 from hypothesis import example, given
 from hypothesis import strategies as st
 from kv import held, steady
+from passes import block_batch, write
 from test_cuda_kernels import (
     DTYPES,
     TOLERANCE,
@@ -18,6 +19,7 @@ from test_cuda_kernels import (
     cards,
     filled_cache,
     new_backend,
+    place,
     poison,
     random_pieces,
     shapes,
@@ -26,8 +28,9 @@ from test_cuda_kernels import (
 )
 
 import losart
-from losart.backends.base import PassInputs
+from losart.backends.base import Selection, StoredResults
 from losart.backends.cpu.backend import CpuBackend
+from losart.config.precision import Precision
 
 pytestmark = pytest.mark.gpu
 
@@ -38,7 +41,7 @@ def simple(rng: np.random.Generator, *shape: int) -> np.ndarray:
 
 
 def some_tokens(rng: np.random.Generator, tokens: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rising tokens, and the same with the places that a device's list may have after them."""
+    """Ascending tokens, and the same with what a device's list may have after them."""
     chosen = np.sort(rng.permutation(tokens)[: rng.integers(1, count + 1)]).astype(np.int32)
     return chosen, np.concatenate([chosen, np.full(count - len(chosen), -1, np.int32)])
 
@@ -64,26 +67,30 @@ class Case:
         pieces = random_pieces(rng, length)
         self.cache = filled_cache(self.backend, self.k, self.v, page_size, pieces)
         self.cache.reserve(length + tokens)
-        self.cpu = CpuBackend(self.backend.config, dtype)
-        self.cpu_cache = self.cpu.new_cache(page_size)
-        self.cpu_cache.write(0, self.k, self.v)
-        self.cpu_cache.advance(length)
-        self.place(np.zeros(0, np.int64))
+        self.cpu = CpuBackend(self.backend.config, Precision.of(dtype))
+        cpu_cache = self.cpu.new_cache(page_size)
+        write(cpu_cache, 0, self.k, self.v)
+        cpu_cache.advance(length)
+        self.cpu_batch = block_batch(cpu_cache, tokens)
+        self.place()
         poison(self.backend)
 
-    def place(self, masked: np.ndarray) -> None:
-        with self.backend.stream:
-            self.backend._place(PassInputs(np.zeros(self.tokens, np.int64), masked), self.cache)
+    def place(self, slot: Any = None) -> None:
+        self.pass_batch = block_batch(self.cache, self.tokens, slot=slot)
+        with self.backend.memory.stream:
+            self.batch = self.backend.runner.place(self.pass_batch)
+
+    def listed(self, selection: Selection) -> list[list[int]]:
+        """Page ids of each kv head that the device has selected."""
+        ((_, lists),) = self.backend.on_host(selection, self.pass_batch)
+        return [ids.tolist() for ids in lists]
 
     def device(self, array: np.ndarray | None) -> Any:
         return None if array is None else to_device(self.backend, array)
 
 
-def listed(backend: Any, pages: Any) -> list[list[int]]:
-    return [ids.tolist() for ids in backend.page_lists(pages)]
-
-
-def listed_by_cpu(pages: Any) -> list[list[int]]:
+def listed_by_cpu(selection: Selection) -> list[list[int]]:
+    (pages,) = selection.pages
     return [row[:count].tolist() for row, count in zip(pages.ids, pages.counts, strict=True)]
 
 
@@ -100,10 +107,10 @@ def test_top_pages_of_any_number(pages, count, values):
     cache = backend.new_cache(16)
     cache.reserve(1)
     cache.length = 16 * pages
-    with backend.stream:
+    with backend.memory.stream:
         ids = cupy.full((2, 3, min(count, pages)), -2, np.int32)
-        backend._place(PassInputs(np.zeros(1, np.int64)), cache)
-        backend._top_pages(to_device(backend, scores), 1, 1, cache, ids)
+        batch = place(backend, cache, 1)
+        backend.selector("device").rank(0, to_device(backend, scores), batch, ids.shape[2], ids=ids)
     order = np.argsort(-np.where(np.isnan(scores), np.inf, scores), axis=-1, kind="stable")
     np.testing.assert_array_equal(np.sort(on_host(backend, ids)), np.sort(order[..., :count]))
 
@@ -129,7 +136,7 @@ def test_active_tokens_are_those_of_the_cpu(sizes, tokens, count, masked_only, k
     rng = np.random.default_rng(seed)
     count = min(count, tokens)
     backend = new_backend("float32", kv_heads=2, group=group, width=width)
-    cpu = CpuBackend(backend.config, "float32")
+    cpu = CpuBackend(backend.config, Precision.of("float32"))
     previous = simple(rng, tokens, 2 * group, width)
     q = previous.copy()
     # Some do not change, some change alike, one may be no number.
@@ -139,15 +146,21 @@ def test_active_tokens_are_those_of_the_cpu(sizes, tokens, count, masked_only, k
     masked = np.flatnonzero(rng.random(tokens) < 0.6).astype(np.int32)
     cache = backend.new_cache(16)
     cache.reserve(tokens)
-    with backend.stream:
-        backend._place(PassInputs(np.zeros(tokens, np.int64), masked), cache)
-        before = to_device(backend, previous)
+    stored = StoredResults(tokens, attention=True)
+    slot, cpu_slot = backend.new_slot(stored), cpu.new_slot(stored)
+    options = {"masked_only": masked_only, "follow": False}
+    with backend.memory.stream:
+        batch = place(backend, cache, tokens, masked=masked, slot=slot)
+        backend.store_queries(0, to_device(backend, previous), None, batch)
         for _ in range(2):  # the second time the counter is as the first has left it
-            active = backend.select_active(
-                to_device(backend, q), before, count, masked if masked_only else None, keep and _ == 1
+            options["follow"] = keep and _ == 1
+            active = backend.selector("device").select_active(
+                0, to_device(backend, q), batch, count, **options
             )
-    expected = cpu.select_active(q, previous.copy(), count, masked if masked_only else None)
-    found, before = on_host(backend, active, before)
+    cpu_slot.queries[0] = previous
+    cpu_batch = block_batch(cpu.new_cache(16), tokens, masked=masked, slot=cpu_slot)
+    (expected,) = cpu.selector("auto").select_active(0, q, cpu_batch, count, **options)
+    found, before = on_host(backend, active, stored_array(backend, slot, "queries"))
     assert found[: len(expected)].tolist() == expected.tolist()
     assert (found[len(expected) :] == -1).all()
     np.testing.assert_array_equal(before, q if keep else previous)
@@ -163,11 +176,13 @@ def test_selected_pages_are_those_of_the_cpu(dtype, shape, tokens, length, page_
     chosen, places = some_tokens(case.rng, tokens, min(tokens, 5))
     if every:
         chosen = places = None
-    with case.backend.stream:
+    selector, cpu_selector = (backend.selector("auto") for backend in (case.backend, case.cpu))
+    with case.backend.memory.stream:
         for _ in range(2):
-            pages = case.backend.select_pages(case.device(case.q), case.device(places), case.cache, 0, count)
-    expected = case.cpu.select_pages(case.q, chosen, case.cpu_cache, 0, count)
-    assert listed(case.backend, pages) == listed_by_cpu(expected)
+            selection = selector.select_pages(0, case.device(case.q), case.device(places), case.batch, count)
+    active = None if every else [chosen]
+    expected = cpu_selector.select_pages(0, case.q, active, case.cpu_batch, count)
+    assert case.listed(selection) == listed_by_cpu(expected)
 
 
 @steady(60)
@@ -175,6 +190,8 @@ def test_selected_pages_are_those_of_the_cpu(dtype, shape, tokens, length, page_
 @example("bfloat16", {"kv_heads": 8, "group": 4, "width": 128}, 16, 2300, 16, {}, 20, False)
 @example("bfloat16", {"kv_heads": 8, "group": 4, "width": 128}, 16, 0, 16, {}, 20, True)
 def test_attention_over_listed_pages(dtype, shape, tokens, length, page_size, card, count, every):
+    from losart.backends.cuda.results import PrefixParts
+
     case = Case(dtype, shape, tokens, length, page_size, card)
     backend, rng = case.backend, case.rng
     chosen, places = some_tokens(rng, tokens, min(tokens, 5))
@@ -182,37 +199,41 @@ def test_attention_over_listed_pages(dtype, shape, tokens, length, page_size, ca
         chosen, places = np.arange(tokens), None
     o = simple(rng, *case.q.shape)
     lse = simple(rng, *case.q.shape[:2])
-    with backend.stream:
+    slot = backend.new_slot(StoredResults(tokens, attention=True))
+    case.place(slot)
+    later = [stored_array(backend, slot, name) for name in ("o", "lse")]
+    into = o.copy(), lse.copy()
+    with backend.memory.stream:
         q = case.device(case.q)
-        pages = backend.select_pages(q, case.device(places), case.cache, 0, count)
+        selection = backend.selector("auto").select_pages(0, q, case.device(places), case.batch, count)
         poison(case.backend)
-        into = case.device(o), case.device(lse)
-        later = tuple(case.device(x) for x in (o, lse))
-        at_once, refreshed = (
-            backend.sparse_prefix_attention(q, case.device(places), pages, case.cache, 0, into=kept)
-            for kept in (into, later)
-        )
-        backend.merge(at_once)
+        for array, values in zip(later, into, strict=True):
+            array.set(values, stream=backend.memory.stream)
+        at_once, refreshed = (backend.refresh_prefix_attention(0, q, selection, case.batch) for _ in range(2))
+        for array, merged in zip(into, on_host(backend, *backend.merge(at_once)), strict=True):
+            array[chosen] = merged[: len(chosen)]
+        parts = PrefixParts(*(case.device(x[None]) for x in (*into, np.ones_like(lse))))
         block = [case.device(simple(rng, tokens, shape["kv_heads"], shape["width"])) for _ in range(2)]
-        found, expected = (backend.block_attention(q, *block, prefix) for prefix in (refreshed, into))
+        found, expected = (
+            backend.block_attention(q, *block, prefix, case.batch) for prefix in (refreshed, parts)
+        )
         if every:
-            loose = backend.sparse_prefix_attention(q, None, pages, case.cache, 0)
-            loose = backend.merge(backend.as_parts(loose))
-    # Merged within attention over the block: the same results are kept, and it sees them.
-    for kept, merged in zip(on_host(backend, *later), on_host(backend, *into), strict=True):
+            loose = backend.merge(backend.sparse_prefix_attention(0, q, selection, case.batch))
+    # Merged within attention over the block: the same results are stored, and it sees them.
+    for kept, merged in zip(on_host(backend, *later), into, strict=True):
         np.testing.assert_array_equal(kept, merged)
     found, expected = (widened(x, dtype) for x in on_host(backend, found, expected))
     assert_close(found, expected, TOLERANCE[dtype])
-    found_o, found_lse = on_host(backend, *into)
+    found_o, found_lse = into
     if every:
         for array, other in zip(on_host(backend, *loose), (found_o, found_lse), strict=True):
             np.testing.assert_array_equal(array, other)
     group = shape["group"]
-    assert backend._given.get()[0] == (3 if every else 2) * sum(
-        len(ref.positions_of_pages(np.array(ids, np.int32), page_size, length))
-        for ids in listed(backend, pages)
+    lists = case.listed(selection)
+    assert case.batch.buffers.fetch()[0] == (3 if every else 2) * sum(
+        len(ref.positions_of_pages(np.array(ids, np.int32), page_size, length)) for ids in lists
     )
-    for kv_head, ids in enumerate(listed(backend, pages)):
+    for kv_head, ids in enumerate(lists):
         where = ref.positions_of_pages(np.array(ids, np.int32), page_size, length)
         heads = slice(kv_head * group, (kv_head + 1) * group)
         k, v = (held(x, dtype)[where, kv_head : kv_head + 1] for x in (case.k, case.v))
@@ -229,16 +250,19 @@ def test_attention_over_listed_pages(dtype, shape, tokens, length, page_size, ca
 def test_masses_and_their_top_pages(dtype, shape, tokens, length, page_size, card, summed):
     case = Case(dtype, shape, tokens, length, page_size, card)
     backend = case.backend
-    memory = backend.new_memory("test")
     chosen, places = some_tokens(case.rng, tokens, min(tokens, 5))
     if summed:
         chosen = places = None
     pages, count = case.cache.pages, 4
-    with backend.stream:
-        (o, _), masses = backend.prefix_attention_and_masses(case.device(case.q), case.cache, 0)
-        backend.keep_masses(memory, "masses", masses, case.cache, count, summed)
-        found = backend.select_pages_by_mass(memory.arrays["masses"], case.device(places), case.cache, count)
-    (cpu_o, _), expected = case.cpu.prefix_attention_and_masses(case.q, case.cpu_cache, 0)
+    rows = shape["group"] * (1 if summed else tokens)
+    case.place(backend.new_slot(StoredResults(tokens, top_pages=count, top_pages_rows=rows)))
+    with backend.memory.stream:
+        prefix, masses = backend.prefix_attention_and_masses(0, case.device(case.q), case.batch)
+        o, _ = backend.merge(prefix)
+        backend.store_top_pages(0, masses, case.batch, count, summed=summed)
+        selector = backend.selector("auto")
+        found = selector.select_stored_pages(0, case.device(places), case.batch)
+    (cpu_o, _), (expected,) = case.cpu.prefix_attention_and_masses(0, case.q, case.cpu_batch)
     assert_close(on_host(backend, o), cpu_o, TOLERANCE[dtype])
     units = page_size // 16
     masses = on_host(backend, masses[..., : -(-length // 16)]).astype(np.float64)
@@ -248,7 +272,7 @@ def test_masses_and_their_top_pages(dtype, shape, tokens, length, page_size, car
     assert np.allclose(masses, expected, rtol=1e-3 if dtype == "float32" else 0.25, atol=1e-4)
     # The pages selected are the top ones by the device's own masses.
     rows = masses.sum(axis=1, keepdims=True) if summed else masses[:, chosen]
-    lists = listed(backend, found)
+    lists = case.listed(found)
     for kv_head, of_head in enumerate(rows.reshape(rows.shape[0], rows.shape[1] * rows.shape[2], pages)):
         top = np.sort(of_head, axis=1)[:, ::-1][:, : min(count, pages)]
         chosen_pages = lists[kv_head]
@@ -371,13 +395,14 @@ def test_a_pass_that_was_captured_before_its_first_pass_was_run(models):
     assert cuda.generate(PROMPT, **options).token_ids == cpu.generate(PROMPT, **options).token_ids
 
 
-def test_memories_of_many_settings_are_bounded(tiny_checkpoint):
-    from losart.backends.cuda.backend import FREE_MEMORIES
+def test_free_slots_of_many_settings_are_bounded(tiny_checkpoint):
+    from losart.backends.cuda.slots import FREE_SLOTS
 
     model = losart.load(tiny_checkpoint, device="cuda")
-    for budget in range(16, 16 * (FREE_MEMORIES + 4), 16):
-        model.generate(PROMPT, attention="losa", budget=budget, max_new_tokens=20, block_length=8)
-    assert len(model._transformer.backend._free) <= FREE_MEMORIES
+    options = {"attention": "losa", "selector": "anchor", "max_new_tokens": 20, "block_length": 8}
+    for budget in range(16, 16 * (FREE_SLOTS + 4), 16):
+        model.generate(PROMPT, budget=budget, **options)
+    assert len(model._engine.runner.backend.slots.freed) <= FREE_SLOTS
 
 
 @pytest.mark.parametrize("method", [METHODS[0], METHODS[7], METHODS[9]], ids=name_of)

@@ -1,7 +1,8 @@
-"""Every kernel compiles for all devices that it is meant for, within their means; needs no device."""
+"""Every kernel compiles for all devices that it is meant for, within their limits; needs no device."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 from collections.abc import Iterator
@@ -12,8 +13,9 @@ import pytest
 
 import losart.kernels_cu
 from losart.backends.cuda.variants import CARDS, variants
+from losart.config.precision import FORMATS, Precision
 from losart.errors import DeviceError
-from losart.kernels_cu import FILES, Defines, KernelFile, compile_options, source
+from losart.kernels_cu import COMMON, FILES, Defines, KernelFile, compile_options, constants, source, views
 from losart.kernels_cu.compiler import compile_cubin, nvrtc_version
 
 JOBS = [
@@ -32,7 +34,7 @@ def compiler() -> None:
 
 @pytest.fixture(scope="module")
 def found(compiler: None, request: pytest.FixtureRequest) -> Iterator[dict[tuple[str, str], list[Future]]]:
-    """What is wrong with the chosen jobs' compilations, which run on all processors at once."""
+    """What is wrong with the chosen jobs' compilations, which run on all cores at once."""
     prefix = test_kernel_compiles.__name__ + "["
     chosen = [item.callspec.params["job"] for item in request.session.items if item.name.startswith(prefix)]
     threads = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
@@ -51,7 +53,7 @@ def complaints(
     name: str, file: KernelFile, source: str, architecture: str, dtype: str, defines: Defines, shared: int
 ) -> list[str]:
     """What is wrong with one compilation of a kernel."""
-    options = (*compile_options(dtype, defines), "--ptxas-options=-v")
+    options = (*compile_options(Precision.of(dtype), defines), "--ptxas-options=-v")
     case = f"{name}, {dtype}, {dict(defines)}, {architecture}"
     try:
         _, log = compile_cubin(source, f"{name}.cu", options, architecture)
@@ -75,12 +77,51 @@ def complaints(
 
 def test_table_has_every_source_and_names_what_to_compile():
     folder = Path(losart.kernels_cu.__file__).parent
-    assert sorted(FILES) == sorted(path.stem for path in folder.glob("*.cu"))
-    headers = {header for file in FILES.values() for header in file.headers}
-    assert headers == {path.name for path in folder.glob("*.cuh")}
+    files = {f"{file.folder}/{name}.cu" for name, file in FILES.items()}
+    assert files == {path.relative_to(folder).as_posix() for path in folder.rglob("*.cu")}
+    headers = {*COMMON, *(header for file in FILES.values() for header in file.headers)}
+    assert headers == {path.relative_to(folder).as_posix() for path in folder.rglob("*.cuh")}
     assert {name for name, _ in JOBS} == set(FILES)
     hopper_only = {name for name in FILES if all(a == "sm_90a" for n, a in JOBS if n == name)}
     assert hopper_only == {"linear_hopper", "prefix_attention_hopper", "causal_attention_hopper"}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_headers_are_used_and_come_from_known_folders(name):
+    file = FILES[name]
+    assert len({*COMMON, *file.headers}) == len(COMMON) + len(file.headers)
+    # selection/ uses headers of attention/ too, and whatever reads the result of a matmul those of matmul/.
+    shared = {"common", "matmul", "cache", "attention", file.folder}
+    assert {header.split("/")[0] for header in file.headers} <= shared
+    parts = re.findall(r'^#line 1 "(.*)"$', source(name), re.MULTILINE)
+    at = parts.index("common/views.cuh")
+    assert parts.pop(at + 1) == "views.py" and parts.pop(0) == "constants.py"
+    assert parts == [*COMMON, *file.headers, f"{file.folder}/{name}.cu"]
+
+
+def test_tensor_kernels_take_formats_of_16_bits_only():
+    for name, file in FILES.items():
+        assert file.sixteen_bit == ("tensor" in name or "hopper" in name or name == "linear_tiles")
+        assert file.dtypes == (("bfloat16", "float16") if file.sixteen_bit else tuple(FORMATS))
+
+
+def test_numbers_of_python_are_macros_of_every_source():
+    lines = constants.define_lines().splitlines()
+    assert "#define PANEL_ROWS 128" in lines and "#define BFLOAT16 1" in lines
+    text = {name: source(name) for name in FILES}
+    everything = "".join(text.values())
+    for line in lines:
+        _, macro, value = line.split()
+        assert value.isdecimal() and all(line in one for one in text.values())
+        # Once defined, it is not defined again, and it is of use.
+        assert len(re.findall(rf"#define {macro}\b", everything)) == len(FILES)
+        assert len(re.findall(rf"\b{macro}\b", everything)) > len(FILES), macro
+
+
+def test_precision_reaches_the_compiler():
+    bfloat16, float16, float32 = (FORMATS[name] for name in ("bfloat16", "float16", "float32"))
+    options = compile_options(Precision(bfloat16, float16, float32), (("N", 3),))
+    assert options[1:] == ("-DLOSART_WEIGHTS=1", "-DLOSART_KV=2", "-DLOSART_ACTIVATIONS=0", "-DN=3")
 
 
 @pytest.mark.parametrize("job", JOBS, ids="-".join)
@@ -132,8 +173,40 @@ SHARED = """extern "C" __global__ void kernel(float *x)
 def test_check_finds_what_is_wrong(compiler, text, options, complaint):
     options = dict(options)
     shared = options.pop("shared", 0)
-    found = complaints("kernel", KernelFile((), **options), text, "sm_86", "bfloat16", (("N", 1),), shared)
-    assert not found if complaint is None else complaint in "".join(found)
+    wrong = complaints("kernel", KernelFile("", **options), text, "sm_86", "bfloat16", (("N", 1),), shared)
+    assert not wrong if complaint is None else complaint in "".join(wrong)
+
+
+@pytest.mark.parametrize(
+    ("weights", "kv", "activations"),
+    [
+        ("bfloat16", "float16", "bfloat16"),
+        ("float16", "float32", "float16"),
+        ("float32", "bfloat16", "float16"),
+    ],
+)
+def test_formats_of_a_precision_are_independent(compiler, weights, kv, activations):
+    precision = Precision(*(FORMATS[name] for name in (weights, kv, activations)))
+    for name in ("embedding", "linear", "cache_write", "block_attention", "page_scores", "causal_attention"):
+        compile_cubin(source(name), f"{name}.cu", compile_options(precision), "sm_80")
+
+
+def test_matmuls_on_tensor_cores_need_operands_of_one_format(compiler):
+    precision = Precision(FORMATS["bfloat16"], FORMATS["bfloat16"], FORMATS["float16"])
+    options = compile_options(precision, (("STAGES", 3),))
+    with pytest.raises(DeviceError, match="tensor cores take operands of one format"):
+        compile_cubin(source("linear_tiles"), "linear_tiles.cu", options, "sm_80")
+
+
+@pytest.mark.parametrize("view", views.VIEWS, ids=lambda view: view.__name__)
+def test_a_view_that_differs_from_its_declaration_does_not_compile(compiler, monkeypatch, view):
+    options = compile_options(Precision.of("float32"))
+    first, second, *rest = view._fields_
+    for fields in ((second, first, *rest), view._fields_[1:], (*view._fields_, ("extra", ctypes.c_int64))):
+        changed = type(view.__name__, (ctypes.Structure,), {"_fields_": fields})
+        monkeypatch.setattr(views, "VIEWS", (changed,))
+        with pytest.raises(DeviceError, match=r"kernels_cu/views\.py disagrees|has no member"):
+            compile_cubin(source("embedding"), "embedding.cu", options, "sm_80")
 
 
 def test_error_has_the_log(compiler):

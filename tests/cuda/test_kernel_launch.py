@@ -14,10 +14,13 @@ import pytest
 
 import losart.kernels_cu.launch
 import losart.kernels_cu.tensor_map
-from losart.backends.cuda.plans import FIXED_SHARED, hopper_product_plans, product_plan, sparse_plan
+from losart.backends.cuda.matmul_plans import hopper_matmul_plans, matmul_plan
+from losart.backends.cuda.plans import sparse_plan
 from losart.backends.cuda.variants import CARDS
+from losart.config.precision import Precision
 from losart.errors import DeviceError
 from losart.kernels_cu import kernel
+from losart.kernels_cu.constants import SHARED_ALIGNMENT
 from losart.kernels_cu.launch import Kernel
 from losart.kernels_cu.tensor_map import TensorMap, tensor_map
 
@@ -134,19 +137,19 @@ def test_a_map_tells_the_driver_of_the_matrix_and_is_passed_by_value(driver):
         tensor_map(1 << 41, 300, 72, 128)
 
 
-@pytest.mark.parametrize("processors", [1, 2, 57, 132])
+@pytest.mark.parametrize("sms", [1, 2, 57, 132])
 @pytest.mark.parametrize("tokens", [65, 128, 129, 512, 2048])
 @pytest.mark.parametrize("rows", [1, 2048, 4096, 6144, 151936])
-def test_no_way_to_cut_a_product_has_blocks_without_a_tile(processors, tokens, rows):
-    card = replace(CARDS["sm_90a"], processors=processors)
-    plans = [plan for _, plan in hopper_product_plans(card, tokens, rows)]
-    assert len(plans) == (4 if processors == 1 else 8)
-    assert product_plan(card, True, tokens, rows, 4096) in plans
+def test_no_way_to_cut_a_matmul_has_blocks_without_a_tile(sms, tokens, rows):
+    card = replace(CARDS["sm_90a"], sms=sms)
+    plans = [plan for _, plan in hopper_matmul_plans(card, tokens, rows)]
+    assert len(plans) == (4 if sms == 1 else 8)
+    assert matmul_plan(card, True, tokens, rows, 4096) in plans
     for plan in plans:
         width, cluster, stages = (dict(plan.defines)[name] for name in ("WIDTH", "CLUSTER", "STAGES"))
         clusters, rest = divmod(*plan.grid, cluster)
         assert not rest and 1 <= clusters <= ceil(tokens / (128 * cluster)) * ceil(rows / width)
-        assert plan.grid[0] <= processors and plan.boxes == (128, width // cluster)
+        assert plan.grid[0] <= sms and plan.boxes == (128, width // cluster)
         assert stages >= 3 and plan.shared <= card.shared_per_block
 
 
@@ -183,7 +186,7 @@ def test_a_launch_that_the_driver_refuses_is_an_error_of_ours(driver):
 def test_a_kernel_that_the_driver_does_not_load_is_an_error_of_ours(driver, monkeypatch):
     monkeypatch.setattr(losart.kernels_cu, "prebuilt_cubin", lambda *inputs: b"refused")
     with pytest.raises(DeviceError, match="does not load embedding, as compiled for sm_90a: CUDA_ERROR_NO_B"):
-        losart.kernels_cu._kernel.__wrapped__(0, "embedding", "float32", ())
+        losart.kernels_cu._kernel.__wrapped__(0, "embedding", Precision.of("float32"), ())
 
 
 @pytest.mark.parametrize("card", CARDS.values(), ids=CARDS)
@@ -194,7 +197,7 @@ def test_a_long_list_of_pages_leaves_room_for_tiles(card, tensor):
             shape = (block, heads, kv_heads, 128, pages, 16, -(-pages // 32))
             plan = sparse_plan(card, tensor, *shape)
             assert dict(plan.defines).get("STAGES", 2) >= 2
-            assert plan.shared <= card.shared_per_block - FIXED_SHARED
+            assert plan.shared <= card.shared_per_block - SHARED_ALIGNMENT
             tile = 64 if tensor else 32
             tiles = -(-pages * 16 // tile)
             assert plan.capacity * 16 >= -(-tiles // plan.parts) * tile and plan.grid[1] == plan.parts
@@ -210,13 +213,13 @@ def test_each_device_gets_its_own_kernel_once(driver, monkeypatch):
     monkeypatch.setattr(losart.kernels_cu, "prebuilt_cubin", lambda *inputs: None)
     losart.kernels_cu._kernel.cache_clear()
     try:
-        first = kernel("linear", "bfloat16", (("N", 2),))
-        assert kernel("linear", "bfloat16", (("N", 2),)) is first
+        first = kernel("linear", Precision.of("bfloat16"), (("N", 2),))
+        assert kernel("linear", Precision.of("bfloat16"), (("N", 2),)) is first
         driver.device = 1
-        second = kernel("linear", "bfloat16", (("N", 2),))
+        second = kernel("linear", Precision.of("bfloat16"), (("N", 2),))
         assert second is not first
         driver.device = 0
-        assert kernel("linear", "bfloat16", (("N", 2),)) is first
+        assert kernel("linear", Precision.of("bfloat16"), (("N", 2),)) is first
     finally:
         losart.kernels_cu._kernel.cache_clear()
     assert driver.loaded == [b"linear.cu -DN=2 sm_90a", b"linear.cu -DN=2 sm_86"]

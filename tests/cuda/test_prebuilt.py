@@ -11,11 +11,11 @@ import pytest
 
 import losart.backends.cuda.prebuild
 import losart.kernels_cu
+from losart.backends.cuda.matmul_plans import matmul_plan
 from losart.backends.cuda.plans import (
     causal_plan,
     masses_plan,
     prefix_plan,
-    product_plan,
     scores_plan,
     sparse_plan,
     top_pages_plan,
@@ -23,6 +23,7 @@ from losart.backends.cuda.plans import (
 from losart.backends.cuda.prebuild import prebuild
 from losart.backends.cuda.variants import CARDS, variants
 from losart.cli import main
+from losart.config.precision import Precision
 from losart.errors import DeviceError
 from losart.kernels_cu import FILES, compile_options, prebuilt, prebuilt_for, source
 from losart.kernels_cu.compiler import ELF, compile_cubin, cubin_name, nvrtc_version
@@ -31,7 +32,8 @@ from losart.loaders.model_config import read_model_config
 from losart.measure.random_checkpoint import SIZES
 
 KERNEL = ("source", "kernel.cu", ("-DN=1",), "sm_80")
-EMBEDDING = (source("embedding"), "embedding.cu", compile_options("bfloat16"))
+BFLOAT16, FLOAT16 = Precision.of("bfloat16"), Precision.of("float16")
+EMBEDDING = (source("embedding"), "embedding.cu", compile_options(BFLOAT16))
 
 
 @pytest.fixture(autouse=True)
@@ -107,9 +109,9 @@ def test_a_kernel_is_taken_prebuilt_and_only_else_compiled(folder, fake_compiler
     monkeypatch.setattr(losart.kernels_cu, "Kernel", lambda *args: args[0])
     monkeypatch.setattr(losart.kernels_cu, "cached_cubin", lambda *inputs: b"compiled")
     make = losart.kernels_cu._kernel.__wrapped__
-    make(0, "embedding", "bfloat16", ())
-    make(0, "embedding", "float16", ())
-    make(0, "copy_tokens", "bfloat16", ())
+    make(0, "embedding", BFLOAT16, ())
+    make(0, "embedding", FLOAT16, ())
+    make(0, "store_tokens", BFLOAT16, ())
     assert loaded == [ELF + repr((*EMBEDDING, "sm_90a")).encode(), b"compiled", b"compiled"]
 
 
@@ -136,7 +138,7 @@ def test_variants_are_those_of_the_released_models(read_config):
         launched = set()
         for tensor in (True, False):
             for tokens in range(1, 65):
-                launched.update(product_plan(card, tensor, tokens, *matrix) for matrix in matrices)
+                launched.update(matmul_plan(card, tensor, tokens, *matrix) for matrix in matrices)
                 for heads, kv_heads, dim in shapes:
                     shape = (card, tensor, tokens, heads, kv_heads, dim)
                     launched.update(plan(*shape) for plan in (prefix_plan, masses_plan))
@@ -144,7 +146,7 @@ def test_variants_are_those_of_the_released_models(read_config):
                     launched.add(scores_plan(card, tensor, tokens * heads // kv_heads, kv_heads, dim))
             for heads, kv_heads, dim in shapes:
                 launched.add(causal_plan(card, tensor, 2048, heads, kv_heads, dim))
-            launched.add(product_plan(card, tensor, 2048, 4096, 4096))
+            launched.add(matmul_plan(card, tensor, 2048, 4096, 4096))
         for positions in (32768, 40960):
             launched.update(
                 top_pages_plan(kernel, 5, 8, -(-positions // size))
@@ -192,7 +194,7 @@ def test_prebuilt_kernels_are_the_compilers(folder):
         folder,
         ["sm_80", "sm_90a"],
         ["bfloat16"],
-        ["embedding", "copy_tokens"],
+        ["embedding", "store_tokens"],
         progress=lambda *counts: done.append(counts),
     )
     assert archives == {folder / "sm_80.tar.xz": 2, folder / "sm_90a.tar.xz": 2}

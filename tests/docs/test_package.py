@@ -14,6 +14,8 @@ import losart
 import losart.kernels_cu
 import losart.loaders
 
+REPOSITORY = Path(__file__).parents[2]
+
 
 def run_python(code: str) -> str:
     # Elsewhere: the repository's own folders must not be found by accident.
@@ -77,6 +79,46 @@ def test_generated_c_is_not_installed():
     assert not list(folder.rglob("*.c"))
 
 
+# A source tree whose extensions are not built.
+
+
+@pytest.fixture
+def source_tree(tmp_path):
+    for name in ("losart", "loaders", "kernels_cu"):
+        shutil.copytree(REPOSITORY / name, tmp_path / name, ignore=shutil.ignore_patterns("cubins", "*.so"))
+    for name in ("setup.py", "pyproject.toml"):
+        shutil.copy(REPOSITORY / name, tmp_path)
+    return tmp_path
+
+
+def import_error(folder: Path, code: str = "import losart") -> str:
+    """The last line of what Python says when losart is imported from this folder."""
+    result = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    assert result.returncode == 1 and result.stdout == ""
+    assert result.stderr.count("Traceback") == 1
+    return result.stderr.splitlines()[-1]
+
+
+# An editable installation finds the packages that lie beside `losart/`, wherever losart itself comes from.
+NOT_EDITABLE = "import sys; sys.meta_path = [one for one in sys.meta_path if 'editable' not in str(one)]; "
+
+
+@pytest.mark.parametrize("before", ["", NOT_EDITABLE])
+def test_sources_that_are_not_built_say_how_to_build(source_tree, before):
+    message = f"losart is imported from sources that are not built: run `pip install -e .` in {source_tree}"
+    assert import_error(source_tree, f"{before}import losart") == f"ImportError: {message}"
+
+
+def test_a_missing_dependency_is_named_as_python_does(source_tree):
+    error = import_error(source_tree, "import sys; sys.modules['numpy'] = None; import losart")
+    assert error.startswith("ModuleNotFoundError: import of numpy")
+
+
+def test_a_missing_module_of_ours_is_named_as_python_does(source_tree):
+    (source_tree / "losart/config/rope.py").unlink()
+    assert import_error(source_tree).startswith("ModuleNotFoundError: No module named 'losart.config.rope'")
+
+
 # setup.py without the modules to be compiled, which take minutes.
 BUILD = """
 import runpy, sys, types
@@ -89,18 +131,15 @@ runpy.run_path("setup.py")
 
 
 @pytest.mark.parametrize("archives", [[], ["sm_80.tar.xz", "sm_90a.tar.xz"]])
-def test_prebuilt_kernels_are_installed_where_there_are_any(tmp_path, archives):
+def test_prebuilt_kernels_are_installed_where_there_are_any(source_tree, archives):
     pytest.importorskip("setuptools", minversion="77")
-    repository = Path(__file__).parents[2]
-    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md"):
-        shutil.copy(repository / name, tmp_path)
-    for name in ("losart", "loaders", "kernels_cu"):
-        shutil.copytree(repository / name, tmp_path / name, ignore=shutil.ignore_patterns("cubins", "*.so"))
-    (tmp_path / "kernels_cu/cubins").mkdir()
+    for name in ("MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md"):
+        shutil.copy(REPOSITORY / name, source_tree)
+    (source_tree / "kernels_cu/cubins").mkdir()
     for archive in archives:
-        (tmp_path / "kernels_cu/cubins" / archive).write_bytes(b"archive")
-    built = subprocess.run([sys.executable, "-c", BUILD], cwd=tmp_path, capture_output=True, text=True)
+        (source_tree / "kernels_cu/cubins" / archive).write_bytes(b"archive")
+    built = subprocess.run([sys.executable, "-c", BUILD], cwd=source_tree, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
-    installed = tmp_path / "built/losart/kernels_cu"
+    installed = source_tree / "built/losart/kernels_cu"
     assert sorted(path.name for path in installed.glob("cubins/*")) == archives
-    assert (installed / "common.cuh").exists() and (installed / "prebuilt.py").exists()
+    assert (installed / "common/types.cuh").exists() and (installed / "prebuilt.py").exists()

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from losart.config.model import ModelConfig, RopeConfig
+from losart.config import ModelConfig, RopeConfig
 
 
 class FakeTokenizer:

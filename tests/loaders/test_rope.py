@@ -7,10 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from losart.config.model import RopeConfig
-from losart.config.rope import inverse_frequencies
+from losart.config.rope import RopeConfig, inverse_frequencies
+from losart.loaders.families.rope import rope_config
 from losart.loaders.json_files import JsonObject
-from losart.loaders.rope_config import rope_config
 
 YARN = RopeConfig(theta=1e6, kind="yarn", factor=4.0, original_max_positions=32768)
 LLAMA3 = RopeConfig(theta=5e5, kind="llama3", factor=8.0, original_max_positions=8192)

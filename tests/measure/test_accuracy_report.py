@@ -3,9 +3,10 @@
 import json
 import sys
 
-import accuracy_report
 import pytest
-from accuracy_grid import DENSE, LOSA, QUEST, SPARSED, label
+
+from benchmarks.accuracy import report as accuracy_report
+from benchmarks.accuracy.grid import DENSE, LOSA, QUEST, SPARSED, label
 
 
 def cell(setting, task, accuracy, sparse):

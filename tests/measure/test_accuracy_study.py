@@ -1,12 +1,12 @@
-"""The accuracy study: its grid, and a file that is gone on with."""
+"""The accuracy study: its grid, and a file that is resumed."""
 
 import json
 
-import accuracy_grid
-import accuracy_study
 import pytest
 
 import losart
+from benchmarks.accuracy import grid as accuracy_grid
+from benchmarks.accuracy import study as accuracy_study
 from losart.config.model import ModelConfig
 from losart.config.options import generation_config
 from losart.errors import DataError
@@ -41,7 +41,7 @@ def study(file, samples=2):
     return accuracy_study.Study(file, "cpu", 2, samples, seed=3)
 
 
-def test_a_study_goes_on_where_it_was_cut_short(tmp_path, capsys):
+def test_a_study_resumes_where_it_was_cut_short(tmp_path, capsys):
     file = tmp_path / "study.json"
     wanted = accuracy_grid.cells(["first"], [256], ["keys-4"])
     study(file).run(wanted[:3])

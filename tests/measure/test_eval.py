@@ -72,16 +72,16 @@ def test_normalised_answers_are_their_numbers():
 
 
 @pytest.mark.parametrize(
-    ("task", "length", "most"),
+    ("task", "length", "limit"),
     [("key", 1024, 8), ("keys-2", 256, 4), ("last", 1024, 3), ("chains-2", 1024, 2)],
 )
-def test_questions_about_one_document_are_asked_in_turn_and_share_no_fact(task, length, most):
+def test_questions_about_one_document_are_asked_in_turn_and_share_no_fact(task, length, limit):
     prompts = [one.prompt for one in make_questions(None, TASKS[task], length, 40, 5, "symbols")]
     assert len(set(prompts)) == len(prompts) == 40
     in_turn = itertools.groupby(prompts, lambda prompt: prompt.rsplit("\n", 2)[0])
     documents = {document: list(asked) for document, asked in in_turn}
     assert sum(map(len, documents.values())) == 40
-    assert 1 < max(map(len, documents.values())) <= most
+    assert 1 < max(map(len, documents.values())) <= limit
     for asked in documents.values():
         names = []
         for prompt in asked:
@@ -126,7 +126,7 @@ def test_figures_of_a_cell(symbol_tokenizer):
     assert (cell.tokens_per_second, cell.passes_per_question) == (4.0, 4.0)
     assert cell.prefilled_tokens == 4 * 96
     options = {"attention": "losa", "budget": 64, "active": 3, "commit": "sparse", "max_new_tokens": 16}
-    assert all(given == {**options, "seed": 0} for _, given in oracle.asked)
+    assert all(passed == {**options, "seed": 0} for _, passed in oracle.asked)
 
 
 def test_every_setting_gets_the_same_questions(symbol_tokenizer):

@@ -1,14 +1,16 @@
 """The spread of query changes over a block's tokens."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from passes import block_batch
 
 import losart
 from losart.attention import DensePolicy
-from losart.attention.policy import PassKind
 from losart.cli import main
+from losart.engine.batch import PassKind
 from losart.errors import OptionError
 from losart.eval import EvalConfig
 from losart.eval.locality import KINDS, QueryChanges, measure_locality, shares, token_kinds
@@ -43,15 +45,16 @@ def test_the_change_of_known_queries(monkeypatch, model):
     monkeypatch.setattr(DensePolicy, "attend", lambda *args: None)
     policy = QueryChanges(losart.AttentionConfig(), model.config, 4)
     q = np.zeros((4, 4, 32), np.float32)
-    policy.begin_block()
-    policy.begin_pass(PassKind.FIRST, 0, [0, 1, 2, 3])
-    policy.attend(None, 0, q, None, None, None)
+    cache = SimpleNamespace(length=0)
+
+    def attend(kind, masked):
+        policy.attend(None, 0, q, None, None, block_batch(cache, 4, kind, masked=masked))
+
+    attend(PassKind.FIRST, [0, 1, 2, 3])
     q[2], q[3] = 3.0, 1.0  # of which token 2 was unmasked
-    policy.begin_pass(PassKind.LATER, 0, [0, 1, 3])
-    policy.attend(None, 0, q, None, None, None)
+    attend(PassKind.LATER, [0, 1, 3])
     q[0] = 2.0
-    policy.begin_pass(PassKind.LATER, 0, [1])
-    policy.attend(None, 0, q, None, None, None)
+    attend(PassKind.LATER, [1])
     first, second = policy.rows[0]
     assert first[[0, 4, 5, 6]].tolist() == pytest.approx([0.9, 0.9, 0.1, 0.0])
     assert second[[0, 4, 5, 6]].tolist() == pytest.approx([1.0, 1.0, 0.0, 0.0])

@@ -45,7 +45,7 @@ def longbench(tmp_path):
 
 
 class Fake:
-    """Stands for a model with the given one's tokenizer that answers in a certain way."""
+    """Stands for a model that has another one's tokenizer and answers in a certain way."""
 
     def __init__(self, model, answer):
         self.tokenizer, self.chat_template = model.tokenizer, model.chat_template
@@ -72,7 +72,7 @@ def test_normalised_answers():
 
 def test_f1_by_hand():
     assert f1("the cat sat", "A cat sat!") == 1.0
-    # Shared: cat, sat, of 3 given and 4 wanted words.
+    # Shared: cat, sat, of 3 words and 4 wanted ones.
     assert f1("cat sat down", "big cat sat here") == pytest.approx(2 * (2 / 3) * (2 / 4) / (2 / 3 + 2 / 4))
     # A word counts as often as both have it.
     assert f1("no no no", "no") == pytest.approx(2 * (1 / 3) * 1 / (1 / 3 + 1))

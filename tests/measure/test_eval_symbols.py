@@ -119,11 +119,11 @@ def test_sources_are_where_the_answers_stand():
     batch = make_batch(np.random.default_rng(10), 4, 512, questions=64)
     symbols = batch.answers >= FIRST_SYMBOL
     assert ((batch.sources >= 0) == symbols).all() and batch.sources.dtype == np.int32
-    row, question, place = np.nonzero(symbols)
+    row, question, index = np.nonzero(symbols)
     source = batch.sources[symbols]
     assert (batch.documents[row, source] == batch.answers[symbols]).all()
     # Of a question's first pair the key stands right before it; values of one key go back in the document.
-    first = place == 0
+    first = index == 0
     for back, part in ((2, 0), (1, 1)):
         told = batch.documents[row[first], source[first] - back]
         assert (told == batch.questions[row[first], question[first], part]).all()

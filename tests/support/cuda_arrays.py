@@ -6,19 +6,26 @@ import numpy as np
 
 
 def on_host(backend, *arrays):
-    backend.stream.synchronize()
+    backend.memory.stream.synchronize()
     found = tuple(array.get() for array in arrays)
     return found if len(found) > 1 else found[0]
 
 
-def product_array(backend, product):
-    """A product's planes added up as product.cuh has it, with the bias. No others are read."""
-    total = np.zeros(product.values.shape[1:])
-    for panel in range(-(-product.rows // 128)):
-        columns = slice(panel * 128, min(product.rows, panel * 128 + 128))
-        first, last = panel * product.steps, (panel + 1) * product.steps - 1
-        planes = last // product.share - first // product.share + 1
-        with backend.stream:
-            used = product.values[:planes, :, columns].copy()
+def stored_array(backend, slot, name, layer=0):
+    """A layer of one of a slot's arrays of results."""
+    tokens, heads, width = slot.stored.tokens, backend.config.num_heads, backend.config.head_dim
+    shape = (tokens, heads) if name == "lse" else (tokens, heads, width)
+    return slot.array(slot.offset(name, layer), shape, np.float32)
+
+
+def matmul_array(backend, matmul):
+    """A matmul's planes added up as planes.cuh has it, with the bias. No others are read."""
+    total = np.zeros(matmul.planes.shape[1:])
+    for panel in range(-(-matmul.rows // 128)):
+        columns = slice(panel * 128, min(matmul.rows, panel * 128 + 128))
+        first, last = panel * matmul.steps, (panel + 1) * matmul.steps - 1
+        planes = last // matmul.share - first // matmul.share + 1
+        with backend.memory.stream:
+            used = matmul.planes[:planes, :, columns].copy()
         total[:, columns] = on_host(backend, used).astype(np.float64).sum(axis=0)
-    return total + (0 if product.bias is None else on_host(backend, product.bias))
+    return total + (0 if matmul.bias is None else on_host(backend, matmul.bias))

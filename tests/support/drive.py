@@ -9,13 +9,16 @@ import numpy as np
 import pytest
 import reference as ref
 from kv import held, model_config
+from passes import block_batch, options_of, write
 from test_attention_kernels import assert_close
 
 from losart.attention import make_policy
-from losart.attention.policy import PassKind
-from losart.backends.base import PassInputs
 from losart.backends.cpu.backend import CpuBackend
+from losart.backends.cpu.selector import Selector
 from losart.config.options import AttentionConfig
+from losart.config.precision import Precision
+from losart.engine.batch import PassKind
+from losart.engine.sequence import ReadLog
 
 REFERENCES = {
     "dense": ref.DensePolicy,
@@ -32,30 +35,51 @@ class RecordingBackend(CpuBackend):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.reads: list[tuple[list[int], list[list[int]]]] = []
-        self.scans = 0
+        self._selector = CountingSelector()
 
-    def prefix_attention(self, q, cache, layer):
-        every = [list(range(cache.length))] * self.config.num_kv_heads
+    @property
+    def scans(self) -> int:
+        return self._selector.scans
+
+    def prefix_attention(self, layer, q, batch):
+        self._note_dense(q, batch)
+        return super().prefix_attention(layer, q, batch)
+
+    def prefix_attention_and_masses(self, layer, q, batch):
+        self._note_dense(q, batch)
+        return super().prefix_attention_and_masses(layer, q, batch)
+
+    def _note_dense(self, q, batch):
+        every = [list(range(batch.sequences[0].prefix_length))] * self.config.num_kv_heads
         self.reads.append((list(range(len(q))), every))
-        return super().prefix_attention(q, cache, layer)
 
-    def prefix_attention_and_masses(self, q, cache, layer):
-        every = [list(range(cache.length))] * self.config.num_kv_heads
-        self.reads.append((list(range(len(q))), every))
-        return super().prefix_attention_and_masses(q, cache, layer)
+    def sparse_prefix_attention(self, layer, q, selection, batch):
+        assert selection.tokens is None
+        self._note_sparse(range(len(q)), selection, batch)
+        return super().sparse_prefix_attention(layer, q, selection, batch)
 
-    def select_pages(self, q, tokens, cache, layer, count):
-        self.scans += 1
-        return super().select_pages(q, tokens, cache, layer, count)
+    def refresh_prefix_attention(self, layer, q, selection, batch):
+        self._note_sparse(selection.tokens[0], selection, batch)
+        return super().refresh_prefix_attention(layer, q, selection, batch)
 
-    def sparse_prefix_attention(self, q, tokens, pages, cache, layer, into=None):
+    def _note_sparse(self, tokens, selection, batch):
+        (pages,), (sequence,) = selection.pages, batch.sequences
         read = [
-            ref.positions_of_pages(ids[:count], cache.page_size, cache.length).tolist()
+            ref.positions_of_pages(ids[:count], sequence.cache.page_size, sequence.prefix_length).tolist()
             for ids, count in zip(pages.ids, pages.counts, strict=True)
         ]
         assert pages.positions == sum(map(len, read))
-        self.reads.append((list(range(len(q))) if tokens is None else tokens.tolist(), read))
-        return super().sparse_prefix_attention(q, tokens, pages, cache, layer, into)
+        self.reads.append(([int(token) for token in tokens], read))
+
+
+class CountingSelector(Selector):
+    """Counts scans of bounds."""
+
+    scans = 0
+
+    def select_pages(self, *args):
+        self.scans += 1
+        return super().select_pages(*args)
 
 
 @dataclass
@@ -98,15 +122,18 @@ def fewer_masked(masked: np.ndarray, kind: str, rng: np.random.Generator) -> np.
 Passes = list[tuple[str, list[ref.Pass]]]  # the kind of each pass, the reference's record of each layer
 
 
-def drive(case: Case) -> tuple[Any, RecordingBackend, Passes]:
+def drive(case: Case) -> tuple[ReadLog, RecordingBackend, Passes]:
     """Run the policy and the reference's through the passes, comparing the two and what they count."""
     rng = np.random.default_rng(case.seed)
     mask_rng = np.random.default_rng([case.seed, 1])
     config = AttentionConfig(case.method, **case.options)
     model = model_config(case.kv_heads, case.group, case.width, case.layers)
-    backend = RecordingBackend(model, case.dtype)
+    backend = RecordingBackend(model, Precision.of(case.dtype))
     cache = backend.new_cache(config.page_size)
     policy = make_policy(config, model, case.block_length)
+    options = options_of(case.block_length, config)
+    slot = backend.new_slot(policy.stored) if policy.stored else None
+    reads = ReadLog(case.block_length)
     reference_options = {k: v for k, v in case.options.items() if k != "dense_layers"}
     references = [
         (ref.DensePolicy if layer < config.dense_layers else REFERENCES[case.method])(**reference_options)
@@ -118,14 +145,13 @@ def drive(case: Case) -> tuple[Any, RecordingBackend, Passes]:
 
     def commit(k: np.ndarray, v: np.ndarray) -> None:
         for layer in range(case.layers):
-            cache.write(layer, k[layer], v[layer])
+            write(cache, layer, k[layer], v[layer])
         cache.advance(k.shape[1])
 
     prefix = [draw(case.prefix, case.kv_heads) for _ in range(2)]
     commit(*prefix)
     passes = []
     for _ in range(case.blocks):
-        policy.begin_block()
         for reference in references:
             reference.begin_block()
         q = draw(case.block_length, case.kv_heads * case.group, 2.0)
@@ -137,19 +163,19 @@ def drive(case: Case) -> tuple[Any, RecordingBackend, Passes]:
             q += size[:, None, None] * draw(case.block_length, case.kv_heads * case.group)
             k, v = (draw(case.block_length, case.kv_heads) for _ in range(2))
             masked = fewer_masked(masked, kind, mask_rng)
-            policy.begin_pass(PassKind(kind), cache.length, np.flatnonzero(masked))
-            records = []
-
-            def layers(_ids: Any) -> list[Any]:
-                return [
-                    policy.attend(backend, layer, q[layer].copy(), k[layer], v[layer], cache)  # noqa: B023
-                    for layer in range(case.layers)
-                ]
-
-            policy.use(backend)
-            inputs = PassInputs(np.zeros(case.block_length, np.int64))
-            results, positions = backend.run_pass(policy.shape, inputs, cache, layers)
-            policy.end_pass(positions)
+            batch = block_batch(
+                *(cache, case.block_length, PassKind(kind)),
+                slot=slot,
+                masked=np.flatnonzero(masked),
+                options=options,
+            )
+            records, results, selections = [], [], []
+            for layer in range(case.layers):
+                o, selection = policy.attend(backend, layer, q[layer].copy(), k[layer], v[layer], batch)
+                results.append(o)
+                selections.append(selection)
+            (positions,) = backend.run(batch, None, lambda _, read=selections: (None, read)).positions
+            reads.add(policy.reads(batch.sequences[0], positions), cache.length, case.kv_heads)
             for layer, o in enumerate(results):
                 expected = references[layer].attend(
                     q[layer], k[layer], v[layer], k_prefix[layer], v_prefix[layer], kind, masked
@@ -163,13 +189,12 @@ def drive(case: Case) -> tuple[Any, RecordingBackend, Passes]:
             passes.append((kind, records))
         commit(k, v)
         prefix = [np.concatenate(both, axis=1) for both in zip(prefix, (k, v), strict=True)]
-    check_reads(policy, passes, case)
-    return policy, backend, passes
+    check_reads(reads, passes, case)
+    return reads, backend, passes
 
 
-def check_reads(policy: Any, passes: Passes, case: Case) -> None:
+def check_reads(reads: ReadLog, passes: Passes, case: Case) -> None:
     """Densities and active fraction are those of the reference's records."""
-    reads = policy.reads
     read = [(kind, record) for kind, records in passes for record in records if record.prefix_length]
 
     def mean(values: list[float]) -> float | None:

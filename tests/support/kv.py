@@ -7,11 +7,13 @@ import os
 import numpy as np
 from hypothesis import settings
 
+from losart.backends.cpu import convert
 from losart.backends.cpu.kv_index import PageTable
 from losart.config.model import ModelConfig
+from losart.config.precision import FORMATS
 
+HELD_AS = {name: format.array for name, format in FORMATS.items()}
 LAYER = 1  # of two; the other is full of NaN, which shows in whoever reads it
-HELD_AS = {"float32": np.float32, "bfloat16": np.uint16, "float16": np.float16}
 
 
 def steady(examples: int) -> settings:
@@ -32,12 +34,17 @@ def bfloat16(x: np.ndarray) -> np.ndarray:
     return np.where(np.abs(rounded) >= 2.0**128, np.copysign(np.inf, x), rounded)
 
 
+def narrow(x: np.ndarray, dtype: str) -> np.ndarray:
+    """float32 values as arrays hold them."""
+    return convert.narrow(x, FORMATS[dtype])
+
+
 def held(x: np.ndarray, dtype: str) -> np.ndarray:
     """float32 values as `dtype` holds them, in float64."""
     if dtype == "bfloat16":
         return bfloat16(x)
     with np.errstate(over="ignore"):
-        return x.astype(HELD_AS[dtype]).astype(np.float64)
+        return x.astype(FORMATS[dtype].array).astype(np.float64)
 
 
 def empty_table(
@@ -49,10 +56,12 @@ def empty_table(
     chunk_pages: int = 16,
 ) -> tuple[PageTable, list[tuple[np.ndarray, np.ndarray]]]:
     """A table of two layers with room for `positions`, and its chunks of keys and values and of bounds."""
-    table = PageTable(2, kv_heads, width, page_size, chunk_pages * page_size, dtype)
+    table = PageTable(2, kv_heads, width, page_size, chunk_pages * page_size, FORMATS[dtype])
     chunks = []
     while table.capacity < positions:
-        chunks.append((np.zeros(table.kv_shape, HELD_AS[dtype]), np.zeros(table.bounds_shape, np.float32)))
+        chunks.append(
+            (np.zeros(table.kv_shape, FORMATS[dtype].array), np.zeros(table.bounds_shape, np.float32))
+        )
         table.add_chunk(*chunks[-1])
     return table, chunks
 

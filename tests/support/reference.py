@@ -390,7 +390,7 @@ def remask(
         surest = candidates[_largest(confidence[candidates], count)]
         return np.union1d(above, surest)
     if strategy == "entropy_bounded":
-        rising = candidates[np.argsort(entropy[candidates], kind="stable")]
-        within = int((np.cumsum(entropy[rising]) <= eb_threshold).sum())
-        return np.sort(rising[: max(1, within)])
+        ascending = candidates[np.argsort(entropy[candidates], kind="stable")]
+        within = int((np.cumsum(entropy[ascending]) <= eb_threshold).sum())
+        return np.sort(ascending[: max(1, within)])
     raise ValueError(strategy)

@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from losart.config.options import GenerationConfig
-from losart.engine.remasking import STRATEGIES, strategy, transfer_counts
-from losart.engine.sampling import Proposals
+from losart.engine.sampling import STRATEGIES, Proposals, strategy, transfer_counts
 from losart.errors import OptionError
 
 # Sixteenths: exact in float32 and float64, with ties, and equal to a threshold now and then.

@@ -50,7 +50,7 @@ def select_active(const float[::1] change, Py_ssize_t count):
     Returns
     -------
     int32 [count]
-        Rising token indices within the block.
+        Ascending token indices within the block.
     """
     cdef Py_ssize_t tokens = change.shape[0], t, other, rank, filled = 0
     if not 0 <= count <= tokens:

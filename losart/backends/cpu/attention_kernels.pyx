@@ -2,7 +2,7 @@
 
 All variants are one routine, attend_slabs: rows of queries of one kv head (tokens times the query
 heads that share it) against a list of slabs of 16 positions (see kv_index.pyx), by the online
-softmax, a tile of 8 slabs at a time. Work is split over kv heads and over parts of the list whose
+softmax, one tile of 8 slabs at a time. Work is split over kv heads and over parts of the list whose
 size does not depend on the number of threads, so results do not either.
 """
 
@@ -247,7 +247,7 @@ def attend_pages(PageTable table, Py_ssize_t layer, q, tokens, pages, Py_ssize_t
     tokens : int32 [any]
         Which tokens are computed; the other rows of `o` and `lse` stay as they are.
     pages : (int32 [kv_heads, capacity], int32 [kv_heads]) or None
-        Rising page ids that each kv head reads, and how many; None reads the whole prefix.
+        Ascending page ids that each kv head reads, and how many; None reads the whole prefix.
     length : int
         Positions of the prefix.
     o : float32 [tokens of the block, heads, head_dim]
@@ -463,7 +463,7 @@ def bound_scores(PageTable table, Py_ssize_t layer, q, tokens, Py_ssize_t length
     return scores
 
 
-def widen_into(const uint16_t[::1] source, float[::1] to, str dtype, bint threads=True):
+def widen_into(const uint16_t[::1] source, float[::1] to, int width, bint threads=True):
     """Convert bfloat16 or float16 bits to float32.
 
     Parameters
@@ -471,12 +471,12 @@ def widen_into(const uint16_t[::1] source, float[::1] to, str dtype, bint thread
     source : uint16 [n]
     to : float32 [n]
         Written.
-    dtype : {"bfloat16", "float16"}
+    width : int
+        `Format.code` of the source.
     threads : bool
         Whether to use all threads where it pays, or the caller's alone.
     """
     cdef Py_ssize_t count = source.shape[0], piece = 16384, item
-    cdef int width = BFLOAT16 if dtype == "bfloat16" else 2
     if to.shape[0] != count:
         raise ValueError("source and to must have the same length")
     for item in prange((count + piece - 1) // piece, nogil=True, schedule="static",

@@ -1,55 +1,62 @@
-"""The CPU backend: NumPy and its BLAS, and our own attention kernels. Arithmetic is float32.
-
-`dtype` is how weights, keys and values are held. bfloat16 is held as its bits in uint16.
-"""
+"""The CPU backend: NumPy and its BLAS, and our own attention kernels. Arithmetic is float32."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 import losart.backends.cpu.attention_kernels as kernels
 import losart.backends.cpu.skinny_linear as skinny_linear
-from losart.backends.base import Memory, PassInputs
-from losart.backends.cpu.active_set import query_change, select_active
-from losart.backends.cpu.kv_index import PageTable, positions_in, union_of_top_pages
+from losart.backends.base import Body, PassOutput, Selection, StoredResults
+from losart.backends.cpu.convert import narrow, widen, widen_into
+from losart.backends.cpu.kv_index import PageTable
+from losart.backends.cpu.selector import Selector
 from losart.config.model import ModelConfig
-from losart.config.options import GenerationConfig
+from losart.config.precision import Format, Precision
 from losart.config.rope import inverse_frequencies
-from losart.engine.kv_cache import PagedKVCache, PageList, chunk_positions
+from losart.engine.batch import PassBatch
+from losart.engine.kv_cache import PagedKVCache, chunk_positions
 from losart.engine.sampling import Proposals, propose
 from losart.errors import ConfigError
 
-HELD_AS = {"float32": np.float32, "bfloat16": np.uint16, "float16": np.float16}
-SKINNY_ROWS = 64  # products of more rows go to BLAS
+SKINNY_ROWS = 64  # matmuls of more rows go to BLAS
 WIDEN_FLOATS = 1 << 20  # weights widened at a time: 4 MB, within a core's share of the cache
 
 
-def widen(values: np.ndarray) -> np.ndarray:
-    """Any held array as float32; float32 as it is."""
-    if values.dtype == np.float32:
-        return values
-    out = np.empty(values.shape, np.float32)
-    _widen_into(values, out)
-    return out
+@dataclass(frozen=True, eq=False)
+class Weight:
+    """Matrices [out_i, in], joined along `out`.
+
+    Attributes
+    ----------
+    matrices : tuple of arrays
+        As they are held: mapped from the checkpoint's files where their format is the same.
+    format : Format
+    """
+
+    matrices: tuple[np.ndarray, ...]
+    format: Format
 
 
-def _widen_into(values: np.ndarray, out: np.ndarray, threads: bool = True) -> None:
-    dtype = "bfloat16" if values.dtype == np.uint16 else "float16"
-    kernels.widen_into(values.reshape(-1).view(np.uint16), out.reshape(-1), dtype, threads)
+@dataclass(frozen=True, eq=False)
+class Slot:
+    """One sequence's stored results.
 
+    Attributes
+    ----------
+    queries, o : float32 [layers, tokens, heads, head_dim]
+    lse : float32 [layers, tokens, heads]
+    masses : dict of int to (float32 [kv_heads, tokens or 1, group, pages], int)
+        By layer: the masses of pages, and how many pages they rank.
+    """
 
-def narrow(values: np.ndarray, dtype: str) -> np.ndarray:
-    """float32 as it is held in `dtype`, rounded to the nearest, ties to even."""
-    if dtype != "bfloat16":
-        with np.errstate(over="ignore"):
-            return values.astype(HELD_AS[dtype], copy=False)
-    bits = values.view(np.uint32)
-    rounded = ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
-    return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
+    queries: np.ndarray
+    o: np.ndarray
+    lse: np.ndarray
+    masses: dict[int, tuple[np.ndarray, int]] = field(default_factory=dict)
 
 
 class CpuBackend:
@@ -58,38 +65,38 @@ class CpuBackend:
     Parameters
     ----------
     config : ModelConfig
-    dtype : {"float32", "bfloat16", "float16"}
-        In which weights, keys and values are held.
+    precision : Precision
+        bfloat16 is held as its bits in uint16.
     """
 
     name = "cpu"
     prefill_tokens = 512
 
-    def __init__(self, config: ModelConfig, dtype: str) -> None:
+    def __init__(self, config: ModelConfig, precision: Precision) -> None:
         if config.head_dim % kernels.SLAB_POSITIONS:
             raise ConfigError(
                 f"head_dim must be a multiple of {kernels.SLAB_POSITIONS} on the CPU, not {config.head_dim}"
             )
         self.config = config
-        self.dtype = dtype
-        frequencies, self._rope_factor = inverse_frequencies(config.rope, config.head_dim)
-        self._frequencies = frequencies
-        self._rotation: tuple[tuple[int, int], np.ndarray, np.ndarray] | None = None
-        self._read = threading.local()  # positions that sparse attention read in a thread's pass
+        self.precision = precision
+        self._selector = Selector()
+        self._frequencies, self._rope_factor = inverse_frequencies(config.rope, config.head_dim)
+        self._rotation: tuple[Hashable, np.ndarray, np.ndarray] | None = None
 
-    # -- weights and cache
+    # -- weights, cache and stored results
 
-    def upload(self, *tensors: Any) -> tuple[np.ndarray, ...]:
-        return tuple(self._upload(tensor) for tensor in tensors)
+    def upload(self, *tensors: Any) -> Weight:
+        return Weight(tuple(self._upload(tensor) for tensor in tensors), self.precision.weights)
 
     def _upload(self, tensor: Any) -> np.ndarray:
-        if tensor.dtype == self.dtype:
+        format = self.precision.weights
+        if tensor.dtype == format.name:
             return tensor.array()
-        held = np.empty(tensor.shape, HELD_AS[self.dtype])
+        held = np.empty(tensor.shape, format.array)
         source, out = tensor.array().reshape(-1), held.reshape(-1)
         for start in range(0, out.size, WIDEN_FLOATS):
             piece = slice(start, start + WIDEN_FLOATS)
-            out[piece] = narrow(widen(source[piece]), self.dtype)
+            out[piece] = narrow(widen(source[piece]), format)
         del source
         tensor.release()
         return held
@@ -99,46 +106,59 @@ class CpuBackend:
 
     def new_cache(self, page_size: int, expected: int | None = None) -> PagedKVCache:
         c, positions = self.config, chunk_positions(page_size, expected)
-        table = PageTable(c.num_layers, c.num_kv_heads, c.head_dim, page_size, positions, self.dtype)
-        return PagedKVCache(table, lambda shape, dtype: np.zeros(shape, HELD_AS[dtype]))
+        table = PageTable(c.num_layers, c.num_kv_heads, c.head_dim, page_size, positions, self.precision.kv)
+        return PagedKVCache(table, lambda shape, format: np.zeros(shape, format.array))
+
+    def new_slot(self, stored: StoredResults) -> Slot:
+        c, tokens = self.config, stored.tokens if stored.attention else 0
+        shape = (c.num_layers, tokens, c.num_heads)
+        queries, o = (np.empty((*shape, c.head_dim), np.float32) for _ in range(2))
+        return Slot(queries, o, np.empty(shape, np.float32))
+
+    def free_slot(self, slot: Slot) -> None:
+        pass  # its memory goes with it
 
     # -- running
 
-    def run_pass(
-        self, shape: Hashable, inputs: PassInputs, cache: PagedKVCache, body: Callable[[np.ndarray], Any]
-    ) -> tuple[Any, int]:
-        self._read.positions = 0
-        return body(inputs.ids), self._read.positions
+    def run(self, batch: PassBatch, key: Hashable, body: Body, observe: bool = False) -> PassOutput:
+        proposals, reads = body(batch)
+        positions = np.zeros(len(batch.sequences), np.int64)
+        for selection in reads:
+            if selection is not None:
+                positions += [pages.positions for pages in selection.pages]
+        return PassOutput(proposals or (), positions.tolist(), reads if observe else ())
 
-    def run_prefill(self, ids: np.ndarray, cache: PagedKVCache, body: Callable[[np.ndarray], Any]) -> None:
-        body(ids)
-
-    def to_host(self, array: np.ndarray) -> np.ndarray:
-        return array
-
-    def page_lists(self, pages: PageList) -> list[np.ndarray]:
-        return [row[:count] for row, count in zip(pages.ids, pages.counts, strict=True)]
+    def on_host(self, selection: Selection, batch: PassBatch) -> list[tuple[np.ndarray, list[np.ndarray]]]:
+        return [
+            (
+                np.arange(len(sequence.ids)) if tokens is None else tokens - rows.start,
+                [ids[:count] for ids, count in zip(pages.ids, pages.counts, strict=True)],
+            )
+            for (sequence, rows), tokens, pages in zip(
+                batch.rows(), selection.tokens or [None] * len(selection.pages), selection.pages, strict=True
+            )
+        ]
 
     # -- transformer
 
-    def embed(self, table: tuple[np.ndarray], ids: np.ndarray) -> np.ndarray:
-        return widen(table[0][ids])
+    def embed(self, table: Weight, batch: PassBatch) -> np.ndarray:
+        return widen(table.matrices[0][np.concatenate([sequence.ids for sequence in batch.sequences])])
 
-    def linear(
-        self, x: np.ndarray, matrix: tuple[np.ndarray, ...], bias: np.ndarray | None = None
-    ) -> np.ndarray:
-        y = np.empty((len(x), sum(len(weight) for weight in matrix)), np.float32)
+    def linear(self, x: np.ndarray, weight: Weight, bias: np.ndarray | None = None) -> np.ndarray:
+        y = np.empty((len(x), sum(map(len, weight.matrices))), np.float32)
         prepared = skinny_linear.prepared(x) if len(x) <= SKINNY_ROWS else None
         column = 0
-        for weight in matrix:
+        for matrix in weight.matrices:
             if prepared is not None:
-                skinny_linear.multiply(prepared, weight, y, column)
+                skinny_linear.multiply(prepared, matrix, weight.format.code, y, column)
             else:
-                _blas_multiply(x, weight, y[:, column : column + len(weight)])
-            column += len(weight)
+                blas_multiply(x, matrix, y[:, column : column + len(matrix)])
+            column += len(matrix)
         if bias is not None:
             y += bias
         return y
+
+    prefill_linear = linear
 
     def add_rms_norm(
         self, x: np.ndarray, delta: np.ndarray | None, gain: np.ndarray
@@ -155,27 +175,29 @@ class CpuBackend:
         return y
 
     def split_heads(
-        self, qkv: np.ndarray, q_norm: np.ndarray, k_norm: np.ndarray, cache: PagedKVCache
+        self, qkv: np.ndarray, q_norm: np.ndarray, k_norm: np.ndarray, batch: PassBatch
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        c, tokens = self.config, len(qkv)
+        c = self.config
         q, k, v = np.split(
-            qkv.reshape(tokens, -1, c.head_dim), [c.num_heads, c.num_heads + c.num_kv_heads], axis=1
+            qkv.reshape(len(qkv), -1, c.head_dim), [c.num_heads, c.num_heads + c.num_kv_heads], axis=1
         )
-        cos, sin = self._rotation_of(cache.length, tokens)
+        cos, sin = self._rotation_of(batch)
         return (
             _rotate(self._rms_norm(q, q_norm), cos, sin),
             _rotate(self._rms_norm(k, k_norm), cos, sin),
             np.ascontiguousarray(v),
         )
 
-    def _rotation_of(self, start: int, tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    def _rotation_of(self, batch: PassBatch) -> tuple[np.ndarray, np.ndarray]:
         # All layers of a pass ask for the same rows.
+        key = tuple((sequence.prefix_length, len(sequence.ids)) for sequence in batch.sequences)
         rotation = self._rotation
-        if rotation is None or rotation[0] != (start, tokens):
-            angles = np.arange(start, start + tokens)[:, None, None] * self._frequencies
+        if rotation is None or rotation[0] != key:
+            positions = np.concatenate([np.arange(start, start + tokens) for start, tokens in key])
+            angles = positions[:, None, None] * self._frequencies
             cos = (self._rope_factor * np.cos(angles)).astype(np.float32)
             sin = (self._rope_factor * np.sin(angles)).astype(np.float32)
-            rotation = self._rotation = ((start, tokens), cos, sin)
+            rotation = self._rotation = (key, cos, sin)
         return rotation[1], rotation[2]
 
     def silu_gate(self, gate_up: np.ndarray) -> np.ndarray:
@@ -188,88 +210,85 @@ class CpuBackend:
             y *= up
         return y
 
+    def write_kv(self, layer: int, k: np.ndarray, v: np.ndarray, batch: PassBatch) -> None:
+        for sequence, rows in batch.rows():
+            sequence.cache.table.write(layer, sequence.prefix_length, k[rows], v[rows])
+
     # -- attention
 
-    def causal_attention(
-        self, q: np.ndarray, cache: PagedKVCache, layer: int, block_length: int
-    ) -> np.ndarray:
+    def causal_attention(self, layer: int, q: np.ndarray, batch: PassBatch) -> np.ndarray:
         o = np.empty_like(q)
-        kernels.attend_causal_blocks(cache.table, layer, q, cache.length, block_length, o)
+        for sequence, rows in batch.rows():
+            table, start = sequence.cache.table, sequence.prefix_length
+            kernels.attend_causal_blocks(table, layer, q[rows], start, batch.options.block_length, o[rows])
         return o
 
-    def prefix_attention(
-        self, q: np.ndarray, cache: PagedKVCache, layer: int
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def prefix_attention(self, layer: int, q: np.ndarray, batch: PassBatch) -> tuple[np.ndarray, np.ndarray]:
         o, lse = _new_result(q)
-        kernels.attend_pages(cache.table, layer, q, _all_tokens(q), None, cache.length, o, lse)
+        for sequence, rows in batch.rows():
+            table, length = sequence.cache.table, sequence.prefix_length
+            kernels.attend_pages(table, layer, q, _indices(rows), None, length, o, lse)
         return o, lse
 
-    def planned(self, planner: str) -> CpuBackend:
-        return self
-
-    # No pass is replayed: what it leaves is kept as it is.
-
-    def new_memory(self, purpose: Hashable) -> Memory:
-        return Memory()
-
-    def keep(self, memory: Memory, name: Hashable, array: np.ndarray) -> None:
-        memory.arrays[name] = array
-
-    def keep_prefix(self, memory: Memory, name: Hashable, prefix: tuple[np.ndarray, np.ndarray]) -> None:
-        memory.arrays[name] = prefix
-
-    def keep_masses(
-        self,
-        memory: Memory,
-        name: Hashable,
-        masses: np.ndarray,
-        cache: PagedKVCache,
-        count: int,
-        summed: bool,
-    ) -> None:
-        memory.arrays[name] = masses.sum(axis=1, keepdims=True) if summed else masses
-
     def prefix_attention_and_masses(
-        self, q: np.ndarray, cache: PagedKVCache, layer: int
-    ) -> tuple[tuple[np.ndarray, np.ndarray], np.ndarray]:
+        self, layer: int, q: np.ndarray, batch: PassBatch
+    ) -> tuple[tuple[np.ndarray, np.ndarray], list[np.ndarray]]:
+        """The masses of each sequence: float32 [kv_heads, tokens, group, pages]."""
         o, lse = _new_result(q)
         kv_heads, group = self.config.num_kv_heads, self.config.group_size
-        page_slabs = cache.page_size // kernels.SLAB_POSITIONS
-        slabs = cache.pages * page_slabs
-        tiles = -(-slabs * kernels.SLAB_POSITIONS // kernels.TILE_POSITIONS)
-        sums = np.zeros((kv_heads, len(q) * group, slabs), np.float32)
-        tops = np.zeros((kv_heads, len(q) * group, tiles), np.float32)
-        kernels.attend_pages(
-            cache.table, layer, q, _all_tokens(q), None, cache.length, o, lse, slab_sums=sums, tile_tops=tops
-        )
-        # A slab's sum is relative to its tile's maximum: bring it to the row's log-sum-exp.
-        row_lse = lse.reshape(len(q), kv_heads, group).transpose(1, 0, 2).reshape(kv_heads, -1, 1)
-        factor = np.exp(tops - row_lse)
-        sums *= np.repeat(factor, kernels.TILE_POSITIONS // kernels.SLAB_POSITIONS, axis=2)[:, :, :slabs]
-        masses = sums.reshape(kv_heads, len(q), group, cache.pages, page_slabs).sum(axis=-1)
+        masses = []
+        for sequence, rows in batch.rows():
+            tokens = rows.stop - rows.start
+            page_slabs = sequence.cache.page_size // kernels.SLAB_POSITIONS
+            slabs = sequence.pages * page_slabs
+            tiles = -(-slabs * kernels.SLAB_POSITIONS // kernels.TILE_POSITIONS)
+            sums = np.zeros((kv_heads, tokens * group, slabs), np.float32)
+            tops = np.zeros((kv_heads, tokens * group, tiles), np.float32)
+            kernels.attend_pages(
+                *(sequence.cache.table, layer, q, _indices(rows), None, sequence.prefix_length, o, lse),
+                slab_sums=sums,
+                tile_tops=tops,
+            )
+            # A slab's sum is relative to its tile's maximum: bring it to the row's log-sum-exp.
+            row_lse = lse[rows].reshape(tokens, kv_heads, group).transpose(1, 0, 2).reshape(kv_heads, -1, 1)
+            factor = np.exp(tops - row_lse)
+            sums *= np.repeat(factor, kernels.TILE_POSITIONS // kernels.SLAB_POSITIONS, axis=2)[:, :, :slabs]
+            masses.append(sums.reshape(kv_heads, tokens, group, sequence.pages, page_slabs).sum(axis=-1))
         return (o, lse), masses
 
     def sparse_prefix_attention(
-        self,
-        q: np.ndarray,
-        tokens: np.ndarray | None,
-        pages: PageList,
-        cache: PagedKVCache,
-        layer: int,
-        into: tuple[np.ndarray, np.ndarray] | None = None,
+        self, layer: int, q: np.ndarray, selection: Selection, batch: PassBatch
     ) -> tuple[np.ndarray, np.ndarray]:
-        o, lse = into or _new_result(q)
-        tokens = _all_tokens(q) if tokens is None else tokens
-        self._read.positions = getattr(self._read, "positions", 0) + pages.positions
-        kernels.attend_pages(cache.table, layer, q, tokens, (pages.ids, pages.counts), cache.length, o, lse)
+        o, lse = _new_result(q)
+        for (sequence, rows), pages in zip(batch.rows(), selection.pages, strict=True):
+            table, length = sequence.cache.table, sequence.prefix_length
+            lists = (pages.ids, pages.counts)
+            kernels.attend_pages(table, layer, q, _indices(rows), lists, length, o, lse)
         return o, lse
 
+    def refresh_prefix_attention(
+        self, layer: int, q: np.ndarray, selection: Selection, batch: PassBatch
+    ) -> tuple[np.ndarray, np.ndarray]:
+        stored = [(sequence.slot.o[layer], sequence.slot.lse[layer]) for sequence in batch.sequences]
+        parts = zip(batch.rows(), stored, selection.tokens, selection.pages, strict=True)
+        for (sequence, rows), (o, lse), tokens, pages in parts:
+            table, length = sequence.cache.table, sequence.prefix_length
+            lists = (pages.ids, pages.counts)
+            kernels.attend_pages(table, layer, q[rows], tokens - rows.start, lists, length, o, lse)
+        return _joined([o for o, _ in stored]), _joined([lse for _, lse in stored])
+
     def block_attention(
-        self, q: np.ndarray, k: np.ndarray, v: np.ndarray, prefix: tuple[np.ndarray, np.ndarray]
+        self,
+        q: np.ndarray,
+        k: np.ndarray,
+        v: np.ndarray,
+        prefix: tuple[np.ndarray, np.ndarray],
+        batch: PassBatch,
     ) -> np.ndarray:
         o_prefix, lse_prefix = prefix
         o_block, lse_block = _new_result(q)
-        kernels.attend_block(q, k, v, o_block, lse_block)
+        for _, rows in batch.rows():
+            kernels.attend_block(q[rows], k[rows], v[rows], o_block[rows], lse_block[rows])
         # The block is never empty, so its log-sum-exp is finite; the prefix's may be -inf.
         top = np.maximum(lse_prefix, lse_block)
         weight = np.exp(lse_prefix - top)
@@ -279,64 +298,55 @@ class CpuBackend:
         o += o_block
         return o
 
-    # -- selection
+    # -- stored results
 
-    def select_active(
-        self,
-        q: np.ndarray,
-        previous: np.ndarray,
-        count: int,
-        candidates: np.ndarray | None = None,
-        keep: bool = False,
-    ) -> np.ndarray:
-        change = query_change(q, previous)
-        if keep:
-            np.copyto(previous, q)
-        if candidates is None:
-            return select_active(change, count)
-        return candidates[select_active(change[candidates], min(count, len(candidates)))]
+    def store_attention(
+        self, layer: int, q: np.ndarray, prefix: tuple[np.ndarray, np.ndarray], batch: PassBatch
+    ) -> tuple[np.ndarray, np.ndarray]:
+        for sequence, rows in batch.rows():
+            slot = sequence.slot
+            slot.queries[layer], slot.o[layer], slot.lse[layer] = q[rows], prefix[0][rows], prefix[1][rows]
+        return prefix
 
-    def copy_tokens(self, source: np.ndarray, tokens: np.ndarray, into: np.ndarray) -> None:
-        into[tokens] = source[tokens]
+    def store_queries(self, layer: int, q: np.ndarray, tokens: list[np.ndarray], batch: PassBatch) -> None:
+        for (sequence, rows), chosen in zip(batch.rows(), tokens, strict=True):
+            sequence.slot.queries[layer][chosen - rows.start] = q[chosen]
 
-    def select_pages(
-        self, q: np.ndarray, tokens: np.ndarray | None, cache: PagedKVCache, layer: int, count: int
-    ) -> PageList:
-        tokens = _all_tokens(q) if tokens is None else tokens
-        return _top_pages(kernels.bound_scores(cache.table, layer, q, tokens, cache.length), cache, count)
+    def store_top_pages(
+        self, layer: int, masses: list[np.ndarray], batch: PassBatch, count: int, *, summed: bool
+    ) -> None:
+        for sequence, of_sequence in zip(batch.sequences, masses, strict=True):
+            ranked = of_sequence.sum(axis=1, keepdims=True) if summed else of_sequence
+            sequence.slot.masses[layer] = ranked, count
 
-    def select_pages_by_mass(
-        self, masses: np.ndarray, tokens: np.ndarray | None, cache: PagedKVCache, count: int
-    ) -> PageList:
-        if tokens is not None:
-            masses = masses.take(tokens, axis=1)
-        kv_heads, token_count, group, pages = masses.shape
-        return _top_pages(masses.reshape(kv_heads, token_count * group, pages), cache, count)
+    # -- selection and sampling
 
-    # -- sampling
+    def selector(self, planner: str) -> Selector:
+        return self._selector
 
-    def propose(
-        self, hidden: np.ndarray, inputs: PassInputs, head: tuple[np.ndarray, ...], config: GenerationConfig
-    ) -> Proposals:
-        logits = self.linear(hidden[inputs.rows], head)
-        logits[:, config.mask_token_id] = -np.inf
-        return propose(
-            logits,
-            inputs.uniforms[inputs.rows],
-            temperature=config.temperature,
-            top_k=config.top_k,
-            top_p=config.top_p,
-            with_entropy=config.remasking == "entropy_bounded",
-        )
+    def propose(self, hidden: np.ndarray, head: Weight, batch: PassBatch) -> list[Proposals]:
+        masked = [sequence.masked + rows.start for sequence, rows in batch.rows()]
+        logits = self.linear(hidden[np.concatenate(masked)], head)
+        proposals, first = [], 0
+        for sequence in batch.sequences:
+            of_sequence, options = logits[first : first + len(sequence.masked)], sequence.options
+            of_sequence[:, options.mask_token_id] = -np.inf
+            proposals.append(
+                propose(
+                    of_sequence,
+                    sequence.uniforms[sequence.masked],
+                    temperature=options.temperature,
+                    top_k=options.top_k,
+                    top_p=options.top_p,
+                    with_entropy=options.remasking == "entropy_bounded",
+                )
+            )
+            first += len(sequence.masked)
+        return proposals
 
 
-def _top_pages(scores: np.ndarray, cache: PagedKVCache, count: int) -> PageList:
-    """Top `count` pages of each row of scores [kv_heads, rows, pages], united per kv head."""
-    ids, counts = union_of_top_pages(scores, cache.pages, min(count, cache.pages + 1))
-    return PageList(ids, counts, positions_in(ids, counts, cache.page_size, cache.length))
-
-
-def _blas_multiply(x: np.ndarray, weight: np.ndarray, out: np.ndarray) -> None:
+def blas_multiply(x: np.ndarray, weight: np.ndarray, out: np.ndarray) -> None:
+    """x [tokens, in] times a held matrix [out, in] transposed, by BLAS."""
     if weight.dtype == np.float32:
         np.matmul(x, weight.T, out=out)
         return
@@ -344,8 +354,8 @@ def _blas_multiply(x: np.ndarray, weight: np.ndarray, out: np.ndarray) -> None:
     wide = np.empty((min(step, len(weight)), weight.shape[1]), np.float32)
     for start in range(0, len(weight), step):
         piece = weight[start : start + step]
-        # Threads of our own would go on spinning on the cores that BLAS wants next.
-        _widen_into(piece, wide[: len(piece)], threads=False)
+        # Threads of our own would keep spinning on the cores that BLAS wants next.
+        widen_into(piece, wide[: len(piece)], threads=False)
         np.matmul(x, wide[: len(piece)].T, out=out[:, start : start + step])
 
 
@@ -360,5 +370,9 @@ def _new_result(q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.empty_like(q), np.empty(q.shape[:2], np.float32)
 
 
-def _all_tokens(q: np.ndarray) -> np.ndarray:
-    return np.arange(len(q), dtype=np.int32)
+def _indices(rows: slice) -> np.ndarray:
+    return np.arange(rows.start, rows.stop, dtype=np.int32)
+
+
+def _joined(arrays: list[np.ndarray]) -> np.ndarray:
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)

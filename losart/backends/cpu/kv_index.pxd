@@ -21,7 +21,7 @@ cdef enum:
 
 cdef class PageTable:
     cdef readonly Py_ssize_t layers, kv_heads, head_dim, page_size, positions_per_chunk
-    cdef readonly str dtype
+    cdef readonly object kv_format
     cdef int width
     cdef Py_ssize_t chunk_count
     cdef object arrays

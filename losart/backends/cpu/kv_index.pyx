@@ -20,10 +20,11 @@ from libc.string cimport memcpy, memset
 
 from losart.backends.cpu.simd cimport narrow_bfloat16, narrow_float16, widen_bfloat16, widen_float16
 
+from losart.config.precision import FLOAT32 as BOUNDS_FORMAT
+
 cdef enum:
     LANES = 16
 
-WIDTHS = {"float32": FLOAT32, "bfloat16": BFLOAT16, "float16": FLOAT16}
 
 
 cdef class PageTable:
@@ -36,11 +37,11 @@ cdef class PageTable:
         Positions of a page, a multiple of 16.
     positions_per_chunk : int
         A multiple of 16 pages.
-    dtype : {"float32", "bfloat16", "float16"}
-        In which keys and values are held.
+    kv_format : Format
+        Of keys and values.
     """
 
-    def __init__(self, layers, kv_heads, head_dim, page_size, positions_per_chunk, dtype):
+    def __init__(self, layers, kv_heads, head_dim, page_size, positions_per_chunk, kv_format):
         if page_size % LANES or positions_per_chunk % (LANES * page_size):
             raise ValueError("a page must be whole slabs, a chunk a multiple of 16 pages")
         self.layers = layers
@@ -48,8 +49,8 @@ cdef class PageTable:
         self.head_dim = head_dim
         self.page_size = page_size
         self.positions_per_chunk = positions_per_chunk
-        self.dtype = dtype
-        self.width = WIDTHS[dtype]
+        self.kv_format = kv_format
+        self.width = kv_format.code
         self.chunk_count = 0
         self.arrays = []
         self.kv_addresses = np.zeros(0, np.uint64)
@@ -61,9 +62,9 @@ cdef class PageTable:
         return self.chunk_count * self.positions_per_chunk
 
     @property
-    def bounds_dtype(self):
-        """In which page bounds are held."""
-        return "float32"
+    def bounds_format(self):
+        """The format of page bounds."""
+        return BOUNDS_FORMAT
 
     @property
     def kv_shape(self):
@@ -79,11 +80,10 @@ cdef class PageTable:
     def add_chunk(self, kv, bounds):
         """Take two arrays of `kv_shape` and `bounds_shape` as the next chunk.
 
-        Both must start as zeros: a place that nothing was written to is multiplied by zero weights.
+        Both must start as zeros: an element that was never written is multiplied by zero weights.
         """
-        itemsize = 4 if self.width == FLOAT32 else 2
-        if kv.shape != self.kv_shape or kv.dtype.itemsize != itemsize or not kv.flags.c_contiguous:
-            raise ValueError(f"a kv chunk must be {self.kv_shape} of {self.dtype}")
+        if kv.shape != self.kv_shape or kv.dtype != self.kv_format.array or not kv.flags.c_contiguous:
+            raise ValueError(f"a kv chunk must be {self.kv_shape} of {self.kv_format.name}")
         if bounds.shape != self.bounds_shape or bounds.dtype != np.float32 or not bounds.flags.c_contiguous:
             raise ValueError(f"a bounds chunk must be {self.bounds_shape} of float32")
         self.arrays.append((kv, bounds))
@@ -175,7 +175,7 @@ cdef class PageTable:
                     self.write_key_value(layer, head, start + t, &k[t, head, 0], &v[t, head, 0])
 
 
-cdef inline uint32_t rising_key(float x) noexcept nogil:
+cdef inline uint32_t ascending_key(float x) noexcept nogil:
     # Orders as the floats do, -0.0 as 0.0, NaN of either sign above all: whole numbers compare safely.
     cdef uint32_t bits
     if x != x:
@@ -195,7 +195,7 @@ cdef uint32_t kth_largest(const float *scores, Py_ssize_t count, Py_ssize_t k, P
     for shift in range(24, -1, -8):
         memset(histogram, 0, sizeof(histogram))
         for i in range(count):
-            key = rising_key(scores[i])
+            key = ascending_key(scores[i])
             if key & mask == prefix:
                 histogram[key >> shift & 255] += 1
         digit = 255
@@ -216,7 +216,7 @@ cdef void mark_top(const float *scores, Py_ssize_t count, Py_ssize_t k, unsigned
         return
     threshold = kth_largest(scores, count, k, &ties)
     for i in range(count):
-        key = rising_key(scores[i])
+        key = ascending_key(scores[i])
         if key > threshold:
             marks[i] = 1
         elif key == threshold and ties > 0:
@@ -239,7 +239,7 @@ def union_of_top_pages(const float[:, :, ::1] scores, Py_ssize_t pages, Py_ssize
     Returns
     -------
     ids : int32 [kv_heads, min(pages, rows * k)]
-        Rising page ids, valid up to the head's count.
+        Ascending page ids, valid up to the head's count.
     counts : int32 [kv_heads]
     """
     cdef Py_ssize_t heads = scores.shape[0], rows = scores.shape[1], head, row, page, filled
@@ -287,9 +287,9 @@ def mark_pages(const int32_t[:, :, ::1] selected, tokens, Py_ssize_t group, Py_s
     Returns
     -------
     uint32 [kv_heads, words]
-        A bit a page.
+        One bit per page.
     """
-    cdef Py_ssize_t heads = selected.shape[0], rows = selected.shape[1], head, i, row, place, page
+    cdef Py_ssize_t heads = selected.shape[0], rows = selected.shape[1], head, i, row, column, page
     marks = np.zeros((heads, words), np.uint32)
     cdef uint32_t[:, ::1] view = marks
     chosen = np.arange(rows) if tokens is None else (
@@ -303,8 +303,8 @@ def mark_pages(const int32_t[:, :, ::1] selected, tokens, Py_ssize_t group, Py_s
         for head in range(heads):
             for i in range(wanted.shape[0]):
                 row = wanted[i]
-                for place in range(selected.shape[2]):
-                    page = selected[head, row, place]
+                for column in range(selected.shape[2]):
+                    page = selected[head, row, column]
                     if page >= 0:
                         view[head, page >> 5] |= <uint32_t>1 << (page & 31)
     return marks
@@ -316,7 +316,7 @@ def positions_in(const int32_t[:, ::1] ids, const int32_t[::1] counts, Py_ssize_
     Parameters
     ----------
     ids : int32 [kv_heads, capacity]
-        Rising page ids.
+        Ascending page ids.
     counts : int32 [kv_heads]
     page_size : int
     length : int

@@ -16,6 +16,7 @@ from cython.parallel cimport prange
 from libc.stdint cimport uint16_t
 from libc.stdlib cimport free, malloc
 
+from losart.backends.cpu.kv_index cimport BFLOAT16, FLOAT32
 from losart.backends.cpu.simd cimport (
     row_products, row_products_bfloat16, slab_scores, widen_bfloat16, widen_float16
 )
@@ -26,13 +27,6 @@ cdef enum:
     PANEL = 48           # weights' rows of a work item
     FEW = 8              # tokens that row_products takes
     WORTH_THREADS = 1 << 20   # multiply-adds
-
-cdef enum:
-    FLOAT32 = 0
-    BFLOAT16 = 1
-    FLOAT16 = 2
-
-WIDTHS = {"float32": FLOAT32, "uint16": BFLOAT16, "float16": FLOAT16}
 
 
 cdef int multiply_slabs(const char *weight, int width, Py_ssize_t rows, Py_ssize_t inner, const float *slabs,
@@ -109,20 +103,21 @@ def prepared(x):
     return np.ascontiguousarray(padded.reshape(-1, LANES, inner).transpose(0, 2, 1))
 
 
-def multiply(const float[:, :, ::1] x, weight, float[:, ::1] out, Py_ssize_t column):
+def multiply(const float[:, :, ::1] x, weight, int width, float[:, ::1] out, Py_ssize_t column):
     """Product of activations and a weight matrix.
 
     Parameters
     ----------
     x : float32
         From `prepared`.
-    weight : float32, uint16 (the bits of bfloat16) or float16 [rows, in]
+    weight : float32, float16, or uint16 (the bits of bfloat16) [rows, in]
+    width : int
+        `Format.code` of the weight.
     out : float32 [tokens, any]
         Columns column, ..., column + rows - 1 are written.
     column : int
     """
     cdef Py_ssize_t rows = weight.shape[0], inner = weight.shape[1], tokens = out.shape[0], item, failed = 0
-    cdef int width = WIDTHS[weight.dtype.name]
     cdef Py_ssize_t itemsize = weight.dtype.itemsize
     cdef bint few = tokens <= FEW
     if few:

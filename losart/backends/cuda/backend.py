@@ -1,231 +1,326 @@
-"""The CUDA backend: on top of dense attention, what the sparse policies of losart.attention ask for.
+"""The CUDA backend: CuPy arrays and our own kernels.
 
-All of it happens in the pass's CUDA graph. Nothing is selected on the host, so that a captured pass can be
-replayed: lists of tokens and pages have room for the most that there can be, and what there is is read from
-device memory. With `planner="host"` it is otherwise: cuda_host_planner.py.
+The residual stream, queries, keys and values of a block are float32. The host decides nothing by what is
+selected, unless it selects itself (host_selector.py), so that a captured pass can be replayed.
 """
 
 from __future__ import annotations
 
-import itertools
-import weakref
 from collections.abc import Hashable
+from ctypes import c_double
+from dataclasses import replace
 from typing import Any
 
 import cupy
 import numpy as np
 
-from losart.backends.base import Memory
-from losart.backends.cuda.dense import DenseCudaBackend
-from losart.backends.cuda.graph import outside_passes
-from losart.backends.cuda.host_planner import HostPlanner
-from losart.backends.cuda.plans import masses_plan, scores_plan, sparse_plan, top_pages_plan
-from losart.backends.cuda.results import NO_PAGES, ChosenPages, PrefixParts, RefreshedPrefix
+from losart.backends.base import Body, PassOutput, Selection, Selector, StoredResults
+from losart.backends.cuda.batch import DeviceBatch
+from losart.backends.cuda.host_selector import HostSelector
+from losart.backends.cuda.kernels import Kernels
+from losart.backends.cuda.matmul import blas_matmul
+from losart.backends.cuda.matmul_plans import matmul_plan
+from losart.backends.cuda.memory import DeviceMemory
+from losart.backends.cuda.pages import CudaPageTable
+from losart.backends.cuda.plans import Card, causal_plan, masses_plan, prefix_plan, sparse_plan
+from losart.backends.cuda.results import NO_MATMUL, Matmul, PrefixParts, Weight
+from losart.backends.cuda.runner import PassRunner
+from losart.backends.cuda.selector import DeviceSelector
+from losart.backends.cuda.slots import Slot, Slots
+from losart.backends.cuda.weights import WeightLoader
+from losart.config.checks import require
 from losart.config.model import ModelConfig
-from losart.engine.kv_cache import PagedKVCache
+from losart.config.precision import Format, Precision
+from losart.config.rope import inverse_frequencies
+from losart.engine.batch import PassBatch
+from losart.engine.kv_cache import PagedKVCache, chunk_positions
+from losart.engine.sampling import float32_temperature
+from losart.errors import ConfigError
+from losart.kernels_cu import constants as cu
+from losart.kernels_cu.tensor_map import tensor_map
 
-UNIT = 16  # positions of a mass; page_masses.cu
-FREE_MEMORIES = 4  # kept for generations to come
+LOGIT_SLICES = 64  # of a row of logits, each a thread block's
 
 
-class CudaBackend(DenseCudaBackend):
-    """Implements `losart.backends.base.SparseBackend`.
-
-    Lists of tokens are int32 [count] on the device; places after the last token hold -1.
+class CudaBackend:
+    """Implements `losart.backends.base.Backend`.
 
     Parameters
     ----------
     config : ModelConfig
-    dtype : {"float32", "bfloat16", "float16"}
-        In which weights, keys and values are held.
+    precision : Precision
+        Arrays of 16-bit formats hold their bits.
+
+    Attributes
+    ----------
+    memory : DeviceMemory
+    runner : PassRunner
+    kernels : Kernels
+    slots : Slots
     """
 
-    def __init__(self, config: ModelConfig, dtype: str) -> None:
-        super().__init__(config, dtype)
-        self._memory_keys = itertools.count()
-        self._free: list[tuple[Hashable, Hashable, dict[Hashable, Any]]] = []
-        with self.stream:
-            self._done = cupy.zeros(1, np.uint32)  # 0 between kernels
+    name = "cuda"
+    prefill_tokens = 2048
 
-    def most_pages(self, page_size: int) -> int:
-        """Pages of the longest prefix that a pass can have: its block begins within the positions."""
-        return -(-self.config.max_positions // page_size)
+    def __init__(self, config: ModelConfig, precision: Precision) -> None:
+        for name, unit in (("hidden_size", 4), ("intermediate_size", 4), ("head_dim", 8)):
+            size = getattr(config, name)
+            require(size % unit == 0, ConfigError, f"{name} must be a multiple of {unit} on CUDA, not {size}")
+        largest, size = cu.LARGEST_HEAD_DIM, config.head_dim
+        require(size <= largest, ConfigError, f"head_dim must be {largest} at most on CUDA, not {size}")
+        self.config = config
+        self.precision = precision
+        self.memory = DeviceMemory()
+        card = Card.of(self.memory.device)
+        if cu.NORM_CHANNEL_BYTES * config.hidden_size > card.shared_per_block:
+            raise ConfigError(f"hidden_size {config.hidden_size} is too large for this GPU's shared memory")
+        self.kernels = Kernels(precision, card)
+        self.runner = PassRunner(self.memory, config.max_positions)
+        self.slots = Slots(config, self.memory)
+        self._loader = WeightLoader(precision.weights, self.memory.stream)
+        frequencies, self._rope_factor = inverse_frequencies(config.rope, config.head_dim)
+        with self.memory.running("the model"):
+            self._frequencies = cupy.asarray(frequencies / np.pi)  # in half turns per position
+            self._device_selector = DeviceSelector(config, self.kernels)
+        self._host_selector = HostSelector(config, self._device_selector)
 
-    def mark_words(self, page_size: int) -> int:
-        """Words that have a bit for each of those pages."""
-        return -(-self.most_pages(page_size) // 32)
+    # -- weights, cache and stored results
 
-    def planned(self, planner: str) -> Any:
-        """The backend as a policy with this option talks to it."""
-        return HostPlanner(self) if planner == "host" else self
+    def upload(self, *tensors: Any) -> Weight:
+        with self.memory.running("the weights"):
+            return self._loader.matrix(*tensors)
 
-    # -- between passes
+    def upload_vector(self, *tensors: Any) -> Any:
+        with self.memory.running("the weights"):
+            return self._loader.vector(*tensors)
 
-    def new_memory(self, purpose: Hashable) -> Memory:
-        with self._lock:
-            free = next((entry for entry in self._free if entry[0] == purpose), None)
-            if free is not None:
-                self._free.remove(free)
-        memory = Memory(next(self._memory_keys)) if free is None else Memory(*free[1:])
-        weakref.finalize(memory, self._take_back, purpose, memory.key, memory.arrays).atexit = False
-        return memory
+    def new_cache(self, page_size: int, expected: int | None = None) -> PagedKVCache:
+        positions = chunk_positions(page_size, expected)
 
-    def _take_back(self, purpose: Hashable, key: Hashable, arrays: dict[Hashable, Any]) -> None:
-        """A memory that no generation has any more, for the next one."""
-        with self._lock:
-            self._free.append((purpose, key, arrays))
-            # With one that is dropped its key is lost: what was captured with it is never replayed.
-            del self._free[:-FREE_MEMORIES]
+        def allocate(shape: tuple[int, ...], format: Format) -> Any:
+            with self.memory.running("the KV cache"):
+                self.memory.prefill_pool.free_all_blocks()  # an interrupted prompt may have left some
+                return cupy.zeros(shape, format.bits_array)
 
-    def _array(self, memory: Memory, name: Hashable, shape: tuple[int, ...], dtype: Any) -> Any:
-        if name not in memory.arrays:
-            with outside_passes():
-                memory.arrays[name] = cupy.empty(shape, dtype)
-        return memory.arrays[name]
+        return PagedKVCache(CudaPageTable(self.config, page_size, positions, self.precision.kv), allocate)
 
-    def keep(self, memory: Memory, name: Hashable, array: Any) -> None:
-        self.copy_tokens(array, None, self._array(memory, name, array.shape, array.dtype))
+    def new_slot(self, stored: StoredResults) -> Slot:
+        return self.slots.allocate(stored)
 
-    def keep_prefix(self, memory: Memory, name: Hashable, prefix: Any) -> None:
-        parts = self.as_parts(prefix)
-        if name not in memory.arrays:
-            with outside_passes():
-                memory.arrays[name] = self._new_result(parts)
-        self._merge(parts, None, memory.arrays[name])
+    def free_slot(self, slot: Slot) -> None:
+        self.slots.free(slot)
 
-    def keep_masses(
-        self, memory: Memory, name: Hashable, masses: Any, cache: PagedKVCache, count: int, summed: bool
-    ) -> None:
-        kv_heads, tokens, group, _ = masses.shape
-        rows, sums = (group, tokens) if summed else (tokens * group, 1)
-        count = min(count, self.most_pages(cache.page_size))
-        ids = self._array(memory, name, (kv_heads, rows, count), np.int32)
-        self._top_pages(masses, sums, cache.page_size // UNIT, cache, ids)
+    # -- running
 
-    def copy_tokens(self, source: Any, tokens: Any, into: Any) -> None:
-        count = len(source) if tokens is None else len(tokens)
-        if count:
-            self._launch("copy_tokens", (count,), 256, source, tokens, into, source[0].size)
+    def run(self, batch: PassBatch, key: Hashable, body: Body, observe: bool = False) -> PassOutput:
+        return self.runner.run(batch, key, body, observe)
 
-    # -- selection
-
-    def select_active(
-        self,
-        q: Any,
-        previous: Any,
-        count: int,
-        candidates: np.ndarray | None = None,
-        keep: bool = False,
-    ) -> Any:
-        active = cupy.empty(count, np.int32)
-        masked = (None, None) if candidates is None else (self._given.rows, self._given.count)
-        # With a count of 0 too: the kernel that follows relies on one that waits (common.cuh).
-        self.query_change(q, previous, keep, masked, active)
-        return active
-
-    def query_change(
-        self, q: Any, previous: Any, keep: bool, masked: tuple[Any, Any] = (None, None), active: Any = None
-    ) -> Any:
-        """Change of each token's query [tokens]; with a list `active`, the tokens that changed most."""
-        change, count = cupy.empty(len(q), np.float32), 0 if active is None else len(active)
-        arguments = (q, previous, q[0].size, int(keep), *masked, change, self._done, active, count)
-        self._launch("query_change", (len(q),), 256, *arguments)
-        return change
-
-    def select_pages(self, q: Any, tokens: Any, cache: PagedKVCache, layer: int, count: int) -> ChosenPages:
-        c, token_count = self.config, len(q) if tokens is None else len(tokens)
-        rows, pages = token_count * c.group_size, self.most_pages(cache.page_size)
-        if not rows:
-            return NO_PAGES
-        count, words = min(count, pages), self.mark_words(cache.page_size)
-        marks = cupy.empty((c.num_kv_heads, words), np.uint32)
-        scores = self._page_scores(q, tokens, rows, cache, layer, marks)
-        self._launch_plan(
-            top_pages_plan("mark_pages", rows, c.num_kv_heads, pages),
-            *(scores, pages, self._given.length, cache.page_size, tokens, c.group_size, count, marks, words),
-        )
-        return ChosenPages(min(pages, rows * count), marks=marks)
-
-    def top_pages(self, q: Any, cache: PagedKVCache, layer: int, count: int) -> Any:
-        """Top `count` pages of each query by QUEST's bound: [kv_heads, rows, count], -1 for none."""
-        c, rows = self.config, len(q) * self.config.group_size
-        count = min(count, self.most_pages(cache.page_size))
-        scores = self._page_scores(q, None, rows, cache, layer, cupy.empty((c.num_kv_heads, 0), np.uint32))
-        ids = cupy.empty((c.num_kv_heads, rows, count), np.int32)
-        self._top_pages(scores, 1, 1, cache, ids)
-        return ids
-
-    def _page_scores(
-        self, q: Any, tokens: Any, rows: int, cache: PagedKVCache, layer: int, marks: Any
-    ) -> Any:
-        """QUEST's bounds [kv_heads, rows, pages] for some tokens' queries; marks become 0."""
-        c, table = self.config, cache.table
-        scores = cupy.empty((c.num_kv_heads, rows, self.most_pages(cache.page_size)), np.float32)
-        bounds = (self._pages.bounds, self._given.length, layer, c.num_kv_heads)
-        sizes = (cache.page_size, table.positions_per_chunk, c.head_dim)
-        self._launch_plan(
-            scores_plan(self.card, self._tensor, rows, c.num_kv_heads, c.head_dim),
-            *(q, tokens, rows, c.num_heads, *bounds, *sizes, scores, scores.shape[2], marks, marks.shape[1]),
-        )
-        return scores
-
-    def _top_pages(self, scores: Any, sums: int, units: int, cache: PagedKVCache, ids: Any) -> None:
-        kv_heads, rows, count = ids.shape
-        self._launch_plan(
-            top_pages_plan("top_pages", rows, kv_heads, self.most_pages(cache.page_size)),
-            *(scores, sums, units, scores.shape[-1], self._given.length, cache.page_size, count, ids),
-        )
-
-    def select_pages_by_mass(self, masses: Any, tokens: Any, cache: PagedKVCache, count: int) -> ChosenPages:
-        group, (_, rows, count) = self.config.group_size, masses.shape
+    def on_host(self, selection: Selection, batch: PassBatch) -> list[tuple[np.ndarray, list[np.ndarray]]]:
+        c, (sequence,), stream = self.config, batch.sequences, self.memory.stream
+        tokens = None if selection.tokens is None else selection.tokens.get(stream=stream)
         if tokens is not None:
-            rows = len(tokens) * group
-        if not rows:
-            return NO_PAGES
-        most = min(self.most_pages(cache.page_size), rows * count)
-        return ChosenPages(most, selected=masses, tokens=tokens, group=group)
+            tokens = tokens[tokens >= 0]
+        lists = selection.pages.on_host(sequence.slot, tokens, c.num_kv_heads, c.group_size, stream)
+        return [(np.arange(batch.tokens) if tokens is None else tokens, lists)]
 
-    def page_lists(self, pages: ChosenPages) -> list[np.ndarray]:
-        if not pages.most:
-            return [np.empty(0, np.int64)] * self.config.num_kv_heads
-        return pages.on_host(self.stream)
+    # -- transformer
+
+    def embed(self, table: Weight, batch: DeviceBatch) -> Any:
+        hidden = table.view.inner
+        x = cupy.empty((batch.tokens, hidden), np.float32)
+        grid = (-(-hidden // cu.EMBEDDING_THREADS), batch.tokens)
+        self.kernels.launch("embedding", grid, cu.EMBEDDING_THREADS, table.view, batch.view, x)
+        return x
+
+    def linear(self, x: Any, weight: Weight, bias: Any | None = None) -> Matmul:
+        tokens, rows, inner = len(x), weight.view.rows, weight.view.inner
+        plan = matmul_plan(self.kernels.card, self.kernels.tensor_matmul, tokens, rows, inner)
+        planes = cupy.empty((plan.parts, tokens, rows), np.float32)
+        if plan.boxes:
+            boxes = zip((x, weight.values), plan.boxes, strict=True)
+            maps = (tensor_map(matrix.data.ptr, *matrix.shape, box_rows) for matrix, box_rows in boxes)
+            self.kernels.launch_plan(plan, *maps, planes, tokens, rows, inner)
+        elif plan.kernel == "linear_tensor":
+            self.kernels.launch_plan(plan, x, weight.view, planes, tokens, plan.share)
+            return Matmul(planes, bias, -(-inner // cu.STEP_COLUMNS), plan.share)
+        else:
+            self.kernels.launch_plan(plan, x, weight.view, planes, tokens)
+        return Matmul(planes, bias)
+
+    def prefill_linear(self, x: Any, weight: Weight, bias: Any | None = None) -> Matmul:
+        plan = matmul_plan(self.kernels.card, self.kernels.tensor_matmul, len(x), *weight.values.shape)
+        if len(x) > cu.SKINNY_TOKENS and plan.kernel != "linear_hopper":
+            y = blas_matmul(x, weight.values, self.precision.weights)
+            if y is not None:
+                return Matmul(y[None], bias)
+        return self.linear(x, weight, bias)
+
+    def add_rms_norm(self, x: Any, delta: Matmul | None, gain: Any) -> tuple[Any, Any]:
+        tokens, hidden = x.shape
+        total, y = cupy.empty_like(x), self._activations(x.shape)
+        self.kernels.launch(
+            "add_rms_norm",
+            (tokens,),
+            min(cu.NORM_MAX_THREADS, -(-hidden // (4 * cu.WARP)) * cu.WARP),
+            *(x, NO_MATMUL if delta is None else delta.view, gain, total, y, hidden),
+            self.config.rms_norm_eps,
+            shared=cu.NORM_CHANNEL_BYTES * hidden,
+        )
+        return total, y
+
+    def split_heads(self, qkv: Matmul, q_norm: Any, k_norm: Any, batch: DeviceBatch) -> tuple[Any, Any, Any]:
+        c, tokens = self.config, len(qkv)
+        q = cupy.empty((tokens, c.num_heads, c.head_dim), np.float32)
+        k = cupy.empty((tokens, c.num_kv_heads, c.head_dim), np.float32)
+        v = cupy.empty_like(k)
+        self.kernels.launch_rows(
+            "split_heads",
+            tokens,
+            c.num_heads + 2 * c.num_kv_heads,
+            *(qkv.view, q_norm, k_norm, self._frequencies, float(self._rope_factor), batch.view),
+            *(q, k, v, c.num_heads, c.num_kv_heads, c.head_dim, c.rms_norm_eps),
+        )
+        return q, k, v
+
+    def silu_gate(self, gate_up: Matmul) -> Any:
+        tokens, ffn = len(gate_up), gate_up.rows // 2
+        y, grid = self._activations((tokens, ffn)), (-(-ffn // (4 * cu.SILU_THREADS)), tokens)
+        self.kernels.launch("silu_gate", grid, cu.SILU_THREADS, gate_up.view, y, ffn)
+        return y
+
+    def write_kv(self, layer: int, k: Any, v: Any, batch: DeviceBatch) -> None:
+        c, tokens = self.config, len(k)
+        grid = (c.num_kv_heads, -(-tokens // batch.page_size) + 1)
+        threads = -(-c.head_dim // cu.WARP) * cu.WARP
+        self.kernels.launch("cache_write", grid, threads, batch.cache_view(layer), k, v, tokens)
+
+    def _activations(self, shape: tuple[int, ...]) -> Any:
+        return cupy.empty(shape, self.precision.activations.bits_array)
 
     # -- attention
 
-    def prefix_attention_and_masses(self, q: Any, cache: PagedKVCache, layer: int) -> tuple[Any, Any]:
+    def causal_attention(self, layer: int, q: Any, batch: DeviceBatch) -> Any:
+        o, tokens = self._activations(q.shape), len(q)
+        sizes = (tokens, self.config.num_heads, batch.options.block_length)
+        plan = causal_plan(*self._shape(tokens))
+        self.kernels.launch_plan(plan, q, batch.cache_view(layer), o, *sizes)
+        return o
+
+    def prefix_attention(self, layer: int, q: Any, batch: DeviceBatch) -> PrefixParts:
+        plan = prefix_plan(*self._shape(len(q)))
+        parts = PrefixParts.empty(plan.parts, *q.shape)
+        self.kernels.launch_plan(plan, q, batch.cache_view(layer), parts.view, self.config.num_heads)
+        return parts
+
+    def prefix_attention_and_masses(self, layer: int, q: Any, batch: DeviceBatch) -> tuple[PrefixParts, Any]:
         c, tokens = self.config, len(q)
-        o, lse = self.merge(self.prefix_attention(q, cache, layer))
-        units = self.most_pages(UNIT) + cache.page_size // UNIT
+        parts = self.prefix_attention(layer, q, batch)
+        _, lse = self.merge(parts)
+        units = batch.max_pages * (batch.page_size // cu.MASS_UNIT)
         masses = cupy.empty((c.num_kv_heads, tokens, c.group_size, units), np.float32)
-        plan = masses_plan(self.card, self._tensor, *self._shape(q))
-        arguments = self._cache_arguments(cache.table, layer)
-        self._launch_plan(plan, q, lse, *arguments, masses, units, tokens, c.num_heads)
-        return (o, lse), masses
+        plan = masses_plan(*self._shape(tokens))
+        self.kernels.launch_plan(plan, q, lse, batch.cache_view(layer), masses, units, tokens, c.num_heads)
+        return parts, masses
 
     def sparse_prefix_attention(
-        self,
-        q: Any,
-        tokens: Any,
-        pages: ChosenPages,
-        cache: PagedKVCache,
-        layer: int,
-        into: tuple[Any, Any] | None = None,
-    ) -> Any:
-        c, count = self.config, len(q) if tokens is None else len(tokens)
+        self, layer: int, q: Any, selection: Selection, batch: DeviceBatch
+    ) -> PrefixParts:
+        c, tokens, pages = self.config, selection.tokens, selection.pages
+        count = len(q) if tokens is None else len(tokens)
         if not count:
-            return into
-        shape = (count, c.num_heads, c.num_kv_heads, c.head_dim)
-        words = 0 if pages.selected is None else self.mark_words(cache.page_size)
-        plan = sparse_plan(self.card, self._tensor, *shape, pages.most, cache.page_size, words)
+            return PrefixParts.empty(1, 0, c.num_heads, c.head_dim)
+        words = batch.mark_words if pages.marks is None else 0
+        plan = sparse_plan(*self._shape(count), pages.limit, batch.page_size, words)
         parts = PrefixParts.empty(plan.parts, count, c.num_heads, c.head_dim)
-        self._launch_plan(
+        self.kernels.launch_plan(
             plan,
-            *(q, tokens, *self._cache_arguments(cache.table, layer)),
-            *(*pages.arguments, cache.page_size, self._given.positions, plan.capacity),
-            *(parts.o, parts.tops, parts.totals, count, c.num_heads),
+            *(q, tokens, batch.cache_view(layer), pages.view, plan.capacity, batch.buffers.positions),
+            *(parts.view, c.num_heads),
         )
-        self.counted = True
-        return parts if into is None else RefreshedPrefix(parts, tokens, into)
+        return parts
 
-    def to_host(self, array: Any) -> np.ndarray:
-        return array.get(stream=self.stream)
+    def refresh_prefix_attention(
+        self, layer: int, q: Any, selection: Selection, batch: DeviceBatch
+    ) -> PrefixParts:
+        parts = self.sparse_prefix_attention(layer, q, selection, batch)
+        return _stored(parts, selection.tokens, layer, batch)
+
+    def block_attention(self, q: Any, k: Any, v: Any, prefix: PrefixParts, batch: DeviceBatch) -> Any:
+        c, (tokens, heads, head_dim) = self.config, q.shape
+        o, fresh = self._activations(q.shape), prefix.tokens
+        fresh_count = 0 if fresh is None else len(fresh)
+        self.kernels.launch_rows(
+            "block_attention",
+            tokens,
+            heads,
+            *(q, k, v, prefix.view, fresh, fresh_count, prefix.stored_o, prefix.stored_lse),
+            *(o, batch.view, heads, c.num_kv_heads, head_dim),
+            shared=4 * cu.WARP_ROWS * tokens,
+        )
+        return o
+
+    def merge(self, parts: PrefixParts) -> tuple[Any, Any]:
+        """o [tokens, heads, head_dim] and log-sum-exp [tokens, heads] of the parts."""
+        tokens, heads, head_dim = parts.o.shape[1:]
+        o, lse = cupy.empty((tokens, heads, head_dim), np.float32), cupy.empty((tokens, heads), np.float32)
+        self.kernels.launch_rows("merge_parts", tokens, heads, parts.view, o, lse, heads, head_dim)
+        return o, lse
+
+    def _shape(self, tokens: int) -> tuple[Card, bool, int, int, int, int]:
+        c, kernels = self.config, self.kernels
+        return kernels.card, kernels.tensor_attention, tokens, c.num_heads, c.num_kv_heads, c.head_dim
+
+    # -- stored results
+
+    def store_attention(self, layer: int, q: Any, prefix: PrefixParts, batch: DeviceBatch) -> PrefixParts:
+        self.store_queries(layer, q, None, batch)
+        return _stored(prefix, None, layer, batch)
+
+    def store_queries(self, layer: int, q: Any, tokens: Any | None, batch: DeviceBatch) -> None:
+        count = len(q) if tokens is None else len(tokens)
+        if count:
+            arguments = (q, tokens, batch.stored("queries", layer), q[0].size)
+            self.kernels.launch("store_tokens", (count,), cu.STORE_TOKENS_THREADS, *arguments)
+
+    def store_top_pages(
+        self, layer: int, masses: Any, batch: DeviceBatch, count: int, *, summed: bool
+    ) -> None:
+        kv_heads, tokens, group, _ = masses.shape
+        if not summed:
+            masses = masses.reshape(kv_heads, tokens * group, -1)
+        sums, units = tokens if summed else 1, batch.page_size // cu.MASS_UNIT
+        count, stored = min(count, batch.max_pages), batch.stored("top_pages", layer)
+        self._device_selector.rank(layer, masses, batch, count, sums=sums, units=units, stored=stored)
+
+    # -- selection and sampling
+
+    def selector(self, planner: str) -> Selector:
+        return self._host_selector if planner == "host" else self._device_selector
+
+    def propose(self, hidden: Any, head: Weight, batch: DeviceBatch) -> Any:
+        options, logits = batch.options, self.linear(hidden, head)
+        tokens, vocab = len(logits), logits.rows
+        slices = cupy.empty((tokens, LOGIT_SLICES, cu.LOGIT_ROW_BYTES), np.uint8)
+        kept = cupy.empty((tokens, vocab), np.float32) if options.temperature else None
+        temperature = float32_temperature(options.temperature)
+        self.kernels.launch(
+            "logit_slices",
+            (LOGIT_SLICES, tokens),
+            cu.SLICE_THREADS,
+            *(logits.view, batch.view, options.mask_token_id, temperature, slices, kept),
+            shared=16 * -(-vocab // (4 * LOGIT_SLICES)),
+        )
+        self.kernels.launch(
+            "sample",
+            (tokens,),
+            cu.SAMPLE_THREADS,
+            *(slices, LOGIT_SLICES, kept, vocab, batch.view, temperature),
+            *(options.top_k, c_double(options.top_p), *batch.buffers.results),
+        )
+        return batch.buffers.results
+
+
+def _stored(parts: PrefixParts, tokens: Any | None, layer: int, batch: DeviceBatch) -> PrefixParts:
+    """The parts, whose merged results are to be stored for these tokens (None: all)."""
+    stored_o, stored_lse = batch.stored("o", layer), batch.stored("lse", layer)
+    return replace(parts, tokens=tokens, stored_o=stored_o, stored_lse=stored_lse)

@@ -10,40 +10,34 @@ import cupy
 import numpy as np
 
 from losart.config.model import ModelConfig
+from losart.config.precision import Format
 from losart.engine.kv_cache import SMALL_CHUNK_POSITIONS
-
-HELD_AS = {"float32": "float32", "bfloat16": "uint16", "float16": "uint16"}
 
 
 class CudaPageTable:
-    """Chunks of pages in device memory; writing into them is a kernel of the pass.
+    """Chunks of pages in device memory.
 
         kv chunk      [layers, 2 (keys, values), kv_heads, positions of the chunk, head_dim]
         bounds chunk  [layers, kv_heads, pages of the chunk, 2 (smallest, largest), head_dim]
 
-    A page of one kv head is contiguous, its values in the order of kernels_cu/cache.cuh. 16-bit ones
-    are held as their bits.
+    A page of one kv head is contiguous, its values in the order of kernels_cu/cache/layout.cuh.
 
     Parameters
     ----------
     config : ModelConfig
     page_size, positions_per_chunk : int
-    dtype : {"float32", "bfloat16", "float16"}
-    write : callable
-        (table, layer, k, v): launches the kernel that writes keys and values after the prefix.
+    format : Format
+        Of keys, values and bounds.
     """
 
-    def __init__(
-        self, config: ModelConfig, page_size: int, positions_per_chunk: int, dtype: str, write: Any
-    ) -> None:
+    def __init__(self, config: ModelConfig, page_size: int, positions_per_chunk: int, format: Format) -> None:
         self.page_size = page_size
         self.positions_per_chunk = positions_per_chunk
-        self.dtype = self.bounds_dtype = dtype
+        self.kv_format = self.bounds_format = format
         layers, heads, dim = config.num_layers, config.num_kv_heads, config.head_dim
         self.kv_shape = (layers, 2, heads, positions_per_chunk, dim)
         self.bounds_shape = (layers, heads, positions_per_chunk // page_size, 2, dim)
         self.chunks: list[tuple[Any, Any]] = []
-        self._write = write
 
     @property
     def capacity(self) -> int:
@@ -53,10 +47,6 @@ class CudaPageTable:
     def add_chunk(self, kv: Any, bounds: Any) -> None:
         """Take two arrays of `kv_shape` and `bounds_shape` as the next chunk."""
         self.chunks.append((kv, bounds))
-
-    def write(self, layer: int, start: int, k: Any, v: Any) -> None:
-        """Write keys and values after the prefix, whose length the device knows."""
-        self._write(self, layer, k, v)
 
 
 class PagesInPlace:
@@ -68,11 +58,13 @@ class PagesInPlace:
 
     Attributes
     ----------
+    max_positions : int
     kv, bounds : uint64 [chunks], on the device
         Addresses of the chunks of keys and values, and of bounds.
     """
 
     def __init__(self, max_positions: int) -> None:
+        self.max_positions = max_positions
         # The last block may reach beyond the positions, by less than the largest block.
         chunks = -(-2 * max_positions // SMALL_CHUNK_POSITIONS) + 2
         self.kv, self.bounds = (cupy.zeros(chunks, np.uint64) for _ in range(2))
@@ -80,11 +72,11 @@ class PagesInPlace:
         self._count = 0
 
     def place(self, table: CudaPageTable, stream: Any) -> None:
-        """Write a table's addresses, if they are not there yet."""
+        """Write a table's addresses, unless they are in place already."""
         if self._table() is table and self._count == len(table.chunks):
             return
         self._table = lambda: None  # an interrupt leaves none in place
-        for places, arrays in zip((self.kv, self.bounds), zip(*table.chunks, strict=True), strict=True):
-            addresses = np.array([array.data.ptr for array in arrays], np.uint64)
-            places[: len(addresses)].set(addresses, stream=stream)
+        for addresses, chunks in zip((self.kv, self.bounds), zip(*table.chunks, strict=True), strict=True):
+            pointers = np.array([chunk.data.ptr for chunk in chunks], np.uint64)
+            addresses[: len(pointers)].set(pointers, stream=stream)
         self._table, self._count = weakref.ref(table), len(table.chunks)

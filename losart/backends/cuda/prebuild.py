@@ -1,17 +1,17 @@
-"""Compiles kernels before they are needed, for cards that need not be here."""
+"""Compiles kernels ahead of time, for cards that need not be at hand."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from losart.backends.cuda.variants import CARDS, variants
-from losart.kernels_cu import DTYPE_CODES, FILES, compile_options, source
+from losart.config.precision import DTYPES, Precision
+from losart.kernels_cu import FILES, compile_options, source
 from losart.kernels_cu.compiler import compile_cubin, cubin_name
 from losart.kernels_cu.prebuilt import write_archive
-from losart.observe.observation import Progress
 
 Inputs = tuple[str, str, tuple[str, ...], str]
 
@@ -19,9 +19,9 @@ Inputs = tuple[str, str, tuple[str, ...], str]
 def prebuild(
     folder: Path,
     architectures: Collection[str] = tuple(CARDS),
-    dtypes: Collection[str] = tuple(DTYPE_CODES),
+    dtypes: Collection[str] = DTYPES,
     kernels: Collection[str] = tuple(FILES),
-    progress: Progress | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> dict[Path, int]:
     """Compile kernels in every variant that cards run, and write the archives that installations look into.
 
@@ -32,11 +32,11 @@ def prebuild(
     architectures : collection of str
         Of `CARDS`.
     dtypes : collection of {"float32", "bfloat16", "float16"}
-        In which weights, keys and values are held.
+        In which weights, keys and values, and activations are held.
     kernels : collection of str
         Of `FILES`.
     progress : callable or None
-        (done, in all) after each variant.
+        Called with the variants done and in all after each.
 
     Returns
     -------
@@ -73,7 +73,7 @@ def _compile(inputs: Inputs) -> tuple[str, bytes]:
 def _jobs(architecture: str, dtypes: Collection[str], kernels: Collection[str]) -> list[Inputs]:
     """What `compile_cubin` takes for each variant."""
     return [
-        (source(name), f"{name}.cu", compile_options(dtype, defines), architecture)
+        (source(name), f"{name}.cu", compile_options(Precision.of(dtype), defines), architecture)
         for name in kernels
         for dtype in FILES[name].dtypes
         if dtype in dtypes

@@ -1,4 +1,4 @@
-"""Results that a kernel leaves open, for the next one to add up."""
+"""Results that one kernel leaves open for the next one, with the views that kernels take of them."""
 
 from __future__ import annotations
 
@@ -8,101 +8,129 @@ from typing import Any
 import cupy
 import numpy as np
 
+from losart.backends.cuda.slots import Slot
+from losart.kernels_cu.views import MatmulView, PagesView, PartsView, StoredView, WeightView
 
-@dataclass(frozen=True)
-class Product:
-    """A matrix product as its kernel leaves it (kernels_cu/product.cuh).
+NOTHING_STORED = StoredView(None, 0)
+NO_MATMUL = MatmulView(None, None, 0, 0, 1, 1)
+
+
+class Weight:
+    """A matrix [rows, inner] in the format of weights.
+
+    Parameters
+    ----------
+    values : array [rows, inner]
 
     Attributes
     ----------
-    values : float32 [planes, tokens, rows]
+    view : WeightView
+        As kernels take it.
+    """
+
+    def __init__(self, values: Any) -> None:
+        self.values = values
+        self.view = WeightView(values.data.ptr, *values.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Matmul:
+    """The result of a matmul as its kernel leaves it (kernels_cu/matmul/planes.cuh).
+
+    Attributes
+    ----------
+    planes : float32 [planes, tokens, rows]
     bias : float32 [rows] or None
     steps, share : int
         Which planes hold a row's sums.
     """
 
-    values: Any
+    planes: Any
     bias: Any | None
     steps: int = 1
     share: int = 1
 
     def __len__(self) -> int:
-        return self.values.shape[1]
+        return self.planes.shape[1]
 
     @property
     def rows(self) -> int:
         """Rows of the matrix."""
-        return self.values.shape[2]
+        return self.planes.shape[2]
 
     @property
-    def arguments(self) -> tuple[Any, ...]:
+    def view(self) -> MatmulView:
         """As kernels take it."""
-        return self.values, self.bias, len(self), self.rows, self.steps, self.share
+        bias = None if self.bias is None else self.bias.data.ptr
+        return MatmulView(self.planes.data.ptr, bias, len(self), self.rows, self.steps, self.share)
 
 
-NO_PRODUCT = (None, None, 0, 0, 1, 1)
-
-
-@dataclass(frozen=True)
-class ChosenPages:
-    """Pages that each kv head reads, as kernels take them (kernels_cu/page_list.cuh).
+@dataclass(frozen=True, eq=False)
+class SelectedPages:
+    """Pages that each kv head reads.
 
     Attributes
     ----------
-    most : int
+    limit : int
         Pages of a kv head at most.
     marks : uint32 [kv_heads, words], optional
-        A bit a page. Or:
-    selected : int32 [kv_heads, rows, count], optional
-        Pages that each row has selected, -1 for none.
-    tokens : int32 [any], optional
-        Whose rows of `selected` count; None: all.
-    group : int
-        Rows of a token.
+        One bit per page. Or:
+    top : StoredView
+        int32 [kv_heads, rows, count] in the slot: pages that each row has selected, -1 for none.
+    rows, count : int
     """
 
-    most: int
+    limit: int
     marks: Any = None
-    selected: Any = None
-    tokens: Any = None
-    group: int = 1
+    top: StoredView = NOTHING_STORED
+    rows: int = 0
+    count: int = 0
 
     @property
-    def arguments(self) -> tuple[Any, ...]:
+    def view(self) -> PagesView:
         """As kernels take it."""
-        words = 0 if self.marks is None else self.marks.shape[1]
-        rows, count = (0, 0) if self.selected is None else self.selected.shape[1:]
-        return self.marks, words, self.selected, rows, count
+        if self.marks is None:
+            return PagesView(None, self.top, 0, self.rows, self.count)
+        return PagesView(self.marks.data.ptr, self.top, self.marks.shape[1], 0, 0)
 
-    def on_host(self, stream: Any) -> list[np.ndarray]:
-        """Page ids of each kv head, rising."""
+    def on_host(
+        self, slot: Slot, tokens: np.ndarray | None, kv_heads: int, group: int, stream: Any
+    ) -> list[np.ndarray]:
+        """Page ids of each kv head, ascending, that tokens with `group` rows each read (None: all)."""
+        if not self.limit:
+            return [np.empty(0, np.int64)] * kv_heads
         if self.marks is not None:
             bits = np.unpackbits(self.marks.get(stream=stream).view(np.uint8), axis=1, bitorder="little")
             return [np.flatnonzero(row) for row in bits]
-        selected = self.selected.get(stream=stream)
-        if self.tokens is not None:
-            tokens = self.tokens.get(stream=stream)
-            rows = tokens[tokens >= 0, None] * self.group + np.arange(self.group)
-            selected = selected[:, rows.reshape(-1)]
-        return [np.unique(of_head[of_head >= 0]) for of_head in selected]
+        top = slot.array(self.top.offset, (kv_heads, self.rows, self.count), np.int32).get(stream=stream)
+        if tokens is not None:
+            top = top[:, (tokens[:, None] * group + np.arange(group)).reshape(-1)]
+        return [np.unique(of_head[of_head >= 0]) for of_head in top]
 
 
-NO_PAGES = ChosenPages(0)
+NO_PAGES = SelectedPages(0)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PrefixParts:
-    """Attention over the prefix as its kernel leaves it (kernels_cu/parts.cuh).
+    """Attention over the prefix as its kernel leaves it (kernels_cu/attention/parts.cuh).
 
     Attributes
     ----------
     o : float32 [parts, tokens, heads, head_dim]
     tops, totals : float32 [parts, tokens, heads]
+    tokens : int32 [tokens] or None
+        Whose the parts are, -1 after the last; None: all tokens'.
+    stored_o, stored_lse : StoredView
+        Where `block_attention` stores merged results, and finds those of all other tokens.
     """
 
     o: Any
     tops: Any
     totals: Any
+    tokens: Any | None = None
+    stored_o: StoredView = NOTHING_STORED
+    stored_lse: StoredView = NOTHING_STORED
 
     @classmethod
     def empty(cls, parts: int, tokens: int, heads: int, head_dim: int) -> PrefixParts:
@@ -112,30 +140,7 @@ class PrefixParts:
         return cls(cupy.empty((*shape, head_dim), np.float32), tops, totals)
 
     @property
-    def arguments(self) -> tuple[Any, ...]:
+    def view(self) -> PartsView:
         """As kernels take it."""
-        return self.o, self.tops, self.totals, len(self.o)
-
-
-@dataclass(frozen=True)
-class RefreshedPrefix:
-    """Kept results of attention over the prefix, of which those of some tokens are to be replaced.
-
-    Attributes
-    ----------
-    parts : PrefixParts
-        Of the tokens, not merged yet.
-    tokens : int32 [any] or None
-        -1 after the last; None: all.
-    kept : (float32 [tokens, heads, head_dim], float32 [tokens, heads])
-        o and log-sum-exp; whoever merges the parts writes them there.
-    """
-
-    parts: PrefixParts
-    tokens: Any | None
-    kept: tuple[Any, Any]
-
-    @property
-    def arguments(self) -> tuple[Any, ...]:
-        """As `block_attention` takes it."""
-        return *self.parts.arguments, self.tokens, self.parts.o.shape[1], *self.kept
+        parts, tokens = self.o.shape[:2]
+        return PartsView(self.o.data.ptr, self.tops.data.ptr, self.totals.data.ptr, parts, tokens)

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from losart.backends.cuda.matmul_plans import hopper_matmul_plans, matmul_plan
 from losart.backends.cuda.plans import (
     Card,
     Plan,
     causal_plan,
-    hopper_product_plans,
     masses_plan,
     prefix_plan,
-    product_plan,
     scores_plan,
     sparse_plan,
     top_pages_plan,
 )
 from losart.kernels_cu import Defines
 
-# A card of each architecture, as its maker tells it.
+# A card of each architecture, by the maker's figures.
 CARDS = {
     "sm_80": Card((8, 0), 108, 163 << 10, 164 << 10),
     "sm_86": Card((8, 6), 84, 99 << 10, 100 << 10),
@@ -49,7 +48,7 @@ def plans(card: Card) -> Iterator[Plan]:
         yield from (top_pages_plan(kernel, 20, 8, pages) for kernel in ("mark_pages", "top_pages"))
     for tensor in (True, False):
         for tokens in (*TOKENS, 2048):
-            yield product_plan(card, tensor, tokens, 1024, 1024)
+            yield matmul_plan(card, tensor, tokens, 1024, 1024)
         for heads, kv_heads in HEADS:
             for head_dim in HEAD_DIMS:
                 for tokens in TOKENS:
@@ -59,15 +58,15 @@ def plans(card: Card) -> Iterator[Plan]:
                     yield scores_plan(card, tensor, tokens * heads // kv_heads, kv_heads, head_dim)
                 yield causal_plan(card, tensor, 2048, heads, kv_heads, head_dim)
     if card.hopper:
-        yield from (plan for _, plan in hopper_product_plans(card, 2048, 4096))
+        yield from (plan for _, plan in hopper_matmul_plans(card, 2048, 4096))
 
 
 def variants(name: str, card: Card) -> dict[Defines, int]:
     """The compile-time constants that a kernel has on a card, and its launches' dynamic shared memory."""
     if not name.startswith(PLANNED):
         return {(): 0}
-    found: dict[Defines, int] = {}
+    shared: dict[Defines, int] = {}
     for plan in plans(card):
         if plan.kernel == name:
-            found[plan.defines] = max(plan.shared, found.get(plan.defines, 0))
-    return found
+            shared[plan.defines] = max(plan.shared, shared.get(plan.defines, 0))
+    return shared

@@ -9,7 +9,7 @@ from typing import Any
 
 from losart.backends import cuda_problem
 from losart.config.options import DEFAULT_BLOCK_LENGTH
-from losart.engine.kv_cache import BYTES
+from losart.config.precision import FORMATS
 from losart.errors import ConfigError, DeviceError
 from losart.loaders import Checkpoint
 from losart.measure.environment import environment
@@ -18,7 +18,7 @@ from losart.measure.footprint.processes import Request, as_qwen3
 from losart.measure.footprint.sides import Side
 from losart.measure.inspection import inspection
 
-Say = Callable[[str], None]
+OnStep = Callable[[str], None]
 PROBES = {"losart": "probe_losart", "transformers": "probe_transformers"}
 
 
@@ -49,7 +49,7 @@ def generation_of(
     block_length = config.block_length or DEFAULT_BLOCK_LENGTH
     request = Request(device, prompt_tokens, new_tokens, block_length, config.mask_token_id)
     facts = inspection(checkpoint, "cpu", "auto", [prompt_tokens + new_tokens])
-    row = 2 * config.num_layers * config.num_kv_heads * config.head_dim * BYTES[checkpoint.dtype]
+    row = 2 * config.num_layers * config.num_kv_heads * config.head_dim * FORMATS[checkpoint.dtype].itemsize
     return Generation(checkpoint, request, Held(facts["weight_bytes"], row * (prompt_tokens + new_tokens)))
 
 
@@ -59,7 +59,7 @@ def compare(
     generation: Generation | None,
     folder: Path,
     repeats: int = 3,
-    say: Say = lambda step: None,
+    on_step: OnStep = lambda step: None,
 ) -> dict[str, Any]:
     """Figures of losart, and of torch + transformers; JSON types alone.
 
@@ -73,7 +73,7 @@ def compare(
     folder : path
         For files that the processes need.
     repeats : int
-    say : callable
+    on_step : callable
         Called with a title as each of the `repeats + 1` processes of a side begins.
 
     Raises
@@ -81,14 +81,14 @@ def compare(
     LosartError
         A process failed.
     """
-    here = environment()
+    machine = environment()
     packages = {side: sides[side].sizes["packages"] for side in sides}
     figures: dict[str, Any] = {
-        "cpu": here["cpu"]["name"],
-        "threads": here["cpu"]["threads"],
-        "gpu": here["gpu"]["name"] if device == "cuda" and here["gpu"] else None,
-        "python": here["python"],
-        "system": here["system"],
+        "cpu": machine["cpu"]["name"],
+        "threads": machine["cpu"]["threads"],
+        "gpu": machine["gpu"]["name"] if device == "cuda" and machine["gpu"] else None,
+        "python": machine["python"],
+        "system": machine["system"],
         "device": device,
         "versions": {
             "losart": packages["losart"]["losart"],
@@ -108,12 +108,12 @@ def compare(
             "new_tokens": request.new_tokens,
         }
         paths = {"losart": checkpoint.path, "transformers": as_qwen3(checkpoint.path, folder / "qwen3")}
-        for side, name in PROBES.items():
+        for side, probe in PROBES.items():
 
             def begun(number: int, side: str = side) -> None:
-                say(f"running {side}, {number} of {repeats}" if number else f"running {side} to warm up")
+                on_step(f"running {side}, {number} of {repeats}" if number else f"running {side} to warm up")
 
-            measured[side] = measure(sides[side].python, name, paths[side], request, held, repeats, begun)
-    for side, found in sides.items():
-        figures[side] = found.sizes | {"package_count": len(packages[side])} | measured[side]
+            measured[side] = measure(sides[side].python, probe, paths[side], request, held, repeats, begun)
+    for name in sides:
+        figures[name] = sides[name].sizes | {"package_count": len(packages[name])} | measured[name]
     return figures

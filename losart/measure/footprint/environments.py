@@ -13,9 +13,9 @@ from importlib.metadata import PackageNotFoundError, distribution, requires
 from pathlib import Path
 from typing import Any
 
-import losart
 from losart.errors import LosartError
 from losart.measure.footprint.processes import run
+from losart.version import __version__
 
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 LIST = "import json; from importlib.metadata import distributions as d; "
@@ -64,14 +64,14 @@ class Environment:
 
 
 def new_environment(folder: Path) -> Environment:
-    """Make an environment with pip in a folder that is not there yet."""
+    """Make an environment with pip in a new folder."""
     run([sys.executable, "-m", "venv", str(folder)], {}, f"python -m venv {folder}")
     empty = packages_of(folder / "bin" / "python")
     return Environment(folder, folder_bytes(folder), frozenset(empty))
 
 
 def packages_of(python: str | os.PathLike[str]) -> dict[str, str]:
-    """Names and versions of what an interpreter finds installed."""
+    """Names and versions of the packages of an interpreter."""
     return json.loads(run([str(python), "-I", "-c", LIST], {}, str(python)))
 
 
@@ -82,24 +82,24 @@ def folder_bytes(folder: Path) -> int:
 
 
 def own_requirement(extra: str = "") -> str:
-    """What pip has to be given to install losart from where the running one came.
+    """The requirement by which pip installs losart from where the running one came.
 
-    That is the folder, file or repository that its installation noted (PEP 610), else this version
+    That is the folder, file or repository that its installation recorded (PEP 610), else this version
     from the index.
 
     Raises
     ------
     LosartError
-        It is not installed, but found by its path.
+        It is not installed, but on the path.
     """
     try:
-        noted = distribution("losart").read_text("direct_url.json")
+        recorded = distribution("losart").read_text("direct_url.json")
     except PackageNotFoundError:
         raise LosartError("losart is not installed here; say by --losart what pip is to install") from None
     name = f"losart[{extra}]" if extra else "losart"
-    if noted is None:
-        return f"{name}=={losart.__version__}"
-    origin = json.loads(noted)
+    if recorded is None:
+        return f"{name}=={__version__}"
+    origin = json.loads(recorded)
     if "vcs_info" in origin:
         vcs = origin["vcs_info"]
         return f"{name} @ {vcs['vcs']}+{origin['url']}@{vcs['commit_id']}"

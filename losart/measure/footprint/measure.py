@@ -42,7 +42,7 @@ def measure(
     Returns
     -------
     dict
-        Seconds and bytes, as `losart.measure.footprint.table.ROWS` says what each is; `runs`: the same of each
+        Seconds and bytes by their keys in `losart.measure.footprint.table.ROWS`; `runs`: the same of each
         process; `tokens`: the new token ids.
     """
     runs = []

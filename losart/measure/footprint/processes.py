@@ -15,13 +15,13 @@ from typing import Any
 from losart.errors import LosartError
 
 PROBES = Path(__file__).parent / "probes"
-# "" is the folder that the process is started in, of which nothing is to be found: only the probes.
+# "" is the working directory, from which nothing must be imported: only the probes.
 LAUNCH = (
     "import sys; sys.path[:] = filter(None, sys.path); sys.path.append(sys.argv[1]); import {0}; {0}.main()"
 )
 # No requests to the hub, and no reports of progress.
 QUIET = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-SECONDS = 1800  # after which a process is given up
+SECONDS = 1800  # after which a process is killed
 
 
 @dataclass(frozen=True)
@@ -52,14 +52,14 @@ class Interpreter:
     ----------
     path : path
     isolated : bool
-        Whether only what is installed in it is found: nothing by PYTHONPATH or of the user's site.
+        Whether it ignores PYTHONPATH and the user's site.
     """
 
     path: Path
     isolated: bool = True
 
     def report(self, name: str, arguments: Mapping[str, Any], environment: Mapping[str, str] = QUIET) -> Any:
-        """What one of the `probes` prints last, in JSON.
+        """What one of the `probes` prints in its last line, JSON.
 
         Raises
         ------
@@ -98,7 +98,7 @@ def probe(
     dict
         `tokens`: the new token ids. `seconds` of the stages python (from the start of the process),
         import, context, load, first token and generate. `bytes` by stage, at its end: the fields of
-        /proc/self/status, and `device`: minus the free memory of the device, whoever has taken it.
+        /proc/self/status, and `device`: minus the free memory of the device, whichever process uses it.
 
     Raises
     ------
@@ -110,14 +110,14 @@ def probe(
 
 
 def run(command: Sequence[str], environment: Mapping[str, str], name: str) -> str:
-    """A command's standard output. It and all it has started end when this is left early.
+    """A command's standard output. It and all that it started are killed when this is left early.
 
     Raises
     ------
     LosartError
         With `name` and the last line of standard error.
     """
-    # In a session of its own: what it starts can be ended with it, and a terminal's Ctrl-C is ours alone.
+    # In its own session: all that it starts can be killed with it, and a terminal's Ctrl-C reaches only us.
     process = subprocess.Popen(
         command,
         env={**os.environ, **environment},

@@ -1,4 +1,4 @@
-"""Where each side is, in a new environment or installed already, and how large it is there."""
+"""The two sides, each in a new environment or already installed, and how large they are."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class Side:
     ----------
     python : Interpreter
     sizes : dict
-        `installed_bytes` and `packages`, names to versions: all that an environment holds that was made
-        for a side. In another one of a side's `requirements` with all that they require, but for what is
-        `not_installed` there.
+        `installed_bytes` and `packages`, names to versions. Of an environment that was made for the side:
+        all that it holds. Of another one: the side's `requirements` and all that they require, except what
+        is `not_installed`.
     """
 
     python: Interpreter
@@ -46,7 +46,7 @@ def new_sides(
     device: str,
     losart_specs: Sequence[str] | None,
     rival_specs: Sequence[str] | None,
-    say: Callable[[str], None],
+    on_step: Callable[[str], None],
 ) -> dict[str, Side]:
     """Both sides, installed by pip into new environments in a folder.
 
@@ -64,7 +64,7 @@ def new_sides(
         arguments["transformers"] += cpu_index_arguments()
     sides = {}
     for side, specs in arguments.items():
-        say(f"installing {side}")
+        on_step(f"installing {side}")
         made = new_environment(folder / f"venv-{side}")
         made.install(*specs)
         sides[side] = Side(Interpreter(made.python), made.sizes())
@@ -121,5 +121,5 @@ def _rival(side: Side, device: str) -> Side:
 
 def _cuda_extra() -> str | None:
     """The extra for CUDA that the running losart has."""
-    names = {found.name for found in distributions()}
+    names = {package.name for package in distributions()}
     return next((extra for extra in CUDA_EXTRAS if f"cupy-{extra}" in names), None)

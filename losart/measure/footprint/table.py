@@ -1,4 +1,4 @@
-"""The figures of both sides as a Markdown table, beside what losart aims at."""
+"""The figures of both sides as a Markdown table, beside losart's targets."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ OURS, THEIRS = "losart", "torch + transformers"
 
 @dataclass(frozen=True)
 class Row:
-    """A figure: its title, its key, how it is written, and at most which share of theirs ours should be.
+    """A figure: its title, its key, how it is written, and its target on the CPU and on CUDA.
 
-    That share, the target, is one for the CPU and another for CUDA.
+    A target is the largest share of their figure that ours should be.
     """
 
     title: str

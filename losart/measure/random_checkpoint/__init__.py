@@ -1,9 +1,8 @@
-"""Checkpoints in SDAR's format with random weights, of any size, written in flat memory.
+"""Checkpoints with random weights in SDAR's format, for benchmarks and tests.
 
-For measuring and for tests.
+Of any size, and written with little memory.
 """
 
-from losart.measure.random_checkpoint.tensors import DTYPE_NAMES
 from losart.measure.random_checkpoint.writer import SIZES, write_checkpoint, write_size
 
-__all__ = ["DTYPE_NAMES", "SIZES", "write_checkpoint", "write_size"]
+__all__ = ["SIZES", "write_checkpoint", "write_size"]

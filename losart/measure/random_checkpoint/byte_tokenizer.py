@@ -1,4 +1,4 @@
-"""A byte-level BPE tokenizer in Qwen's format for a vocabulary of any size, without training."""
+"""An untrained byte-level BPE tokenizer in Qwen's format, for a vocabulary of any size."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-QWEN_TEXT_TOKENS = 151643  # ids below are text in Qwen's vocabulary; its special tokens follow
-_UNNAMED_IN_QWEN = 23  # special tokens between <|im_end|> and <|MASK|>
+QWEN_TEXT_TOKENS = 151643  # of Qwen's vocabulary; its special tokens follow
+_RESERVED_IN_QWEN = 23  # special tokens between <|im_end|> and <|MASK|>
 _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -22,7 +22,7 @@ CHAT_TEMPLATE = (
 
 
 def special_token_ids(vocab_size: int) -> dict[str, int]:
-    """Ids of the special tokens; with Qwen's vocabulary of 151936 those of SDAR.
+    """Ids of the special tokens; SDAR's where the vocabulary is Qwen's of 151936.
 
     As in released checkpoints, the last few ids of the vocabulary have no token.
     """
@@ -31,7 +31,7 @@ def special_token_ids(vocab_size: int) -> dict[str, int]:
         raise ValueError(f"a vocabulary of {vocab_size} has no room for the special tokens")
     names = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     if first == QWEN_TEXT_TOKENS:
-        names += [f"<|reserved_{i}|>" for i in range(_UNNAMED_IN_QWEN)]
+        names += [f"<|reserved_{i}|>" for i in range(_RESERVED_IN_QWEN)]
     return {name: first + i for i, name in enumerate([*names, "<|MASK|>"])}
 
 
@@ -73,9 +73,9 @@ def write_tokenizer(directory: Path, vocab_size: int) -> None:
 
 
 def _texts() -> Iterator[str]:
-    """The bytes, in the letters of byte-level BPE, then pairs and triples of them.
+    """The bytes, in the alphabet of byte-level BPE, then pairs, then triples of them.
 
-    Encoding never gives a pair, for want of merges, but every id that a model may choose has a text.
+    Without merges, encoding yields only single bytes, but every id that a model may predict has a text.
     """
     from tokenizers import pre_tokenizers
 

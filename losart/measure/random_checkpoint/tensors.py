@@ -1,4 +1,4 @@
-"""Random tensors written to safetensors files by many threads, in flat memory."""
+"""Random tensors, written to safetensors files chunk by chunk by several threads."""
 
 from __future__ import annotations
 
@@ -13,16 +13,15 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from losart.observe.observation import Progress
+from losart.config.precision import BFLOAT16, Format
+from losart.observe.step import Progress
 
-DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-_ITEM_SIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 _CHUNK = 1 << 22  # values that one thread holds at a time
 
 
 @dataclass(frozen=True)
 class RandomTensor:
-    """A tensor to be drawn from a normal distribution."""
+    """A tensor whose values are drawn from a normal distribution."""
 
     name: str
     shape: tuple[int, ...]
@@ -37,14 +36,14 @@ class RandomTensor:
 def write_tensors(
     directory: Path,
     tensors: list[RandomTensor],
-    dtype: str,
+    format: Format,
     shards: int,
     seed: int,
     progress: Progress | None = None,
 ) -> None:
-    """Write `tensors` in this order as a model's file, or as `shards` files and their index.
+    """Write `tensors`, in this order, as model.safetensors or as `shards` files and their index.
 
-    `progress` is called with the MiB written and in all.
+    `progress` is called with the MiB written and the MiB in total.
     """
     for stale in directory.glob("model*.safetensors*"):
         stale.unlink()
@@ -55,10 +54,10 @@ def write_tensors(
         nonlocal done
         done += count
         if progress is not None:
-            progress(done >> 20, total * _ITEM_SIZE[dtype] >> 20)
+            progress(done >> 20, total * format.itemsize >> 20)
 
     if shards == 1:
-        _write_file(directory / "model.safetensors", tensors, dtype, seed, wrote)
+        _write_file(directory / "model.safetensors", tensors, format, seed, wrote)
         return
     parts: list[list[RandomTensor]] = [[] for _ in range(shards)]
     written = 0
@@ -68,23 +67,22 @@ def write_tensors(
     weight_map: dict[str, str] = {}
     for i, part in enumerate(parts):
         name = f"model-{i + 1:05}-of-{shards:05}.safetensors"
-        _write_file(directory / name, part, dtype, seed, wrote)
+        _write_file(directory / name, part, format, seed, wrote)
         weight_map |= {tensor.name: name for tensor in part}
-    metadata = {"total_size": total * _ITEM_SIZE[dtype]}
+    metadata = {"total_size": total * format.itemsize}
     index = {"metadata": metadata, "weight_map": weight_map}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _write_file(
-    file: Path, tensors: list[RandomTensor], dtype: str, seed: int, wrote: Callable[[int], None]
+    file: Path, tensors: list[RandomTensor], format: Format, seed: int, wrote: Callable[[int], None]
 ) -> None:
-    """The safetensors format: length of the header, header in JSON, data."""
-    item_size = _ITEM_SIZE[dtype]
+    """A safetensors file is the header's length, the header in JSON, and the data."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for tensor in tensors:
-        start, end = end, end + tensor.size * item_size
-        entry = {"dtype": DTYPE_NAMES[dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        start, end = end, end + tensor.size * format.itemsize
+        entry = {"dtype": format.safetensors, "shape": list(tensor.shape), "data_offsets": [start, end]}
         header[tensor.name] = entry
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
@@ -98,35 +96,35 @@ def _write_file(
         for tensor in tensors:
             offset = data_start + header[tensor.name]["data_offsets"][0]
             for first in range(0, tensor.size, _CHUNK):
-                where = offset + first * item_size
-                jobs.append(pool.submit(_write_chunk, stream, where, tensor, first, dtype, seed))
+                chunk_offset = offset + first * format.itemsize
+                jobs.append(pool.submit(_write_chunk, stream, chunk_offset, tensor, first, format, seed))
         try:
             for job in jobs:
                 wrote(job.result())
-        except BaseException:  # an interrupt should not wait for what has not begun
+        except BaseException:  # after an interrupt, do not wait for chunks that have not started
             pool.shutdown(cancel_futures=True)
             raise
 
 
 def _write_chunk(
-    stream: BinaryIO, offset: int, tensor: RandomTensor, first: int, dtype: str, seed: int
+    stream: BinaryIO, offset: int, tensor: RandomTensor, first: int, format: Format, seed: int
 ) -> int:
     """Returns the number of bytes."""
-    # Seeded by name and place, so that neither the threads nor the shards change a value.
+    # Seeded by name and position, so that the values depend neither on threads nor on shards.
     generator = np.random.default_rng([seed, first, *tensor.name.encode()])
     values = generator.standard_normal(min(_CHUNK, tensor.size - first), dtype=np.float32)
     values *= np.float32(tensor.std)
     values += np.float32(tensor.mean)
-    data = memoryview(_as_dtype(values, dtype).tobytes())
-    while data:  # one call writes 2 GiB at most
+    data = memoryview(_converted(values, format).tobytes())
+    while data:  # one call writes at most 2 GiB
         count = os.pwrite(stream.fileno(), data, offset)
         data, offset = data[count:], offset + count
-    return values.size * _ITEM_SIZE[dtype]
+    return values.size * format.itemsize
 
 
-def _as_dtype(values: np.ndarray, dtype: str) -> np.ndarray:
-    if dtype == "bfloat16":
+def _converted(values: np.ndarray, format: Format) -> np.ndarray:
+    if format is BFLOAT16:
         bits = values.view(np.uint32)
-        # To the nearest, ties to even: the upper half after adding just under half of it.
+        # Rounds to nearest, ties to even, by a carry into the upper half.
         return ((bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))) >> 16).astype(np.uint16)
-    return values.astype(dtype, copy=False)
+    return values.astype(format.array, copy=False)

@@ -1,4 +1,4 @@
-"""SDAR's files with random weights: configuration, tokenizer and tensors."""
+"""The files of an SDAR checkpoint with random weights: configuration, tokenizer, and tensors."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from losart.config.model import ModelConfig
+from losart.config.precision import FORMATS
+from losart.loaders.families.sdar import SDAR
 from losart.measure.random_checkpoint.byte_tokenizer import special_token_ids, write_tokenizer
 from losart.measure.random_checkpoint.tensors import RandomTensor, write_tensors
-from losart.observe.observation import Progress
+from losart.observe.step import Progress
 
 QWEN3: dict[str, Any] = {"num_kv_heads": 8, "head_dim": 128, "vocab_size": 151936, "max_positions": 40960}
 SIZES: dict[str, dict[str, Any]] = {
@@ -56,13 +59,13 @@ def write_checkpoint(
     Parameters
     ----------
     directory : path
-        Made if need be; files in it are overwritten.
+        Created if need be; files in it are overwritten.
     tied, bias : bool
-        No output projection of its own; biases in the attention.
+        Whether the output projection is the embedding; whether the attention has biases.
     dtype : {"float32", "bfloat16", "float16"}
         Of the saved weights.
     shards : int
-        Number of safetensors files; more than one come with an index.
+        Number of safetensors files; with more than one, an index is written too.
     block_length : int or None
         None leaves it out of config.json.
     rope_scaling : dict or None
@@ -70,11 +73,11 @@ def write_checkpoint(
     tokenizer : bool
         Whether to write a tokenizer and a chat template; needs a vocabulary of 264 or more.
     head_gain : float
-        Mean of the norms' gains of q and k; its square is the standard deviation of attention's scores.
+        Mean gain of the q and k norms; its square is the standard deviation of the attention scores.
     extra_config : dict or None
-        Further keys of config.json, which win over the others.
+        Further keys of config.json, which override the others.
     progress : callable, optional
-        Called while the weights are written with the MiB done and in all.
+        Called with the MiB written and the MiB in total.
 
     Returns
     -------
@@ -124,54 +127,48 @@ def write_checkpoint(
     if tokenizer:
         write_tokenizer(directory, vocab_size)
 
-    write_tensors(directory, list(_tensors(config, head_gain)), dtype, shards, seed, progress)
+    model = ModelConfig(
+        model_type="sdar",
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        max_positions=max_positions,
+        attention_bias=bias,
+        tie_embeddings=tied,
+    )
+    write_tensors(directory, list(_tensors(model, head_gain)), FORMATS[dtype], shards, seed, progress)
     return directory
 
 
 def write_size(
     directory: str | os.PathLike[str], size: str, *, dtype: str | None = None, **options: Any
 ) -> Path:
-    """Write a checkpoint of one of `SIZES`; the other options are `write_checkpoint`'s.
+    """Write a checkpoint of one of `SIZES`, with further options of `write_checkpoint`.
 
-    `dtype` None is that of released checkpoints, bfloat16, and float32 for "tiny".
+    `dtype` None means that of released checkpoints, bfloat16, but float32 for "tiny".
     """
     dtype = dtype or ("float32" if size == "tiny" else "bfloat16")
     return write_checkpoint(directory, **SIZES[size], dtype=dtype, shards=SHARDS.get(size, 1), **options)
 
 
-def _tensors(config: dict[str, Any], head_gain: float) -> Iterator[RandomTensor]:
-    """Scaled so that attention has favourites, each layer matters, and logits are neither flat nor sure."""
-
-    hidden, ffn, vocab = (config[key] for key in ("hidden_size", "intermediate_size", "vocab_size"))
-    head_dim, bias = config["head_dim"], config["attention_bias"]
-    q, kv = config["num_attention_heads"] * head_dim, config["num_key_value_heads"] * head_dim
-
-    # Here the best of `vocab` random logits begins to stand out of the softmax.
-    logits_std = math.sqrt(2 * math.log(vocab))
-
-    def norm(name: str, size: int, mean: float = 1.0) -> RandomTensor:
-        return RandomTensor(f"{name}.weight", (size,), std=0.1, mean=mean)
-
-    def linear(name: str, rows: int, columns: int, std: float = 1.0) -> RandomTensor:
-        return RandomTensor(f"{name}.weight", (rows, columns), std=std / math.sqrt(columns))
-
-    yield linear("model.embed_tokens", vocab, hidden, std=logits_std)
-    for i in range(config["num_hidden_layers"]):
-        layer = f"model.layers.{i}"
-        yield norm(f"{layer}.input_layernorm", hidden)
-        for name, rows, columns in (("q", q, hidden), ("k", kv, hidden), ("v", kv, hidden), ("o", hidden, q)):
-            yield linear(f"{layer}.self_attn.{name}_proj", rows, columns)
-            if bias:
-                yield RandomTensor(f"{layer}.self_attn.{name}_proj.bias", (rows,), std=0.2)
-        yield norm(f"{layer}.self_attn.q_norm", head_dim, mean=head_gain)
-        yield norm(f"{layer}.self_attn.k_norm", head_dim, mean=head_gain)
-        yield norm(f"{layer}.post_attention_layernorm", hidden)
-        yield linear(f"{layer}.mlp.gate_proj", ffn, hidden)
-        yield linear(f"{layer}.mlp.up_proj", ffn, hidden)
-        yield linear(f"{layer}.mlp.down_proj", hidden, ffn)
-    yield norm("model.norm", hidden)
-    if not config["tie_word_embeddings"]:
-        yield linear("lm_head", vocab, hidden, std=logits_std)
+def _tensors(model: ModelConfig, head_gain: float) -> Iterator[RandomTensor]:
+    """Scaled so that attention is peaked, each layer matters, and logits are neither flat nor certain."""
+    # At this scale the largest of `vocab_size` random logits begins to stand out of the softmax.
+    logits_std = math.sqrt(2 * math.log(model.vocab_size))
+    for tensor in SDAR.expected_tensors(model):
+        part = tensor.name.rpartition(".")[2]
+        if part.endswith("_norm"):
+            mean = head_gain if part in ("q_norm", "k_norm") else 1.0
+            yield RandomTensor(tensor.source, tensor.shape, std=0.1, mean=mean)
+        elif part.endswith("_bias"):
+            yield RandomTensor(tensor.source, tensor.shape, std=0.2)
+        else:
+            std = logits_std if part in ("embed", "head") else 1.0
+            yield RandomTensor(tensor.source, tensor.shape, std=std / math.sqrt(tensor.shape[1]))
 
 
 def _write_json(file: Path, values: dict[str, Any]) -> None:

@@ -2,8 +2,8 @@
 
 The command line has a request in JSON: `packages`, names to the extras that are wanted, and `folders`
 whose files count too. Prints `packages`, names to versions; `not_installed`, names that are required
-and missing; and `installed_bytes`: the sizes of all files in the packages' RECORDs, each once and as
-far as they are there. Compiled files (.pyc) are left out: some installers write them and others do not.
+and missing; and `installed_bytes`: the sizes of all files in the packages' RECORDs that exist, each
+counted once. Compiled files (.pyc) are left out: some installers write them and others do not.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ def main() -> None:
             distribution(name)
         except PackageNotFoundError:
             raise SystemExit(f"{name} is not installed for {sys.executable}") from None
-    found, missing = closure(request["packages"])
-    files = {os.path.realpath(file) for package in found.values() for file in recorded(package)}
+    packages, missing = closure(request["packages"])
+    files = {os.path.realpath(file) for package in packages.values() for file in recorded(package)}
     files |= {os.path.realpath(file) for folder in request["folders"] for file in Path(folder).rglob("*")}
     report = {
         "installed_bytes": sum(map(size, files)),
-        "packages": {package.name: package.version for package in found.values()},
+        "packages": {package.name: package.version for package in packages.values()},
         "not_installed": sorted(missing),
     }
     print(json.dumps(report))
@@ -40,7 +40,7 @@ def closure(packages: dict[str, list[str]]) -> tuple[dict[str, Distribution], se
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
 
-    found: dict[str, Distribution] = {}
+    installed: dict[str, Distribution] = {}
     missing: set[str] = set()
     done: set[tuple[str, str]] = set()
     waiting = [(name, extra) for name, extras in packages.items() for extra in ("", *extras)]
@@ -51,18 +51,18 @@ def closure(packages: dict[str, list[str]]) -> tuple[dict[str, Distribution], se
             continue
         done.add((name, extra))
         try:
-            found[name] = distribution(name)
+            installed[name] = distribution(name)
         except PackageNotFoundError:
             missing.add(name)
             continue
-        for requirement in map(Requirement, found[name].requires or ()):
+        for requirement in map(Requirement, installed[name].requires or ()):
             if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
                 waiting += [(requirement.name, further) for further in ("", *requirement.extras)]
-    return found, missing
+    return installed, missing
 
 
 def recorded(package: Distribution) -> Iterator[str]:
-    """Files that the installation of a package noted."""
+    """Files that the installation of a package recorded."""
     files: Iterable[os.PathLike[str]] | None = package.files
     if files is None:
         raise SystemExit(f"{package.name} {package.version} has no RECORD of its files")
@@ -70,7 +70,7 @@ def recorded(package: Distribution) -> Iterator[str]:
 
 
 def size(file: str) -> int:
-    """Bytes of a file; 0 of what is none, not there, or compiled."""
+    """Bytes of a file; 0 of what does not exist, is not a regular file, or is compiled."""
     try:
         status = os.lstat(file)
     except OSError:

@@ -58,16 +58,16 @@ def generate(
             **options,
         ).logits[0]
 
-    given = torch.tensor(prompt, device=model.device)
+    prompt_ids = torch.tensor(prompt, device=model.device)
     whole = len(prompt) // length * length
     if whole:
         block = torch.arange(whole, device=model.device) // length
-        forward(given[:whole], 0, block[:, None] >= block[None, :], logits_to_keep=1)
+        forward(prompt_ids[:whole], 0, block[:, None] >= block[None, :], logits_to_keep=1)
     end = len(prompt) + request["new_tokens"]
     for start in range(whole, end, length):
         sees_all = torch.ones(length, start + length, dtype=torch.bool, device=model.device)
         ids = torch.full((length,), mask_id, device=model.device)
-        known = given[start:]
+        known = prompt_ids[start:]
         ids[: len(known)] = known
         masked = torch.arange(length, device=model.device) >= len(known)
         while bool(masked.any()):

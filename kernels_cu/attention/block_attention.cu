@@ -1,0 +1,96 @@
+/* Attention of a block's tokens over the block's own keys and values, k and v [tokens, kv_heads, head_dim], all to all,
+ * merged with the parts of attention over the prefix. q [tokens, heads, head_dim]; o alike, narrowed for the matmul
+ * that follows; head_dim is a multiple of 4.
+ *
+ * Without stored_o the parts are of all tokens. With stored_o [tokens, heads, head_dim] and stored_lse [tokens, heads],
+ * of one slot, they are of the tokens fresh [fresh_count] (null: all; negative: none), whose merged results are stored;
+ * results of the other tokens are read from there.
+ *
+ * Before the wait it reads q, k, v and `fresh`: the previous kernel is prefix attention or one that follows it, which
+ * has waited for them. While that runs, an SM has room for one thread block of this kernel: with one warp per row, few
+ * thread blocks hold all rows, and whatever precedes the wait takes no time. Bounds of 4 thread blocks per SM keep the
+ * compiler to 128 registers.
+ *
+ * Grid: (tokens, heads / WARP_ROWS), WARP_ROWS * tokens floats of dynamic shared memory. Must read the parts once, and
+ * reads each kv head's keys and values once per row, from the L2 cache. */
+#define KEY_BATCH 8 /* keys whose loads are in flight at once */
+
+extern "C" __global__ void __launch_bounds__(WARP_ROWS_THREADS, 4)
+    block_attention(const float *q, const float *k, const float *v, PartsView parts, const int *fresh, int fresh_count,
+                    StoredView stored_o, StoredView stored_lse, Activation *o, BatchView batch, int heads, int kv_heads,
+                    int head_dim)
+{
+    extern __shared__ float weights_of_warps[];
+    let_next_start();
+    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, head = blockIdx.y * WARP_ROWS + warp;
+    int tokens = batch.tokens, token = blockIdx.x;
+    if (head >= heads) return;
+    u64 slot = stored_o.address(); /* long before it is needed */
+    float *weights = weights_of_warps + warp * tokens;
+    size_t row = (size_t)token * heads + head, stride = (size_t)kv_heads * head_dim;
+    k += head / (heads / kv_heads) * head_dim, v += head / (heads / kv_heads) * head_dim;
+    auto piece_of = [&](const float *rows, int index, int piece) {
+        return ((const float4 *)(rows + min(index, tokens - 1) * stride))[piece];
+    };
+    int pieces = head_dim / 4;
+    float scale = rsqrtf((float)head_dim), top = -INFINITE, total = 0;
+#pragma unroll 1
+    for (int first = 0; first < tokens; first += KEY_BATCH) {
+        float scores[KEY_BATCH] = {};
+        for (int piece = lane; piece < pieces; piece += WARP) {
+            float4 a = ((const float4 *)(q + row * head_dim))[piece];
+#pragma unroll
+            for (int i = 0; i < KEY_BATCH; i++) scores[i] += dot(a, piece_of(k, first + i, piece));
+        }
+#pragma unroll
+        for (int i = 0; i < KEY_BATCH; i++) {
+            float score = warp_sum(scores[i]) * scale;
+            if (first + i >= tokens) continue;
+            top = fmaxf(top, score);
+            if (lane == 0) weights[first + i] = score;
+        }
+    }
+    __syncwarp();
+    for (int i = lane; i < tokens; i += WARP) total += weights[i] = expf(weights[i] - top);
+    total = warp_sum(total);
+    __syncwarp();
+
+    /* The token's index among those of the parts, -1 if it is not one of them. */
+    int part_token = token;
+    if (stored_o.slot && (fresh || !parts.tokens)) {
+        int index = -1;
+        for (int i = lane; i < fresh_count; i += WARP)
+            if (fresh[i] == token) index = i;
+        part_token = __reduce_max_sync(~0u, index);
+    }
+#pragma unroll 1
+    for (int start = 0; start < pieces; start += WARP) {
+        int piece = min(start + lane, pieces - 1);
+        float4 sum = zero4();
+#pragma unroll 1
+        for (int first = 0; first < tokens; first += KEY_BATCH) {
+#pragma unroll
+            for (int i = 0; i < KEY_BATCH; i++) {
+                float4 value = piece_of(v, first + i, piece);
+                accumulate(sum, value, first + i < tokens ? weights[first + i] : 0.0f);
+            }
+        }
+        if (start == 0) wait_for_previous();
+        float *kept_o = stored_o.at<float>(slot), *kept_lse = stored_lse.at<float>(slot);
+        RowResult prefix;
+        if (part_token >= 0) {
+            prefix = merge_row(parts, (size_t)part_token * heads + head, (size_t)parts.tokens * heads, piece, head_dim);
+            if (stored_o.slot && start + lane < pieces) store_merged(kept_o, kept_lse, row, piece, head_dim, prefix);
+        } else {
+            prefix = {kept_lse[row], 1, ((const float4 *)(kept_o + row * head_dim))[piece]};
+        }
+        /* Over an empty prefix the maximum is -inf. */
+        float both = fmaxf(top, prefix.top), mine = expf(top - both), theirs = expf(prefix.top - both);
+        float rest = 1 / (total * mine + prefix.total * theirs);
+        mine *= rest, theirs *= rest;
+        if (start + lane >= pieces) continue;
+        sum = scaled(sum, mine);
+        accumulate(sum, prefix.sum, theirs);
+        store4(o + row * head_dim + piece * 4, sum);
+    }
+}

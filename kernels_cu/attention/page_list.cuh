@@ -1,0 +1,77 @@
+/* A kv head's list of pages, as a thread block of sparse attention needs it.
+ *
+ * Each thread block first makes its share of the list in shared memory: the pages that hold its tiles. Pages are
+ * ascending, and only the prefix's last page can be partly filled, so that a list is like a prefix of its own. */
+
+/* The kv head's pages that rows selected; null where there are marks. */
+__device__ __forceinline__ const int *top_of_head(const PagesView &pages, int kv_head)
+{
+    const int *top = pages.top.at<int>();
+    return top ? top + (size_t)kv_head * pages.rows * pages.count : top;
+}
+
+/* Rows selected pages before this pass began: they can come into the L2 cache while the previous kernel runs. */
+__device__ __forceinline__ void prefetch_top(const PagesView &pages, const int *top)
+{
+    for (int i = threadIdx.x * 32; top && i < pages.rows * pages.count; i += blockDim.x * 32)
+        asm volatile("prefetch.global.L2 [%0];" : : "l"(top + i));
+}
+
+struct PageShare {
+    int listed, first, last; /* positions in all pages of the list; this thread block's tiles */
+    ListedPages where;
+};
+
+/* Called by all threads of a block of whole warps. `shared` has room for `capacity` pages, the largest share, and after
+ * that, with `top`, for marks of the prefix's pages. tokens [token_count] are those of the rows (null: all), `group`
+ * rows each. */
+__device__ __forceinline__ PageShare share_pages(const PagesView &pages, const int *top, int kv_head, const int *tokens,
+                                                 int token_count, int group, int length, int page_size, int tile,
+                                                 int *shared, int capacity)
+{
+    __shared__ int sums[WARP];
+    int part = blockIdx.y, parts = gridDim.y, lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    int page_count = (length + page_size - 1) / page_size, words = (page_count + WARP - 1) / WARP;
+    const unsigned *marks = pages.marks + (size_t)kv_head * pages.words;
+    if (top) {
+        unsigned *own = (unsigned *)shared + capacity;
+        for (int i = threadIdx.x; i < words; i += blockDim.x) own[i] = 0;
+        __syncthreads();
+        int wanted = (tokens ? token_count * group : pages.rows) * pages.count;
+        for (int i = threadIdx.x; i < wanted; i += blockDim.x) {
+            int row = i / pages.count, token = tokens ? tokens[row / group] : 0;
+            if (tokens) row = token * group + row % group;
+            int page = token < 0 ? -1 : top[row * pages.count + i % pages.count];
+            if (page >= 0) atomicOr(own + page / WARP, 1u << page % WARP);
+        }
+        __syncthreads();
+        marks = own;
+    }
+    /* Each thread has some consecutive words. */
+    int each = (words + blockDim.x - 1) / blockDim.x, begin = min(words, (int)threadIdx.x * each);
+    int end = min(words, begin + each), mine = 0;
+    for (int i = begin; i < end; i++) mine += __popc(marks[i]);
+    int through = mine; /* pages of this and earlier lanes */
+    for (int step = 1; step < WARP; step *= 2) {
+        int other = __shfl_up_sync(~0u, through, step);
+        if (lane >= step) through += other;
+    }
+    if (lane == WARP - 1) sums[warp] = through;
+    bool has_last = page_count && (marks[(page_count - 1) / WARP] >> (page_count - 1) % WARP & 1);
+    __syncthreads();
+    int warp_pages = lane < blockDim.x / WARP ? sums[lane] : 0, count = __reduce_add_sync(~0u, warp_pages);
+    int index = through - mine + __reduce_add_sync(~0u, lane < warp ? warp_pages : 0);
+
+    PageShare share;
+    share.listed = count * page_size + (has_last ? length - page_count * page_size : 0);
+    TileRange tiles = tiles_of_part((share.listed + tile - 1) / tile, part, parts);
+    share.first = tiles.first, share.last = tiles.last;
+    int first_page = share.first * tile / page_size;
+    int last_page = min(count, (share.last * tile + page_size - 1) / page_size);
+    for (int i = begin; i < end && index < last_page; i++)
+        for (unsigned word = marks[i]; word; word &= word - 1, index++)
+            if (index >= first_page && index < last_page) shared[index - first_page] = i * WARP + __ffs(word) - 1;
+    __syncthreads();
+    share.where = {shared - first_page, page_size};
+    return share;
+}

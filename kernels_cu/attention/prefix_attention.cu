@@ -1,0 +1,24 @@
+/* Attention of a block's queries q [tokens, heads, head_dim] over the paged prefix, split over the prefix.
+ *
+ * Part s of S has the s-th S-th of the prefix's tiles of PLAIN_TILE positions, as long as the prefix is when the kernel
+ * runs.
+ *
+ * Grid: (kv_heads, parts, rows / PLAIN_ROWS). Must read keys and values once: 2 * kv_heads * length * head_dim. */
+extern "C" __global__ void __launch_bounds__(PLAIN_THREADS)
+    prefix_attention(const float *q, CacheView cache, PartsView parts, int heads)
+{
+    wait_for_previous();
+    let_next_start();
+    extern __shared__ float shared[];
+    __shared__ int limit[PLAIN_ROWS];
+    int kv_head = blockIdx.x, part = blockIdx.y, group = heads / cache.kv_heads, dim = cache.head_dim;
+    int rows = parts.tokens * group, length = *cache.length, first_row = blockIdx.z * PLAIN_ROWS;
+    TileRange tiles = tiles_of_part((length + WARP - 1) / WARP, part, gridDim.y);
+    if (threadIdx.x < PLAIN_ROWS) limit[threadIdx.x] = length;
+    load_queries(shared, q, nullptr, first_row, rows, kv_head, group, heads, dim);
+    __syncthreads();
+    PlainRows state;
+    attend(state, shared, limit, tiles.first * WARP, min(length, tiles.last * WARP), cache, WholePrefix(), kv_head,
+           shared + PLAIN_ROWS * dim);
+    write_part(state, parts, part, first_row, rows, kv_head, group, heads, dim);
+}

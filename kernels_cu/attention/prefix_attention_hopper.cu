@@ -1,0 +1,33 @@
+/* prefix_attention.cu by wgmma; one part per thread block.
+ *
+ * Compiled with COPY_THREADS = 32: registers are left for the thread blocks of the next kernel.
+ * Grid: (kv_heads, parts, rows / BLOCK_ROWS). Since up to 128 rows of a kv head are in one thread block, keys and
+ * values are read once: 2 * kv_heads * length * head_dim, which must be read. */
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+    prefix_attention_hopper(const float *q, CacheView cache, PartsView parts, int heads)
+{
+    extern __shared__ __align__(SHARED_ALIGNMENT) float shared[];
+    Stages stages = {shared_address(shared)};
+    int kv_head = blockIdx.x, part = blockIdx.y, group = heads / cache.kv_heads;
+    int rows = parts.tokens * group, length = *cache.length, first_row = blockIdx.z * BLOCK_ROWS;
+    TileRange tiles = tiles_of_part((length + TILE - 1) / TILE, part, gridDim.y);
+    prepare(stages);
+    if (threadIdx.x >= COMPUTE_THREADS) {
+        /* The prefix was complete before the pass began. */
+        copy_tiles(stages, cache, kv_head, tiles.first, tiles.last);
+    } else {
+        FragmentRows state;
+        wait_for_previous();
+        let_next_start();
+        load_queries(state, stages, q, first_row, rows, kv_head, group, heads);
+        state.limit[0] = state.limit[1] = length;
+        attend(state, stages, tiles.first, tiles.last, length / TILE);
+
+        named_barrier(1, COMPUTE_THREADS);
+        int thread = threadIdx.x % WARPGROUP;
+        stage_part<HOPPER_ROWS>(state, shared, threadIdx.x / WARPGROUP, thread / WARP * 16 + thread % WARP / 4);
+        named_barrier(1, COMPUTE_THREADS);
+        write_part<HOPPER_ROWS, KEY_GROUPS, BLOCK_ROWS, COMPUTE_THREADS, 4>(
+            shared, parts, part, first_row, rows, kv_head, group, heads);
+    }
+}

@@ -1,0 +1,32 @@
+/* Attention of some tokens' queries over a list of pages of the prefix, split over the list; its parts are those of
+ * prefix_attention.cu, of parts.tokens tokens.
+ *
+ * q [all tokens, heads, head_dim]; tokens [parts.tokens], null: all; the rows of a negative token are undefined. Adds
+ * the number of positions listed to *positions_read.
+ *
+ * Grid: (kv_heads, parts, rows / PLAIN_ROWS). Must read the listed pages once: 2 * positions * head_dim. */
+extern "C" __global__ void __launch_bounds__(PLAIN_THREADS)
+    sparse_attention(const float *q, const int *tokens, CacheView cache, PagesView pages, int capacity,
+                     int *positions_read, PartsView parts, int heads)
+{
+    int kv_head = blockIdx.x, part = blockIdx.y, length = *cache.length;
+    const int *top = top_of_head(pages, kv_head);
+    prefetch_top(pages, top);
+    wait_for_previous();
+    let_next_start();
+    extern __shared__ float shared[];
+    __shared__ int limit[PLAIN_ROWS];
+    int group = heads / cache.kv_heads, dim = cache.head_dim;
+    int rows = parts.tokens * group, first_row = blockIdx.z * PLAIN_ROWS;
+    int *list = (int *)(shared + PLAIN_ROWS * dim + 2 * WARP * (dim + 1));
+    PageShare share =
+        share_pages(pages, top, kv_head, tokens, parts.tokens, group, length, cache.page_size, WARP, list, capacity);
+    if (part + blockIdx.z + threadIdx.x == 0) atomicAdd(positions_read, share.listed);
+    if (threadIdx.x < PLAIN_ROWS) limit[threadIdx.x] = share.listed;
+    load_queries(shared, q, tokens, first_row, rows, kv_head, group, heads, dim);
+    __syncthreads();
+    PlainRows state;
+    attend(state, shared, limit, share.first * WARP, min(share.listed, share.last * WARP), cache, share.where, kv_head,
+           shared + PLAIN_ROWS * dim);
+    write_part(state, parts, part, first_row, rows, kv_head, group, heads, dim);
+}

@@ -1,0 +1,145 @@
+/* Attention of query rows over the cache on tensor cores, by the online softmax, for compute capability 8.0 and later.
+ *
+ * A thread block has ROW_WARPS * KEY_WARPS warps: a warp has 16 query rows, and of each tile of TENSOR_TILE positions
+ * its KEY_WARPS-th. Tiles go through STAGES buffers of shared memory by asynchronous copies, in the cache's layout, so
+ * that ldmatrix has no bank conflicts. All query heads of a kv head share every load.
+ *
+ * Compiled with HEAD_DIM (a multiple of 64), ROW_WARPS, KEY_WARPS and STAGES. */
+static_assert(STAGES >= MIN_STAGES, "one tile is computed while the next one is copied");
+static_assert(TENSOR_ROWS == 16, "rows of an A fragment");
+#define PIECES (HEAD_DIM / 8) /* of 16 bytes per row */
+#define WARP_KEYS (TENSOR_TILE / KEY_WARPS)
+#define THREADS (WARP * ROW_WARPS * KEY_WARPS)
+#define TILE_BYTES (TENSOR_TILE * HEAD_DIM * 2)
+#define BLOCK_ROWS (TENSOR_ROWS * ROW_WARPS)
+
+struct TensorRows : FragmentRows {
+    unsigned query[HEAD_DIM / 16][4]; /* scaled A fragments */
+};
+
+/* Shared address of 16 bytes of a tile. */
+__device__ __forceinline__ unsigned piece_address(unsigned tile, int row, int piece)
+{
+    return tile + row / 8 * (HEAD_DIM * 16) + piece / 8 * 1024 + row % 8 * 128 + ((piece % 8) ^ (row % 8)) * 16;
+}
+
+/* With `tokens`, row r is of token tokens[r / group], of any token where that is negative. */
+__device__ __forceinline__ void load_queries(TensorRows &state, const float *q, const int *tokens, int first_row,
+                                             int rows, int kv_head, int group, int heads)
+{
+    int lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
+    float scale = QUERY_SCALE;
+    state.reset(first_row + threadIdx.x / WARP / KEY_WARPS * TENSOR_ROWS + g);
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        int row = min(state.row[half], rows - 1);
+        int token = tokens ? max(tokens[row / group], 0) : row / group;
+        const float *from = q + query_row(token, row, kv_head, group, heads) * HEAD_DIM;
+#pragma unroll
+        for (int k = 0; k < HEAD_DIM / 16; k++) {
+            float2 low = *(const float2 *)(from + k * 16 + t * 2), high = *(const float2 *)(from + k * 16 + 8 + t * 2);
+            state.query[k][half] = pack<KVValue>(low.x * scale, low.y * scale);
+            state.query[k][half + 2] = pack<KVValue>(high.x * scale, high.y * scale);
+        }
+    }
+}
+
+/* Scores of the warp's rows and its keys of a tile. */
+__device__ __forceinline__ void scores_of_tile(float (&score)[WARP_KEYS / 2], const TensorRows &state, unsigned keys)
+{
+    int key_warp = threadIdx.x / WARP % KEY_WARPS, lane = threadIdx.x % WARP;
+#pragma unroll
+    for (int k = 0; k < HEAD_DIM / 32; k++)
+#pragma unroll
+        for (int n = 0; n < WARP_KEYS / 8; n++) {
+            unsigned b[4]; /* 8 keys, 32 channels */
+            load_matrices(b, piece_address(keys, key_warp * WARP_KEYS + n * 8 + lane % 8, k * 4 + lane / 8));
+            const unsigned (&low)[4] = state.query[2 * k], (&high)[4] = state.query[2 * k + 1];
+            mma(score + n * 4, low[0], low[1], low[2], low[3], b[0], b[1]);
+            mma(score + n * 4, high[0], high[1], high[2], high[3], b[2], b[3]);
+        }
+}
+
+/* Copies a tile's keys and values, whose groups of positions are contiguous in the cache. */
+__device__ __forceinline__ void load_tile(unsigned to, const CacheView &cache, WholePrefix, int kv_head, int tile, int)
+{
+    const KVValue *keys = cache.group(CACHED_KEYS, kv_head, tile * TENSOR_TILE);
+    const KVValue *values = cache.group(CACHED_VALUES, kv_head, tile * TENSOR_TILE);
+#pragma unroll
+    for (int i = threadIdx.x; i < TENSOR_TILE * PIECES; i += THREADS) {
+        copy_16_bytes_async(to + i * 16, keys + i * 8);
+        copy_16_bytes_async(to + TILE_BYTES + i * 16, values + i * 8);
+    }
+}
+
+/* From index `end` on there are no pages: zeros. */
+__device__ __forceinline__ void load_tile(unsigned to, const CacheView &cache, const ListedPages &where, int kv_head,
+                                          int tile, int end)
+{
+#pragma unroll
+    for (int i = threadIdx.x; i < TENSOR_TILE * PIECES; i += THREADS) {
+        int index = tile * TENSOR_TILE + i / HEAD_DIM * 8, piece = i % HEAD_DIM * 8;
+        bool inside = index < end;
+        int position = where(inside ? index : tile * TENSOR_TILE);
+        copy_or_zero_16_bytes_async(to + i * 16, cache.group(CACHED_KEYS, kv_head, position) + piece, inside);
+        copy_or_zero_16_bytes_async(
+            to + TILE_BYTES + i * 16, cache.group(CACHED_VALUES, kv_head, position) + piece, inside);
+    }
+}
+
+/* Tiles first <= tile < last of the positions that `where` gives. Only tiles from `ragged` on have positions that some
+ * row does not see. The state's limits are set before; `load_queries` sets the rest while the first tiles are on their
+ * way. */
+template <class Where, class Load>
+__device__ __forceinline__ void attend(TensorRows &state, const CacheView &cache, const Where &where, int kv_head,
+                                       int first, int last, int ragged, unsigned shared, const Load &load_queries)
+{
+    int key_warp = threadIdx.x / WARP % KEY_WARPS, lane = threadIdx.x % WARP;
+    auto load = [&](int tile) {
+        load_tile(shared + (tile - first) % STAGES * (2 * TILE_BYTES), cache, where, kv_head, tile, state.limit[0]);
+    };
+    for (int s = 0; s < STAGES - 1; s++) {
+        if (first + s < last) load(first + s);
+        commit_copies();
+    }
+    load_queries();
+    for (int tile = first; tile < last; tile++) {
+        wait_copies<STAGES - 2>();
+        __syncthreads();
+        if (tile + STAGES - 1 < last) load(tile + STAGES - 1);
+        commit_copies();
+
+        unsigned keys = shared + (tile - first) % STAGES * (2 * TILE_BYTES), values = keys + TILE_BYTES;
+        float score[WARP_KEYS / 2] = {};
+        scores_of_tile(score, state, keys);
+        if (tile >= ragged) mask_scores(score, state, tile * TENSOR_TILE + key_warp * WARP_KEYS);
+        softmax_step(score, state);
+#pragma unroll
+        for (int k = 0; k < WARP_KEYS / 16; k++) {
+            unsigned p[4];
+#pragma unroll
+            for (int j = 0; j < 4; j++) p[j] = pack<KVValue>(score[k * 8 + j * 2], score[k * 8 + j * 2 + 1]);
+#pragma unroll
+            for (int d = 0; d < HEAD_DIM / 16; d++) {
+                unsigned b[4]; /* 16 keys, 16 channels */
+                int key = key_warp * WARP_KEYS + k * 16 + lane % 16;
+                load_matrices_transposed(b, piece_address(values, key, d * 2 + lane / 16));
+                mma(state.sum + d * 8, p[0], p[1], p[2], p[3], b[0], b[1]);
+                mma(state.sum + d * 8 + 4, p[0], p[1], p[2], p[3], b[2], b[3]);
+            }
+        }
+    }
+    finish_totals(state);
+}
+
+/* This thread block's rows of one part; shared memory is that of the tiles. */
+__device__ __forceinline__ void write_part(const TensorRows &state, float *shared, const PartsView &parts, int part,
+                                           int first_row, int rows, int kv_head, int group, int heads)
+{
+    wait_copies<0>();
+    __syncthreads();
+    stage_part<TENSOR_ROWS>(state, shared, threadIdx.x / WARP, threadIdx.x % WARP / 4);
+    __syncthreads();
+    write_part<TENSOR_ROWS, KEY_WARPS, BLOCK_ROWS, THREADS, 1>(
+        shared, parts, part, first_row, rows, kv_head, group, heads);
+}

@@ -1,0 +1,2 @@
+/* Tensor cores multiply what the cache holds here. */
+#define OPERAND_FORMAT LOSART_KV

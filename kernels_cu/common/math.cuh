@@ -1,0 +1,39 @@
+/* Constants, ordering keys of floats, and arithmetic on four floats at a time. */
+#define INFINITE __int_as_float(0x7f800000)
+#define NOT_A_NUMBER __int_as_float(0x7fc00000)
+#define LN_2 0.69314718f
+#define LOG2_E 1.44269504f
+
+/* Orders as the floats do; -0 equals 0. */
+__device__ __forceinline__ unsigned ascending_key(float x)
+{
+    unsigned bits = __float_as_uint(x + 0.0f);
+    return bits >> 31 ? ~bits : bits | 0x80000000u;
+}
+
+__device__ __forceinline__ float4 zero4() { return make_float4(0, 0, 0, 0); }
+
+__device__ __forceinline__ float4 scaled(float4 x, float factor)
+{
+    return make_float4(x.x * factor, x.y * factor, x.z * factor, x.w * factor);
+}
+
+__device__ __forceinline__ void accumulate(float4 &sum, float4 x)
+{
+    sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
+}
+
+__device__ __forceinline__ void accumulate(float4 &sum, float4 x, float weight)
+{
+    sum.x += x.x * weight, sum.y += x.y * weight, sum.z += x.z * weight, sum.w += x.w * weight;
+}
+
+__device__ __forceinline__ float dot(float4 a, float4 b) { return a.x * b.x + a.y * b.y + a.z * b.z + a.w * b.w; }
+
+template <class T> __device__ __forceinline__ void store4(T *to, float4 x)
+{
+    to[0] = narrow<T>(x.x);
+    to[1] = narrow<T>(x.y);
+    to[2] = narrow<T>(x.z);
+    to[3] = narrow<T>(x.w);
+}

@@ -1,0 +1,67 @@
+"""Numbers that the CUDA sources and the Python that launches them agree on.
+
+`define_lines` turns each into a macro of the same name, in front of every source.
+"""
+
+from __future__ import annotations
+
+from losart.config.precision import FORMATS
+
+WARP = 32
+WARPGROUP = 128  # threads; capability 9.0
+SHARED_ALIGNMENT = 1024  # of dynamic shared memory, and the most static shared memory before it
+BARRIER_BYTES = 16  # per stage: a full and an empty barrier
+MIN_STAGES = 2  # one is computed while the next one is copied
+LARGEST_HEAD_DIM = 256
+WARP_ROWS_THREADS = 128  # split_heads, merge_parts and block_attention: one warp per row ...
+WARP_ROWS = 4  # ... which is a head of a token
+
+# matmul/
+PANEL_ROWS = 128  # rows of weights that linear_tensor accumulates at a time
+STEP_COLUMNS = 64  # columns of x and weights that linear_{tensor,tiles,hopper} copy at a time
+SKINNY_TOKENS = 64  # linear_tensor takes no more
+LINEAR_TOKENS = 16  # per thread block
+LINEAR_ROWS = 8
+LINEAR_THREADS = 256
+LINEAR_TENSOR_THREADS = 256
+LINEAR_TILES_THREADS = 256
+LINEAR_HOPPER_THREADS = 384
+TILE_TOKENS = 128  # of a tile of linear_tiles and linear_hopper
+TILE_ROWS = 128  # of a tile of linear_tiles
+EMBEDDING_THREADS = 256  # one channel each
+SILU_THREADS = 128  # four channels each
+
+# norm/
+NORM_MAX_THREADS = 1024
+NORM_CHANNEL_BYTES = 8  # of dynamic shared memory
+
+# attention/
+PLAIN_THREADS = 256
+PLAIN_ROWS = 16  # query rows per thread block, also of page_scores
+PLAIN_TILE = 32  # positions
+TENSOR_TILE = 64  # positions
+TENSOR_ROWS = 16  # query rows per warp
+HOPPER_ROWS = 64  # query rows per warpgroup
+HOPPER_COMPUTE_THREADS = 256
+PART_PADDING = 8  # floats after each row of unmerged sums, against bank conflicts
+
+# selection/
+MASS_UNIT = 16  # positions that share one mass
+SCORES_THREADS = 256
+SCORES_ROW_TILE = 8  # rows in one tile of page_scores_tensor
+TOP_PAGES_THREADS = 512
+TOP_PAGES_MAX_KEYS = 16  # per thread, in registers
+QUERY_CHANGE_THREADS = 256
+STORE_TOKENS_THREADS = 256
+
+# sampling/
+SLICE_THREADS = 256
+SAMPLE_THREADS = 1024
+LOGIT_ROW_BYTES = 32  # of a Row
+
+
+def define_lines() -> str:
+    """These constants and the codes of formats (FLOAT32 and so on) as `#define` lines."""
+    constants = {name: value for name, value in globals().items() if isinstance(value, int)}
+    codes = {format.name.upper(): format.code for format in FORMATS.values()}
+    return "".join(f"#define {name} {value}\n" for name, value in (constants | codes).items())

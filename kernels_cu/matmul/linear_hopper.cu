@@ -1,0 +1,144 @@
+/* y [tokens, rows] = x [tokens, inner] times the transposed weight [rows, inner] by wgmma, for many tokens: a thread
+ * block has tiles of TILE_TOKENS tokens and WIDTH rows, each of its two compute warpgroups 64 of the tokens.
+ *
+ * A thread of a third warpgroup copies STEP_COLUMNS columns of both at a time, through STAGES buffers of shared memory
+ * and by tensor maps, whose boxes are TILE_TOKENS tokens of x and WIDTH / CLUSTER rows of the weights. Whatever is past
+ * tokens, rows or `inner` (a multiple of 8) arrives as zeros. The CLUSTER thread blocks of a cluster have the same rows
+ * and neighbouring tokens; each copies its share of the weights into all of them, so that the tensor cores do not wait
+ * for the L2 cache. A stage is overwritten once the warpgroups of all these thread blocks have read it.
+ *
+ * Compiled with WIDTH (64, 128, 192 or 256), CLUSTER (1 or 2) and STAGES. Grid: thread blocks, a multiple of CLUSTER,
+ * at most one per SM, each with a tile. A cluster takes every (grid / CLUSTER)-th tile, tokens first: tiles in flight
+ * share weights, and x stays in the L2 cache. Must do 2 * tokens * rows * inner operations. */
+static_assert(TILE_TOKENS == 128 && LINEAR_HOPPER_THREADS == 3 * WARPGROUP, "two warpgroups of 64 tokens, one copies");
+static_assert(STEP_COLUMNS == 64, "a row is 128 bytes");
+#define ROW_BYTES (STEP_COLUMNS * 2)
+#define X_BYTES (TILE_TOKENS * ROW_BYTES)
+#define WEIGHT_BYTES (WIDTH * ROW_BYTES)
+#define STAGE_BYTES (X_BYTES + WEIGHT_BYTES)
+
+/* Shared memory: STAGES times x and weights, then two barriers per stage. */
+struct Stages {
+    unsigned base;
+    __device__ __forceinline__ unsigned x(int stage) const { return base + stage * STAGE_BYTES; }
+    __device__ __forceinline__ unsigned weights(int stage) const { return x(stage) + X_BYTES; }
+    __device__ __forceinline__ unsigned full(int stage) const
+    {
+        return base + STAGES * STAGE_BYTES + stage * BARRIER_BYTES;
+    }
+    __device__ __forceinline__ unsigned empty(int stage) const { return full(stage) + 8; }
+};
+
+extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(LINEAR_HOPPER_THREADS, 1)
+    linear_hopper(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap weight, float *y, int tokens,
+                  int rows, int inner)
+{
+    extern __shared__ __align__(SHARED_ALIGNMENT) unsigned char shared_bytes[];
+    Stages stages = {shared_address(shared_bytes)};
+    int block = blockIdx.x % CLUSTER, first = blockIdx.x / CLUSTER, stride = gridDim.x / CLUSTER;
+    int steps = (inner + STEP_COLUMNS - 1) / STEP_COLUMNS;
+    int across = (tokens + TILE_TOKENS * CLUSTER - 1) / (TILE_TOKENS * CLUSTER);
+    int tiles = across * ((rows + WIDTH - 1) / WIDTH); /* of the clusters */
+    auto first_token = [&](int tile) { return (tile % across * CLUSTER + block) * TILE_TOKENS; };
+    auto first_row = [&](int tile) { return tile / across * WIDTH; };
+
+    if (threadIdx.x == 0) {
+        for (int s = 0; s < STAGES; s++) {
+            barrier_init(stages.full(s), 1);
+            barrier_init(stages.empty(s), 2 * CLUSTER);
+        }
+        fence_barrier_init();
+        fence_async();
+    }
+    cluster_barrier();
+
+    if (threadIdx.x >= 2 * WARPGROUP) {
+        set_registers_down<40>();
+        if (threadIdx.x == 2 * WARPGROUP) {
+            const TensorMap *x_map = &x, *weight_map = &weight;
+            auto load_weights = [&](int stage, int step, int row) {
+                int share = WIDTH / CLUSTER * block;
+                unsigned to = stages.weights(stage) + share * ROW_BYTES, full = stages.full(stage);
+                barrier_arrive_expecting(full, STAGE_BYTES);
+                if (CLUSTER == 1)
+                    copy_box(to, weight_map, step * STEP_COLUMNS, row + share, full);
+                else
+                    copy_box_to((1 << CLUSTER) - 1, to, weight_map, step * STEP_COLUMNS, row + share, full);
+            };
+            /* Waits until the stage of load i has been read since load i - STAGES. */
+            auto wait_until_free = [&](int i) {
+                if (i >= STAGES) barrier_wait(stages.empty(i % STAGES), (i / STAGES - 1) & 1);
+            };
+            prefetch_map(x_map);
+            prefetch_map(weight_map);
+            int early = min(STAGES, steps), i = 0;
+            for (int step = 0; step < early; step++) load_weights(step, step, first_row(first));
+            wait_for_previous();
+            for (int tile = first; tile < tiles; tile += stride) {
+                int token = first_token(tile), row = first_row(tile);
+                for (int step = 0; step < steps; step++, i++) {
+                    int stage = i % STAGES;
+                    wait_until_free(i);
+                    if (i >= early) load_weights(stage, step, row);
+                    copy_box(stages.x(stage), x_map, step * STEP_COLUMNS, token, stages.full(stage));
+                }
+            }
+            /* Once all stages have been read, by the other thread blocks of the cluster too, nothing more comes from
+             * those, and this one may exit. */
+            for (int last = i + STAGES; i < last; i++) wait_until_free(i);
+        }
+    } else {
+        set_registers_up<232>();
+        wait_for_previous();
+        let_next_start();
+        int warpgroup = threadIdx.x / WARPGROUP, thread = threadIdx.x % WARPGROUP;
+        int g = thread % WARP / 4, t = thread % 4;
+        auto release = [&](int i) {
+            if (thread < CLUSTER) barrier_arrive_in(thread, stages.empty(i % STAGES));
+        };
+        int i = 0;
+        /* Uninitialised, or with steps unrolled, some compilers make each wgmma wait for the one before. */
+        float sum[WIDTH / 2] = {};
+        for (int tile = first; tile < tiles; tile += stride) {
+#pragma unroll 1
+            for (int step = 0; step < steps; step++, i++) {
+                int stage = i % STAGES;
+                barrier_wait(stages.full(stage), i / STAGES & 1);
+                unsigned xs = stages.x(stage) + warpgroup * 64 * ROW_BYTES, weights = stages.weights(stage);
+                wgmma_fence();
+#pragma unroll
+                for (int k = 0; k < STEP_COLUMNS / 16; k++)
+                    wgmma(sum, descriptor(xs + k * 32, 8 * ROW_BYTES, 0),
+                          descriptor(weights + k * 32, 8 * ROW_BYTES, 0), step == 0 && k == 0);
+                wgmma_commit();
+                /* The tensor cores work on this step while the previous one's stage is released. */
+                wgmma_wait<1>();
+                if (step > 0) release(i - 1);
+            }
+            wgmma_wait<0>();
+            pin(sum);
+            release(i - 1);
+
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                int token = first_token(tile) + warpgroup * 64 + thread / WARP * 16 + g + half * 8;
+                int row = first_row(tile) + t * 2;
+                float *to = y + (size_t)token * rows + row;
+                int left = token < tokens ? rows - row : 0;
+                if (rows % 2 == 0) {
+#pragma unroll
+                    for (int n = 0; n < WIDTH / 8; n++)
+                        if (n * 8 < left)
+                            *(float2 *)(to + n * 8) = make_float2(sum[n * 4 + half * 2], sum[n * 4 + half * 2 + 1]);
+                } else {
+#pragma unroll
+                    for (int n = 0; n < WIDTH / 8; n++)
+#pragma unroll
+                        for (int j = 0; j < 2; j++)
+                            if (n * 8 + j < left) to[n * 8 + j] = sum[n * 4 + half * 2 + j];
+                }
+            }
+            pin(sum);
+        }
+    }
+}

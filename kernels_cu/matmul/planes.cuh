@@ -1,0 +1,64 @@
+/* How linear_tensor leaves its result for the kernel that reads it.
+ *
+ * Weights are taken in units of PANEL_ROWS rows and STEP_COLUMNS columns, `steps` units per panel; thread block b took
+ * units b * share, b * share + 1, ... The thread blocks that share a panel wrote their partial sums to planes
+ * 0, 1, ... of planes [planes, tokens, rows]. A result that is whole has one step and share 1.
+ *
+ * Kernels that read planes are short: without batches of loads in flight they would wait for memory several times. */
+#define PLANE_BATCH 8
+
+__device__ __forceinline__ int MatmulView::panel_planes(int panel) const
+{
+    return ((panel + 1) * steps - 1) / share - panel * steps / share + 1;
+}
+
+__device__ __forceinline__ float MatmulView::at(int token, int row) const
+{
+    float sum = bias ? bias[row] : 0.0f;
+    const float *from = planes + (size_t)token * rows + row;
+    int count = panel_planes(row / PANEL_ROWS);
+    for (int first = 0; first < count; first += PLANE_BATCH) {
+        float batch[PLANE_BATCH];
+#pragma unroll
+        for (int i = 0; i < PLANE_BATCH; i++)
+            batch[i] = first + i < count ? from[(size_t)(first + i) * tokens * rows] : 0.0f;
+#pragma unroll
+        for (int i = 0; i < PLANE_BATCH; i++) sum += batch[i];
+    }
+    return sum;
+}
+
+/* Four neighbouring rows from each of first_rows, multiples of 4; their loads are in flight together. */
+template <int N>
+__device__ __forceinline__ void MatmulView::at4(int token, const int (&first_rows)[N], float4 (&sums)[N]) const
+{
+    const float *from = planes + (size_t)token * rows;
+    size_t stride = (size_t)tokens * rows;
+    int counts[N], largest_count = 0;
+#pragma unroll
+    for (int n = 0; n < N; n++) {
+        sums[n] = bias ? *(const float4 *)(bias + first_rows[n]) : zero4();
+        counts[n] = panel_planes(first_rows[n] / PANEL_ROWS);
+        largest_count = max(largest_count, counts[n]);
+    }
+    for (int first = 0; first < largest_count; first += PLANE_BATCH / N) {
+        float4 batch[PLANE_BATCH / N][N];
+#pragma unroll
+        for (int i = 0; i < PLANE_BATCH / N; i++)
+#pragma unroll
+            for (int n = 0; n < N; n++)
+                batch[i][n] =
+                    first + i < counts[n] ? *(const float4 *)(from + (first + i) * stride + first_rows[n]) : zero4();
+#pragma unroll
+        for (int i = 0; i < PLANE_BATCH / N; i++)
+#pragma unroll
+            for (int n = 0; n < N; n++) accumulate(sums[n], batch[i][n]);
+    }
+}
+
+__device__ __forceinline__ float4 MatmulView::at4(int token, int row) const
+{
+    float4 sums[1];
+    at4(token, {row}, sums);
+    return sums[0];
+}

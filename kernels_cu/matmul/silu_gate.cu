@@ -1,0 +1,18 @@
+/* y [tokens, ffn] = silu(gate) * up from the joined projections [tokens, 2 * ffn], narrowed for the matmul that
+ * follows; ffn is a multiple of 4.
+ *
+ * Grid: (ffn / 4 / SILU_THREADS, tokens). Must read two values and write one for each of tokens * ffn. */
+__device__ __forceinline__ float silu(float x) { return x / (1.0f + expf(-x)); }
+
+extern "C" __global__ void silu_gate(MatmulView gate_up, Activation *y, int ffn)
+{
+    let_next_start();
+    wait_for_previous();
+    int column = (blockIdx.x * blockDim.x + threadIdx.x) * 4, token = blockIdx.y;
+    if (column >= ffn) return;
+    float4 both[2];
+    gate_up.at4(token, {column, ffn + column}, both);
+    float4 gate = both[0], up = both[1];
+    store4(y + (size_t)token * ffn + column,
+           make_float4(silu(gate.x) * up.x, silu(gate.y) * up.y, silu(gate.z) * up.z, silu(gate.w) * up.w));
+}

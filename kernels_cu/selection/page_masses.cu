@@ -1,0 +1,35 @@
+/* The mass of attention on each MASS_UNIT positions of the prefix: the sum of exp(score - lse).
+ *
+ * q [tokens, heads, head_dim], lse [tokens, heads]. Writes the prefix's units of masses [kv_heads, rows, stride].
+ *
+ * Grid: (kv_heads, splits, rows / PLAIN_ROWS). Must read the keys, which it does once for PLAIN_ROWS rows. */
+extern "C" __global__ void __launch_bounds__(PLAIN_THREADS)
+    page_masses(const float *q, const float *lse, CacheView cache, float *masses, int stride, int tokens, int heads)
+{
+    wait_for_previous();
+    let_next_start();
+    extern __shared__ float shared[];
+    int kv_head = blockIdx.x, group = heads / cache.kv_heads, dim = cache.head_dim, rows = tokens * group;
+    int first_row = blockIdx.z * PLAIN_ROWS, length = *cache.length, tiles = (length + WARP - 1) / WARP;
+    int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, key_stride = dim + 1;
+    float *keys = shared + PLAIN_ROWS * dim;
+    load_queries(shared, q, nullptr, first_row, rows, kv_head, group, heads, dim);
+    for (int tile = blockIdx.y; tile < tiles; tile += gridDim.y) {
+        __syncthreads();
+        for (int i = threadIdx.x; i < WARP * dim; i += PLAIN_THREADS) {
+            int position = tile * WARP + i / dim, d = i % dim;
+            keys[i / dim * key_stride + d] =
+                position < length ? widen(*cache.at(CACHED_KEYS, kv_head, position, d)) : 0.0f;
+        }
+        __syncthreads();
+        for (int r = 0; r < WARP_ROW_COUNT; r++) {
+            int index = warp * WARP_ROW_COUNT + r, row = first_row + index, position = tile * WARP + lane;
+            if (row >= rows) break;
+            float score = 0, row_lse = lse[query_row(row, kv_head, group, heads)];
+            for (int d = 0; d < dim; d++) score += shared[index * dim + d] * keys[lane * key_stride + d];
+            float mass = warp_sum<MASS_UNIT>(position < length ? expf(score - row_lse) : 0.0f);
+            if (lane % MASS_UNIT == 0 && position < length)
+                masses[((size_t)kv_head * rows + row) * stride + position / MASS_UNIT] = mass;
+        }
+    }
+}

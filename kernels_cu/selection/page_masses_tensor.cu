@@ -1,0 +1,61 @@
+/* page_masses.cu on tensor cores.
+ *
+ * Compiled with KEY_WARPS of 4 or less, so that a warp has whole units. Grid: (kv_heads, splits, rows / BLOCK_ROWS).
+ * Must read the keys, which it does once for each z. */
+static_assert(WARP_KEYS % MASS_UNIT == 0 && MASS_UNIT == 16, "whole units, of two columns of B fragments");
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+    page_masses_tensor(const float *q, const float *lse, CacheView cache, float *masses, int stride, int tokens,
+                       int heads)
+{
+    wait_for_previous();
+    let_next_start();
+    extern __shared__ __align__(SHARED_ALIGNMENT) unsigned char shared_bytes[];
+    unsigned shared = shared_address(shared_bytes);
+    int kv_head = blockIdx.x, group = heads / cache.kv_heads, rows = tokens * group, length = *cache.length;
+    TileRange tiles = tiles_of_part((length + TENSOR_TILE - 1) / TENSOR_TILE, blockIdx.y, gridDim.y);
+    int first = tiles.first, last = tiles.last;
+    int key_warp = threadIdx.x / WARP % KEY_WARPS, t = threadIdx.x % 4;
+    TensorRows state;
+    load_queries(state, q, nullptr, blockIdx.z * BLOCK_ROWS, rows, kv_head, group, heads);
+    float base[2];
+    float *to[2];
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        int row = min(state.row[half], rows - 1);
+        base[half] = lse[query_row(row, kv_head, group, heads)] * LOG2_E;
+        to[half] = masses + ((size_t)kv_head * rows + row) * stride;
+    }
+    auto load = [&](int tile) {
+        const KVValue *keys = cache.group(CACHED_KEYS, kv_head, tile * TENSOR_TILE);
+        unsigned stage = shared + (tile - first) % STAGES * TILE_BYTES;
+#pragma unroll
+        for (int i = threadIdx.x; i < TENSOR_TILE * PIECES; i += THREADS)
+            copy_16_bytes_async(stage + i * 16, keys + i * 8);
+    };
+    for (int s = 0; s < STAGES - 1; s++) {
+        if (first + s < last) load(first + s);
+        commit_copies();
+    }
+    for (int tile = first; tile < last; tile++) {
+        wait_copies<STAGES - 2>();
+        __syncthreads();
+        if (tile + STAGES - 1 < last) load(tile + STAGES - 1);
+        commit_copies();
+        float score[WARP_KEYS / 2] = {};
+        scores_of_tile(score, state, shared + (tile - first) % STAGES * TILE_BYTES);
+#pragma unroll
+        for (int unit = 0; unit < WARP_KEYS / MASS_UNIT; unit++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                int position = tile * TENSOR_TILE + key_warp * WARP_KEYS + unit * MASS_UNIT;
+                float mass = 0;
+#pragma unroll
+                for (int i = 0; i < 4; i++)
+                    if (position + i / 2 * 8 + t * 2 + i % 2 < length)
+                        mass += exp2f(score[unit * 8 + i / 2 * 4 + half * 2 + i % 2] - base[half]);
+                mass = quad_sum(mass);
+                if (t == 0 && position < length && state.row[half] < rows) to[half][position / MASS_UNIT] = mass;
+            }
+    }
+}

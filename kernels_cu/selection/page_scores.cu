@@ -1,0 +1,44 @@
+/* QUEST's bound (arXiv 2406.10774) of the scores in each page, for some tokens' queries: the sum over channels of
+ * max(q smallest, q largest).
+ *
+ * q [all tokens, heads, head_dim]; row r of a kv head is head r % group of its group, of token tokens[r / group]; with
+ * tokens null, of token r / group. Rows of negative tokens get 0. Writes the prefix's pages of scores
+ * [kv_heads, rows, stride], and clears marks [kv_heads, words] for mark_pages.cu.
+ *
+ * Grid: (kv_heads, splits, rows / PLAIN_ROWS), one warp per page at a time. Must read the bounds, which it does once
+ * for PLAIN_ROWS rows. */
+#define LANE_CHANNELS (2 * LARGEST_HEAD_DIM / WARP)
+
+extern "C" __global__ void __launch_bounds__(SCORES_THREADS)
+    page_scores(const float *q, const int *tokens, int rows, int heads, CacheView cache, float *scores, int stride,
+                unsigned *marks, int words)
+{
+    wait_for_previous();
+    let_next_start();
+    clear_marks(marks, words, blockIdx.x);
+    extern __shared__ float shared[];
+    int dim = cache.head_dim, kv_head = blockIdx.x, group = heads / cache.kv_heads, first_row = blockIdx.z * PLAIN_ROWS;
+    int pages = cache.pages(*cache.length), chunk_pages = cache.chunk_pages();
+    int lane = threadIdx.x % WARP, warps = blockDim.x / WARP;
+    for (int i = threadIdx.x; i < PLAIN_ROWS * 2 * dim; i += blockDim.x) {
+        int row = first_row + i / (2 * dim), token = row >= rows ? -1 : tokens ? tokens[row / group] : row / group;
+        const float *from = q + query_row(token, row, kv_head, group, heads) * dim;
+        shared[i] = token < 0 ? 0.0f : query_for_bounds(from, i % (2 * dim), dim);
+    }
+    __syncthreads();
+    for (int page = blockIdx.y * warps + threadIdx.x / WARP; page < pages; page += gridDim.y * warps) {
+        const KVValue *bounds = cache.bounds(kv_head, page, chunk_pages);
+        float values[LANE_CHANNELS];
+#pragma unroll
+        for (int i = 0; i < LANE_CHANNELS; i++)
+            values[i] = i * WARP + lane < 2 * dim ? widen(bounds[i * WARP + lane]) : 0.0f;
+        for (int r = 0; r < PLAIN_ROWS && first_row + r < rows; r++) {
+            float score = 0;
+#pragma unroll
+            for (int i = 0; i < LANE_CHANNELS; i++)
+                if (i * WARP + lane < 2 * dim) score += shared[r * 2 * dim + i * WARP + lane] * values[i];
+            score = warp_sum(score);
+            if (lane == 0) scores[((size_t)kv_head * rows + first_row + r) * stride + page] = score;
+        }
+    }
+}

@@ -1,0 +1,79 @@
+/* Mean squared change of each token's query, and the tokens whose queries changed most: LoSA's active set (arXiv
+ * 2604.12056, section 3). Of equal changes the earlier token is taken; a NaN ranks with the largest, and if there are
+ * too many, the earlier tokens are taken.
+ *
+ * q and `stored` [tokens, width], width a multiple of 4; with `keep`, q is then stored. Only the tokens rows[0], ...,
+ * rows[*row_count - 1] can be active; all of them where rows is null. active [count] gets the active tokens, ascending,
+ * then -1. *done is 0 between launches.
+ *
+ * Grid: one thread block per token; the last one to finish finds the active set. Must read q and `stored` once, and
+ * with `keep` write q. */
+#define THREADS QUERY_CHANGE_THREADS
+#define PIECE_BATCH 4 /* pieces of a thread whose loads are in flight at once */
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+    query_change(const float *q, StoredView stored, int width, int keep, const int *rows, const int *row_count,
+                 float *change, unsigned *done, int *active, int count)
+{
+    __shared__ double shared[THREADS / WARP];
+    __shared__ bool last;
+    const float4 *from = (const float4 *)(q + (size_t)blockIdx.x * width);
+    float4 *previous = (float4 *)(stored.at<float>() + (size_t)blockIdx.x * width);
+    int pieces = width / 4;
+    float4 then[PIECE_BATCH], now[PIECE_BATCH];
+    auto load = [&](float4 *to, const float4 *all, int first) {
+#pragma unroll
+        for (int i = 0; i < PIECE_BATCH; i++) to[i] = all[min(first + i * THREADS + (int)threadIdx.x, pieces - 1)];
+    };
+    load(then, previous, 0); /* stored before this pass began */
+    wait_for_previous();
+    let_next_start();
+    double total = 0;
+    for (int first = 0; first < pieces; first += PIECE_BATCH * THREADS) {
+        load(now, from, first);
+        if (first) load(then, previous, first);
+#pragma unroll
+        for (int i = 0; i < PIECE_BATCH; i++) {
+            int piece = first + i * THREADS + threadIdx.x;
+            if (piece >= pieces) continue;
+            double x = (double)now[i].x - then[i].x, y = (double)now[i].y - then[i].y;
+            double z = (double)now[i].z - then[i].z, w = (double)now[i].w - then[i].w;
+            total += x * x + y * y + z * z + w * w;
+            if (keep) previous[piece] = now[i];
+        }
+    }
+    total = block_sum_tree(total, shared, THREADS / WARP);
+    if (threadIdx.x == 0) {
+        change[blockIdx.x] = (float)(total / width);
+        /* Releases what this thread wrote to the thread block that counts last. */
+        unsigned others;
+        asm volatile("atom.acq_rel.gpu.inc.u32 %0, [%1], %2;"
+                     : "=r"(others)
+                     : "l"(done), "r"(gridDim.x - 1)
+                     : "memory");
+        last = others == gridDim.x - 1;
+    }
+    __syncthreads();
+    if (!last || threadIdx.x >= WARP) return;
+
+    const volatile float *changes = change;
+    int candidates = rows ? *row_count : gridDim.x, wanted = min(count, candidates), filled = 0;
+    for (int base = 0; base < candidates; base += WARP) {
+        int i = base + threadIdx.x, token = i < candidates ? rows ? rows[i] : i : 0, rank = 0;
+        float mine = changes[token];
+        for (int start = 0; start < candidates; start += WARP) {
+            int candidate = min(start + (int)threadIdx.x, candidates - 1);
+            float theirs = start == base ? mine : changes[rows ? rows[candidate] : candidate];
+            for (int k = 0; k < min(WARP, candidates - start); k++) {
+                float other = __shfl_sync(~0u, theirs, k);
+                rank += other > mine || (other == mine && start + k < i);
+            }
+        }
+        unsigned taken = __ballot_sync(~0u, i < candidates && rank < wanted);
+        int index = filled + __popc(taken & ((1u << threadIdx.x) - 1));
+        /* All NaN rank first, so that there can be too many. */
+        if ((taken >> threadIdx.x & 1) && index < wanted) active[index] = token;
+        filled += __popc(taken);
+    }
+    for (int i = min(filled, wanted) + threadIdx.x; i < count; i += WARP) active[i] = -1;
+}

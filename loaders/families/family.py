@@ -1,0 +1,206 @@
+"""The building blocks of model families: tensors, and readers for the keys that many families share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from losart.config.model import ModelConfig
+from losart.errors import ConfigError
+from losart.loaders.families.rope import rope_config
+from losart.loaders.json_files import JsonObject
+from losart.loaders.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class ConfigFiles:
+    """What a model's configuration is read from.
+
+    Attributes
+    ----------
+    config, generation : JsonObject
+        config.json and generation_config.json; the latter is empty where there is none.
+    tokenizer : Tokenizer or None
+        Its mask and end tokens are used where the files specify none.
+    """
+
+    config: JsonObject
+    generation: JsonObject
+    tokenizer: Tokenizer | None = None
+
+    def common_values(self) -> dict[str, Any]:
+        """Arguments of ModelConfig that Llama, Qwen, and their descendants write under the same keys."""
+        config = self.config
+        hidden_size = config.integer("hidden_size")
+        num_heads = config.integer("num_attention_heads")
+        max_positions = config.integer("max_position_embeddings")
+        dtype = config.optional_text("dtype") or config.optional_text("torch_dtype")
+        return {
+            "vocab_size": config.integer("vocab_size"),
+            "hidden_size": hidden_size,
+            "intermediate_size": config.integer("intermediate_size"),
+            "num_layers": config.integer("num_hidden_layers"),
+            "num_heads": num_heads,
+            "num_kv_heads": config.optional_integer("num_key_value_heads") or num_heads,
+            "head_dim": config.optional_integer("head_dim") or hidden_size // num_heads,
+            "max_positions": max_positions,
+            "rms_norm_eps": config.number("rms_norm_eps", ModelConfig.rms_norm_eps),
+            "rope": rope_config(config, max_positions),
+            "tie_embeddings": config.boolean("tie_word_embeddings", False),
+            "dtype": dtype.removeprefix("torch.") if dtype else None,
+        }
+
+    def refuse_unsupported(self) -> None:
+        """Refuse variants of the layers that would silently be computed wrongly.
+
+        Raises
+        ------
+        ConfigError
+            For another activation than SiLU, sliding windows, or quantized weights.
+        """
+        config = self.config
+        if config.optional_text("hidden_act") not in (None, "silu"):
+            raise config.error("hidden_act", config.get("hidden_act"), "'silu'")
+        if config.boolean("use_sliding_window", False):
+            raise ConfigError(f"{config.file}: use_sliding_window is not supported")
+        kinds = config.get("layer_types")
+        if kinds is not None and not (isinstance(kinds, list) and all(k == "full_attention" for k in kinds)):
+            raise config.error("layer_types", kinds, "'full_attention' for every layer")
+        if config.get("quantization_config") is not None:
+            raise ConfigError(
+                f"{config.file}: quantization_config is not supported; use the unquantized checkpoint"
+            )
+
+    def block_length(self, *names: str) -> int | None:
+        """The first of the keys `names` in config.json, then in generation_config.json."""
+        largest = self.config.integer("max_position_embeddings")
+        for keys in (self.config, self.generation):
+            for name in names:
+                value = keys.optional_integer(name)
+                if value is not None and value > largest:
+                    raise keys.error(name, value, f"at most max_position_embeddings ({largest})")
+                if value is not None:
+                    return value
+        return None
+
+    def mask_token_id(self, default: int) -> int | None:
+        """mask_token_id of either file, else the tokenizer's, else `default` if it is in the vocabulary."""
+        for keys in (self.config, self.generation):
+            value = keys.get("mask_token_id")
+            if value is not None:
+                return self._token_id(keys, "mask_token_id", value)
+        if self.tokenizer is not None and self.tokenizer.mask_token_id is not None:
+            return self.tokenizer.mask_token_id
+        return default if default < self.config.integer("vocab_size") else None
+
+    def end_token_ids(self) -> tuple[int, ...]:
+        """eos_token_id of generation_config.json, else of config.json, else the tokenizer's end token."""
+        for keys in (self.generation, self.config):
+            value = keys.get("eos_token_id")
+            if value is not None:
+                tokens = value if isinstance(value, list) else [value]
+                return tuple(dict.fromkeys(self._token_id(keys, "eos_token_id", token) for token in tokens))
+        if self.tokenizer is None or self.tokenizer.eos_token_id is None:
+            return ()
+        return (self.tokenizer.eos_token_id,)
+
+    def _token_id(self, keys: JsonObject, name: str, value: object) -> int:
+        vocab_size = self.config.integer("vocab_size")
+        token = keys.checked_integer(name, value, minimum=0)
+        if token >= vocab_size:
+            raise keys.error(name, token, f"inside the vocabulary of {vocab_size}")
+        return token
+
+
+@dataclass(frozen=True)
+class TensorPattern:
+    """A tensor of the model, or of each of its layers, in a family's files.
+
+    Attributes
+    ----------
+    name : str
+        Canonical name, as in `Transformer`; without "layers.{i}." for a layer's tensor.
+    source : str
+        Name in the files; without the family's `layer_prefix` for a layer's tensor.
+    shape : tuple of str
+        Its dimensions: "vocab", "hidden", "ffn", "head_dim", "q" and "kv" (the width of all query heads
+        and of all kv heads).
+    """
+
+    name: str
+    source: str
+    shape: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ExpectedTensor:
+    """A tensor that a checkpoint must hold: canonical name, name in the files, shape."""
+
+    name: str
+    source: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Family:
+    """Checkpoints of one `model_type`.
+
+    Attributes
+    ----------
+    config_values : callable
+        Reads the arguments of ModelConfig, except `model_type`, from ConfigFiles; raises ConfigError for
+        what is not supported.
+    model : tuple of TensorPattern
+        Tensors outside the layers.
+    head : TensorPattern
+        The output projection. With tied embeddings it is not needed, and ignored where it is present.
+    layer_prefix : str
+        Prefix of the names of a layer's tensors in the files, with "{i}" for the layer.
+    layer : tuple of TensorPattern
+        Tensors of each layer.
+    attention_biases : tuple of TensorPattern
+        Further tensors of each layer, if the configuration's `attention_bias` is set.
+    harmless : tuple of str
+        Patterns (as in `fnmatch`) of names in the files that are ignored.
+    """
+
+    config_values: Callable[[ConfigFiles], dict[str, Any]]
+    model: tuple[TensorPattern, ...]
+    head: TensorPattern
+    layer_prefix: str
+    layer: tuple[TensorPattern, ...]
+    attention_biases: tuple[TensorPattern, ...] = ()
+    harmless: tuple[str, ...] = ()
+
+    def expected_tensors(self, config: ModelConfig) -> Iterator[ExpectedTensor]:
+        """All tensors that a checkpoint of `config` must hold, generated lazily."""
+        sizes = {
+            "vocab": config.vocab_size,
+            "hidden": config.hidden_size,
+            "ffn": config.intermediate_size,
+            "head_dim": config.head_dim,
+            "q": config.num_heads * config.head_dim,
+            "kv": config.num_kv_heads * config.head_dim,
+        }
+
+        def expected(
+            pattern: TensorPattern, name_prefix: str = "", source_prefix: str = ""
+        ) -> ExpectedTensor:
+            shape = tuple(sizes[dimension] for dimension in pattern.shape)
+            return ExpectedTensor(name_prefix + pattern.name, source_prefix + pattern.source, shape)
+
+        yield from map(expected, self.model)
+        if not config.tie_embeddings:
+            yield expected(self.head)
+        layer = self.layer + (self.attention_biases if config.attention_bias else ())
+        for i in range(config.num_layers):
+            for pattern in layer:
+                yield expected(pattern, f"layers.{i}.", self.layer_prefix.format(i=i))
+
+    def is_harmless(self, source: str, config: ModelConfig) -> bool:
+        """Whether a tensor of the files that is not expected may be ignored."""
+        if config.tie_embeddings and source == self.head.source:
+            return True
+        return any(fnmatchcase(source, pattern) for pattern in self.harmless)

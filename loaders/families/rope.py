@@ -1,0 +1,89 @@
+"""The rotary embedding of config.json, in the style of transformers 4 or 5, to a RopeConfig."""
+
+from __future__ import annotations
+
+from losart.config.rope import ROPE_KINDS, RopeConfig
+from losart.errors import ConfigError
+from losart.loaders.json_files import JsonObject, errors_naming
+
+DEFAULT_THETA = 10000.0
+_KEYS = {
+    "type",
+    "rope_type",
+    "rope_theta",
+    "factor",
+    "original_max_position_embeddings",
+    "partial_rotary_factor",
+    "attention_factor",
+    "beta_fast",
+    "beta_slow",
+    "mscale",
+    "mscale_all_dim",
+    "truncate",
+    "low_freq_factor",
+    "high_freq_factor",
+}
+
+
+def rope_config(config: JsonObject, max_positions: int) -> RopeConfig:
+    """The rotary embedding that config.json describes.
+
+    transformers 4 writes `rope_theta` and `rope_scaling`, transformers 5 `rope_parameters`, which
+    may hold one object per kind of layer.
+
+    Raises
+    ------
+    ConfigError
+        If a kind, key, or number is not supported.
+    """
+    scaling = config.optional_object("rope_scaling") or config.optional_object("rope_parameters")
+    if scaling is None:
+        scaling = JsonObject(config.file, {}, "rope_parameters.")
+    scaling = scaling.optional_object("full_attention") or scaling
+
+    # The kind first: the keys of an unsupported kind are unknown too, but are not the problem.
+    kind = scaling.optional_text("rope_type") or scaling.optional_text("type") or "default"
+    if kind not in ROPE_KINDS:
+        raise ConfigError(
+            f"{config.file}: rope type {kind!r} is not supported; supported: {', '.join(ROPE_KINDS)}"
+        )
+    unknown = sorted(set(scaling.values) - _KEYS)
+    if unknown:
+        raise ConfigError(f"{config.file}: {scaling.prefix}{unknown[0]} is not a supported rope parameter")
+    for keys in (config, scaling):
+        if keys.number("partial_rotary_factor", 1.0) != 1.0:
+            raise keys.error("partial_rotary_factor", keys.get("partial_rotary_factor"), "1.0")
+
+    theta = scaling.number("rope_theta", config.number("rope_theta", DEFAULT_THETA))
+    if theta <= 1:
+        raise scaling.error("rope_theta", theta, "larger than 1")
+    # As in transformers, the length outside the rope parameters takes precedence.
+    original = config.optional_integer("original_max_position_embeddings") or scaling.optional_integer(
+        "original_max_position_embeddings"
+    )
+    factor = scaling.optional_number("factor")
+    if factor is None and kind == "yarn" and original is not None:
+        factor = max_positions / original
+    required = [] if kind == "default" or factor is not None else ["factor"]
+    if kind == "llama3":
+        required += ["low_freq_factor", "high_freq_factor"]
+    for key in required:
+        if scaling.get(key) is None:
+            raise ConfigError(f"{scaling.missing(key)} of rope type {kind!r}")
+
+    with errors_naming(config.file):
+        return RopeConfig(
+            theta=theta,
+            kind=kind,
+            factor=1.0 if factor is None else factor,
+            original_max_positions=(original or max_positions) if kind in ("yarn", "llama3") else None,
+            attention_factor=scaling.optional_number("attention_factor"),
+            # As in transformers, 0 means absent.
+            beta_fast=scaling.optional_number("beta_fast") or RopeConfig.beta_fast,
+            beta_slow=scaling.optional_number("beta_slow") or RopeConfig.beta_slow,
+            mscale=scaling.optional_number("mscale"),
+            mscale_all_dim=scaling.optional_number("mscale_all_dim"),
+            truncate=scaling.boolean("truncate", True),
+            low_freq_factor=scaling.number("low_freq_factor", RopeConfig.low_freq_factor),
+            high_freq_factor=scaling.number("high_freq_factor", RopeConfig.high_freq_factor),
+        )

@@ -1,0 +1,99 @@
+"""Selection of active tokens and of pages on the host, in Cython, as the CPU backend does it.
+
+The device ranks: it measures the change of queries, and finds the top pages of every query of the block. The
+host takes the active tokens from that, and unites their pages per kv head. With one transfer each way per
+layer, for which the device waits, a pass cannot be captured. What is selected is the same, bit for bit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import cupy
+import numpy as np
+
+from losart.backends.base import Selection
+from losart.backends.cpu.active_set import select_active
+from losart.backends.cpu.kv_index import mark_pages
+from losart.backends.cuda.batch import DeviceBatch
+from losart.backends.cuda.results import NO_PAGES, SelectedPages
+from losart.backends.cuda.selector import DeviceSelector
+from losart.config.model import ModelConfig
+
+
+@dataclass(frozen=True, eq=False)
+class PendingActive:
+    """Active tokens that are selected together with their pages.
+
+    Attributes
+    ----------
+    change : float32 [tokens], on the device
+    count : int
+    candidates : int32 [any], optional
+        None: all tokens.
+    """
+
+    change: Any
+    count: int
+    candidates: np.ndarray | None
+
+    def select(self, change: np.ndarray) -> np.ndarray:
+        """The tokens by their changes, ascending."""
+        if self.candidates is None:
+            return select_active(change, self.count)
+        of_candidates = np.ascontiguousarray(change[self.candidates])
+        return self.candidates[select_active(of_candidates, min(self.count, len(self.candidates)))]
+
+
+class HostSelector:
+    """Implements `losart.backends.base.Selector`.
+
+    Parameters
+    ----------
+    config : ModelConfig
+    device : DeviceSelector
+        Measures and ranks.
+    """
+
+    def __init__(self, config: ModelConfig, device: DeviceSelector) -> None:
+        self._config = config
+        self._device = device
+
+    def select_active(
+        self, layer: int, q: Any, batch: DeviceBatch, count: int, *, masked_only: bool, follow: bool
+    ) -> PendingActive:
+        none = cupy.empty(0, np.int32)
+        change = self._device.query_change(layer, q, batch, none, masked_only=False, follow=follow)
+        return PendingActive(change, count, batch.sequence.masked if masked_only else None)
+
+    def select_pages(
+        self, layer: int, q: Any, active: PendingActive | None, batch: DeviceBatch, count: int
+    ) -> Selection:
+        if active is not None and not active.count:
+            return Selection(cupy.empty(0, np.int32), NO_PAGES)
+        return self._unite(self._device.top_pages(layer, q, batch, count), active, batch)
+
+    def select_stored_pages(self, layer: int, active: PendingActive | None, batch: DeviceBatch) -> Selection:
+        if active is not None and not active.count:
+            return Selection(cupy.empty(0, np.int32), NO_PAGES)
+        offset = batch.slot.offset("top_pages", layer)
+        return self._unite(batch.slot.array(offset, batch.stored_pages_shape, np.int32), active, batch)
+
+    def _unite(self, top: Any, active: PendingActive | None, batch: DeviceBatch) -> Selection:
+        """Pages top [kv_heads, rows, count] of the active tokens or all, united per kv head."""
+        group, words = self._config.group_size, batch.mark_words
+        kv_heads, rows, count = top.shape
+        if active is None:
+            marks = cupy.asarray(mark_pages(top.get(), None, group, words))
+            return Selection(None, SelectedPages(min(32 * words, rows * count), marks))
+        both = cupy.concatenate([active.change.view(np.int32), top.ravel()]).get()
+        change, ids = both[: len(active.change)].view(np.float32), both[len(active.change) :]
+        chosen = active.select(change)
+        marks = mark_pages(ids.reshape(top.shape), chosen, group, words)
+        padded = np.full(active.count, -1, np.int32)
+        padded[: len(chosen)] = chosen
+        united = cupy.asarray(np.concatenate([padded, marks.view(np.int32).ravel()]))
+        marks = united[active.count :].view(np.uint32).reshape(kv_heads, words)
+        limit = min(32 * words, active.count * group * count)
+        return Selection(united[: active.count], SelectedPages(limit, marks))

@@ -1,0 +1,53 @@
+"""Launches kernels, for one precision and one card."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from losart.backends.cuda.plans import Card, Plan
+from losart.config.precision import Precision
+from losart.kernels_cu import Defines, kernel
+from losart.kernels_cu.constants import WARP_ROWS, WARP_ROWS_THREADS
+from losart.kernels_cu.launch import Kernel
+
+
+class Kernels:
+    """The kernels of losart.kernels_cu, launched on the current stream.
+
+    Parameters
+    ----------
+    precision : Precision
+    card : Card
+        What launches are planned for.
+
+    Attributes
+    ----------
+    tensor_matmul, tensor_attention : bool
+        Whether tensor cores can multiply activations by weights, and queries by keys.
+    """
+
+    def __init__(self, precision: Precision, card: Card) -> None:
+        self.precision = precision
+        self.card = card
+        self.tensor_matmul = precision.weights.bits == precision.activations.bits == 16
+        self.tensor_attention = precision.kv.bits == 16
+        self._loaded: dict[tuple[str, Defines], Kernel] = {}
+
+    def launch(self, name: str, grid: tuple[int, ...], threads: int, *args: Any, shared: int = 0) -> None:
+        """Launch a kernel; its parameters are arrays, numbers and views."""
+        self._kernel(name, ())(grid, threads, *args, shared=shared)
+
+    def launch_rows(self, name: str, tokens: int, heads: int, *args: Any, shared: int = 0) -> None:
+        """Launch a kernel with one warp per row, which is a head of a token."""
+        self.launch(name, (tokens, -(-heads // WARP_ROWS)), WARP_ROWS_THREADS, *args, shared=shared)
+
+    def launch_plan(self, plan: Plan, *args: Any) -> None:
+        """Launch a kernel as planned."""
+        self._kernel(plan.kernel, plan.defines)(plan.grid, plan.threads, *args, shared=plan.shared)
+
+    def _kernel(self, name: str, defines: Defines) -> Kernel:
+        # Not the cache behind `kernel`: hashing a precision takes longer than a launch should.
+        loaded = self._loaded.get((name, defines))
+        if loaded is None:
+            loaded = self._loaded[name, defines] = kernel(name, self.precision, defines)
+        return loaded

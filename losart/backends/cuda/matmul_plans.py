@@ -1,0 +1,73 @@
+"""How matmuls are launched: which kernel, and how its work is divided."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from math import ceil
+
+from losart.backends.cuda.plans import Card, Plan
+from losart.kernels_cu import constants as cu
+
+TILE_WIDTHS = (256, 192, 128, 64)  # rows of a tile of linear_hopper
+# Per SM of capability 9.0: bytes per clock that it gets of the L2 cache when all SMs ask (on an H100 no tile
+# was seen to wait for that many) and when few do; clocks of a wgmma per row of a tile and step of columns.
+L2_BYTES, MAX_L2_BYTES, CLOCKS_PER_ROW = 48, 64, 4
+MIN_SHARE = 16  # units per block of linear_tensor with one block per SM: adding up planes costs time too
+
+
+@lru_cache(1024)  # asked for each matmul of each layer, some of which take less time than a plan
+def matmul_plan(card: Card, tensor: bool, tokens: int, rows: int, inner: int) -> Plan:
+    """A matmul [tokens, inner] x [rows, inner]; `tensor`: of 16-bit values."""
+    if not tensor or inner % 8:
+        grid = (ceil(rows / cu.LINEAR_ROWS), ceil(tokens / cu.LINEAR_TOKENS))
+        return Plan("linear", grid, cu.LINEAR_THREADS, 0)
+    if tokens > cu.SKINNY_TOKENS and card.hopper:
+        return min(hopper_matmul_plans(card, tokens, rows), key=lambda timed: timed[0])[1]
+    if tokens > cu.SKINNY_TOKENS:
+        stage = (cu.TILE_TOKENS + cu.TILE_ROWS) * cu.STEP_COLUMNS * 2
+        stages = min(4, card.shared_per_block // stage)
+        grid = (ceil(tokens / cu.TILE_TOKENS), ceil(rows / cu.TILE_ROWS))
+        return Plan("linear_tiles", grid, cu.LINEAR_TILES_THREADS, stages * stage, (("STAGES", stages),))
+    tiles, steps = ceil(tokens / 8), ceil(inner / cu.STEP_COLUMNS)
+    stage = (cu.PANEL_ROWS + tiles * 8) * cu.STEP_COLUMNS * 2
+    units = ceil(rows / cu.PANEL_ROWS) * steps
+    share, room = ceil(units / card.sms), card.shared_per_block
+    # By whole passes on an H100. More would leave no room for the kernels before and after it, which overlap;
+    # with fewer an SM may get two of the next matmul's blocks, for which all others then wait.
+    stages = 8
+    half = card.shared_per_sm // 2 - 1024
+    if (tiles > 4 or not card.overlaps) and half >= 3 * stage:
+        # Two blocks per SM: one computes, which takes long with many tokens, while the other waits.
+        share, room, stages = max(ceil(share / 2), min(MIN_SHARE, share)), half, 12
+    stages = min(stages, room // stage)
+    return Plan(
+        "linear_tensor",
+        (ceil(units / share),),
+        cu.LINEAR_TENSOR_THREADS,
+        stages * stage,
+        (("LINEAR_TILES", tiles), ("STAGES", stages)),
+        parts=(steps - 1) // share + 2,
+        share=share,
+    )
+
+
+def hopper_matmul_plans(card: Card, tokens: int, rows: int) -> Iterator[tuple[float, Plan]]:
+    """Ways to cut a matmul of many tokens into tiles, each with the clocks that a step of all of them takes.
+
+    A last wave of few tiles and the L2 cache's speed decide; all other costs are the same for each.
+    """
+    for cluster in (2, 1):  # of equals the one that copies less
+        max_clusters = card.sms // cluster
+        for width in TILE_WIDTHS if max_clusters else ():
+            tiles = ceil(tokens / (cu.TILE_TOKENS * cluster)) * ceil(rows / width)
+            clusters = min(tiles, max_clusters)
+            copied = (cu.TILE_TOKENS + width // cluster) * cu.STEP_COLUMNS * 2
+            speed = min(MAX_L2_BYTES, L2_BYTES * card.sms / (clusters * cluster))
+            clocks = ceil(tiles / clusters) * max(CLOCKS_PER_ROW * width, copied / speed)
+            stage = (cu.TILE_TOKENS + width) * cu.STEP_COLUMNS * 2 + cu.BARRIER_BYTES
+            stages = min(8, card.shared_per_block // stage)
+            defines = (("WIDTH", width), ("CLUSTER", cluster), ("STAGES", stages))
+            grid, boxes = (clusters * cluster,), (cu.TILE_TOKENS, width // cluster)
+            plan = Plan("linear_hopper", grid, cu.LINEAR_HOPPER_THREADS, stages * stage, defines, boxes=boxes)
+            yield clocks, plan

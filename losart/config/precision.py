@@ -1,0 +1,70 @@
+"""In which formats a model's weights, its keys and values, and its activations are held."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Format:
+    """How one number is held.
+
+    Attributes
+    ----------
+    name : str
+    bits : int
+    code : int
+        What compiled code calls it: `LOSART_WEIGHTS` and its like in CUDA sources, `width` in Cython modules.
+    array : str
+        NumPy dtype of an array of such numbers on the host; bfloat16, which NumPy lacks, as its bits.
+    bits_array : str
+        The same on a GPU, where all formats of 16 bits are held as their bits.
+    safetensors : str
+        Name in a safetensors header.
+    cuda_type : int
+        cudaDataType_t, as cuBLAS takes it.
+    """
+
+    name: str
+    bits: int
+    code: int
+    array: str
+    bits_array: str
+    safetensors: str
+    cuda_type: int
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one number."""
+        return self.bits // 8
+
+
+FLOAT32 = Format("float32", 32, 0, "float32", "float32", "F32", 0)
+BFLOAT16 = Format("bfloat16", 16, 1, "uint16", "uint16", "BF16", 14)
+FLOAT16 = Format("float16", 16, 2, "float16", "uint16", "F16", 2)
+FORMATS = {format.name: format for format in (FLOAT32, BFLOAT16, FLOAT16)}
+DTYPES = tuple(FORMATS)
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The formats of a model on a backend.
+
+    Attributes
+    ----------
+    weights : Format
+        Of matrices; norm gains and biases are float32.
+    kv : Format
+        Of the KV cache.
+    activations : Format
+        Of what enters a matmul on a GPU. The CPU computes in float32.
+    """
+
+    weights: Format
+    kv: Format
+    activations: Format
+
+    @classmethod
+    def of(cls, dtype: str) -> Precision:
+        """All three in one format, named as in `FORMATS`."""
+        return cls(*(FORMATS[dtype],) * 3)

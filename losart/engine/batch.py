@@ -1,0 +1,145 @@
+"""What one forward pass works on, rows of one or more sequences, and what it gives."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from losart.config.options import GenerationConfig
+from losart.engine.kv_cache import PagedKVCache
+from losart.engine.sampling import Proposals
+from losart.observe.step import ObservedLayer
+
+
+class PassKind(enum.Enum):
+    """What a pass is for."""
+
+    PREFILL = "prefill"  # whole blocks of the prompt, block-causal, into the cache
+    FIRST = "first"  # a block's first denoising pass
+    LATER = "later"  # its other denoising passes
+    COMMIT = "commit"  # a finished block into the cache
+
+    @property
+    def denoises(self) -> bool:
+        """Whether the pass proposes tokens."""
+        return self in (PassKind.FIRST, PassKind.LATER)
+
+
+@dataclass(frozen=True, eq=False)
+class SequencePass:
+    """One sequence's rows of a pass.
+
+    Attributes
+    ----------
+    kind : PassKind
+    ids : int64 [tokens]
+        The block, the mask token where it is masked; whole blocks of the prompt for prefill.
+    prefix_length : int
+        Committed positions before the first row.
+    options : GenerationConfig
+    cache : PagedKVCache
+        The prefix; prefill and commit write the rows' keys and values after it.
+    slot : optional
+        The backend's, for results that a pass over the block stores for later ones.
+    masked : int32 [any]
+        Rows that are masked, ascending; none but in denoising passes.
+    uniforms : float64 [tokens]
+        Random numbers in [0, 1), one per row; empty but in denoising passes.
+    """
+
+    kind: PassKind
+    ids: np.ndarray
+    prefix_length: int
+    options: GenerationConfig
+    cache: PagedKVCache
+    slot: Any = None
+    masked: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
+    uniforms: np.ndarray = field(default_factory=lambda: np.empty(0))
+
+    @property
+    def pages(self) -> int:
+        """Pages of the prefix, the last one perhaps part full."""
+        return -(-self.prefix_length // self.cache.page_size)
+
+
+@dataclass(frozen=True, eq=False)
+class PassBatch:
+    """Rows of one or more sequences that go through the model together.
+
+    Its sequences agree in their kind of pass, block length and attention options.
+
+    Attributes
+    ----------
+    sequences : tuple of SequencePass
+        In the order of their rows.
+    """
+
+    sequences: tuple[SequencePass, ...]
+
+    @property
+    def kind(self) -> PassKind:
+        """What the pass is for."""
+        return self.sequences[0].kind
+
+    @property
+    def options(self) -> GenerationConfig:
+        """The options that its sequences agree in: block length and attention."""
+        return self.sequences[0].options
+
+    @property
+    def tokens(self) -> int:
+        """Rows in all."""
+        return sum(len(sequence.ids) for sequence in self.sequences)
+
+    def rows(self) -> Iterator[tuple[SequencePass, slice]]:
+        """Each sequence with its rows."""
+        first = 0
+        for sequence in self.sequences:
+            yield sequence, slice(first, first + len(sequence.ids))
+            first += len(sequence.ids)
+
+
+@dataclass(frozen=True)
+class PassReads:
+    """What a pass over a block read of a sequence's prefix.
+
+    Attributes
+    ----------
+    sparse : bool
+        Whether the attention method reads sparsely in such a pass.
+    dense_layers, sparse_layers : int
+        Layers in which all tokens read the whole prefix, and the others.
+    positions : int
+        That sparse layers read, summed over them and kv heads.
+    active : int
+        Tokens that read in a sparse layer.
+    """
+
+    sparse: bool
+    dense_layers: int
+    sparse_layers: int
+    positions: int
+    active: int
+
+
+@dataclass(frozen=True, eq=False)
+class PassResult:
+    """What a pass gave, per sequence.
+
+    Attributes
+    ----------
+    proposals : sequence of Proposals
+        Empty but for denoising passes.
+    reads : sequence of PassReads
+        Empty for prefill.
+    layers : sequence of tuple of ObservedLayer
+        Empty where nobody observes.
+    """
+
+    proposals: Sequence[Proposals] = ()
+    reads: Sequence[PassReads] = ()
+    layers: Sequence[tuple[ObservedLayer, ...]] = ()

@@ -1,0 +1,242 @@
+"""One generation by block diffusion (SDAR, arXiv 2510.06303) between its passes, without a transformer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Ids
+from typing import Any
+
+import numpy as np
+
+from losart.config.options import GenerationConfig
+from losart.engine.batch import PassKind, PassReads, SequencePass
+from losart.engine.kv_cache import PagedKVCache
+from losart.engine.output import Output
+from losart.engine.sampling import Proposals, strategy, transfer_counts
+from losart.observe.step import GenerationResult, Stats, Step
+
+
+class Sequence:
+    """What pass comes next, and what its result changes.
+
+    The prompt's whole blocks are prefilled; what is left of it is the known head of the first decoded block.
+    A block's masked positions are fixed pass by pass; a block without a masked position is committed. When
+    the output ends within a block, the rest is left as it is: nothing would read it.
+
+    Parameters
+    ----------
+    prompt : sequence of int
+    options : GenerationConfig
+    output : Output
+        Takes the new tokens that are known without a gap, and says when they end.
+    cache : PagedKVCache
+        Holds the first of the prompt's blocks: none, or whole blocks.
+    prefill_tokens : int
+        Of the prompt that go through the model at a time, about.
+    slot : optional
+        The backend's, for stored results.
+
+    Attributes
+    ----------
+    ids : list of int
+        The prompt and all finished blocks: what the cache holds, and perhaps more.
+    pending : bool
+        Whether a pass has been asked for and its result not been applied.
+    reads : ReadLog
+    prefill_end : int
+        Positions that prefill takes into the cache.
+    prefill_seconds, decode_seconds : float
+        For the engine to add to.
+    """
+
+    def __init__(
+        self,
+        prompt: Ids[int],
+        options: GenerationConfig,
+        output: Output,
+        cache: PagedKVCache,
+        prefill_tokens: int,
+        slot: Any = None,
+    ) -> None:
+        length = options.block_length
+        self.options = options
+        self.output = output
+        self.cache = cache
+        self.slot = slot
+        self.ids = list(prompt)
+        self.reused = cache.length
+        self.prefill_end = len(self.ids) // length * length
+        self.pending = False
+        self.denoising_passes = 0
+        self.commit_passes = 0
+        self.prefill_seconds = 0.0
+        self.decode_seconds = 0.0
+        self.reads = ReadLog(block_length=length)
+        self._prompt_tokens = len(self.ids)
+        self._prefill_step = -(-prefill_tokens // length) * length
+        self._select = strategy(options.remasking)
+        self._rng = np.random.default_rng(options.seed)
+        # Every pass fixes one position at least: there are never more passes than positions.
+        self._counts = transfer_counts(length, min(length, options.denoising_steps))
+        self._begin_block()
+
+    def _begin_block(self) -> None:
+        known = self.ids[max(self.cache.length, self.prefill_end) :]
+        self._block = np.full(self.options.block_length, self.options.mask_token_id, np.int64)
+        self._block[: len(known)] = known
+        self._masked = np.arange(len(self._block)) >= len(known)
+        self._passes = 0  # over this block
+        self._known = len(known)  # tokens before the first masked one
+
+    @property
+    def finished(self) -> bool:
+        """Whether no pass follows."""
+        return self.output.finish_reason is not None
+
+    @property
+    def next_kind(self) -> PassKind:
+        """What the next pass is for, unless the sequence is finished."""
+        if self.cache.length < self.prefill_end:
+            return PassKind.PREFILL
+        if not self._masked.any():
+            return PassKind.COMMIT
+        return PassKind.LATER if self._passes else PassKind.FIRST
+
+    def next_pass(self) -> SequencePass:
+        """The pass that the sequence wants next; `apply` takes its result."""
+        self.pending = True
+        kind, start = self.next_kind, self.cache.length
+        if kind is PassKind.PREFILL:
+            piece = self.ids[start : min(start + self._prefill_step, self.prefill_end)]
+            return SequencePass(kind, np.array(piece, np.int64), start, self.options, self.cache, self.slot)
+        if kind is PassKind.COMMIT:
+            return SequencePass(kind, self._block.copy(), start, self.options, self.cache, self.slot)
+        return SequencePass(
+            *(kind, self._block.copy(), start, self.options, self.cache, self.slot),
+            masked=np.flatnonzero(self._masked).astype(np.int32),
+            # One number per position and pass, so that a draw does not depend on what else is masked.
+            uniforms=self._rng.random(len(self._block)),
+        )
+
+    def apply(self, proposals: Proposals | None = None) -> Step | None:
+        """Take a pass's result.
+
+        Parameters
+        ----------
+        proposals : Proposals, optional
+            Of a denoising pass, for its masked rows.
+
+        Returns
+        -------
+        Step, or None for a piece of the prompt
+        """
+        kind, start = self.next_kind, self.cache.length
+        if kind is PassKind.PREFILL:
+            self.cache.advance(min(self._prefill_step, self.prefill_end - start))
+            step = None
+        elif kind is PassKind.COMMIT:
+            self.ids[start:] = self._block.tolist()
+            self.cache.advance(len(self._block))
+            self.commit_passes += 1
+            step = self._step(kind, start, [])
+            self._begin_block()
+        else:
+            assert proposals is not None
+            step = self._step(kind, start, self._fix(proposals))
+        self.pending = False
+        return step
+
+    def _fix(self, proposals: Proposals) -> list[int]:
+        """Fix proposals as the remasking strategy says; the last pass that is allowed fixes all."""
+        rows = np.flatnonzero(self._masked)
+        chosen = np.arange(len(rows))
+        if self._passes < len(self._counts) - 1:
+            chosen = np.sort(self._select(proposals, self._counts[self._passes], self.options))
+        fixed = rows[chosen]
+        self._block[fixed] = proposals.tokens[chosen]
+        self._masked[fixed] = False
+        self._passes += 1
+        self.denoising_passes += 1
+        gap = int(self._masked.argmax()) if self._masked.any() else len(self._block)
+        self.output.extend(self._block[self._known : gap].tolist())
+        self._known = gap
+        return fixed.tolist()
+
+    def _step(self, kind: PassKind, start: int, fixed: list[int]) -> Step:
+        pairs = zip(self._block.tolist(), self._masked.tolist(), strict=True)
+        block = [None if masked else token for token, masked in pairs]
+        return Step(kind.value, start, block, fixed, self.output.text)
+
+    def result(self) -> GenerationResult:
+        """What the finished sequence gave."""
+        output, reads = self.output, self.reads
+        assert output.finish_reason is not None
+        stats = Stats(
+            prompt_tokens=self._prompt_tokens,
+            new_tokens=len(output.tokens),
+            reused_tokens=self.reused,
+            prefilled_tokens=self.prefill_end - self.reused,
+            denoising_passes=self.denoising_passes,
+            commit_passes=self.commit_passes,
+            prefill_seconds=self.prefill_seconds,
+            decode_seconds=self.decode_seconds,
+            active_fraction=reads.active_fraction,
+            sparse_density=reads.sparse_density,
+            density=reads.density,
+        )
+        return GenerationResult(output.text, list(output.tokens), output.finish_reason, stats)
+
+
+class ReadLog:
+    """Density as the LoSA paper has it (arXiv 2604.12056): positions read over the prefix length.
+
+    It is taken per kv head, layer and pass, and averaged; a pass over an empty prefix does not count.
+
+    Parameters
+    ----------
+    block_length : int
+    """
+
+    def __init__(self, block_length: int) -> None:
+        self._block_length = block_length
+        self._all = _Mean()
+        self._sparse = _Mean()
+        self._active = _Mean()
+
+    def add(self, reads: PassReads, prefix_length: int, kv_heads: int) -> None:
+        """Count a pass."""
+        layers = reads.dense_layers + reads.sparse_layers
+        self._active.add(reads.sparse_layers * reads.active / self._block_length, reads.sparse_layers)
+        if prefix_length:
+            total = reads.dense_layers + reads.positions / (kv_heads * prefix_length)
+            self._all.add(total, layers)
+            if reads.sparse:
+                self._sparse.add(total, layers)
+
+    @property
+    def density(self) -> float | None:
+        """Mean over all passes, dense ones included; None before any read."""
+        return self._all.value
+
+    @property
+    def sparse_density(self) -> float | None:
+        """Mean over the passes that the method reads sparsely; None without one."""
+        return self._sparse.value
+
+    @property
+    def active_fraction(self) -> float | None:
+        """Mean share of the block's tokens that were recomputed in sparse reads; None without one."""
+        return self._active.value
+
+
+class _Mean:
+    def __init__(self) -> None:
+        self._total = 0.0
+        self._count = 0
+
+    def add(self, total: float, count: int) -> None:
+        self._total += total
+        self._count += count
+
+    @property
+    def value(self) -> float | None:
+        return self._total / self._count if self._count else None

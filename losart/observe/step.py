@@ -1,0 +1,149 @@
+"""What a generation tells on its way: a step per pass, and the result in the last one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Figures of one generation.
+
+    Attributes
+    ----------
+    prompt_tokens, new_tokens : int
+    reused_tokens, prefilled_tokens : int
+        Of the prompt: those whose keys and values a session held already, and those that went
+        through the model. Less than a block is left, which is decoded with the first new tokens.
+    denoising_passes, commit_passes : int
+        Forward passes over a block; those of prefill are not among them.
+    prefill_seconds, decode_seconds : float
+    active_fraction : float or None
+        Mean share of a block's tokens recomputed in sparse prefix attention.
+    sparse_density : float or None
+        Mean share of the prefix that was read, per kv head, layer and pass, over the passes that
+        the attention method reads sparsely (arXiv 2604.12056); None without such a pass.
+    density : float or None
+        The same over all passes; None when the prefix was always empty.
+    """
+
+    prompt_tokens: int
+    new_tokens: int
+    reused_tokens: int
+    prefilled_tokens: int
+    denoising_passes: int
+    commit_passes: int
+    prefill_seconds: float
+    decode_seconds: float
+    active_fraction: float | None
+    sparse_density: float | None
+    density: float | None
+
+    @property
+    def forward_passes(self) -> int:
+        """Denoising and commit passes."""
+        return self.denoising_passes + self.commit_passes
+
+    @property
+    def tokens_per_second(self) -> float:
+        """New tokens over the seconds of decoding."""
+        return self.new_tokens / self.decode_seconds if self.decode_seconds else 0.0
+
+
+@dataclass(frozen=True)
+class GenerationResult:
+    """What a generation gave.
+
+    Attributes
+    ----------
+    text : str
+        The new text, without special tokens, cut before a stop string. Empty for a checkpoint
+        without a tokenizer.
+    token_ids : list of int
+        The new tokens, up to and including the one that stopped.
+    finish_reason : {"stop", "length"}
+        Ended by an end token or stop string, or by the number of tokens.
+    stats : Stats
+    """
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    stats: Stats
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True)
+class ObservedLayer:
+    """What one layer of a pass read of the prefix.
+
+    Attributes
+    ----------
+    active : int [any]
+        Positions within the block whose prefix attention was computed, ascending; the others reused
+        their stored results.
+    pages : tuple of int [any]
+        For each kv head the pages that were read, ascending; page i begins at position i * page_size.
+    density : float or None
+        Positions in those pages over the prefix length, a mean over kv heads (arXiv 2604.12056);
+        None when the prefix is empty.
+    dense : bool
+        All tokens read all pages because the layer was dense.
+    """
+
+    active: np.ndarray
+    pages: tuple[np.ndarray, ...]
+    density: float | None
+    dense: bool
+
+
+@dataclass(frozen=True)
+class Step:
+    """One pass over a block.
+
+    Streams give one per denoising pass, observers get one per pass, with its layers.
+
+    Attributes
+    ----------
+    kind : {"first", "later", "commit"}
+    block_start : int
+        Position in the sequence of the block's first token, prompt included: the length of the prefix.
+    block : list of int or None
+        Tokens of the block after the pass; None where still masked.
+    fixed : list of int
+        Positions within the block that the pass fixed, ascending; none in a commit pass.
+    text : str
+        The new text so far, up to the first masked position.
+    layers : tuple of ObservedLayer
+        Empty where nobody observes.
+    result : GenerationResult or None
+        In the last step.
+    """
+
+    kind: str
+    block_start: int
+    block: list[int | None]
+    fixed: list[int]
+    text: str = ""
+    layers: tuple[ObservedLayer, ...] = ()
+    result: GenerationResult | None = None
+
+    @property
+    def positions(self) -> list[int]:
+        """The same as `fixed`."""
+        return self.fixed
+
+    @property
+    def density(self) -> float | None:
+        """Mean over the layers; None when the prefix is empty."""
+        known = [layer.density for layer in self.layers if layer.density is not None]
+        return sum(known) / len(known) if known else None
+
+
+Observer = Callable[[Step], None]
+Progress = Callable[[int, int], None]  # done, in all: prompt tokens, layers of the weights, questions

@@ -1,0 +1,27 @@
+"""Generations are those of the version before the pass became an explicit object (commit a9b80a0).
+
+Of all methods, options and block lengths, and of sessions: tests/support/generations.py.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from generations import DTYPES, generations
+
+import losart
+
+EXPECTED = json.loads(Path(__file__).with_name("generations.json").read_text())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["random", "small"])
+def test_generations_are_those_of_before(tiny_checkpoint, name, dtype):
+    model = losart.load(tiny_checkpoint if name == "random" else None, "cpu", dtype)
+    found, expected = generations(model), EXPECTED[f"{name} {dtype}"]
+    assert len(expected) > 90 and found.keys() == expected.keys()
+    assert {case for case in found if found[case] != expected[case]} == set()
+
+
