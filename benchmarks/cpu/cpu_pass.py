@@ -1,11 +1,11 @@
 """One denoising pass on the CPU: losart dense and LoSA, beside transformers.
 
-    OMP_NUM_THREADS=2 python benchmarks/cpu_pass.py
+    OMP_NUM_THREADS=2 python -m benchmarks.cpu.cpu_pass
 
 Random weights of Qwen3-0.6B's sizes, float32, block 16, greedy. The prefix is white noise in place
-of keys and values (losart.measure.bench): dense attention's time does not depend on it, and for LoSA it is
-the worst case, since every query then prefers other pages; the density beside each time says how
-much was read. Without torch and transformers their row is left out.
+of keys and values (losart.measure.bench): dense attention's time does not depend on it, and for LoSA
+it is the worst case, since every query then prefers other pages; the density beside each time says
+how much was read. Without torch and transformers their row is left out.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,14 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from environment import commit
 
 import losart
-from losart.attention import make_policy
-from losart.attention.policy import AttentionPolicy, PassKind
+from benchmarks.support.environment import command, commit
+from losart.attention import POLICIES, DensePolicy
 from losart.cli.progress import Steps, write_weights
 from losart.config.options import AttentionConfig
-from losart.measure.bench import NoiseBlocks, noise
+from losart.engine.batch import PassKind
+from losart.measure.bench import BlockPasses, NoiseBlocks, noise
 from losart.measure.environment import cpu_name
 
 SIZE = "0.6B"
@@ -56,27 +55,45 @@ def blocks_after(checkpoint: Path, prefix: int) -> NoiseBlocks:
     return NoiseBlocks(losart.load(checkpoint, device="cpu", dtype="float32"), prefix, BLOCK)
 
 
-def prefix_attention(ours: NoiseBlocks, policy: AttentionPolicy) -> Callable[[], None]:
+class ListeningPolicy(DensePolicy):
+    """Dense attention that notes each layer's queries of the last pass."""
+
+    queries: list[np.ndarray]
+
+    def attend(self, backend: Any, layer: int, q: np.ndarray, *rest: Any) -> Any:
+        self.queries = [q] if layer == 0 else [*self.queries, q]
+        return super().attend(backend, layer, q, *rest)
+
+
+POLICIES["listening"] = ListeningPolicy
+
+
+def later_passes(ours: NoiseBlocks, attention: AttentionConfig) -> BlockPasses:
+    """Passes over a block whose first one is done."""
+    passes = ours.passes(attention)
+    passes.run(PassKind.FIRST)
+    return passes
+
+
+def prefix_attention(ours: NoiseBlocks, passes: BlockPasses) -> Callable[[], None]:
     """Only the prefix attention of all layers, on the queries of two alternating passes."""
     queries = [queries_of(ours), queries_of(ours)]
+    batch = passes.batch(PassKind.LATER)
+    policy = ours.transformer.policy(batch.options)
 
     def run() -> None:
         queries.reverse()
         for layer, q in enumerate(queries[0]):
-            policy.prefix(ours.transformer.backend, layer, q, ours.cache)
+            policy.prefix(ours.transformer.backend, layer, q, batch)
 
     return run
 
 
 def queries_of(ours: NoiseBlocks) -> list[np.ndarray]:
     """All layers' queries in a pass."""
-    queries: list[np.ndarray] = []
-    policy = make_policy(AttentionConfig(), ours.transformer.config, BLOCK)
-    policy.begin_pass(PassKind.FIRST, ours.cache.length)
-    dense = policy.prefix
-    policy.prefix = lambda backend, layer, q, cache: queries.append(q) or dense(backend, layer, q, cache)
-    ours.denoising_pass(policy)
-    return queries
+    batch = ours.passes(AttentionConfig("listening")).batch(PassKind.FIRST)
+    ours.transformer.forward(batch)
+    return ours.transformer.policy(batch.options).queries
 
 
 def transformers_pass(checkpoint: Path, prefix: int) -> Callable[[], object] | None:
@@ -116,8 +133,8 @@ def threads() -> int:
 def beside_transformers(checkpoint: Path, prefix: int, repeats: int) -> dict[str, float]:
     """A dense pass of both, in milliseconds, and their ratio."""
     ours = blocks_after(checkpoint, prefix)
-    policy = ours.later_policy(AttentionConfig())
-    runs = {"losart": lambda: ours.denoising_pass(policy)}
+    passes = later_passes(ours, AttentionConfig())
+    runs: dict[str, Callable[[], object]] = {"losart": lambda: passes.run(PassKind.LATER)}
     rival = transformers_pass(checkpoint, prefix)
     if rival is not None:
         runs["transformers"] = rival
@@ -135,16 +152,16 @@ def beside_transformers(checkpoint: Path, prefix: int, repeats: int) -> dict[str
 def losa_beside_dense(checkpoint: Path, prefix: int, repeats: int) -> dict[str, Any]:
     """Prefix attention alone and the whole pass, in milliseconds, with ratios and density."""
     ours = blocks_after(checkpoint, prefix)
-    policies = {"dense": ours.later_policy(AttentionConfig()), "losa": ours.later_policy(LOSA)}
+    methods = {"dense": later_passes(ours, AttentionConfig()), "losa": later_passes(ours, LOSA)}
     figures: dict[str, Any] = {}
     for title, prepare in (
-        (f"prefix attention at {prefix}", lambda policy: prefix_attention(ours, policy)),
-        (f"whole pass at {prefix}", lambda policy: lambda: ours.denoising_pass(policy)),
+        (f"prefix attention at {prefix}", lambda passes: prefix_attention(ours, passes)),
+        (f"whole pass at {prefix}", lambda passes: lambda: passes.run(PassKind.LATER)),
     ):
-        row = {name: 1e3 * median_seconds(prepare(policy), repeats) for name, policy in policies.items()}
+        row = {name: 1e3 * median_seconds(prepare(passes), repeats) for name, passes in methods.items()}
         row["dense / losa"] = row["dense"] / row["losa"]
         figures[title] = row
-    figures["density of losa's sparse passes"] = policies["losa"].reads.sparse_density
+    figures["density of losa's sparse passes"] = methods["losa"].reads.sparse_density
     return figures
 
 
@@ -159,7 +176,7 @@ def measure(checkpoint: Path, repeats: int) -> dict[str, Any]:
         "threads": threads(),
         "cpu": cpu_name(),
         "losart": f"{losart.__version__}, commit {commit()}",
-        "command": " ".join(["python", *sys.argv]),
+        "command": command(__file__),
         f"dense pass at {SHORT_PREFIX}": short,
         **long,
     }

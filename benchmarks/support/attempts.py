@@ -1,4 +1,4 @@
-"""Measurements that may fail: one that does leaves its reason where its figure would be."""
+"""Measurements that may fail: one that does leaves the reason in place of its figure."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def attempt(measure: Callable[..., Any], *args: Any) -> Any:
-    """What `measure` gives, or a str that says why it gives nothing; device memory is free afterwards."""
+    """What `measure` returns, or a str that says why it failed; device memory is free afterwards."""
     try:
         value = measure(*args)
     except Exception as error:
@@ -40,7 +40,7 @@ def ratio(above: Any, below: Any) -> float | None:
 
 
 def free_memory() -> None:
-    """Give what is no longer used back to the device, so that others can have it."""
+    """Return unused memory to the device, so that others can have it."""
     gc.collect()
     cupy: Any = sys.modules.get("cupy")
     torch: Any = sys.modules.get("torch")

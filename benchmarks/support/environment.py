@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,6 +19,12 @@ def commit() -> str:
         return "unknown"
 
 
+def command(file: str) -> str:
+    """The command line of this process, whose module is that file of this checkout."""
+    module = Path(file).relative_to(Path(__file__).parents[2]).with_suffix("")
+    return " ".join(["python", "-m", ".".join(module.parts), *sys.argv[1:]])
+
+
 def gpu_name() -> str:
     """The current CUDA device's name."""
     import cupy
@@ -28,8 +35,8 @@ def gpu_name() -> str:
 
 def versions(*packages: str) -> dict[str, str]:
     """Versions of those packages that are installed."""
-    found = {}
+    installed = {}
     for package in packages:
         with suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
+            installed[package] = version(package)
+    return installed

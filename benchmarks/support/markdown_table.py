@@ -8,7 +8,7 @@ LENGTHS = ("prefix", "prompt")  # counted in K
 
 
 def markdown_table(rows: list[dict[str, Any]]) -> str:
-    """A table with a column a key, in the order in which keys first appear."""
+    """A table with one column per key, in the order in which keys first appear."""
     keys = list(dict.fromkeys(key for row in rows for key in row))
     lines = [keys, ["---"] * len(keys)]
     lines += [[cell(key, row.get(key)) for key in keys] for row in rows]

@@ -13,19 +13,19 @@ from losart.eval import TASKS
 Setting = dict[str, Any]  # options of `Model.generate`; one that has its default is left out
 
 LENGTHS = (8192, 4096)
-CORE = ("keys-4", "chain-2", "values", "chains-2")  # those that methods answer differently
+CORE = ("keys-4", "chain-2", "values", "chains-2")  # those on which methods differ
 BLOCK = 16
 
-BUDGETS = (64, 256, 1024, 128, 512, 32, 16)  # the most telling first
+BUDGETS = (64, 256, 1024, 128, 512, 32, 16)  # the most informative first
 BUDGET = 256
-SHARED: Setting = {"remasking": "low_confidence_static", "denoising_steps": 8}  # two tokens a pass
+SHARED: Setting = {"remasking": "low_confidence_static", "denoising_steps": 8}  # two tokens per pass
 DENSE = SHARED | {"attention": "dense"}
 QUEST = SHARED | {"attention": "quest", "budget": BUDGET}
 SPARSED = SHARED | {"attention": "sparsed", "budget": BUDGET}
 LOSA = SHARED | {"attention": "losa", "budget": BUDGET, "active": 5}
 ANCHOR = LOSA | {"selector": "anchor"}
 SPARSE_METHODS = (LOSA, QUEST, SPARSED, ANCHOR)
-FEW: Setting = {"block_length": 4, "denoising_steps": 2}  # two tokens a pass, as in blocks of 16
+FEW: Setting = {"block_length": 4, "denoising_steps": 2}  # two tokens per pass, as in blocks of 16
 
 BEYOND_THE_PAPER: tuple[Setting, ...] = (
     {"selector": "anchor"},
@@ -141,12 +141,12 @@ class Asked:
 
 
 def cell_key(task: str, length: int, setting: Mapping[str, Any]) -> str:
-    """What tells one cell from another."""
+    """What identifies a cell."""
     return json.dumps([task, length, sorted(setting.items())])
 
 
 def label(setting: Setting) -> str:
-    """A setting in words, without what all have."""
+    """A setting in words, without what all settings share."""
     tokens = setting.get("block_length", BLOCK) // setting["denoising_steps"]
     words = [str(setting["attention"])]
     words += [f"{name} {value}" for name, value in setting.items() if name not in {*SHARED, "attention"}]
@@ -158,7 +158,7 @@ def label(setting: Setting) -> str:
 def cells(
     groups: Sequence[str] = tuple(GROUPS), lengths: Sequence[int] = LENGTHS, tasks: Sequence[str] = ()
 ) -> list[Asked]:
-    """The cells of some groups, those first that say most; one that several groups have is there once.
+    """The cells of some groups, the most informative first; one that several groups have occurs once.
 
     Parameters
     ----------
@@ -166,7 +166,7 @@ def cells(
         Keys of `GROUPS`.
     lengths : sequence of int
     tasks : sequence of str
-        Only these of a group's tasks; all, if there are none.
+        Only these of a group's tasks; all of them if empty.
     """
 
     def every() -> Iterator[Asked]:

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
-from attempts import attempt, ratio
-from cuda_noise import filled_cache, model_config, placed_queries
-from cuda_timing import graph_microseconds
-from cuda_torch import causal
-
+from benchmarks.cuda.noise import BFLOAT16, BLOCK, filled_cache, model_config, placed_queries
+from benchmarks.cuda.timing import graph_microseconds
+from benchmarks.cuda.torch_attention import causal
+from benchmarks.support.attempts import attempt, ratio
 from losart.backends.cuda.backend import CudaBackend
 from losart.config.model import ModelConfig
-
-BLOCK = 16
+from losart.engine.batch import PassKind
 
 
 def rows(bandwidth: float, quick: bool = False) -> Iterator[dict[str, Any]]:
-    """One row a prompt, one layer of SDAR-8B's heads; speeds in TFLOP/s of what each side must do."""
+    """One row per prompt, one layer of SDAR-8B's heads; speeds in TFLOP/s of what each side must do."""
     config = model_config("8B", num_layers=1)
     for prompt in (16384,) if quick else (16384, 65536):
         whole_blocks = sum((p // BLOCK + 1) * BLOCK for p in range(prompt))
@@ -38,15 +37,14 @@ def rows(bandwidth: float, quick: bool = False) -> Iterator[dict[str, Any]]:
 
 def microseconds(config: ModelConfig, prompt: int) -> float:
     """Of one layer, in the pieces in which a prompt goes through the model."""
-    backend = CudaBackend(config, "bfloat16")
+    backend = CudaBackend(config, BFLOAT16)
     cache = filled_cache(backend, 0, prompt)
     piece, total = min(backend.prefill_tokens, prompt), 0.0
     for start in range(0, prompt, piece):
         cache.length = start
-        q = placed_queries(backend, cache, min(piece, prompt - start))
-        total += graph_microseconds(
-            backend.stream, lambda q=q: backend.causal_attention(q, cache, 0, BLOCK), 3, 5
-        )
+        q, batch = placed_queries(backend, cache, min(piece, prompt - start), PassKind.PREFILL)
+        attend = partial(backend.causal_attention, 0, q, batch)
+        total += graph_microseconds(backend.memory.stream, attend, 3, 5)
     return total
 
 

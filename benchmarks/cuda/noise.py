@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import cupy
 import numpy as np
 
-from losart.backends.base import PassInputs
 from losart.backends.cuda.backend import CudaBackend
+from losart.backends.cuda.batch import DeviceBatch
+from losart.backends.cuda.results import Weight
 from losart.config.model import ModelConfig
+from losart.config.options import AttentionConfig, generation_config
+from losart.config.precision import Precision
+from losart.engine.batch import PassBatch, PassKind, SequencePass
 from losart.measure.random_checkpoint import SIZES
 
 PIECE = 8192  # positions written at a time
+BLOCK = 16
+BFLOAT16 = Precision.of("bfloat16")
 
 noise = cupy.ElementwiseKernel(
     "float32 scale",
@@ -33,13 +40,13 @@ class NoiseBackend(CudaBackend):
     """A CUDA backend that takes shapes in place of a checkpoint's tensors."""
 
     def upload(self, *shapes: Any) -> Any:
-        with self.stream:
+        with self.memory.stream:
             held = cupy.empty((sum(rows for rows, _ in shapes), shapes[0][1]), np.uint16)
             noise(np.float32(1.7 / shapes[0][1] ** 0.5), held)
-        return held
+        return Weight(held)
 
     def upload_vector(self, *shapes: Any) -> Any:
-        with self.stream:
+        with self.memory.stream:
             return cupy.ones(sum(shape[0] for shape in shapes), np.float32)
 
 
@@ -79,7 +86,7 @@ def filled_cache(backend: CudaBackend, prefix: int, room: int = 0) -> Any:
     """A cache full of noise."""
     cache = backend.new_cache(16, prefix + room)
     cache.reserve(prefix + room)
-    with backend.stream:
+    with backend.memory.stream:
         for kv, _ in cache.table.chunks:
             noise(np.float32(1.0), kv)
     cache.length = prefix
@@ -96,21 +103,38 @@ def written_cache(
     for start in range(0, prefix, PIECE):
         count = min(PIECE, prefix - start)
 
-        def write(_: Any, start: int = start, count: int = count) -> None:
+        def write(batch: DeviceBatch, start: int = start, count: int = count) -> Any:
             for layer in layers:
-                cache.write(layer, *draw(layer, start, count))
+                backend.write_kv(layer, *draw(layer, start, count), batch)
+            return None, []
 
-        backend.run_prefill(np.zeros(count, np.int64), cache, write)
+        backend.run(pass_after(cache, count, PassKind.PREFILL), None, write)
         cache.advance(count)
     return cache
 
 
-def placed_queries(backend: CudaBackend, cache: Any, tokens: int) -> Any:
-    """Tells the device where the cache lies, and gives queries of as many tokens after its prefix."""
+def pass_after(
+    cache: Any, tokens: int, kind: PassKind, attention: AttentionConfig | None = None, slot: Any = None
+) -> PassBatch:
+    """A pass over so many tokens after a cache's prefix."""
+    options = generation_config(model_config("8B"), {"block_length": BLOCK})
+    if attention is not None:
+        options = replace(options, attention=attention)
+    rows = np.arange(0 if kind is PassKind.PREFILL else tokens, dtype=np.int32)
+    ids = np.zeros(tokens, np.int64)
+    return PassBatch(
+        (SequencePass(kind, ids, cache.length, options, cache, slot, rows, np.zeros(len(rows))),)
+    )
+
+
+def placed_queries(
+    backend: CudaBackend, cache: Any, tokens: int, kind: PassKind = PassKind.LATER
+) -> tuple[Any, DeviceBatch]:
+    """Queries of so many tokens after a cache's prefix, and their pass, placed on the device."""
     c = backend.config
-    with backend.stream:
-        backend._place(PassInputs(np.zeros(tokens, np.int64)), cache)
-        return cupy.random.standard_normal((tokens, c.num_heads, c.head_dim), np.float32)
+    with backend.memory.stream:
+        batch = backend.runner.place(pass_after(cache, tokens, kind))
+        return cupy.random.standard_normal((tokens, c.num_heads, c.head_dim), np.float32), batch
 
 
 def kv_bytes(config: ModelConfig, prefix: int) -> int:

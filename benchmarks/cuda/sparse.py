@@ -6,24 +6,20 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
-from attempts import attempt, ratio
-from cuda_noise import kv_bytes, model_config
-from cuda_timing import graph_microseconds
-from cuda_topics import Topics
-
+from benchmarks.cuda.noise import BFLOAT16, BLOCK, kv_bytes, model_config, pass_after
+from benchmarks.cuda.timing import graph_microseconds
+from benchmarks.cuda.topics import Topics
+from benchmarks.support.attempts import attempt, ratio
 from losart.attention import make_policy
-from losart.attention.policy import AttentionPolicy, PassKind
-from losart.backends.base import PassInputs
 from losart.backends.cuda.backend import CudaBackend
 from losart.config.options import AttentionConfig
+from losart.engine.batch import PassKind
 
-BLOCK = 16
 CACHED_BYTES = 400_000_000  # well past what the device's cache holds
 
 
 def rows(quick: bool = False) -> Iterator[dict[str, Any]]:
-    """One row a prefix and budget, of SDAR-8B's heads."""
+    """One row per prefix and budget, of SDAR-8B's heads."""
     prefixes = (65536,) if quick else (32768, 65536, 131072)
     for prefix in prefixes:
         layers = max(2, -(-CACHED_BYTES // kv_bytes(model_config("8B"), prefix)))
@@ -53,7 +49,7 @@ class PrefixAttention:
 
     def __init__(self, layers: int, prefix: int) -> None:
         self.config = model_config("8B", num_layers=layers, max_positions=prefix + BLOCK)
-        self.backend = CudaBackend(self.config, "bfloat16")
+        self.backend = CudaBackend(self.config, BFLOAT16)
         topics = Topics(self.backend, prefix)
         self.cache = topics.cache(BLOCK)
         self.queries = [topics.queries(layer, BLOCK, 3) for layer in range(layers)]
@@ -61,38 +57,31 @@ class PrefixAttention:
     def measure(self, method: str, **options: Any) -> tuple[float, float]:
         """Microseconds of one layer of a later pass, and the share of the prefix that it reads."""
         backend, cache, layers = self.backend, self.cache, self.config.num_layers
-        policy = make_policy(AttentionConfig(method, **options), self.config, BLOCK)
-        policy.use(backend)
-        with backend.stream:
-            backend._place(_inputs(), cache)
-            policy.begin_pass(PassKind.FIRST, cache.length)
-            for layer, (first, *_) in enumerate(self.queries):
-                policy.prefix(backend, layer, first, cache)
-            policy.begin_pass(PassKind.LATER, cache.length)
-            backend._place(_inputs(), cache)
-            for layer, (_, second, _) in enumerate(self.queries):
-                policy.prefix(backend, layer, second, cache)
-            positions, _ = backend._given.get()
-        read = layers * self.config.num_kv_heads * cache.length
-        # A pass over all layers changes the queries that the next one meets.
-        turns = itertools.cycle((n, layer) for n in (2, 1) for layer in range(layers))
+        attention = AttentionConfig(method, **options)
+        policy = make_policy(attention, self.config, BLOCK)
+        slot = None if policy.stored is None else backend.new_slot(policy.stored)
+
+        def attend(layer: int, n: int) -> Any:
+            prefix, _ = policy.prefix(backend, layer, self.queries[layer][n], batch)
+            return backend.merge(prefix)
+
+        with backend.memory.stream:
+            for n, kind in enumerate((PassKind.FIRST, PassKind.LATER)):
+                batch = backend.runner.place(pass_after(cache, BLOCK, kind, attention, slot))
+                for layer in range(layers):
+                    attend(layer, n)
+            positions, _ = batch.buffers.fetch()
+        # A pass over all layers changes the queries that the next one is compared with.
+        turns = itertools.cycle((layer, n) for n in (2, 1) for layer in range(layers))
 
         def launch() -> Any:
-            n, layer = next(turns)
-            return self._attend(policy, layer, self.queries[layer][n])
+            return attend(*next(turns))
 
         launch()
         for _ in range(2 * layers - 1):
             next(turns)
-        time = graph_microseconds(backend.stream, launch, 2 * layers)
+        time = graph_microseconds(backend.memory.stream, launch, 2 * layers)
+        if slot is not None:
+            backend.free_slot(slot)
+        read = layers * self.config.num_kv_heads * cache.length
         return time, 1.0 if method == "dense" else positions / read
-
-    def _attend(self, policy: AttentionPolicy, layer: int, q: Any) -> Any:
-        backend = self.backend
-        prefix = policy.prefix(backend, layer, q, self.cache)
-        # LoSA's are merged already, into what it keeps.
-        return prefix if isinstance(prefix, tuple) else backend.merge(prefix)
-
-
-def _inputs() -> PassInputs:
-    return PassInputs(np.zeros(BLOCK, np.int64), np.arange(BLOCK))

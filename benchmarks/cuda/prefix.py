@@ -6,11 +6,10 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
-from attempts import attempt, ratio
-from cuda_noise import filled_cache, kv_bytes, model_config, placed_queries
-from cuda_timing import graph_microseconds
-from cuda_torch import flash_over_prefix
-
+from benchmarks.cuda.noise import BFLOAT16, filled_cache, kv_bytes, model_config, placed_queries
+from benchmarks.cuda.timing import graph_microseconds
+from benchmarks.cuda.torch_attention import flash_over_prefix
+from benchmarks.support.attempts import attempt, ratio
 from losart.backends.cuda.backend import CudaBackend
 from losart.config.model import ModelConfig
 
@@ -18,7 +17,7 @@ CACHED_BYTES = 400_000_000  # well past what the device's cache holds
 
 
 def rows(bandwidth: float, quick: bool = False) -> Iterator[dict[str, Any]]:
-    """One row a block length and prefix, of SDAR-8B's heads."""
+    """One row per block length and prefix, of SDAR-8B's heads."""
     blocks = (16,) if quick else (4, 16, 32)
     prefixes = (16384, 65536) if quick else (4096, 8192, 16384, 32768, 65536, 131072)
     for block, prefix in itertools.product(blocks, prefixes):
@@ -40,12 +39,12 @@ def rows(bandwidth: float, quick: bool = False) -> Iterator[dict[str, Any]]:
 
 def microseconds(config: ModelConfig, block: int, prefix: int) -> float:
     """Of one layer, the merge of its parts included."""
-    backend = CudaBackend(config, "bfloat16")
+    backend = CudaBackend(config, BFLOAT16)
     cache = filled_cache(backend, prefix)
-    q = placed_queries(backend, cache, block)
+    q, batch = placed_queries(backend, cache, block)
     layer = itertools.cycle(range(config.num_layers))
 
     def launch() -> Any:
-        return backend.merge(backend.prefix_attention(q, cache, next(layer)))
+        return backend.merge(backend.prefix_attention(next(layer), q, batch))
 
-    return graph_microseconds(backend.stream, launch, max(8, config.num_layers))
+    return graph_microseconds(backend.memory.stream, launch, max(8, config.num_layers))

@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from attempts import attempt, free_memory, ratio
-from cuda_model import BLOCK, Method
-from cuda_noise import kv_bytes, weight_bytes
-from cuda_planted import PlantedPrefix, planted_rows
-
-from losart.attention import make_policy
+from benchmarks.cuda.noise import BLOCK, kv_bytes, weight_bytes
+from benchmarks.cuda.planted import PlantedPrefix, planted_rows
+from benchmarks.support.attempts import attempt, free_memory, ratio
 from losart.config.model import ModelConfig
 from losart.config.options import AttentionConfig
 
@@ -22,7 +19,7 @@ METHODS = {
 
 
 def rows(bandwidth: float, quick: bool = False) -> Iterator[dict[str, Any]]:
-    """One row a size, prefix and method, in milliseconds."""
+    """One row per size, prefix and method, in milliseconds."""
     for size in ("1.7B",) if quick else ("1.7B", "8B"):
         prefixes = (65536,) if quick else (65536, 131072)
         yield from planted_rows(size, prefixes, lambda planted: rows_of(planted, bandwidth))
@@ -48,14 +45,13 @@ def rows_of(planted: PlantedPrefix, bandwidth: float) -> Iterator[dict[str, Any]
         }
 
 
-def measured(
-    planted: PlantedPrefix, attention: AttentionConfig, method: Method = make_policy
-) -> tuple[float | str, float | None]:
-    """Milliseconds of a later pass, or why there are none, and the share of the prefix that it reads."""
-    passes = attempt(planted.passes, attention, method)
+def measured(planted: PlantedPrefix, attention: AttentionConfig) -> tuple[float | str, float | None]:
+    """Milliseconds of a later pass, or why it failed, and the share of the prefix that it reads."""
+    passes = attempt(planted.passes, attention)
     if isinstance(passes, str):
         return passes, None
-    time = attempt(passes.later_milliseconds)
+    time = attempt(passes.milliseconds)
+    passes.close()
     return time, None if isinstance(time, str) else passes.density
 
 
@@ -66,7 +62,7 @@ def pass_bytes(config: ModelConfig, prefix: int, attention: AttentionConfig, den
         # A page's smallest and largest keys are as much as one position's key and value.
         read += kv_bytes(config, -(-prefix // attention.page_size))
     if attention.method == "losa" and attention.selector == "anchor":
-        # The pages that each query's masses have chosen, int32.
+        # The pages of highest mass of each query, int32.
         queries = attention.active_count(BLOCK) * config.num_heads
         read += 4 * queries * attention.pages_per_query
     return weight_bytes(config) + config.num_layers * read

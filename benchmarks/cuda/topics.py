@@ -12,8 +12,8 @@ from typing import Any
 
 import cupy
 import numpy as np
-from cuda_noise import written_cache
 
+from benchmarks.cuda.noise import written_cache
 from losart.backends.cuda.backend import CudaBackend
 
 SEGMENT = 128  # positions of one topic
@@ -51,7 +51,7 @@ class Topics:
         """Queries of a block in consecutive passes, [tokens, heads, head_dim]."""
         c = self.backend.config
         rng = np.random.default_rng(layer)
-        with self.backend.stream:
+        with self.backend.memory.stream:
             directions = self._directions(layer)
             noise = self._random.standard_normal((tokens, c.num_heads, c.head_dim), np.float32)
 

@@ -2,7 +2,7 @@
 
 The queries of a whole pass come out of random weights, so it is keys that are made to fit. The prefix is
 noise (standard normal, so that scores are too) but for some segments of 128 positions: in each layer
-and kv head a few that all tokens of the block ask for, and one for each token, as in `cuda_topics.py`.
+and kv head a few that all tokens of the block ask for, and one for each token, as in `topics.py`.
 To the noise of a segment's keys the shortest vector is added whose score with all those queries is
 `SCORE`. Planted segments then get about nine tenths of the attention over a prefix of 128K.
 
@@ -17,16 +17,16 @@ from typing import Any
 
 import cupy
 import numpy as np
-from attempts import attempt
-from cuda_model import BLOCK, BlockPasses, Method, NoiseModel
-from cuda_noise import written_cache
-from cuda_topics import OWN_TOPICS, SEGMENT, SHARED_TOPICS
 
-from losart.attention import make_policy
-from losart.attention.dense import DensePolicy
-from losart.attention.policy import PassKind
-from losart.backends.base import PassInputs, Prefix
-from losart.config.options import AttentionConfig, generation_config
+from benchmarks.cuda.model import LaterPasses, NoiseModel, block_options
+from benchmarks.cuda.noise import BLOCK, pass_after, written_cache
+from benchmarks.cuda.topics import OWN_TOPICS, SEGMENT, SHARED_TOPICS
+from benchmarks.support.attempts import attempt
+from losart.attention import POLICIES, DensePolicy
+from losart.backends.cuda.batch import DeviceBatch
+from losart.config.options import AttentionConfig
+from losart.engine.batch import PassKind
+from losart.measure.bench import BlockPasses
 
 SCORE = 8.0  # of planted keys, above those of the noise, whose standard deviation is 1
 RIDGE = 1e-4  # of the sum of the queries' squares
@@ -67,13 +67,13 @@ class PlantedPrefix:
             queries = np.concatenate([first, second[changed]])
             shared, own = self._answer(queries), [self._answer(queries[[n]]) for n in range(len(queries))]
             vectors = [shared] * SHARED_TOPICS + own * OWN_TOPICS
-            places = rng.choice(prefix // SEGMENT, len(vectors), replace=False)
-            for place, vector in zip(places, vectors, strict=True):
-                self._plant(layer, int(place) * SEGMENT, vector)
+            segments = rng.choice(prefix // SEGMENT, len(vectors), replace=False)
+            for segment, vector in zip(segments, vectors, strict=True):
+                self._plant(layer, int(segment) * SEGMENT, vector)
 
-    def passes(self, attention: AttentionConfig, method: Method = make_policy) -> BlockPasses:
+    def passes(self, attention: AttentionConfig) -> LaterPasses:
         """Passes of a method over the block, whose states take turns."""
-        return BlockPasses(self.model, self.cache, self.blocks, attention, method)
+        return LaterPasses(self.model, self.cache, self.blocks, attention)
 
     def _noise(self, count: int) -> Any:
         c = self.model.config
@@ -81,13 +81,10 @@ class PlantedPrefix:
 
     def _queries(self, ids: np.ndarray) -> list[np.ndarray]:
         """Queries [BLOCK, heads, head_dim] of all layers in a dense pass."""
-        model = self.model
-        policy = ListeningPolicy(AttentionConfig(), model.config, BLOCK)
-        policy.begin_pass(PassKind.LATER, self.cache.length)  # a dense first pass does not come by `prefix`
-        inputs = PassInputs(ids, np.arange(BLOCK), np.zeros(BLOCK))
-        generation = generation_config(model.config, {"block_length": BLOCK})
-        model.transformer.denoise(inputs, self.cache, policy, generation)
-        return policy.queries
+        transformer = self.model.transformer
+        options = block_options(self.model, AttentionConfig("listening"))
+        BlockPasses(transformer, self.cache, options, lambda: ids).run(PassKind.LATER)
+        return transformer.policy(options).queries
 
     def _answer(self, queries: np.ndarray) -> np.ndarray:
         """For each kv head the shortest vector [kv_heads, head_dim] with about SCORE for its queries.
@@ -103,23 +100,24 @@ class PlantedPrefix:
         return (rows * np.linalg.solve(gram, scores)).sum(axis=1)
 
     def _plant(self, layer: int, start: int, vector: np.ndarray) -> None:
-        """Write a segment anew. It is whole pages, whose bounds are opened anew by their first positions."""
-        cache, length = self.cache, self.cache.length
+        """Rewrite a segment. It is whole pages, whose bounds are reset by their first positions."""
+        cache, length, backend = self.cache, self.cache.length, self.model.backend
 
-        def write(_: Any) -> None:
+        def write(batch: DeviceBatch) -> Any:
             keys = self._noise(SEGMENT)
             keys += cupy.asarray(vector)
-            cache.write(layer, keys, self._noise(SEGMENT))
+            backend.write_kv(layer, keys, self._noise(SEGMENT), batch)
+            return None, []
 
         cache.length = start
-        self.model.backend.run_prefill(np.zeros(SEGMENT, np.int64), cache, write)
+        backend.run(pass_after(cache, SEGMENT, PassKind.PREFILL), None, write)
         cache.length = length
 
 
 def planted_rows(
     size: str, prefixes: Sequence[int], rows_of: Callable[[PlantedPrefix], Iterator[dict[str, Any]]]
 ) -> Iterator[dict[str, Any]]:
-    """Rows of a size at some prefixes, of one model; where it or a prefix cannot be made, why."""
+    """Rows of a size at some prefixes, of one model; where one of them cannot be made, the reason."""
     model = attempt(NoiseModel, size)
     for prefix in prefixes:
         row = {"size": size, "prefix": prefix}
@@ -132,13 +130,16 @@ def planted_rows(
 
 
 class ListeningPolicy(DensePolicy):
-    """Dense attention that brings each layer's queries to the host."""
+    """Dense attention that brings each layer's queries of the last pass to the host."""
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self.queries: list[np.ndarray] = []
+    queries: list[np.ndarray]
 
-    def prefix(self, backend: Any, layer: int, q: Any, cache: Any) -> Prefix:
-        backend.captures = False  # a replayed pass would not come by here
-        self.queries.append(backend.to_host(q))
-        return super().prefix(backend, layer, q, cache)
+    def key(self, kind: PassKind) -> None:
+        return None  # a replayed pass would not call `attend`
+
+    def attend(self, backend: Any, layer: int, q: Any, *rest: Any) -> Any:
+        self.queries = [q.get()] if layer == 0 else [*self.queries, q.get()]
+        return super().attend(backend, layer, q, *rest)
+
+
+POLICIES["listening"] = ListeningPolicy

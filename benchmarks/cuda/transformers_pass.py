@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from cuda_torch import run_microseconds
-
+from benchmarks.cuda.torch_attention import run_microseconds
 from losart.measure.random_checkpoint import SIZES
 
 

@@ -6,16 +6,16 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-from attempts import attempt, free_memory, ratio
-from cuda_model import BLOCK, BlockPasses, NoiseModel
-from cuda_noise import filled_cache, kv_bytes, model_config, weight_bytes
-from cuda_transformers import TransformersPass
 
+from benchmarks.cuda.model import LaterPasses, NoiseModel
+from benchmarks.cuda.noise import BLOCK, filled_cache, kv_bytes, model_config, weight_bytes
+from benchmarks.cuda.transformers_pass import TransformersPass
+from benchmarks.support.attempts import attempt, free_memory, ratio
 from losart.config.options import AttentionConfig
 
 
 def rows(bandwidth: float, quick: bool = False) -> Iterator[dict[str, Any]]:
-    """One row a size and prefix, in milliseconds."""
+    """One row per size and prefix, in milliseconds."""
     prefixes = (8192, 65536) if quick else (8192, 65536, 131072)
     for size in ("8B",) if quick else ("1.7B", "8B"):
         config = model_config(size)
@@ -52,4 +52,4 @@ class LosartPass(NoiseModel):
     def milliseconds(self, prefix: int) -> float:
         """Median milliseconds of a later pass over a block after a cache of noise."""
         cache = filled_cache(self.backend, prefix, BLOCK)
-        return BlockPasses(self, cache, [np.arange(BLOCK)], AttentionConfig()).later_milliseconds()
+        return LaterPasses(self, cache, [np.arange(BLOCK)], AttentionConfig()).milliseconds()

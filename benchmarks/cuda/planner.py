@@ -6,18 +6,16 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from attempts import free_memory, ratio
-from cuda_later_pass import METHODS, measured
-from cuda_planted import PlantedPrefix, planted_rows
-
-from losart.attention.losa import LosaPolicy
-from losart.backends.base import Prefix
-from losart.backends.cuda.host_planner import HostPlanner
-from losart.engine.kv_cache import PagedKVCache
+from benchmarks.cuda.later_pass import METHODS, measured
+from benchmarks.cuda.planted import PlantedPrefix, planted_rows
+from benchmarks.support.attempts import free_memory, ratio
+from losart.attention import POLICIES, LosaPolicy
+from losart.backends.cuda.host_selector import HostSelector
+from losart.engine.batch import PassKind
 
 
 def rows(quick: bool = False) -> Iterator[dict[str, Any]]:
-    """One row a size and prefix, in milliseconds."""
+    """One row per size and prefix, in milliseconds."""
     for size in ("1.7B",) if quick else ("1.7B", "8B"):
         yield from planted_rows(size, (32768,) if quick else (32768, 131072), rows_of)
         free_memory()
@@ -29,7 +27,7 @@ def rows_of(planted: PlantedPrefix) -> Iterator[dict[str, Any]]:
     host_config = replace(METHODS["losa"], planner="host")
     device_config = replace(METHODS["losa"], planner="device")
     device, density = measured(planted, device_config)
-    launched, _ = measured(planted, device_config, LaunchedLosa)
+    launched, _ = measured(planted, replace(device_config, method="launched losa"))
     host, host_density = measured(planted, host_config)
     yield {
         "device": device,
@@ -40,20 +38,22 @@ def rows_of(planted: PlantedPrefix) -> Iterator[dict[str, Any]]:
         "host/device": ratio(host, device),
         "launches, us a layer": per_layer(launched, device, model.config.num_layers),
         "transfers, us a layer": per_layer(host, launched, model.config.num_layers),
-        "auto": "host" if isinstance(model.backend.planned("auto"), HostPlanner) else "device",
+        "auto": "host" if isinstance(model.backend.selector("auto"), HostSelector) else "device",
     }
 
 
-def per_layer(more: float | str, less: float | str, layers: int) -> float | None:
+def per_layer(slow: float | str, fast: float | str, layers: int) -> float | None:
     """Microseconds of a layer in the difference, where both were measured."""
-    if isinstance(more, str) or isinstance(less, str):
+    if isinstance(slow, str) or isinstance(fast, str):
         return None
-    return (more - less) * 1e3 / layers
+    return (slow - fast) * 1e3 / layers
 
 
 class LaunchedLosa(LosaPolicy):
-    """LoSA whose passes are launched kernel by kernel, as those are that the host takes part in."""
+    """LoSA whose passes are launched kernel by kernel, like those in which the host takes part."""
 
-    def prefix(self, backend: Any, layer: int, q: Any, cache: PagedKVCache) -> Prefix:
-        backend.captures = False
-        return super().prefix(backend, layer, q, cache)
+    def key(self, kind: PassKind) -> None:
+        return None
+
+
+POLICIES["launched losa"] = LaunchedLosa

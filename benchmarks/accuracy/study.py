@@ -1,9 +1,9 @@
-"""What attention methods cost in accuracy: the checkpoint that comes with losart, over `accuracy_grid.py`.
+"""What attention methods cost in accuracy: the checkpoint that comes with losart, over `grid.py`.
 
-    python benchmarks/accuracy_study.py --json FILE --jobs 8
+    python -m benchmarks.accuracy.study --json FILE --jobs 8
 
-The file is written anew after each cell; the same command goes on where it was cut short.
-`accuracy_report.py` makes tables and pictures of it.
+The file is rewritten after each cell; the same command resumes where it was cut short.
+`report.py` makes tables and pictures of it.
 """
 
 from __future__ import annotations
@@ -21,10 +21,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from accuracy_grid import GROUPS, LENGTHS, Asked, Setting, cell_key, cells, label
-from environment import commit, gpu_name
-
 import losart
+from benchmarks.accuracy.grid import GROUPS, LENGTHS, Asked, Setting, cell_key, cells, label
+from benchmarks.support.environment import command, commit, gpu_name
 from losart.cli.arguments import listed, positive
 from losart.cli.eval_report import JsonReport
 from losart.cli.progress import Progress
@@ -76,7 +75,7 @@ class Study:
     Parameters
     ----------
     file : Path
-        One that is there must be of the same study: device, questions and seed.
+        An existing one must be of the same study: device, questions and seed.
     device : str
     jobs : int
         Processes.
@@ -86,28 +85,28 @@ class Study:
 
     def __init__(self, file: Path, device: str, jobs: int, samples: int, seed: int) -> None:
         self._file, self._jobs = file, jobs
-        self._given = {"device": device, "samples": samples, "seed": seed}
+        self._options: dict[str, Any] = {"device": device, "samples": samples, "seed": seed}
 
     def run(self, wanted: Sequence[Asked]) -> None:
-        """Measure the cells, in their order, and say how far it is.
+        """Measure the cells, in their order, with progress.
 
         Raises
         ------
         DataError
             The file is of another study.
         LosartError
-            The device is not there, or a process ended.
+            The device does not work, or a process ended.
         """
         spawn = multiprocessing.get_context("spawn")  # a CUDA context does not survive a fork
         pool = ProcessPoolExecutor(self._jobs, spawn, _end_quietly)
         try:
-            facts = pool.submit(device_facts, self._given["device"]).result()
-            facts |= {name: self._given[name] for name in ("samples", "seed")}
-            facts |= {"command": " ".join(["python", *sys.argv])}
+            facts = pool.submit(device_facts, self._options["device"]).result()
+            facts |= {name: self._options[name] for name in ("samples", "seed")}
+            facts |= {"command": command(__file__)}
             done = read_study(self._file, facts)
             report = JsonReport(str(self._file), facts, done=done)
-            there = {cell_key(cell.task, cell.length, cell.setting) for cell in done}
-            left = [asked for asked in wanted if asked.key not in there]
+            known = {cell_key(cell.task, cell.length, cell.setting) for cell in done}
+            left = [asked for asked in wanted if asked.key not in known]
             print(self._plan(len(wanted), len(left)), flush=True)
             with Progress("measuring", "cells") as progress:
                 for count, cell in enumerate(self._measured(pool, left), 1):
@@ -116,12 +115,12 @@ class Study:
                     print(line(cell), flush=True)
                     progress(count, len(left))
         except BrokenProcessPool as error:
-            raise LosartError("a process of the study ended; the same command goes on") from error
+            raise LosartError("a process of the study ended; the same command resumes it") from error
         finally:
             pool.shutdown(cancel_futures=True)
 
     def _plan(self, wanted: int, left: int) -> str:
-        questions = left * self._given["samples"]
+        questions = left * self._options["samples"]
         minutes = questions / (PACE * self._jobs) / 60
         return (
             f"{wanted} cells, {left} of them to measure: {questions:,} questions, {minutes:.1f} minutes at "
@@ -131,13 +130,13 @@ class Study:
     def _measured(self, pool: ProcessPoolExecutor, left: Sequence[Asked]) -> Iterator[StudyCell]:
         """Cells as they come."""
         at = commit()
-        futures = {pool.submit(measure, asked, **self._given): asked for asked in left}
+        futures = {pool.submit(measure, asked, **self._options): asked for asked in left}
         for future in as_completed(futures):
             yield StudyCell(**asdict(future.result()), setting=futures[future].setting, commit=at)
 
 
 def read_study(file: Path, facts: dict[str, Any]) -> list[StudyCell]:
-    """The cells of a study's file, none where there is no file.
+    """The cells of a study's file; none where it does not exist.
 
     Raises
     ------
@@ -160,22 +159,22 @@ def read_study(file: Path, facts: dict[str, Any]) -> list[StudyCell]:
 
 
 def line(cell: StudyCell) -> str:
-    """A cell in a line."""
+    """A cell in one line."""
     interval = f"{cell.accuracy:.1%} ({cell.low:.1%} - {cell.high:.1%})"
     return f"{cell.length} {cell.task}, {label(cell.setting)}: {interval}"
 
 
 def _end_quietly() -> None:
-    """An interrupt ends a process of the pool at once: the one that started it says what there is to say."""
+    """An interrupt silently ends a process of the pool: the one that started it prints the message."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="what there is so far")
+    parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="the study's file")
     parser.add_argument("--jobs", type=positive, default=1, metavar="N", help="processes, on one device (1)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--samples", type=positive, default=400, metavar="N", help="questions a cell (400)")
+    parser.add_argument("--samples", type=positive, default=400, metavar="N", help="questions per cell (400)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="(0)")
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS), metavar="NAME")
     parser.add_argument("--lengths", type=listed(int), default=LENGTHS, metavar="LIST", help="(8192,4096)")
@@ -185,7 +184,7 @@ def main() -> int:
         wanted = cells(args.groups, args.lengths, args.tasks)
         Study(args.json, args.device, args.jobs, args.samples, args.seed).run(wanted)
     except KeyboardInterrupt:
-        print("\nlosart: interrupted; the same command goes on", file=sys.stderr)
+        print("\nlosart: interrupted; the same command resumes it", file=sys.stderr)
         return 130
     except (LosartError, OSError) as error:
         print(f"losart: {error}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""The matrix products of a pass against the memory's floor, and those of prefill beside cuBLAS."""
+"""The matmuls of a pass against the memory's floor, and those of prefill beside cuBLAS."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from typing import Any
 
 import cupy
 import numpy as np
-from attempts import attempt, ratio
-from cuda_noise import NoiseBackend, model_config, noise
-from cuda_timing import graph_microseconds, queued_microseconds
 
-from losart.backends.cuda.products import blas_product
+from benchmarks.cuda.noise import BFLOAT16, NoiseBackend, model_config, noise
+from benchmarks.cuda.timing import graph_microseconds, queued_microseconds
+from benchmarks.support.attempts import attempt, ratio
+from losart.backends.cuda.matmul import blas_matmul
 
 CACHED_BYTES = 400_000_000  # well past what the device's cache holds
 
 
 def rows(bandwidth: float, quick: bool = False) -> Iterator[dict[str, Any]]:
-    """One row a product; the weights are read from memory each time."""
+    """One row per matmul; the weights are read from memory each time."""
     for size in ("8B",) if quick else ("1.7B", "8B"):
-        for name, shape in product_shapes(size).items():
+        for name, shape in matmul_shapes(size).items():
             floor = 2 * shape[0] * shape[1] / bandwidth * 1e6
             ours = attempt(microseconds, size, shape)
             yield {
                 "size": size,
-                "product": name,
+                "matmul": name,
                 "floor": floor,
                 "losart": ours,
                 "losart/floor": ratio(ours, floor),
@@ -33,9 +33,9 @@ def rows(bandwidth: float, quick: bool = False) -> Iterator[dict[str, Any]]:
 
 
 def prefill_rows(quick: bool = False) -> Iterator[dict[str, Any]]:
-    """One row a product and a number of tokens; speeds in TFLOP/s."""
+    """One row per matmul and number of tokens; speeds in TFLOP/s."""
     for size in ("8B",) if quick else ("1.7B", "8B"):
-        for name, shape in product_shapes(size).items():
+        for name, shape in matmul_shapes(size).items():
             if name == "head":
                 continue  # prefill has none
             for tokens in (512, 2048):
@@ -46,7 +46,7 @@ def prefill_rows(quick: bool = False) -> Iterator[dict[str, Any]]:
                 )
                 yield {
                     "size": size,
-                    "product": name,
+                    "matmul": name,
                     "tokens": tokens,
                     "losart": ours,
                     "cuBLAS": blas,
@@ -54,7 +54,7 @@ def prefill_rows(quick: bool = False) -> Iterator[dict[str, Any]]:
                 }
 
 
-def product_shapes(size: str) -> dict[str, tuple[int, int]]:
+def matmul_shapes(size: str) -> dict[str, tuple[int, int]]:
     """Rows and columns of each matrix of a pass."""
     c = model_config(size)
     q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
@@ -68,33 +68,33 @@ def product_shapes(size: str) -> dict[str, tuple[int, int]]:
 
 
 def microseconds(size: str, shape: tuple[int, int], block: int = 16) -> float:
-    """Of one product with a block's tokens."""
+    """Of one matmul with a block's tokens."""
     backend, x, next_matrix, copies = _operands(size, shape, block)
-    return graph_microseconds(backend.stream, lambda: backend.linear(x, next_matrix()), 3 * copies)
+    return graph_microseconds(backend.memory.stream, lambda: backend.linear(x, next_matrix()), 3 * copies)
 
 
 def prefill_microseconds(size: str, shape: tuple[int, int], tokens: int, with_blas: bool) -> float:
-    """Of one product with a piece of a prompt, by our kernels or by cuBLAS."""
+    """Of one matmul with a piece of a prompt, by our kernels or by cuBLAS."""
     backend, x, next_matrix, copies = _operands(size, shape, tokens)
 
     def by_blas() -> Any:
-        product = blas_product(x, next_matrix(), "bfloat16")
-        if product is None:
+        y = blas_matmul(x, next_matrix().values, BFLOAT16.weights)
+        if y is None:
             raise RuntimeError("CuPy finds no cuBLAS")
-        return product
+        return y
 
     launch = by_blas if with_blas else lambda: backend.linear(x, next_matrix())
-    return queued_microseconds(backend.stream, launch, max(20, copies))
+    return queued_microseconds(backend.memory.stream, launch, max(20, copies))
 
 
 def _operands(
     size: str, shape: tuple[int, int], tokens: int
 ) -> tuple[NoiseBackend, Any, Callable[[], Any], int]:
-    """A backend, x, what gives matrices in turn, and how many there are."""
-    backend = NoiseBackend(model_config(size), "bfloat16")
+    """A backend, x, what returns matrices in turn, and how many they are."""
+    backend = NoiseBackend(model_config(size), BFLOAT16)
     copies = max(2, -(-CACHED_BYTES // (2 * shape[0] * shape[1])))
     turn = itertools.cycle([backend.upload(shape) for _ in range(copies)])
-    with backend.stream:
+    with backend.memory.stream:
         x = cupy.empty((tokens, shape[1]), np.uint16)
         noise(np.float32(1.0), x)
     return backend, x, lambda: next(turn), copies

@@ -1,6 +1,6 @@
-"""Tables and pictures of what `accuracy_study.py` measured, and of `losart eval --locality`.
+"""Tables and pictures of what `study.py` measured, and of `losart eval --locality`.
 
-    python benchmarks/accuracy_report.py benchmarks/results/accuracy.json
+    python -m benchmarks.accuracy.report benchmarks/results/accuracy.json
 
 writes accuracy.md and pictures beside the JSON; with --locality FILE also those of its locality.
 Pictures need matplotlib: pip install 'losart[plot]'.
@@ -14,9 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from accuracy_grid import BLOCK, GROUPS, Group, cell_key, label
-from accuracy_pictures import draw_accuracy, draw_locality
-
+from benchmarks.accuracy.grid import BLOCK, GROUPS, Group, cell_key, label
+from benchmarks.accuracy.pictures import draw_accuracy, draw_locality
 from losart.cli.tables import share
 from losart.errors import DataError, LosartError
 from losart.eval import TASKS
@@ -30,10 +29,10 @@ def read(file: Path, key: str) -> dict[str, Any]:
     """A report with a list under `key` that is not empty."""
     try:
         report = json.loads(file.read_text("utf-8"))
-        there = bool(report[key])
+        measured = bool(report[key])
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{file} has no {key}") from error
-    if not there:
+    if not measured:
         raise DataError(f"{file} has no {key} yet")
     return dict(report)
 
@@ -44,10 +43,10 @@ def markdown(report: dict[str, Any]) -> str:
     commits = ", ".join(sorted({cell["commit"] for cell in report["cells"]}))
     parts = [
         "# Accuracy of attention methods\n\n"
-        f"{report['samples']} questions a cell, answered by the checkpoint that comes with losart, greedily, "
-        f"in blocks of {BLOCK}, with two tokens fixed in a pass where nothing else is said. Percent answered "
-        "right, with 95% intervals (Wilson); density of the passes that are read sparsely, and of all, means "
-        f"over the tasks shown.\n\n{report['device_name']}, {report['dtype']}, commit {commits}: "
+        f"{report['samples']} questions per cell, answered by the checkpoint that comes with losart, in "
+        f"blocks of {BLOCK}, greedily, with two tokens fixed per pass unless stated otherwise. Percent "
+        "answered right, with 95% intervals (Wilson); density of the passes that are read sparsely, and of "
+        f"all, means over the tasks shown.\n\n{report['device_name']}, {report['dtype']}, commit {commits}: "
         f"`{report['command']}`\n"
     ]
     for length in sorted({cell["length"] for cell in report["cells"]}):
@@ -60,13 +59,13 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 def table(group: Group, length: int, cells: Cells) -> str:
-    """A row for each setting of which there is something; empty without any."""
+    """A row for each setting of which a cell was measured; empty without any."""
     lines = []
     for setting in sorted(group.settings, key=lambda one: one.get("budget", 0)):
         row = [cells.get(cell_key(task, length, setting)) for task in group.tasks]
-        there = [cell for cell in row if cell is not None]
-        if there:
-            densities = [mean(cell[name] for cell in there) for name in ("sparse_density", "density")]
+        measured = [cell for cell in row if cell is not None]
+        if measured:
+            densities = [mean(cell[name] for cell in measured) for name in ("sparse_density", "density")]
             lines.append([label(setting), *map(accuracy, row), *map(share, densities)])
     if not lines:
         return ""
@@ -83,7 +82,7 @@ def accuracy(cell: dict[str, Any] | None) -> str:
 
 
 def locality_markdown(report: dict[str, Any]) -> str:
-    """A layer a row."""
+    """One row per layer."""
     head = ["layer", *(f"top {count}" for count in TOP), *KINDS]
     lines = [
         [
@@ -95,8 +94,8 @@ def locality_markdown(report: dict[str, Any]) -> str:
     ]
     note = (
         "# Locality\n\nShare of the queries' change from pass to pass in the tokens of a block that changed "
-        f"most, and in each kind of token ([what the columns mean](../../docs/evaluation.md#locality)). "
-        f"`losart eval --locality`, {report['samples']} questions a task and length, on the CPU, "
+        "most, and in each kind of token ([what the columns mean](../../docs/guide/evaluating.md#locality)). "
+        f"`losart eval --locality`, {report['samples']} questions per task and length, on the CPU, "
         f"{report['dtype']}, options {report['options']}.\n\n![locality](locality.png)\n\n"
     )
     return note + rows_of([head, ["---"] * len(head), *lines])
@@ -132,7 +131,7 @@ def write_locality(file: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("file", type=Path, nargs="?", metavar="FILE", help="JSON of accuracy_study.py")
+    parser.add_argument("file", type=Path, nargs="?", metavar="FILE", help="JSON of the study")
     parser.add_argument("--locality", type=Path, metavar="FILE", help="JSON of losart eval --locality")
     args = parser.parse_args()
     if args.file is None and args.locality is None:

@@ -1,6 +1,6 @@
 """Time from starting a process to the first token of a checkpoint: losart and transformers.
 
-    python benchmarks/cuda_first_token.py --size 0.6B --device cpu
+    python -m benchmarks.cuda.first_token --size 0.6B --device cpu
 
 A prompt of 512 ids, random bfloat16 weights, files that the system has in memory. losart is measured
 with kernels that an earlier run has compiled, and with an empty kernel cache.
@@ -17,8 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from attempts import attempt, ratio
-
+from benchmarks.support.attempts import attempt, ratio
 from losart.measure.footprint.processes import Interpreter, Request, as_qwen3, probe
 from losart.measure.random_checkpoint import SIZES, write_checkpoint
 
@@ -89,7 +88,7 @@ def repeated(
 def first_token(
     name: str, checkpoint: Path, device: str, environment: dict[str, str], watch: bool = False
 ) -> dict[str, Any]:
-    """What one process reports (losart.measure.footprint.processes.probe), and the seconds to its first token."""
+    """What one process reports, see `probe`, and the seconds to its first token."""
     keys = json.loads((checkpoint / "config.json").read_text())
     request = Request(device, PROMPT_TOKENS, 1, keys["block_size"], keys["mask_token_id"])
     python = Interpreter(Path(sys.executable), isolated=False)

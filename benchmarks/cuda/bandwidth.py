@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import cupy
 import numpy as np
-from cuda_timing import graph_microseconds
+
+from benchmarks.cuda.timing import graph_microseconds
 
 BYTES = 4 << 30
 copy_kernel = cupy.RawKernel(
@@ -29,11 +30,11 @@ def copy_bandwidth() -> float:
     a, b = (cupy.ones(BYTES // 4, np.float32) for _ in range(2))
     stream = cupy.cuda.Stream(non_blocking=True)
     cupy.cuda.Device().synchronize()
-    processors = cupy.cuda.Device().attributes["MultiProcessorCount"]
+    sms = cupy.cuda.Device().attributes["MultiProcessorCount"]
     runtime = cupy.cuda.runtime
 
     def by_kernel() -> None:
-        copy_kernel((16 * processors,), (512,), (a, b, np.int64(BYTES // 16)))
+        copy_kernel((16 * sms,), (512,), (a, b, np.int64(BYTES // 16)))
 
     def by_driver() -> None:
         runtime.memcpyAsync(b.data.ptr, a.data.ptr, BYTES, runtime.memcpyDeviceToDevice, stream.ptr)

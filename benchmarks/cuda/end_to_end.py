@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from attempts import attempt, ratio
-from cuda_model import BLOCK, NoiseModel
 
+from benchmarks.cuda.model import NoiseModel
+from benchmarks.cuda.noise import BLOCK
+from benchmarks.support.attempts import attempt, ratio
 from losart.api.session import Session
-from losart.attention.policy import AttentionPolicy, PassKind
-from losart.backends.base import PassInputs
-from losart.engine.kv_cache import PagedKVCache
+from losart.engine.batch import PassBatch, PassKind, PassResult
+from losart.engine.engine import Engine
 from losart.models.transformer import Transformer
-from losart.observe.results import Stats
+from losart.observe.step import Stats
 
 SIZE = "1.7B"
 METHODS: dict[str, dict[str, Any]] = {
@@ -28,7 +28,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 def rows(quick: bool = False) -> Iterator[dict[str, Any]]:
-    """One row a method."""
+    """One row per method."""
     prompt, new_tokens = (16384, 64) if quick else (65536, 256)
     model = attempt(NoiseModel, SIZE, TimedTransformer)
     if isinstance(model, str):
@@ -50,7 +50,7 @@ def rows(quick: bool = False) -> Iterator[dict[str, Any]]:
             "density": stats.sparse_density,
             "decoding s": stats.decode_seconds,
         }
-        for kind in PassKind:
+        for kind in (PassKind.FIRST, PassKind.LATER, PassKind.COMMIT):
             of_kind = seconds[kind]
             row |= {
                 f"{kind.value} passes": len(of_kind),
@@ -65,7 +65,7 @@ def generation(
 ) -> tuple[Stats, dict[PassKind, list[float]]]:
     """Figures of a generation, and the seconds of its passes, after one that prefills, compiles and captures.
 
-    Of the prompt the second one finds all in the session's cache.
+    The second one finds the whole prompt in the session's cache.
     """
     fixed = {
         "max_new_tokens": new_tokens,
@@ -74,7 +74,7 @@ def generation(
         "remasking": "low_confidence_static",
         "stop_token_ids": [],
     }
-    session = Session(model.transformer, None, None, fixed | options)
+    session = Session(Engine(model.transformer), None, None, fixed | options)
     ids = np.random.default_rng(0).integers(model.config.vocab_size, size=prompt).tolist()
     session.generate(ids)
     model.transformer.seconds.clear()
@@ -92,15 +92,10 @@ class TimedTransformer(Transformer):
         super().__init__(*args)
         self.seconds: dict[PassKind, list[float]] = defaultdict(list)
 
-    def denoise(self, inputs: PassInputs, cache: PagedKVCache, policy: AttentionPolicy, *rest: Any) -> Any:
-        return self._timed(policy.kind, super().denoise, inputs, cache, policy, *rest)
-
-    def commit(self, ids: np.ndarray, cache: PagedKVCache, policy: AttentionPolicy, *rest: Any) -> Any:
-        return self._timed(policy.kind, super().commit, ids, cache, policy, *rest)
-
-    def _timed(self, kind: PassKind, run: Callable[..., Any], *args: Any) -> Any:
+    def forward(self, batch: PassBatch, observe: bool = False) -> PassResult:
+        backend: Any = self.backend
         began = time.perf_counter()
-        given = run(*args)
-        self.backend.stream.synchronize()
-        self.seconds[kind].append(time.perf_counter() - began)
-        return given
+        result = super().forward(batch, observe)
+        backend.memory.stream.synchronize()
+        self.seconds[batch.kind].append(time.perf_counter() - began)
+        return result

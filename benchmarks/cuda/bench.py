@@ -1,11 +1,11 @@
 """All figures of the CUDA backend, beside torch and transformers where they are installed.
 
-    python benchmarks/cuda_bench.py --json FILE --table FILE
+    python -m benchmarks.cuda.bench --json FILE --table FILE
 
 "Floor" is the bytes that must be read over the copy bandwidth measured in the same run (bytes read
 plus bytes written). Random weights of SDAR's sizes, bfloat16, batch 1; keys and values are noise:
 dense attention's time does not depend on them. A measurement that fails says why in its place, and
-files are written anew after every row, so that a run cut short leaves what it had.
+files are rewritten after every row, so that a run that is cut short leaves what it had.
 """
 
 from __future__ import annotations
@@ -19,19 +19,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import cuda_end_to_end
-import cuda_first_token
-import cuda_later_pass
-import cuda_pass
-import cuda_planner
-import cuda_prefill
-import cuda_prefix
-import cuda_products
-import cuda_sparse
-from attempts import attempt, reason
-from cuda_bandwidth import copy_bandwidth
-from environment import commit, gpu_name, versions
-from markdown_table import markdown_table
+from benchmarks.cuda import (
+    dense_pass,
+    end_to_end,
+    first_token,
+    later_pass,
+    matmuls,
+    planner,
+    prefill,
+    prefix,
+    sparse,
+)
+from benchmarks.cuda.bandwidth import copy_bandwidth
+from benchmarks.support.attempts import attempt, reason
+from benchmarks.support.environment import command, commit, gpu_name, versions
+from benchmarks.support.markdown_table import markdown_table
 
 
 @dataclass(frozen=True)
@@ -48,37 +50,37 @@ SECTIONS = {
         "Dense prefix attention, microseconds",
         "SDAR-8B's heads, one layer; losart with the merge of its parts; torch's flash attention with the "
         "query heads of a kv head as rows. Medians of graph replays, keys and values not in the L2 cache.",
-        lambda bandwidth, quick, _: cuda_prefix.rows(bandwidth, quick),
+        lambda bandwidth, quick, _: prefix.rows(bandwidth, quick),
     ),
     "sparse": Section(
         "Prefix attention of later passes, microseconds",
         "SDAR-8B's heads, block 16, one layer; sparse methods with all that they do: change of queries, "
         "ranking and selection of pages, attention over them, merge. losa 5 and 8: active tokens; anchor: "
         "losa with the selector anchor. read: the share of the prefix that is read, beside bounds. Keys and "
-        "queries with topics (`cuda_topics.py`); medians of graph replays, nothing in the L2 cache.",
-        lambda _, quick, __: cuda_sparse.rows(quick),
+        "queries with topics (`topics.py`); medians of graph replays, nothing in the L2 cache.",
+        lambda _, quick, __: sparse.rows(quick),
     ),
     "pass": Section(
         "Whole denoising pass, milliseconds",
         "Block 16, host included; losart with sampling, transformers eager and without: a Qwen3 of the same "
         "sizes, SDPA with neither mask nor is_causal, on a DynamicCache.",
-        lambda bandwidth, quick, _: cuda_pass.rows(bandwidth, quick),
+        lambda bandwidth, quick, _: dense_pass.rows(bandwidth, quick),
     ),
     "later-pass": Section(
         "Whole later pass against its floor, milliseconds",
         "Block 16, host and sampling included, budget 512, active 5; anchor: the selector. Keys answer the "
-        "queries of random weights (`cuda_planted.py`). density: the share of the prefix that is read. "
+        "queries of random weights (`planted.py`). density: the share of the prefix that is read. "
         "Floor: weights, keys and values at that density, and what pages are selected by: bounds of all of "
         "them, or pages kept from the first pass.",
-        lambda bandwidth, quick, _: cuda_later_pass.rows(bandwidth, quick),
+        lambda bandwidth, quick, _: later_pass.rows(bandwidth, quick),
     ),
     "planner": Section(
         "Selection in kernels and on the host: whole later pass, milliseconds",
-        "LoSA, block 16, budget 512, active 5; keys planted (`cuda_planted.py`). With the host's the pass is "
+        "LoSA, block 16, budget 512, active 5; keys planted (`planted.py`). With the host's the pass is "
         "launched kernel by kernel, and each layer waits for a transfer each way: launches is what a layer "
-        "takes more without a graph, transfers what it takes more on the host than that, selection there "
+        "takes more without a graph, transfers what it takes more on the host than that, selection "
         'included. auto: what planner="auto" takes.',
-        lambda _, quick, __: cuda_planner.rows(quick),
+        lambda _, quick, __: planner.rows(quick),
     ),
     "end-to-end": Section(
         "A generation after a long prompt",
@@ -87,30 +89,30 @@ SECTIONS = {
         "included. Of each kind of pass the number, the mean and the sum of its times. With random weights "
         "queries are not concentrated: density, the share of the prefix that sparse passes read, is far "
         "above that of trained models.",
-        lambda _, quick, __: cuda_end_to_end.rows(quick),
+        lambda _, quick, __: end_to_end.rows(quick),
     ),
-    "products": Section(
-        "Matrix products of a pass, microseconds",
+    "matmuls": Section(
+        "Matmuls of a pass, microseconds",
         "Block 16; medians of graph replays, weights not in the L2 cache.",
-        lambda bandwidth, quick, _: cuda_products.rows(bandwidth, quick),
+        lambda bandwidth, quick, _: matmuls.rows(bandwidth, quick),
     ),
-    "prefill-products": Section(
-        "Matrix products of prefill, TFLOP/s",
+    "prefill-matmuls": Section(
+        "Matmuls of prefill, TFLOP/s",
         "Pieces of a prompt; medians of queued launches, weights not in the L2 cache. cuBLAS, where it is "
         "installed: gemmEx with float32 sums and results.",
-        lambda _, quick, __: cuda_products.prefill_rows(quick),
+        lambda _, quick, __: matmuls.prefill_rows(quick),
     ),
     "prefill": Section(
         "Prefill attention, TFLOP/s",
         "SDAR-8B's heads, one layer; losart block-causal (block 16) in the pieces of a prompt, torch causal "
         "over the whole prompt; each by the query-key pairs that it must see.",
-        lambda bandwidth, quick, _: cuda_prefill.rows(bandwidth, quick),
+        lambda bandwidth, quick, _: prefill.rows(bandwidth, quick),
     ),
     "first-token": Section(
         "New process to first token, seconds",
         "1.7B, 512 prompt tokens, files in the page cache; stages of the median run; the host's peak memory "
         "up to the end of loading, and of it what is not pages of files.",
-        lambda _, quick, checkpoint: cuda_first_token.rows(quick, checkpoint),
+        lambda _, quick, checkpoint: first_token.rows(quick, checkpoint),
     ),
 }
 
@@ -129,7 +131,7 @@ def main() -> None:
     figures: dict[str, Any] = {
         "device": gpu_name(),
         "commit": commit(),
-        "command": " ".join(["python", *sys.argv]),
+        "command": command(__file__),
         "versions": versions("losart", "cupy-cuda12x", "cupy-cuda13x", "torch", "transformers"),
         "copy bytes per second": bandwidth,
     }
@@ -146,7 +148,7 @@ def main() -> None:
 
 
 def guarded(rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The rows, up to an error that no row took for its own."""
+    """The rows, up to an error that no row handled."""
     try:
         yield from rows
     except Exception as error:
@@ -154,7 +156,7 @@ def guarded(rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def write(figures: dict[str, Any], json_file: Path | None, table_file: Path | None) -> None:
-    """Write what there is up to now."""
+    """Write the figures so far."""
     if json_file:
         json_file.write_text(json.dumps(figures, indent=2) + "\n")
     if table_file:

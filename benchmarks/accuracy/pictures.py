@@ -26,12 +26,12 @@ def _method(setting: dict[str, Any]) -> str:
 def draw_accuracy(
     cells: Sequence[dict[str, Any]], settings: Sequence[dict[str, Any]], tasks: Sequence[str], length: int
 ) -> Any:
-    """A panel a task: a line a method through its budgets, over the density of its sparse passes.
+    """One panel per task, one line per method through its budgets, over the density of its sparse passes.
 
     Parameters
     ----------
     cells : list of dict
-        Of accuracy_study.py's JSON.
+        Of study.py's JSON.
     settings : list of dict
         Those to show.
     tasks : list of str

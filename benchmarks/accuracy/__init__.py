@@ -1,0 +1,1 @@
+"""What attention methods cost in accuracy."""

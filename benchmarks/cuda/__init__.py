@@ -1,0 +1,1 @@
+"""Times of the CUDA backend, beside those of torch and transformers."""

@@ -1,0 +1,73 @@
+"""Our model of SDAR's sizes with noise for weights, and an attention method's passes over a block of it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from benchmarks.cuda.noise import BFLOAT16, BLOCK, NoiseBackend, Shapes, model_config
+from benchmarks.cuda.timing import run_microseconds
+from losart.config.options import AttentionConfig, GenerationConfig, generation_config
+from losart.engine.batch import PassKind
+from losart.engine.kv_cache import PagedKVCache
+from losart.measure.bench import BlockPasses
+from losart.models.transformer import Transformer
+
+
+class NoiseModel:
+    """A model of a size.
+
+    Parameters
+    ----------
+    size : str
+        Of `random_checkpoint.SIZES`.
+    transformer : type
+        Transformer, or a class made of it.
+    """
+
+    def __init__(self, size: str, transformer: type[Transformer] = Transformer) -> None:
+        self.config = model_config(size)
+        self.backend = NoiseBackend(self.config, BFLOAT16)
+        self.transformer: Any = transformer(self.config, Shapes(self.config), self.backend)
+
+
+class LaterPasses(BlockPasses):
+    """Passes over the block after a cache's prefix, of which the first one is made at once.
+
+    Parameters
+    ----------
+    model : NoiseModel
+    cache : PagedKVCache
+    blocks : sequence of int64 [BLOCK]
+        The block's ids, which take turns from pass to pass.
+    attention : AttentionConfig
+    """
+
+    def __init__(
+        self, model: NoiseModel, cache: PagedKVCache, blocks: Sequence[np.ndarray], attention: AttentionConfig
+    ) -> None:
+        ids = partial(next, itertools.cycle(blocks))
+        super().__init__(model.transformer, cache, block_options(model, attention), ids)
+        self._stream = model.backend.memory.stream
+        self.run(PassKind.FIRST)
+
+    def milliseconds(self) -> float:
+        """Median of later passes, after those that compile and capture them."""
+        return run_microseconds(self._stream, lambda: self.run(PassKind.LATER)) / 1e3
+
+    @property
+    def density(self) -> float:
+        """Share of the prefix that later passes have read."""
+        density = self.reads.sparse_density
+        return 1.0 if density is None else density
+
+
+def block_options(model: NoiseModel, attention: AttentionConfig) -> GenerationConfig:
+    """Options of passes over a block."""
+    options = generation_config(model.config, {"block_length": BLOCK})
+    return replace(options, attention=attention)
