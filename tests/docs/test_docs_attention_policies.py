@@ -1,11 +1,11 @@
-"""The example of docs/attention-policies.md: its policy is registered, its tests are this file's."""
+"""The example of docs/design/attention-policies.md: its policy is registered, its tests are this file's."""
 
 import pytest
 from pages import run_block
 
 from losart.attention import POLICIES
 
-PAGE = "docs/attention-policies.md"
+PAGE = "docs/design/attention-policies.md"
 POLICY = {"__name__": "losart.attention.window"}
 run_block(PAGE, 0, POLICY)
 run_block(PAGE, 1, globals())

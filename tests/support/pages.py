@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
 CARD = ROOT / "losart" / "small_checkpoint" / "README.md"
-PAGES = (ROOT / "README.md", ROOT / "CHANGELOG.md", CARD, *sorted((ROOT / "docs").glob("*.md")))
+PAGES = (ROOT / "README.md", ROOT / "CHANGELOG.md", CARD, *sorted(DOCS.glob("**/*.md")))
 
 
 def run_block(page: str, number: int, namespace: dict[str, Any]) -> None:
