@@ -1,10 +1,10 @@
 """Passes of two installed versions of losart, in turn.
 
     pip install --target BEFORE losart-old/ && pip install --target AFTER .
-    python -m benchmarks.versions BEFORE AFTER --checkpoint DIR --device cuda
+    python -m benchmarks.versions BEFORE AFTER --size 1.7B --lengths 8192,32000 --repeats 100
 
-What is timed is what users have: `decode_seconds` over the passes of whole generations, after prompts that a
-session has prefilled. Processes of one version differ by a few percent, so that versions take turns.
+All further arguments are those of `losart bench`. Its times differ from process to process by a few percent:
+the versions take turns.
 """
 
 from __future__ import annotations
@@ -15,64 +15,33 @@ import os
 import statistics
 import subprocess
 import sys
-from typing import Any
 
-METHODS = {
-    "dense": {},
-    "losa": {"attention": "losa", "budget": 512},
-    "sparsed": {"attention": "sparsed", "budget": 512},
-}
-PROBE = """
-import json, statistics, sys
-import losart
-checkpoint, device, lengths, methods, repeats = json.loads(sys.argv[1])
-model, found = losart.load(checkpoint, device), {}
-for length in lengths:
-    prompt = [(97 * i) % 251 for i in range(length)]
-    for name, options in methods.items():
-        options |= dict(block_length=16, remasking="low_confidence_static", stop_token_ids=[])
-        session = model.session(max_new_tokens=64, **options)
-        stats = [session.generate(prompt).stats for _ in range(repeats + 2)][2:]
-        seconds = [each.decode_seconds / each.forward_passes for each in stats]
-        found[f"{name} after {length}"] = 1e3 * statistics.median(seconds)
-print(json.dumps(found))
-"""
+COMMAND = [sys.executable, "-P", "-c", "from losart.cli import main; main()", "bench", "--json"]
 
 
 def main() -> None:
-    """Measure, and print a row per method and prompt: milliseconds per pass, and their ratio."""
+    """Print a row per pass: milliseconds of both versions, their ratio, and that of each round."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("before", help="folder that the version to compare with is installed in")
-    parser.add_argument("after")
-    parser.add_argument("--checkpoint", metavar="DIR", help="the shipped one")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[2048])
+    parser.add_argument("folders", nargs=2, help="that the versions are installed in")
     parser.add_argument("--rounds", type=int, default=5)
-    args = parser.parse_args()
-    request = json.dumps([args.checkpoint, args.device, args.lengths, METHODS, 5])
-    rounds: list[list[dict[str, float]]] = []
+    args, arguments = parser.parse_known_args()
+    times: dict[str, dict[str, list[float]]] = {folder: {} for folder in args.folders}
     for turn in range(args.rounds):
-        folders = [args.before, args.after][:: 1 if turn % 2 else -1]
-        by_folder = {folder: _probe(folder, request) for folder in folders}
-        rounds.append([by_folder[args.before], by_folder[args.after]])
-        print(f"round {turn + 1} of {args.rounds}", file=sys.stderr)
-    print("| pass | before, ms | after, ms | ratio of medians | ratios by round |\n|---|---|---|---|---|")
-    for name in rounds[0][0]:
-        before, after = ([each[side][name] for each in rounds] for side in (0, 1))
-        medians = statistics.median(before), statistics.median(after)
-        ratios = sorted(b / a for a, b in zip(before, after, strict=True))
-        shown = " ".join(f"{ratio:.3f}" for ratio in ratios)
-        print(f"| {name} | {medians[0]:.3f} | {medians[1]:.3f} | {medians[1] / medians[0]:.3f} | {shown} |")
-
-
-def _probe(folder: str, request: str) -> Any:
-    command = [sys.executable, "-P", "-c", PROBE, request]
-    done = subprocess.run(
-        command, env=os.environ | {"PYTHONPATH": folder}, check=True, stdout=subprocess.PIPE
-    )
-    return json.loads(done.stdout)
+        for folder in args.folders[:: -1 if turn % 2 else 1]:
+            environment = os.environ | {"PYTHONPATH": folder}
+            done = subprocess.run([*COMMAND, *arguments], env=environment, check=True, stdout=subprocess.PIPE)
+            for row in json.loads(done.stdout)["lengths"]:
+                for method, passes in row["passes"].items():
+                    for kind in ("first", "later"):
+                        name = f"{method} after {row['prefix']}, {kind}"
+                        times[folder].setdefault(name, []).append(1e3 * passes[f"{kind}_seconds"])
+    print("| pass | before, ms | after, ms | ratio | by round |\n|---|---|---|---|---|")
+    for (name, before), after in zip(*(folder.items() for folder in times.values()), strict=True):
+        medians = statistics.median(before), statistics.median(after[1])
+        ratios = " ".join(f"{b / a:.3f}" for a, b in zip(before, after[1], strict=True))
+        print(f"| {name} | {medians[0]:.3f} | {medians[1]:.3f} | {medians[1] / medians[0]:.3f} | {ratios} |")
 
 
 if __name__ == "__main__":

@@ -26,16 +26,18 @@ class KernelFile:
     folder : str
     headers : tuple of str
         Beside `COMMON`, in order.
-    sixteen_bit : bool
-        Whether what it multiplies must be held in a format of 16 bits.
     spills : bool
         Whether registers may spill to local memory.
     """
 
     folder: str
     headers: tuple[str, ...] = ()
-    sixteen_bit: bool = False
     spills: bool = False
+
+    @property
+    def sixteen_bit(self) -> bool:
+        """Whether what it multiplies must be held in a format of 16 bits: on tensor cores."""
+        return "common/tensor.cuh" in self.headers
 
     @property
     def dtypes(self) -> tuple[str, ...]:
@@ -58,36 +60,30 @@ TOP_PAGES = (*CACHE, "selection/choose_top.cuh")
 FILES = {
     "embedding": KernelFile("matmul"),
     "linear": KernelFile("matmul"),
-    "linear_tensor": KernelFile("matmul", TENSOR_MATMUL, sixteen_bit=True),
-    "linear_tiles": KernelFile("matmul", TENSOR_MATMUL, sixteen_bit=True),
-    "linear_hopper": KernelFile(
-        "matmul", (*TENSOR_MATMUL, "common/hopper.cuh", "common/tensor_map.cuh"), sixteen_bit=True
-    ),
+    "linear_tensor": KernelFile("matmul", TENSOR_MATMUL),
+    "linear_tiles": KernelFile("matmul", TENSOR_MATMUL),
+    "linear_hopper": KernelFile("matmul", (*TENSOR_MATMUL, "common/hopper.cuh", "common/tensor_map.cuh")),
     "silu_gate": KernelFile("matmul", PLANES),
     "add_rms_norm": KernelFile("norm", NORM),
     "split_heads": KernelFile("norm", NORM),
     "cache_write": KernelFile("cache", CACHE),
     "prefix_attention": KernelFile("attention", PLAIN_ATTENTION, spills=True),
-    "prefix_attention_tensor": KernelFile("attention", TENSOR_ATTENTION, sixteen_bit=True),
-    "prefix_attention_hopper": KernelFile("attention", HOPPER_ATTENTION, sixteen_bit=True),
+    "prefix_attention_tensor": KernelFile("attention", TENSOR_ATTENTION),
+    "prefix_attention_hopper": KernelFile("attention", HOPPER_ATTENTION),
     "sparse_attention": KernelFile("attention", (*PLAIN_ATTENTION, "attention/page_list.cuh"), spills=True),
-    "sparse_attention_tensor": KernelFile(
-        "attention", (*TENSOR_ATTENTION, "attention/page_list.cuh"), sixteen_bit=True
-    ),
+    "sparse_attention_tensor": KernelFile("attention", (*TENSOR_ATTENTION, "attention/page_list.cuh")),
     "causal_attention": KernelFile("attention", PLAIN_ATTENTION, spills=True),
-    "causal_attention_tensor": KernelFile("attention", TENSOR_ATTENTION, sixteen_bit=True),
-    "causal_attention_hopper": KernelFile("attention", HOPPER_ATTENTION, sixteen_bit=True),
+    "causal_attention_tensor": KernelFile("attention", TENSOR_ATTENTION),
+    "causal_attention_hopper": KernelFile("attention", HOPPER_ATTENTION),
     "merge_parts": KernelFile("attention", ("attention/parts.cuh",)),
     "block_attention": KernelFile("attention", ("attention/parts.cuh",)),
     "query_change": KernelFile("selection"),
     "store_tokens": KernelFile("selection"),
-    "page_scores": KernelFile("selection", (*CACHE, "attention/rows.cuh", "selection/bounds.cuh")),
+    "page_scores": KernelFile("selection", (*CACHE, "selection/bounds.cuh")),
     # On capability 10.0, with 3 tiles of rows and head_dim 128, 4 bytes spill.
-    "page_scores_tensor": KernelFile(
-        "selection", (*TENSOR_CACHE, "selection/bounds.cuh"), sixteen_bit=True, spills=True
-    ),
+    "page_scores_tensor": KernelFile("selection", (*TENSOR_CACHE, "selection/bounds.cuh"), spills=True),
     "page_masses": KernelFile("selection", PLAIN_ATTENTION, spills=True),
-    "page_masses_tensor": KernelFile("selection", TENSOR_ATTENTION, sixteen_bit=True),
+    "page_masses_tensor": KernelFile("selection", TENSOR_ATTENTION),
     "mark_pages": KernelFile("selection", TOP_PAGES),
     "top_pages": KernelFile("selection", TOP_PAGES),
     "logit_slices": KernelFile("sampling", (*PLANES, "sampling/logit_row.cuh")),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -134,15 +135,18 @@ def _read(path: Path) -> bytes | None:
 
 
 def _write(path: Path, cubin: bytes) -> None:
-    """Put a cubin into the cache: atomically, or not at all where that is impossible."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            complete = Path(folder) / path.name
-            complete.write_bytes(cubin + hashlib.sha256(cubin).digest())
-            complete.replace(path)
-    except OSError:
-        pass  # the next process compiles it again
+    """Put a cubin into the cache; where that is impossible, the next process compiles it again."""
+    with suppress(OSError):
+        write_atomically(path, cubin + hashlib.sha256(cubin).digest())
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file, whose folder is created if it is missing; nobody sees a part of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        complete = Path(folder) / path.name
+        complete.write_bytes(content)
+        complete.replace(path)
 
 
 def _nvrtc() -> Any:

@@ -7,13 +7,12 @@ named by a digest of all that it was compiled from, so that it is not used for a
 from __future__ import annotations
 
 import io
-import tempfile
 import warnings
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
-from losart.kernels_cu.compiler import cubin_name
+from losart.kernels_cu.compiler import cubin_name, write_atomically
 
 FOLDER = Path(__file__).parent / "cubins"
 SUFFIX = ".tar.xz"
@@ -58,12 +57,8 @@ def write_archive(architecture: str, cubins: Mapping[str, bytes], folder: Path) 
             entry = tarfile.TarInfo(name)  # its time is fixed
             entry.size = len(cubins[name])
             archive.addfile(entry, io.BytesIO(cubins[name]))
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{architecture}{SUFFIX}"
-    with tempfile.TemporaryDirectory(dir=folder) as unfinished:
-        complete = Path(unfinished) / path.name
-        complete.write_bytes(lzma.compress(content.getvalue()))
-        complete.replace(path)
+    write_atomically(path, lzma.compress(content.getvalue()))
     return path
 
 

@@ -9,65 +9,39 @@ import ctypes
 from ctypes import c_int, c_longlong, c_void_p
 
 
+def _fields(pointers: str, ints: str) -> list[tuple[str, type]]:
+    """Fields by their names: first pointers, then numbers."""
+    return [*((name, c_void_p) for name in pointers.split()), *((name, c_int) for name in ints.split())]
+
+
 class CacheView(ctypes.Structure):
     """A layer of a KV cache."""
 
-    _fields_ = (
-        ("kv_chunks", c_void_p),
-        ("bound_chunks", c_void_p),
-        ("length", c_void_p),
-        ("layer", c_int),
-        ("kv_heads", c_int),
-        ("head_dim", c_int),
-        ("chunk_positions", c_int),
-        ("page_size", c_int),
-    )
+    _fields_ = _fields("kv_chunks bound_chunks length", "layer kv_heads head_dim chunk_positions page_size")
 
 
 class BatchView(ctypes.Structure):
     """The pass's inputs, where the host has copied them, and what it counts."""
 
-    _fields_ = (
-        ("uniforms", c_void_p),
-        ("slot", c_void_p),
-        ("length", c_void_p),
-        ("masked_count", c_void_p),
-        ("ids", c_void_p),
-        ("masked", c_void_p),
-        ("positions_read", c_void_p),
-        ("tokens", c_int),
-    )
+    _fields_ = _fields("uniforms slot length masked_count ids masked positions_read", "tokens")
 
 
 class WeightView(ctypes.Structure):
     """A matrix [rows, inner] of weights."""
 
-    _fields_ = (("values", c_void_p), ("rows", c_int), ("inner", c_int))
+    _fields_ = _fields("values", "rows inner")
 
 
 class MatmulView(ctypes.Structure):
-    """The result of a matmul, whose partial sums the kernel that reads it adds up."""
+    """The result of a matmul, whose partial sums are accumulated by the kernel that reads it."""
 
-    _fields_ = (
-        ("planes", c_void_p),
-        ("bias", c_void_p),
-        ("tokens", c_int),
-        ("rows", c_int),
-        ("steps", c_int),
-        ("share", c_int),
-    )
+    _fields_ = _fields("planes bias", "tokens rows steps share")
 
 
 class PartsView(ctypes.Structure):
     """Attention over the prefix in parts that are not merged yet."""
 
-    _fields_ = (
-        ("o", c_void_p),
-        ("tops", c_void_p),
-        ("totals", c_void_p),
-        ("parts", c_int),
-        ("tokens", c_int),
-    )
+    _fields_ = _fields("o tops totals", "parts tokens")
 
 
 class StoredView(ctypes.Structure):
@@ -79,13 +53,7 @@ class StoredView(ctypes.Structure):
 class PagesView(ctypes.Structure):
     """Pages that each kv head reads: marks, or the top pages of rows."""
 
-    _fields_ = (
-        ("marks", c_void_p),
-        ("top", StoredView),
-        ("words", c_int),
-        ("rows", c_int),
-        ("count", c_int),
-    )
+    _fields_ = [*_fields("marks", ""), ("top", StoredView), *_fields("", "words rows count")]
 
 
 VIEWS = (CacheView, BatchView, WeightView, MatmulView, PartsView, StoredView, PagesView)

@@ -226,6 +226,8 @@ def prompt_ids(
         ids = encode(template.render(prompt), special=False)
     elif _is_list(prompt) and all(_is_id(token) for token in prompt):
         ids = [int(token) for token in prompt]
+    elif is_batch(prompt):
+        raise PromptError("stream takes one prompt, not a list of prompts")
     else:
         raise PromptError("a prompt is a string, a list of chat messages, or a list of token ids")
     if not ids:

@@ -43,11 +43,11 @@ class Rows:
     sources: Tensor
 
     def pinned(self) -> Rows:
-        """In memory from which copies to a GPU need not be waited for."""
+        """In pinned memory, from which copies to a GPU are asynchronous."""
         return Rows(*(getattr(self, part.name).pin_memory() for part in fields(self)))
 
     def to(self, device: torch.device) -> Rows:
-        """On a device; copies may still be under way."""
+        """On a device; copies may still be in flight."""
         return Rows(*(getattr(self, part.name).to(device, non_blocking=True) for part in fields(self)))
 
 

@@ -13,7 +13,6 @@ from safetensors.torch import save_file
 from small_sdar import ModelShape, SmallSdar
 from torch import Tensor
 
-from losart.config.checks import require
 from losart.errors import ConfigError
 from losart.loaders import open_checkpoint
 from losart.loaders.json_files import read_json_object
@@ -74,9 +73,8 @@ def read_weights(directory: Path, shape: ModelShape) -> dict[str, Tensor]:
     config = read_json_object(directory / "config.json")
     for name, wanted in asdict(shape).items():
         found = config.get(name)
-        require(
-            found == wanted, ConfigError, f"{config.file}: {name} is {found!r}; the training has {wanted!r}"
-        )
+        if found != wanted:
+            raise ConfigError(f"{config.file}: {name} is {found!r}; the training has {wanted!r}")
     weights = {}
     for tensor in open_checkpoint(directory).tensors.values():  # those that config.json asks for
         with safe_open(tensor.file, framework="pt") as file:

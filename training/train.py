@@ -1,6 +1,6 @@
 """Trains the checkpoint that comes with losart: `python training/train.py OUT`.
 
-Goes on from OUT/training.pt where there is one; else it begins with random weights, or with those of
+Resumes from OUT/training.pt where there is one; else it begins with random weights, or with those of
 `--start`. Rows and masks follow from the seed and the step, the learning rate from the share of `--minutes`
 that is over.
 """
@@ -34,7 +34,7 @@ def main() -> None:
         "--start",
         type=Path,
         metavar="CHECKPOINT",
-        help="directory of the weights to begin with instead of random ones; not read to go on",
+        help="directory of the weights to begin with instead of random ones; not read when resuming",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda")

@@ -1,4 +1,4 @@
-"""Training in steps: what each does, and how a run that was cut short goes on."""
+"""Training in steps: what each does, and how an interrupted run is resumed."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ class Trainer:
         directory.mkdir(parents=True, exist_ok=True)
 
     def resume(self) -> bool:
-        """Take up what an earlier run left; whether there was something."""
+        """Resume an earlier run; returns whether there was one."""
         if not self._file.exists():
             return False
         saved = torch.load(self._file, map_location=self.device, weights_only=True)

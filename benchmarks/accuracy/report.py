@@ -16,6 +16,7 @@ from typing import Any
 
 from benchmarks.accuracy.grid import BLOCK, GROUPS, Group, cell_key, label
 from benchmarks.accuracy.pictures import draw_accuracy, draw_locality
+from benchmarks.support.markdown_table import markdown_lines
 from losart.cli.tables import share
 from losart.errors import DataError, LosartError
 from losart.eval import TASKS
@@ -70,7 +71,7 @@ def table(group: Group, length: int, cells: Cells) -> str:
     if not lines:
         return ""
     head = ["setting", *(f"`{task}`" for task in group.tasks), "sparse", "density"]
-    return rows_of([head, ["---"] * len(head), *lines])
+    return markdown_lines(head, lines)
 
 
 def accuracy(cell: dict[str, Any] | None) -> str:
@@ -98,12 +99,7 @@ def locality_markdown(report: dict[str, Any]) -> str:
         f"`losart eval --locality`, {report['samples']} questions per task and length, on the CPU, "
         f"{report['dtype']}, options {report['options']}.\n\n![locality](locality.png)\n\n"
     )
-    return note + rows_of([head, ["---"] * len(head), *lines])
-
-
-def rows_of(lines: list[list[str]]) -> str:
-    """Lines of a Markdown table."""
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return note + markdown_lines(head, lines)
 
 
 def write_accuracy(file: Path) -> None:

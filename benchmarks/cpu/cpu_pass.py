@@ -12,27 +12,26 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 import losart
 from benchmarks.support.environment import command, commit
-from losart.attention import POLICIES, DensePolicy
+from benchmarks.support.queries import LISTENING, queries_of
+from benchmarks.support.transformers_pass import TransformersPass
+from losart.backends.cpu.attention_kernels import threads_in_use
 from losart.cli.progress import Steps, write_weights
 from losart.config.options import AttentionConfig
 from losart.engine.batch import PassKind
-from losart.measure.bench import BlockPasses, NoiseBlocks, noise
+from losart.measure.bench import BlockPasses, NoiseBlocks
 from losart.measure.environment import cpu_name
 
 SIZE = "0.6B"
-VOCABULARY = 150_000  # transformers' ids are drawn below this
 BLOCK = 16
 LOSA = AttentionConfig(method="losa", budget=512, active=5)
 SHORT_PREFIX = 4096
@@ -55,19 +54,6 @@ def blocks_after(checkpoint: Path, prefix: int) -> NoiseBlocks:
     return NoiseBlocks(losart.load(checkpoint, device="cpu", dtype="float32"), prefix, BLOCK)
 
 
-class ListeningPolicy(DensePolicy):
-    """Dense attention that notes each layer's queries of the last pass."""
-
-    queries: list[np.ndarray]
-
-    def attend(self, backend: Any, layer: int, q: np.ndarray, *rest: Any) -> Any:
-        self.queries = [q] if layer == 0 else [*self.queries, q]
-        return super().attend(backend, layer, q, *rest)
-
-
-POLICIES["listening"] = ListeningPolicy
-
-
 def later_passes(ours: NoiseBlocks, attention: AttentionConfig) -> BlockPasses:
     """Passes over a block whose first one is done."""
     passes = ours.passes(attention)
@@ -77,7 +63,7 @@ def later_passes(ours: NoiseBlocks, attention: AttentionConfig) -> BlockPasses:
 
 def prefix_attention(ours: NoiseBlocks, passes: BlockPasses) -> Callable[[], None]:
     """Only the prefix attention of all layers, on the queries of two alternating passes."""
-    queries = [queries_of(ours), queries_of(ours)]
+    queries = [queries_of(ours.transformer, ours.passes(LISTENING)) for _ in range(2)]
     batch = passes.batch(PassKind.LATER)
     policy = ours.transformer.policy(batch.options)
 
@@ -89,62 +75,23 @@ def prefix_attention(ours: NoiseBlocks, passes: BlockPasses) -> Callable[[], Non
     return run
 
 
-def queries_of(ours: NoiseBlocks) -> list[np.ndarray]:
-    """All layers' queries in a pass."""
-    batch = ours.passes(AttentionConfig("listening")).batch(PassKind.FIRST)
-    ours.transformer.forward(batch)
-    return ours.transformer.policy(batch.options).queries
-
-
-def transformers_pass(checkpoint: Path, prefix: int) -> Callable[[], object] | None:
-    """The same pass by transformers' Qwen3 with SDPA, or None where it is not installed."""
-    try:
-        import torch
-        from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
-    except ImportError:
-        return None
-    torch.set_num_threads(threads())
-    keys = json.loads((checkpoint / "config.json").read_text())
-    config = Qwen3Config(**{key: keys[key] for key in keys if key not in ("model_type", "architectures")})
-    config._attn_implementation = "sdpa"
-    model = Qwen3ForCausalLM(config).float().eval()
-    cache = DynamicCache()
-    for layer in range(config.num_hidden_layers):
-        shape = (prefix, config.num_key_value_heads, config.head_dim)
-        k, v = (torch.from_numpy(x).transpose(0, 1)[None].contiguous() for x in noise(shape, layer))
-        cache.update(k, v, layer)
-    ids = torch.randint(0, VOCABULARY, (1, BLOCK))
-    positions = torch.arange(prefix, prefix + BLOCK)[None]
-    mask = torch.zeros(1, 1, BLOCK, prefix + BLOCK)
-
-    def run() -> None:
-        with torch.inference_mode():
-            model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
-        cache.crop(-BLOCK)
-
-    return run
-
-
-def threads() -> int:
-    """Threads that both sides use."""
-    return int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
-
-
 def beside_transformers(checkpoint: Path, prefix: int, repeats: int) -> dict[str, float]:
     """A dense pass of both, in milliseconds, and their ratio."""
     ours = blocks_after(checkpoint, prefix)
     passes = later_passes(ours, AttentionConfig())
     runs: dict[str, Callable[[], object]] = {"losart": lambda: passes.run(PassKind.LATER)}
-    rival = transformers_pass(checkpoint, prefix)
-    if rival is not None:
-        runs["transformers"] = rival
+    with suppress(ImportError):
+        import torch
+
+        torch.set_num_threads(threads_in_use())
+        runs["transformers"] = TransformersPass(SIZE, "cpu", "float32").after(prefix, BLOCK)
     # In turns, so that a machine that slows down slows both; each settles before the other begins.
     times: dict[str, list[float]] = {name: [] for name in runs}
     for name, run in list(runs.items()) * 3:
         time.sleep(0.2)
         times[name].append(median_seconds(run, repeats))
     row = {name: 1e3 * statistics.median(seconds) for name, seconds in times.items()}
-    if rival is not None:
+    if "transformers" in row:
         row["transformers / losart"] = row["transformers"] / row["losart"]
     return row
 
@@ -173,7 +120,7 @@ def measure(checkpoint: Path, repeats: int) -> dict[str, Any]:
         steps.begin("LoSA beside dense attention")
         long = losa_beside_dense(checkpoint, LONG_PREFIX, repeats)
     return {
-        "threads": threads(),
+        "threads": threads_in_use(),
         "cpu": cpu_name(),
         "losart": f"{losart.__version__}, commit {commit()}",
         "command": command(__file__),

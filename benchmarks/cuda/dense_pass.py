@@ -9,8 +9,9 @@ import numpy as np
 
 from benchmarks.cuda.model import LaterPasses, NoiseModel
 from benchmarks.cuda.noise import BLOCK, filled_cache, kv_bytes, model_config, weight_bytes
-from benchmarks.cuda.transformers_pass import TransformersPass
+from benchmarks.cuda.torch_attention import run_microseconds
 from benchmarks.support.attempts import attempt, free_memory, ratio
+from benchmarks.support.transformers_pass import TransformersPass
 from losart.config.options import AttentionConfig
 
 
@@ -19,8 +20,8 @@ def rows(bandwidth: float, quick: bool = False) -> Iterator[dict[str, Any]]:
     prefixes = (8192, 65536) if quick else (8192, 65536, 131072)
     for size in ("8B",) if quick else ("1.7B", "8B"):
         config = model_config(size)
-        ours = milliseconds(LosartPass, size, prefixes)
-        theirs = milliseconds(TransformersPass, size, prefixes)
+        ours = milliseconds(OurPass, size, prefixes)
+        theirs = milliseconds(TheirPass, size, prefixes)
         for prefix in prefixes:
             read = weight_bytes(config) + config.num_layers * kv_bytes(config, prefix)
             floor = read / bandwidth * 1e3
@@ -46,10 +47,18 @@ def milliseconds(kind: Callable[[str], Any], size: str, prefixes: tuple[int, ...
     return times
 
 
-class LosartPass(NoiseModel):
-    """Our side."""
+class OurPass(NoiseModel):
+    """losart's side."""
 
     def milliseconds(self, prefix: int) -> float:
         """Median milliseconds of a later pass over a block after a cache of noise."""
         cache = filled_cache(self.backend, prefix, BLOCK)
         return LaterPasses(self, cache, [np.arange(BLOCK)], AttentionConfig()).milliseconds()
+
+
+class TheirPass(TransformersPass):
+    """transformers' side."""
+
+    def milliseconds(self, prefix: int) -> float:
+        """Median milliseconds of a forward over a block after a cache of noise."""
+        return run_microseconds(self.after(prefix, BLOCK)) / 1e3

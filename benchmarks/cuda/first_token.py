@@ -19,7 +19,7 @@ from typing import Any
 
 from benchmarks.support.attempts import attempt, ratio
 from losart.measure.footprint.processes import Interpreter, Request, as_qwen3, probe
-from losart.measure.random_checkpoint import SIZES, write_checkpoint
+from losart.measure.random_checkpoint import SIZES, write_size
 
 LOSART, TRANSFORMERS = "probe_losart", "probe_transformers"
 PROMPT_TOKENS = 512
@@ -66,7 +66,7 @@ def written(checkpoint: Path, size: str) -> Path:
     if not (checkpoint / "config.json").exists():
         began = time.perf_counter()
         part = checkpoint.with_name(checkpoint.name + ".part")
-        write_checkpoint(part, **({} if size == "tiny" else SIZES[size]), dtype="bfloat16")
+        write_size(part, size, dtype="bfloat16")
         part.rename(checkpoint)
         print(f"wrote {size} in {time.perf_counter() - began:.1f} s", flush=True)
     return checkpoint

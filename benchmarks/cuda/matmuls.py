@@ -9,12 +9,10 @@ from typing import Any
 import cupy
 import numpy as np
 
-from benchmarks.cuda.noise import BFLOAT16, NoiseBackend, model_config, noise
+from benchmarks.cuda.noise import BFLOAT16, NoiseBackend, model_config, noise, uncached
 from benchmarks.cuda.timing import graph_microseconds, queued_microseconds
-from benchmarks.support.attempts import attempt, ratio
+from benchmarks.support.attempts import attempt, ratio, teraflops
 from losart.backends.cuda.matmul import blas_matmul
-
-CACHED_BYTES = 400_000_000  # well past what the device's cache holds
 
 
 def rows(bandwidth: float, quick: bool = False) -> Iterator[dict[str, Any]]:
@@ -41,7 +39,7 @@ def prefill_rows(quick: bool = False) -> Iterator[dict[str, Any]]:
             for tokens in (512, 2048):
                 operations = 2 * tokens * shape[0] * shape[1]
                 ours, blas = (
-                    _teraflops(operations, attempt(prefill_microseconds, size, shape, tokens, with_blas))
+                    teraflops(operations, attempt(prefill_microseconds, size, shape, tokens, with_blas))
                     for with_blas in (False, True)
                 )
                 yield {
@@ -92,13 +90,9 @@ def _operands(
 ) -> tuple[NoiseBackend, Any, Callable[[], Any], int]:
     """A backend, x, what returns matrices in turn, and how many they are."""
     backend = NoiseBackend(model_config(size), BFLOAT16)
-    copies = max(2, -(-CACHED_BYTES // (2 * shape[0] * shape[1])))
+    copies = uncached(2 * shape[0] * shape[1])
     turn = itertools.cycle([backend.upload(shape) for _ in range(copies)])
     with backend.memory.stream:
         x = cupy.empty((tokens, shape[1]), np.uint16)
         noise(np.float32(1.0), x)
     return backend, x, lambda: next(turn), copies
-
-
-def _teraflops(operations: int, microseconds: float | str) -> float | str:
-    return microseconds if isinstance(microseconds, str) else operations / microseconds / 1e6

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.cuda.noise import BFLOAT16, BLOCK, NoiseBackend, Shapes, model_config
+from benchmarks.cuda.noise import BFLOAT16, BLOCK, NoiseBackend, model_config, shapes
 from benchmarks.cuda.timing import run_microseconds
 from losart.config.options import AttentionConfig, GenerationConfig, generation_config
 from losart.engine.batch import PassKind
@@ -33,7 +33,7 @@ class NoiseModel:
     def __init__(self, size: str, transformer: type[Transformer] = Transformer) -> None:
         self.config = model_config(size)
         self.backend = NoiseBackend(self.config, BFLOAT16)
-        self.transformer: Any = transformer(self.config, Shapes(self.config), self.backend)
+        self.transformer: Any = transformer(self.config, shapes(self.config), self.backend)
 
 
 class LaterPasses(BlockPasses):

@@ -17,10 +17,12 @@ from losart.config.model import ModelConfig
 from losart.config.options import AttentionConfig, generation_config
 from losart.config.precision import Precision
 from losart.engine.batch import PassBatch, PassKind, SequencePass
+from losart.loaders.families.sdar import SDAR
 from losart.measure.random_checkpoint import SIZES
 
 PIECE = 8192  # positions written at a time
 BLOCK = 16
+CACHED_BYTES = 400_000_000  # well past what the device's cache holds
 BFLOAT16 = Precision.of("bfloat16")
 
 noise = cupy.ElementwiseKernel(
@@ -50,28 +52,10 @@ class NoiseBackend(CudaBackend):
             return cupy.ones(sum(shape[0] for shape in shapes), np.float32)
 
 
-class Shapes(dict):
-    """Canonical tensor names to shapes, in place of a checkpoint's tensors."""
-
-    def __init__(self, c: ModelConfig) -> None:
-        q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-        layer = {
-            **dict.fromkeys(("input_norm", "post_norm"), (c.hidden_size,)),
-            **dict.fromkeys(("q_norm", "k_norm"), (c.head_dim,)),
-            "q": (q, c.hidden_size),
-            "k": (kv, c.hidden_size),
-            "v": (kv, c.hidden_size),
-            "o": (c.hidden_size, q),
-            "gate": (c.intermediate_size, c.hidden_size),
-            "up": (c.intermediate_size, c.hidden_size),
-            "down": (c.hidden_size, c.intermediate_size),
-        }
-        super().__init__(
-            {f"layers.{i}.{name}": shape for i in range(c.num_layers) for name, shape in layer.items()},
-            embed=(c.vocab_size, c.hidden_size),
-            head=(c.vocab_size, c.hidden_size),
-            final_norm=(c.hidden_size,),
-        )
+def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Canonical tensor names to shapes, in place of a checkpoint's tensors; always with a head."""
+    untied = replace(config, tie_embeddings=False)
+    return {tensor.name: tensor.shape for tensor in SDAR.expected_tensors(untied)}
 
 
 def model_config(size: str, **changes: Any) -> ModelConfig:
@@ -137,6 +121,11 @@ def placed_queries(
         return cupy.random.standard_normal((tokens, c.num_heads, c.head_dim), np.float32), batch
 
 
+def uncached(size: int) -> int:
+    """How many arrays of so many bytes do not fit into the device's cache together; 2 at least."""
+    return max(2, -(-CACHED_BYTES // size))
+
+
 def kv_bytes(config: ModelConfig, prefix: int) -> int:
     """Bytes of one layer's keys and values."""
     return 2 * 2 * prefix * config.num_kv_heads * config.head_dim
@@ -144,4 +133,4 @@ def kv_bytes(config: ModelConfig, prefix: int) -> int:
 
 def weight_bytes(config: ModelConfig) -> int:
     """Bytes of the weights that a pass must read: all, but of the embedding only a few rows."""
-    return sum(2 * math.prod(shape) for name, shape in Shapes(config).items() if name != "embed")
+    return sum(2 * math.prod(shape) for name, shape in shapes(config).items() if name != "embed")

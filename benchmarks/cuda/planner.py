@@ -38,7 +38,7 @@ def rows_of(planted: PlantedPrefix) -> Iterator[dict[str, Any]]:
         "host/device": ratio(host, device),
         "launches, us a layer": per_layer(launched, device, model.config.num_layers),
         "transfers, us a layer": per_layer(host, launched, model.config.num_layers),
-        "auto": "host" if isinstance(model.backend.selector("auto"), HostSelector) else "device",
+        "auto": "host" if isinstance(model.backend.selectors["auto"], HostSelector) else "device",
     }
 
 

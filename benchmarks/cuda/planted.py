@@ -22,7 +22,7 @@ from benchmarks.cuda.model import LaterPasses, NoiseModel, block_options
 from benchmarks.cuda.noise import BLOCK, pass_after, written_cache
 from benchmarks.cuda.topics import OWN_TOPICS, SEGMENT, SHARED_TOPICS
 from benchmarks.support.attempts import attempt
-from losart.attention import POLICIES, DensePolicy
+from benchmarks.support.queries import LISTENING, queries_of
 from losart.backends.cuda.batch import DeviceBatch
 from losart.config.options import AttentionConfig
 from losart.engine.batch import PassKind
@@ -81,10 +81,8 @@ class PlantedPrefix:
 
     def _queries(self, ids: np.ndarray) -> list[np.ndarray]:
         """Queries [BLOCK, heads, head_dim] of all layers in a dense pass."""
-        transformer = self.model.transformer
-        options = block_options(self.model, AttentionConfig("listening"))
-        BlockPasses(transformer, self.cache, options, lambda: ids).run(PassKind.LATER)
-        return transformer.policy(options).queries
+        transformer, options = self.model.transformer, block_options(self.model, LISTENING)
+        return queries_of(transformer, BlockPasses(transformer, self.cache, options, lambda: ids))
 
     def _answer(self, queries: np.ndarray) -> np.ndarray:
         """For each kv head the shortest vector [kv_heads, head_dim] with about SCORE for its queries.
@@ -127,19 +125,3 @@ def planted_rows(
         else:
             for measured in rows_of(planted):
                 yield row | measured
-
-
-class ListeningPolicy(DensePolicy):
-    """Dense attention that brings each layer's queries of the last pass to the host."""
-
-    queries: list[np.ndarray]
-
-    def key(self, kind: PassKind) -> None:
-        return None  # a replayed pass would not call `attend`
-
-    def attend(self, backend: Any, layer: int, q: Any, *rest: Any) -> Any:
-        self.queries = [q.get()] if layer == 0 else [*self.queries, q.get()]
-        return super().attend(backend, layer, q, *rest)
-
-
-POLICIES["listening"] = ListeningPolicy

@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.cuda.noise import BFLOAT16, BLOCK, filled_cache, model_config, placed_queries
 from benchmarks.cuda.timing import graph_microseconds
 from benchmarks.cuda.torch_attention import causal
-from benchmarks.support.attempts import attempt, ratio
+from benchmarks.support.attempts import attempt, ratio, teraflops
 from losart.backends.cuda.backend import CudaBackend
 from losart.config.model import ModelConfig
 from losart.engine.batch import PassKind
@@ -19,11 +19,12 @@ def rows(bandwidth: float, quick: bool = False) -> Iterator[dict[str, Any]]:
     """One row per prompt, one layer of SDAR-8B's heads; speeds in TFLOP/s of what each side must do."""
     config = model_config("8B", num_layers=1)
     for prompt in (16384,) if quick else (16384, 65536):
-        whole_blocks = sum((p // BLOCK + 1) * BLOCK for p in range(prompt))
-        ours = _teraflops(config, whole_blocks, attempt(microseconds, config, prompt))
-        pairs = prompt * (prompt + 1) // 2
+        of_pair = 4 * config.head_dim * config.num_heads
+        whole_blocks = of_pair * sum((p // BLOCK + 1) * BLOCK for p in range(prompt))
+        ours = teraflops(whole_blocks, attempt(microseconds, config, prompt))
+        triangle = of_pair * prompt * (prompt + 1) // 2
         flash, cudnn = (
-            _teraflops(config, pairs, attempt(causal, config, prompt, kind)) for kind in ("flash", "cudnn")
+            teraflops(triangle, attempt(causal, config, prompt, kind)) for kind in ("flash", "cudnn")
         )
         yield {
             "prompt": prompt,
@@ -46,9 +47,3 @@ def microseconds(config: ModelConfig, prompt: int) -> float:
         attend = partial(backend.causal_attention, 0, q, batch)
         total += graph_microseconds(backend.memory.stream, attend, 3, 5)
     return total
-
-
-def _teraflops(config: ModelConfig, pairs: int, microseconds: float | str) -> float | str:
-    if isinstance(microseconds, str):
-        return microseconds
-    return 4 * config.head_dim * config.num_heads * pairs / microseconds / 1e6

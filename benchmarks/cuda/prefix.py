@@ -6,14 +6,12 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
-from benchmarks.cuda.noise import BFLOAT16, filled_cache, kv_bytes, model_config, placed_queries
+from benchmarks.cuda.noise import BFLOAT16, filled_cache, kv_bytes, model_config, placed_queries, uncached
 from benchmarks.cuda.timing import graph_microseconds
 from benchmarks.cuda.torch_attention import flash_over_prefix
 from benchmarks.support.attempts import attempt, ratio
 from losart.backends.cuda.backend import CudaBackend
 from losart.config.model import ModelConfig
-
-CACHED_BYTES = 400_000_000  # well past what the device's cache holds
 
 
 def rows(bandwidth: float, quick: bool = False) -> Iterator[dict[str, Any]]:
@@ -22,7 +20,7 @@ def rows(bandwidth: float, quick: bool = False) -> Iterator[dict[str, Any]]:
     prefixes = (16384, 65536) if quick else (4096, 8192, 16384, 32768, 65536, 131072)
     for block, prefix in itertools.product(blocks, prefixes):
         one_layer = kv_bytes(model_config("8B"), prefix)
-        config = model_config("8B", num_layers=max(2, -(-CACHED_BYTES // one_layer)))
+        config = model_config("8B", num_layers=uncached(one_layer))
         floor = one_layer / bandwidth * 1e6
         ours = attempt(microseconds, config, block, prefix)
         theirs = attempt(flash_over_prefix, config, block, prefix)

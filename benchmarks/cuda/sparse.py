@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
-from benchmarks.cuda.noise import BFLOAT16, BLOCK, kv_bytes, model_config, pass_after
+from benchmarks.cuda.noise import BFLOAT16, BLOCK, kv_bytes, model_config, pass_after, uncached
 from benchmarks.cuda.timing import graph_microseconds
 from benchmarks.cuda.topics import Topics
 from benchmarks.support.attempts import attempt, ratio
@@ -15,14 +15,12 @@ from losart.backends.cuda.backend import CudaBackend
 from losart.config.options import AttentionConfig
 from losart.engine.batch import PassKind
 
-CACHED_BYTES = 400_000_000  # well past what the device's cache holds
-
 
 def rows(quick: bool = False) -> Iterator[dict[str, Any]]:
     """One row per prefix and budget, of SDAR-8B's heads."""
     prefixes = (65536,) if quick else (32768, 65536, 131072)
     for prefix in prefixes:
-        layers = max(2, -(-CACHED_BYTES // kv_bytes(model_config("8B"), prefix)))
+        layers = uncached(kv_bytes(model_config("8B"), prefix))
         prefix_attention = attempt(PrefixAttention, layers, prefix)
         if isinstance(prefix_attention, str):
             yield {"prefix": prefix, "failed": prefix_attention}

@@ -43,21 +43,16 @@ def queued_microseconds(
 ) -> float:
     """Median microseconds of one call of many that cannot be captured.
 
-    The stream is held up for `hold` microseconds a call, so that the host, which needs less, is ahead.
+    The stream first waits `hold` microseconds per call, so that the host, which needs less, stays ahead.
     """
-    times = []
+
+    def run() -> None:
+        for _ in range(calls):
+            launch()
+
     with stream:
         launch()
-        for _ in range(repeats):
-            begin, end = cupy.cuda.Event(), cupy.cuda.Event()
-            _hold((1,), (1,), (np.int64(hold * calls * 1e3),))
-            begin.record(stream)
-            for _ in range(calls):
-                launch()
-            end.record(stream)
-            end.synchronize()
-            times.append(cupy.cuda.get_elapsed_time(begin, end) * 1e3)
-    return statistics.median(times) / calls
+        return _median_microseconds(stream, run, 0, repeats, hold * calls) / calls
 
 
 def run_microseconds(stream: Any, run: Callable[[], object], warmups: int = 5, repeats: int = 15) -> float:
@@ -65,10 +60,14 @@ def run_microseconds(stream: Any, run: Callable[[], object], warmups: int = 5, r
     return _median_microseconds(stream, run, warmups, repeats)
 
 
-def _median_microseconds(stream: Any, run: Callable[[], object], warmups: int, repeats: int) -> float:
+def _median_microseconds(
+    stream: Any, run: Callable[[], object], warmups: int, repeats: int, hold: float = 0
+) -> float:
     times = []
     for _ in range(warmups + repeats):
         begin, end = cupy.cuda.Event(), cupy.cuda.Event()
+        if hold:
+            _hold((1,), (1,), (np.int64(hold * 1e3),))
         begin.record(stream)
         run()
         end.record(stream)

@@ -39,6 +39,11 @@ def ratio(above: Any, below: Any) -> float | None:
     return None
 
 
+def teraflops(operations: int, microseconds: float | str) -> float | str:
+    """Of so many operations in that time, or why it was not measured."""
+    return microseconds if isinstance(microseconds, str) else operations / microseconds / 1e6
+
+
 def free_memory() -> None:
     """Return unused memory to the device, so that others can have it."""
     gc.collect()

@@ -10,9 +10,12 @@ LENGTHS = ("prefix", "prompt")  # counted in K
 def markdown_table(rows: list[dict[str, Any]]) -> str:
     """A table with one column per key, in the order in which keys first appear."""
     keys = list(dict.fromkeys(key for row in rows for key in row))
-    lines = [keys, ["---"] * len(keys)]
-    lines += [[cell(key, row.get(key)) for key in keys] for row in rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    return markdown_lines(keys, [[cell(key, row.get(key)) for key in keys] for row in rows])
+
+
+def markdown_lines(head: list[str], lines: list[list[str]]) -> str:
+    """A table of texts under a head."""
+    return "".join(f"| {' | '.join(line)} |\n" for line in (head, ["---"] * len(head), *lines))
 
 
 def cell(key: str, value: Any) -> str:

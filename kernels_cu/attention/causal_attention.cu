@@ -10,18 +10,16 @@ extern "C" __global__ void __launch_bounds__(PLAIN_THREADS)
     let_next_start();
     extern __shared__ float shared[];
     __shared__ int limit[PLAIN_ROWS];
-    int kv_head = blockIdx.x, group = heads / cache.kv_heads, dim = cache.head_dim, rows = tokens * group;
-    int first_row = blockIdx.y * PLAIN_ROWS, last_row = min(first_row + PLAIN_ROWS, rows) - 1;
-    if (threadIdx.x < PLAIN_ROWS) {
-        int position = *cache.length + min(first_row + (int)threadIdx.x, last_row) / group;
-        limit[threadIdx.x] = (position / block_length + 1) * block_length;
-    }
-    load_queries(shared, q, nullptr, first_row, rows, kv_head, group, heads, dim);
+    int kv_head = blockIdx.x, dim = cache.head_dim;
+    QueryRows rows(blockIdx.y * PLAIN_ROWS, tokens, kv_head, heads, cache);
+    int last_row = min(rows.first + PLAIN_ROWS, rows.count) - 1, row = min(rows.first + (int)threadIdx.x, last_row);
+    if (threadIdx.x < PLAIN_ROWS) limit[threadIdx.x] = rows.causal_limit(row, *cache.length, block_length);
+    load_queries(shared, q, nullptr, rows, dim);
     __syncthreads();
     PlainRows state;
     attend(state, shared, limit, 0, limit[PLAIN_ROWS - 1], cache, WholePrefix(), kv_head, shared + PLAIN_ROWS * dim);
-    each_row(first_row, rows, [&](int r, int row) {
-        size_t at = query_row(row, kv_head, group, heads) * dim;
+    each_row(rows, [&](int r, int row) {
+        size_t at = rows.index(row) * dim;
         int lane = threadIdx.x % WARP;
         for (int i = 0; i < LANE_CHANNELS; i++)
             if (lane + i * WARP < dim) o[at + lane + i * WARP] = narrow<Activation>(state.o[r][i] / state.total[r]);

@@ -9,19 +9,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     let_next_start();
     extern __shared__ __align__(SHARED_ALIGNMENT) float shared[];
     Stages stages = {shared_address(shared)};
-    int kv_head = blockIdx.y, group = heads / cache.kv_heads, rows = tokens * group, length = *cache.length;
-    int first_row = (gridDim.x - 1 - blockIdx.x) * BLOCK_ROWS, last_row = min(first_row + BLOCK_ROWS, rows) - 1;
-    auto limit = [&](int row) { return ((length + min(row, last_row) / group) / block_length + 1) * block_length; };
+    int kv_head = blockIdx.y, length = *cache.length;
+    QueryRows rows((gridDim.x - 1 - blockIdx.x) * BLOCK_ROWS, tokens, kv_head, heads, cache);
+    int last_row = min(rows.first + BLOCK_ROWS, rows.count) - 1;
+    auto limit = [&](int row) { return rows.causal_limit(min(row, last_row), length, block_length); };
     int tiles = (limit(last_row) + TILE - 1) / TILE;
     prepare(stages);
     if (threadIdx.x >= COMPUTE_THREADS) {
         copy_tiles(stages, cache, kv_head, 0, tiles);
     } else {
         FragmentRows state;
-        load_queries(state, stages, q, first_row, rows, kv_head, group, heads);
+        load_queries(state, stages, q, rows);
 #pragma unroll
         for (int half = 0; half < 2; half++) state.limit[half] = limit(state.row[half]);
-        attend(state, stages, 0, tiles, limit(first_row) / TILE);
-        write_rows(state, o, rows, kv_head, group, heads);
+        attend(state, stages, 0, tiles, limit(rows.first) / TILE);
+        write_rows(state, o, rows);
     }
 }

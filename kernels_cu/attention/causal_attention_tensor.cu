@@ -8,16 +8,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     wait_for_previous();
     let_next_start();
     extern __shared__ __align__(SHARED_ALIGNMENT) unsigned char shared_bytes[];
-    int kv_head = blockIdx.y, group = heads / cache.kv_heads, rows = tokens * group, length = *cache.length;
-    int first_row = (gridDim.x - 1 - blockIdx.x) * BLOCK_ROWS, last_row = min(first_row + BLOCK_ROWS, rows) - 1;
-    auto limit = [&](int row) { return ((length + min(row, last_row) / group) / block_length + 1) * block_length; };
+    int kv_head = blockIdx.y, length = *cache.length;
+    QueryRows rows((gridDim.x - 1 - blockIdx.x) * BLOCK_ROWS, tokens, kv_head, heads, cache);
+    int last_row = min(rows.first + BLOCK_ROWS, rows.count) - 1;
+    auto limit = [&](int row) { return rows.causal_limit(min(row, last_row), length, block_length); };
     TensorRows state;
     int tiles = (limit(last_row) + TENSOR_TILE - 1) / TENSOR_TILE;
-    attend(state, cache, WholePrefix(), kv_head, 0, tiles, limit(first_row) / TENSOR_TILE, shared_address(shared_bytes),
-           [&]() {
-               load_queries(state, q, nullptr, first_row, rows, kv_head, group, heads);
+    attend(state, cache, WholePrefix(), kv_head, 0, tiles, limit(rows.first) / TENSOR_TILE,
+           shared_address(shared_bytes), [&]() {
+               load_queries(state, q, nullptr, rows);
 #pragma unroll
                for (int half = 0; half < 2; half++) state.limit[half] = limit(state.row[half]);
            });
-    write_rows(state, o, rows, kv_head, group, heads);
+    write_rows(state, o, rows);
 }

@@ -71,15 +71,14 @@ __device__ __forceinline__ void finish_totals(FragmentRows &state)
 }
 
 /* Normalised rows to o [tokens, heads, head_dim]. */
-__device__ __forceinline__ void write_rows(const FragmentRows &state, Activation *o, int rows, int kv_head, int group,
-                                           int heads)
+__device__ __forceinline__ void write_rows(const FragmentRows &state, Activation *o, const QueryRows &rows)
 {
     int t = threadIdx.x % 4;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         int row = state.row[half];
-        if (row >= rows) continue;
-        unsigned *to = (unsigned *)(o + query_row(row, kv_head, group, heads) * HEAD_DIM);
+        if (row >= rows.count) continue;
+        unsigned *to = (unsigned *)(o + rows.index(row) * HEAD_DIM);
         float factor = 1.0f / state.total[half];
 #pragma unroll
         for (int d = 0; d < HEAD_DIM / 8; d++)
@@ -115,13 +114,12 @@ __device__ __forceinline__ void stage_part(const FragmentRows &state, float *sha
 }
 
 template <int SPLIT_ROWS, int SPLITS, int ROWS, int THREADS, int UNROLL>
-__device__ __forceinline__ void write_part(const float *shared, const PartsView &parts, int part, int first_row,
-                                           int rows, int kv_head, int group, int heads)
+__device__ __forceinline__ void write_part(const float *shared, const PartsView &parts, int part, const QueryRows &rows)
 {
 #pragma unroll UNROLL
     for (int i = threadIdx.x; i < ROWS * (HEAD_DIM / 4); i += THREADS) {
         int row = i / (HEAD_DIM / 4), channel = i % (HEAD_DIM / 4) * 4, index = row % SPLIT_ROWS;
-        if (first_row + row >= rows) break;
+        if (rows.first + row >= rows.count) break;
         const float *splits = shared + row / SPLIT_ROWS * SPLITS * SPLIT_FLOATS(SPLIT_ROWS);
         const float *tops = splits + SPLIT_ROWS * SUM_STRIDE, *totals = tops + SPLIT_ROWS;
         float top = -INFINITE, total = 0;
@@ -136,8 +134,8 @@ __device__ __forceinline__ void write_part(const float *shared, const PartsView 
             total += totals[split + index] * factor;
             accumulate(sum, *(const float4 *)(splits + split + index * SUM_STRIDE + channel), factor);
         }
-        row += first_row;
-        size_t at = query_row(part * parts.tokens + row / group, row, kv_head, group, heads);
+        row += rows.first;
+        size_t at = rows.index(part * parts.tokens + row / rows.group, row);
         *(float4 *)(parts.o + at * HEAD_DIM + channel) = sum;
         if (channel == 0) {
             parts.tops[at] = top * LN_2;

@@ -55,17 +55,17 @@ __device__ __forceinline__ void copy_tiles(const Stages &stages, const CacheView
 }
 
 /* Called by all compute warps: the block's scaled queries into shared memory. */
-__device__ __forceinline__ void load_queries(FragmentRows &state, const Stages &stages, const float *q, int first_row,
-                                             int rows, int kv_head, int group, int heads)
+__device__ __forceinline__ void load_queries(FragmentRows &state, const Stages &stages, const float *q,
+                                             const QueryRows &rows)
 {
     if (COPY_THREADS == WARPGROUP) set_registers_up<240>();
     float scale = QUERY_SCALE;
 #pragma unroll 4
     for (int i = threadIdx.x; i < BLOCK_ROWS * (HEAD_DIM / 8); i += COMPUTE_THREADS) {
-        int r = i / (HEAD_DIM / 8), piece = i % (HEAD_DIM / 8), row = first_row + r;
+        int r = i / (HEAD_DIM / 8), piece = i % (HEAD_DIM / 8), row = rows.first + r;
         uint4 packed = make_uint4(0, 0, 0, 0);
-        if (row < rows) {
-            const float4 *from = (const float4 *)(q + query_row(row, kv_head, group, heads) * HEAD_DIM + piece * 8);
+        if (row < rows.count) {
+            const float4 *from = (const float4 *)(q + rows.index(row) * HEAD_DIM + piece * 8);
             float4 low = from[0], high = from[1];
             packed = make_uint4(
                 pack<KVValue>(low.x * scale, low.y * scale), pack<KVValue>(low.z * scale, low.w * scale),
@@ -81,7 +81,7 @@ __device__ __forceinline__ void load_queries(FragmentRows &state, const Stages &
     fence_async();
     named_barrier(1, COMPUTE_THREADS);
     int warp = threadIdx.x / WARP, g = threadIdx.x % WARP / 4;
-    state.reset(first_row + warp / 4 / KEY_GROUPS * HOPPER_ROWS + warp % 4 * 16 + g);
+    state.reset(rows.first + warp / 4 / KEY_GROUPS * HOPPER_ROWS + warp % 4 * 16 + g);
 }
 
 /* Called by all compute warps. Only tiles from `ragged` on have positions that some row does not see. */

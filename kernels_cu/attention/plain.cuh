@@ -10,17 +10,17 @@ struct PlainRows {
     float top[WARP_ROW_COUNT], total[WARP_ROW_COUNT];
 };
 
-/* Scaled queries of rows first_row, first_row + 1, ... of a kv head from q [tokens, heads, head_dim] to shared memory
- * [PLAIN_ROWS][head_dim]. With `tokens`, row r is of token tokens[r / group], of any token where that is negative. */
-__device__ __forceinline__ void load_queries(float *to, const float *q, const int *tokens, int first_row, int rows,
-                                             int kv_head, int group, int heads, int head_dim)
+/* Scaled queries from q [tokens, heads, head_dim] to shared memory [PLAIN_ROWS][head_dim]. With `tokens`, row r is of
+ * token tokens[r / group], of any token where that is negative. */
+__device__ __forceinline__ void load_queries(float *to, const float *q, const int *tokens, const QueryRows &rows,
+                                             int head_dim)
 {
     float scale = rsqrtf((float)head_dim);
     for (int i = threadIdx.x; i < PLAIN_ROWS * head_dim; i += PLAIN_THREADS) {
-        int row = first_row + i / head_dim;
-        int token = row < rows && tokens ? max(tokens[row / group], 0) : row / group;
-        size_t at = query_row(token, row, kv_head, group, heads) * head_dim + i % head_dim;
-        to[i] = row < rows ? q[at] * scale : 0.0f;
+        int row = rows.first + i / head_dim, token = row / rows.group;
+        if (row < rows.count && tokens) token = max(tokens[token], 0);
+        size_t at = rows.index(token, row) * head_dim + i % head_dim;
+        to[i] = row < rows.count ? q[at] * scale : 0.0f;
     }
 }
 
@@ -74,22 +74,22 @@ __device__ __forceinline__ void attend(PlainRows &rows, const float *q, const in
 }
 
 /* Calls visit(r, row) for each of the warp's rows, of which r is the number within the warp. */
-template <class Visit> __device__ __forceinline__ void each_row(int first_row, int rows, const Visit &visit)
+template <class Visit> __device__ __forceinline__ void each_row(const QueryRows &rows, const Visit &visit)
 {
     for (int r = 0; r < WARP_ROW_COUNT; r++) {
-        int row = first_row + threadIdx.x / WARP * WARP_ROW_COUNT + r;
-        if (row >= rows) break;
+        int row = rows.first + threadIdx.x / WARP * WARP_ROW_COUNT + r;
+        if (row >= rows.count) break;
         visit(r, row);
     }
 }
 
 /* This thread block's rows of one part. */
-__device__ __forceinline__ void write_part(const PlainRows &state, const PartsView &parts, int part, int first_row,
-                                           int rows, int kv_head, int group, int heads, int head_dim)
+__device__ __forceinline__ void write_part(const PlainRows &state, const PartsView &parts, int part,
+                                           const QueryRows &rows, int head_dim)
 {
     int lane = threadIdx.x % WARP;
-    each_row(first_row, rows, [&](int r, int row) {
-        size_t at = query_row(part * parts.tokens + row / group, row, kv_head, group, heads);
+    each_row(rows, [&](int r, int row) {
+        size_t at = rows.index(part * parts.tokens + row / rows.group, row);
         for (int i = 0; i < LANE_CHANNELS; i++)
             if (lane + i * WARP < head_dim) parts.o[at * head_dim + lane + i * WARP] = state.o[r][i];
         if (lane == 0) {

@@ -11,14 +11,14 @@ extern "C" __global__ void __launch_bounds__(PLAIN_THREADS)
     let_next_start();
     extern __shared__ float shared[];
     __shared__ int limit[PLAIN_ROWS];
-    int kv_head = blockIdx.x, part = blockIdx.y, group = heads / cache.kv_heads, dim = cache.head_dim;
-    int rows = parts.tokens * group, length = *cache.length, first_row = blockIdx.z * PLAIN_ROWS;
+    int kv_head = blockIdx.x, part = blockIdx.y, dim = cache.head_dim, length = *cache.length;
+    QueryRows rows(blockIdx.z * PLAIN_ROWS, parts.tokens, kv_head, heads, cache);
     TileRange tiles = tiles_of_part((length + WARP - 1) / WARP, part, gridDim.y);
     if (threadIdx.x < PLAIN_ROWS) limit[threadIdx.x] = length;
-    load_queries(shared, q, nullptr, first_row, rows, kv_head, group, heads, dim);
+    load_queries(shared, q, nullptr, rows, dim);
     __syncthreads();
     PlainRows state;
     attend(state, shared, limit, tiles.first * WARP, min(length, tiles.last * WARP), cache, WholePrefix(), kv_head,
            shared + PLAIN_ROWS * dim);
-    write_part(state, parts, part, first_row, rows, kv_head, group, heads, dim);
+    write_part(state, parts, part, rows, dim);
 }

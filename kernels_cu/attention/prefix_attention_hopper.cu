@@ -8,8 +8,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 {
     extern __shared__ __align__(SHARED_ALIGNMENT) float shared[];
     Stages stages = {shared_address(shared)};
-    int kv_head = blockIdx.x, part = blockIdx.y, group = heads / cache.kv_heads;
-    int rows = parts.tokens * group, length = *cache.length, first_row = blockIdx.z * BLOCK_ROWS;
+    int kv_head = blockIdx.x, part = blockIdx.y, length = *cache.length;
+    QueryRows rows(blockIdx.z * BLOCK_ROWS, parts.tokens, kv_head, heads, cache);
     TileRange tiles = tiles_of_part((length + TILE - 1) / TILE, part, gridDim.y);
     prepare(stages);
     if (threadIdx.x >= COMPUTE_THREADS) {
@@ -19,7 +19,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         FragmentRows state;
         wait_for_previous();
         let_next_start();
-        load_queries(state, stages, q, first_row, rows, kv_head, group, heads);
+        load_queries(state, stages, q, rows);
         state.limit[0] = state.limit[1] = length;
         attend(state, stages, tiles.first, tiles.last, length / TILE);
 
@@ -27,7 +27,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         int thread = threadIdx.x % WARPGROUP;
         stage_part<HOPPER_ROWS>(state, shared, threadIdx.x / WARPGROUP, thread / WARP * 16 + thread % WARP / 4);
         named_barrier(1, COMPUTE_THREADS);
-        write_part<HOPPER_ROWS, KEY_GROUPS, BLOCK_ROWS, COMPUTE_THREADS, 4>(
-            shared, parts, part, first_row, rows, kv_head, group, heads);
+        write_part<HOPPER_ROWS, KEY_GROUPS, BLOCK_ROWS, COMPUTE_THREADS, 4>(shared, parts, part, rows);
     }
 }

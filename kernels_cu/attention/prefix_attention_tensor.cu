@@ -6,8 +6,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     prefix_attention_tensor(const float *q, CacheView cache, PartsView parts, int heads)
 {
     extern __shared__ __align__(SHARED_ALIGNMENT) unsigned char shared_bytes[];
-    int kv_head = blockIdx.x, part = blockIdx.y, group = heads / cache.kv_heads;
-    int rows = parts.tokens * group, length = *cache.length, first_row = blockIdx.z * BLOCK_ROWS;
+    int kv_head = blockIdx.x, part = blockIdx.y, length = *cache.length;
+    QueryRows rows(blockIdx.z * BLOCK_ROWS, parts.tokens, kv_head, heads, cache);
     TileRange tiles = tiles_of_part((length + TENSOR_TILE - 1) / TENSOR_TILE, part, gridDim.y);
     TensorRows state;
     state.limit[0] = state.limit[1] = length;
@@ -16,7 +16,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
            shared_address(shared_bytes), [&]() {
                wait_for_previous();
                let_next_start();
-               load_queries(state, q, nullptr, first_row, rows, kv_head, group, heads);
+               load_queries(state, q, nullptr, rows);
            });
-    write_part(state, (float *)shared_bytes, parts, part, first_row, rows, kv_head, group, heads);
+    write_part(state, (float *)shared_bytes, parts, part, rows);
 }

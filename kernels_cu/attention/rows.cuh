@@ -1,16 +1,28 @@
-/* Which queries and positions an attention kernel works on. All query heads that share a kv head go through it
- * together: its row r is head r % group of the group, of token r / group. */
+/* Which queries and positions an attention kernel works on. */
 
-/* The row's index among [tokens, heads]. */
-__device__ __forceinline__ size_t query_row(int token, int row, int kv_head, int group, int heads)
-{
-    return (size_t)token * heads + kv_head * group + row % group;
-}
+/* A thread block's query rows: those of a kv head, `count` in all, from number `first` on. All query heads that share
+ * the kv head go through it together: row r is head r % group of the group, of token r / group. */
+struct QueryRows {
+    int first, kv_head, heads, group, count;
 
-__device__ __forceinline__ size_t query_row(int row, int kv_head, int group, int heads)
-{
-    return query_row(row / group, row, kv_head, group, heads);
-}
+    __device__ __forceinline__ QueryRows(int first, int tokens, int kv_head, int heads, const CacheView &cache)
+        : first(first), kv_head(kv_head), heads(heads), group(heads / cache.kv_heads), count(tokens * group)
+    {
+    }
+
+    /* The row's index among [tokens, heads]; of another token with its head. */
+    __device__ __forceinline__ size_t index(int row) const { return index(row / group, row); }
+    __device__ __forceinline__ size_t index(int token, int row) const
+    {
+        return (size_t)token * heads + kv_head * group + row % group;
+    }
+
+    /* How many positions a row sees by block-causal attention, if token 0 is at position `length`. */
+    __device__ __forceinline__ int causal_limit(int row, int length, int block_length) const
+    {
+        return ((length + row / group) / block_length + 1) * block_length;
+    }
+};
 
 /* Positions by their index: those of the whole prefix, or of listed pages one after the other. */
 struct WholePrefix {

@@ -16,17 +16,17 @@ extern "C" __global__ void __launch_bounds__(PLAIN_THREADS)
     let_next_start();
     extern __shared__ float shared[];
     __shared__ int limit[PLAIN_ROWS];
-    int group = heads / cache.kv_heads, dim = cache.head_dim;
-    int rows = parts.tokens * group, first_row = blockIdx.z * PLAIN_ROWS;
+    int dim = cache.head_dim;
+    QueryRows rows(blockIdx.z * PLAIN_ROWS, parts.tokens, kv_head, heads, cache);
     int *list = (int *)(shared + PLAIN_ROWS * dim + 2 * WARP * (dim + 1));
-    PageShare share =
-        share_pages(pages, top, kv_head, tokens, parts.tokens, group, length, cache.page_size, WARP, list, capacity);
+    PageShare share = share_pages(
+        pages, top, kv_head, tokens, parts.tokens, rows.group, length, cache.page_size, WARP, list, capacity);
     if (part + blockIdx.z + threadIdx.x == 0) atomicAdd(positions_read, share.listed);
     if (threadIdx.x < PLAIN_ROWS) limit[threadIdx.x] = share.listed;
-    load_queries(shared, q, tokens, first_row, rows, kv_head, group, heads, dim);
+    load_queries(shared, q, tokens, rows, dim);
     __syncthreads();
     PlainRows state;
     attend(state, shared, limit, share.first * WARP, min(share.listed, share.last * WARP), cache, share.where, kv_head,
            shared + PLAIN_ROWS * dim);
-    write_part(state, parts, part, first_row, rows, kv_head, group, heads, dim);
+    write_part(state, parts, part, rows, dim);
 }

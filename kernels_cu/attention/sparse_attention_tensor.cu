@@ -6,21 +6,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                             int *positions_read, PartsView parts, int heads)
 {
     extern __shared__ __align__(SHARED_ALIGNMENT) unsigned char shared_bytes[];
-    int kv_head = blockIdx.x, part = blockIdx.y, group = heads / cache.kv_heads;
-    int rows = parts.tokens * group, first_row = blockIdx.z * BLOCK_ROWS;
+    int kv_head = blockIdx.x, part = blockIdx.y, length = *cache.length;
+    QueryRows rows(blockIdx.z * BLOCK_ROWS, parts.tokens, kv_head, heads, cache);
     int *list = (int *)(shared_bytes + STAGES * 2 * TILE_BYTES);
-    int length = *cache.length;
     const int *top = top_of_head(pages, kv_head);
     prefetch_top(pages, top);
     wait_for_previous();
     let_next_start();
     PageShare share = share_pages(
-        pages, top, kv_head, tokens, parts.tokens, group, length, cache.page_size, TENSOR_TILE, list, capacity);
+        pages, top, kv_head, tokens, parts.tokens, rows.group, length, cache.page_size, TENSOR_TILE, list, capacity);
     if (part + blockIdx.z + threadIdx.x == 0) atomicAdd(positions_read, share.listed);
     TensorRows state;
     state.limit[0] = state.limit[1] = share.listed;
     attend(state, cache, share.where, kv_head, share.first, share.last, share.listed / TENSOR_TILE,
-           shared_address(shared_bytes),
-           [&]() { load_queries(state, q, tokens, first_row, rows, kv_head, group, heads); });
-    write_part(state, (float *)shared_bytes, parts, part, first_row, rows, kv_head, group, heads);
+           shared_address(shared_bytes), [&]() { load_queries(state, q, tokens, rows); });
+    write_part(state, (float *)shared_bytes, parts, part, rows);
 }

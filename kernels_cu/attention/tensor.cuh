@@ -24,17 +24,16 @@ __device__ __forceinline__ unsigned piece_address(unsigned tile, int row, int pi
 }
 
 /* With `tokens`, row r is of token tokens[r / group], of any token where that is negative. */
-__device__ __forceinline__ void load_queries(TensorRows &state, const float *q, const int *tokens, int first_row,
-                                             int rows, int kv_head, int group, int heads)
+__device__ __forceinline__ void load_queries(TensorRows &state, const float *q, const int *tokens,
+                                             const QueryRows &rows)
 {
     int lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
     float scale = QUERY_SCALE;
-    state.reset(first_row + threadIdx.x / WARP / KEY_WARPS * TENSOR_ROWS + g);
+    state.reset(rows.first + threadIdx.x / WARP / KEY_WARPS * TENSOR_ROWS + g);
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        int row = min(state.row[half], rows - 1);
-        int token = tokens ? max(tokens[row / group], 0) : row / group;
-        const float *from = q + query_row(token, row, kv_head, group, heads) * HEAD_DIM;
+        int row = min(state.row[half], rows.count - 1), token = row / rows.group;
+        const float *from = q + rows.index(tokens ? max(tokens[token], 0) : token, row) * HEAD_DIM;
 #pragma unroll
         for (int k = 0; k < HEAD_DIM / 16; k++) {
             float2 low = *(const float2 *)(from + k * 16 + t * 2), high = *(const float2 *)(from + k * 16 + 8 + t * 2);
@@ -134,12 +133,11 @@ __device__ __forceinline__ void attend(TensorRows &state, const CacheView &cache
 
 /* This thread block's rows of one part; shared memory is that of the tiles. */
 __device__ __forceinline__ void write_part(const TensorRows &state, float *shared, const PartsView &parts, int part,
-                                           int first_row, int rows, int kv_head, int group, int heads)
+                                           const QueryRows &rows)
 {
     wait_copies<0>();
     __syncthreads();
     stage_part<TENSOR_ROWS>(state, shared, threadIdx.x / WARP, threadIdx.x % WARP / 4);
     __syncthreads();
-    write_part<TENSOR_ROWS, KEY_WARPS, BLOCK_ROWS, THREADS, 1>(
-        shared, parts, part, first_row, rows, kv_head, group, heads);
+    write_part<TENSOR_ROWS, KEY_WARPS, BLOCK_ROWS, THREADS, 1>(shared, parts, part, rows);
 }

@@ -35,63 +35,32 @@ __device__ __forceinline__ unsigned long long descriptor(unsigned shared, int gr
 #define ACCUMULATORS_96 ACCUMULATORS_64, ACCUMULATORS_32_FROM(64)
 #define ACCUMULATORS_128 ACCUMULATORS_96, ACCUMULATORS_32_FROM(96)
 
-/* d [64][64] += a b: a [64][16] and b [64][16], with k along its rows, from shared memory. `fresh` zeroes d first. */
-__device__ __forceinline__ void wgmma(float (&d)[32], unsigned long long a, unsigned long long b, bool fresh)
-{
-    asm volatile("{.reg .pred p; setp.eq.b32 p, %34, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n64k16.f32." OPERAND_PTX "." OPERAND_PTX " {" NUMBERS_32
-                 "}, %32, %33, p, 1, 1, 0, 0;}"
-                 : ACCUMULATORS_32
-                 : "l"(a), "l"(b), "r"((int)fresh));
-}
-
-/* d [64][64] += a b: a in registers, as fragments; b [16][64], with k along its columns, from shared memory. */
-__device__ __forceinline__ void wgmma(float (&d)[32], const unsigned (&a)[4], unsigned long long b)
-{
-    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." OPERAND_PTX "." OPERAND_PTX " {" NUMBERS_32
-                 "}, {%32, %33, %34, %35}, %36, 1, 1, 1, 1;"
-                 : ACCUMULATORS_32
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}
-
-/* d [64][128] += a b: a [64][16] and b [128][16], with k along its rows, from shared memory. `fresh` zeroes d first. */
-__device__ __forceinline__ void wgmma(float (&d)[64], unsigned long long a, unsigned long long b, bool fresh)
-{
-    asm volatile("{.reg .pred p; setp.eq.b32 p, %66, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n128k16.f32." OPERAND_PTX "." OPERAND_PTX " {" NUMBERS_64
-                 "}, %64, %65, p, 1, 1, 0, 0;}"
-                 : ACCUMULATORS_64
-                 : "l"(a), "l"(b), "r"((int)fresh));
-}
-
-/* d [64][128] += a b: a in registers, as fragments; b [16][128], with k along its columns, from shared memory. */
-__device__ __forceinline__ void wgmma(float (&d)[64], const unsigned (&a)[4], unsigned long long b)
-{
-    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." OPERAND_PTX "." OPERAND_PTX " {" NUMBERS_64
-                 "}, {%64, %65, %66, %67}, %68, 1, 1, 1, 1;"
-                 : ACCUMULATORS_64
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}
-
-/* d [64][192] += a b: a [64][16] and b [192][16], with k along its rows, from shared memory. `fresh` zeroes d first. */
-__device__ __forceinline__ void wgmma(float (&d)[96], unsigned long long a, unsigned long long b, bool fresh)
-{
-    asm volatile("{.reg .pred p; setp.eq.b32 p, %98, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n192k16.f32." OPERAND_PTX "." OPERAND_PTX " {" NUMBERS_96
-                 "}, %96, %97, p, 1, 1, 0, 0;}"
-                 : ACCUMULATORS_96
-                 : "l"(a), "l"(b), "r"((int)fresh));
-}
-
-/* d [64][256] += a b: a [64][16] and b [256][16], with k along its rows, from shared memory. `fresh` zeroes d first. */
-__device__ __forceinline__ void wgmma(float (&d)[128], unsigned long long a, unsigned long long b, bool fresh)
-{
-    asm volatile("{.reg .pred p; setp.eq.b32 p, %130, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n256k16.f32." OPERAND_PTX "." OPERAND_PTX " {" NUMBERS_128
-                 "}, %128, %129, p, 1, 1, 0, 0;}"
-                 : ACCUMULATORS_128
-                 : "l"(a), "l"(b), "r"((int)fresh));
-}
+/* Two functions wgmma for d [64][COLUMNS] += a b, whose N = COLUMNS / 2 accumulators are a thread's; N1 ... N4 are the
+ * numbers after N, those of further operands.
+ *
+ * The first takes a [64][16] and b [COLUMNS][16], with k along its rows, from shared memory; `fresh` zeroes d before.
+ * The second takes a from registers, as fragments, and b [16][COLUMNS], with k along its columns, from shared memory.
+ */
+#define WGMMA_PTX(COLUMNS, D) \
+    "wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16.f32." OPERAND_PTX "." OPERAND_PTX " {" D "}, "
+#define DEFINE_WGMMA(COLUMNS, N, N1, N2, N3, N4) \
+    __device__ __forceinline__ void wgmma(float (&d)[N], unsigned long long a, unsigned long long b, bool fresh) \
+    { \
+        asm volatile("{.reg .pred p; setp.eq.b32 p, %" #N2 \
+                     ", 0;\n" WGMMA_PTX(COLUMNS, NUMBERS_##N) "%" #N ", %" #N1 ", p, 1, 1, 0, 0;}" \
+                     : ACCUMULATORS_##N \
+                     : "l"(a), "l"(b), "r"((int)fresh)); \
+    } \
+    __device__ __forceinline__ void wgmma(float (&d)[N], const unsigned (&a)[4], unsigned long long b) \
+    { \
+        asm volatile(WGMMA_PTX(COLUMNS, NUMBERS_##N) "{%" #N ", %" #N1 ", %" #N2 ", %" #N3 "}, %" #N4 ", 1, 1, 1, 1;" \
+                     : ACCUMULATORS_##N \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)); \
+    }
+DEFINE_WGMMA(64, 32, 33, 34, 35, 36)
+DEFINE_WGMMA(128, 64, 65, 66, 67, 68)
+DEFINE_WGMMA(192, 96, 97, 98, 99, 100)
+DEFINE_WGMMA(256, 128, 129, 130, 131, 132)
 
 /* Before a warpgroup's first wgmma, and after its registers were written in between. */
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" : : : "memory"); }

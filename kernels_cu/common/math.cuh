@@ -18,6 +18,11 @@ __device__ __forceinline__ float4 scaled(float4 x, float factor)
     return make_float4(x.x * factor, x.y * factor, x.z * factor, x.w * factor);
 }
 
+__device__ __forceinline__ float4 times(float4 a, float4 b)
+{
+    return make_float4(a.x * b.x, a.y * b.y, a.z * b.z, a.w * b.w);
+}
+
 __device__ __forceinline__ void accumulate(float4 &sum, float4 x)
 {
     sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;

@@ -38,7 +38,7 @@ template <class T> __device__ __forceinline__ T block_sum(T x, T *shared, unsign
     return x;
 }
 
-/* The same where `shared` is used only once; each warp adds up the warps' sums as a tree. */
+/* The same where `shared` is used only once; each warp accumulates the warps' sums as a tree. */
 template <class T> __device__ __forceinline__ T block_sum_tree(T x, T *shared, int warps)
 {
     x = warp_sum(x);

@@ -34,7 +34,7 @@ struct WeightView {
     __device__ __forceinline__ const WeightValue *data() const { return (const WeightValue *)values; }
 };
 
-/* The result of a matmul [tokens, rows] as partial sums, which the kernel that reads it adds up: matmul/planes.cuh. */
+/* The result of a matmul [tokens, rows] as partial sums, accumulated by the kernel that reads it: matmul/planes.cuh. */
 struct MatmulView {
     const float *planes, *bias; /* planes [planes, tokens, rows], or null; bias [rows], or null */
     int tokens, rows, steps, share;

@@ -4,7 +4,8 @@
  * Grid: (rows / LINEAR_ROWS, tokens / LINEAR_TOKENS). Must read rows * inner weights once for LINEAR_TOKENS tokens. */
 static_assert(LINEAR_THREADS == LINEAR_ROWS * WARP, "one warp per row");
 
-extern "C" __global__ void linear(const Activation *x, WeightView weight, float *y, int tokens)
+extern "C" __global__ void __launch_bounds__(LINEAR_THREADS, 1)
+    linear(const Activation *x, WeightView weight, float *y, int tokens)
 {
     wait_for_previous();
     let_next_start();
@@ -12,12 +13,14 @@ extern "C" __global__ void linear(const Activation *x, WeightView weight, float 
     int row = blockIdx.x * LINEAR_ROWS + threadIdx.x / WARP, lane = threadIdx.x % WARP;
     int first = blockIdx.y * LINEAR_TOKENS, count = min(LINEAR_TOKENS, tokens - first);
     if (row >= rows) return;
+    const WeightValue *of_row = weight.data() + (size_t)row * inner;
+    x += (size_t)first * inner;
     float sum[LINEAR_TOKENS] = {};
     for (int i = lane; i < inner; i += WARP) {
-        float w = widen(weight.data()[(size_t)row * inner + i]);
+        float w = widen(of_row[i]);
+        /* Past the last token its loads are repeated: with a condition each load would wait for the one before. */
 #pragma unroll
-        for (int t = 0; t < LINEAR_TOKENS; t++)
-            if (t < count) sum[t] += w * widen(x[(size_t)(first + t) * inner + i]);
+        for (int t = 0; t < LINEAR_TOKENS; t++) sum[t] += w * widen(x[(size_t)min(t, count - 1) * inner + i]);
     }
 #pragma unroll
     for (int t = 0; t < LINEAR_TOKENS; t++) {

@@ -31,9 +31,6 @@ extern "C" __global__ void __launch_bounds__(NORM_MAX_THREADS, 1)
         square += dot(value, value);
     }
     float scale = inverse_rms(block_sum(square, shared, blockDim.x / WARP) / hidden, eps);
-    for (int i = threadIdx.x; i < hidden / 4; i += blockDim.x) {
-        float4 value = scaled(row[i], scale), factor = gains[i];
-        store4(y + first + i * 4,
-               make_float4(value.x * factor.x, value.y * factor.y, value.z * factor.z, value.w * factor.w));
-    }
+    for (int i = threadIdx.x; i < hidden / 4; i += blockDim.x)
+        store4(y + first + i * 4, times(scaled(row[i], scale), gains[i]));
 }

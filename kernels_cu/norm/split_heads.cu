@@ -61,10 +61,7 @@ extern "C" __global__ void __launch_bounds__(WARP_ROWS_THREADS)
         for (int i = 0; i < PIECES; i++) square += dot(x[i], x[i]);
         float scale = inverse_rms(warp_sum(square) / head_dim, eps);
 #pragma unroll
-        for (int i = 0; i < PIECES; i++) {
-            x[i].x *= scale * gain[i].x, x[i].y *= scale * gain[i].y;
-            x[i].z *= scale * gain[i].z, x[i].w *= scale * gain[i].w;
-        }
+        for (int i = 0; i < PIECES; i++) x[i] = times(x[i], scaled(gain[i], scale));
     }
 #pragma unroll
     for (int i = 0; i < PIECES; i++) {
@@ -73,8 +70,8 @@ extern "C" __global__ void __launch_bounds__(WARP_ROWS_THREADS)
         float4 y = x[i];
         if (!is_v) {
             float4 pair = piece_of_warp(x, piece < half ? piece + half : piece - half);
-            y.x = y.x * cosine[i].x + pair.x * sine[i].x, y.y = y.y * cosine[i].y + pair.y * sine[i].y;
-            y.z = y.z * cosine[i].z + pair.z * sine[i].z, y.w = y.w * cosine[i].w + pair.w * sine[i].w;
+            y = times(y, cosine[i]);
+            accumulate(y, times(pair, sine[i]));
         }
         if (piece < pieces) ((float4 *)to)[piece] = y;
     }

@@ -1,5 +1,13 @@
 /* What kernels that score pages by their bounds share. */
 
+/* The row's index among the rows [tokens, heads] of q; -1 for a negative token and past the last row. Row r of a kv
+ * head is head r % group of its group, of token tokens[r / group]; with tokens null, of token r / group. */
+__device__ __forceinline__ int query_index(const int *tokens, int row, int rows, int kv_head, int group, int heads)
+{
+    int token = row >= rows ? -1 : tokens ? tokens[row / group] : row / group;
+    return token < 0 ? -1 : token * heads + kv_head * group + row % group;
+}
+
 /* Channel c of 2 * head_dim of a query as it meets the bounds: min(q, 0) the smallest keys, max(q, 0) the largest, so
  * that QUEST's bound is a dot product. */
 __device__ __forceinline__ float query_for_bounds(const float *q, int c, int head_dim)

@@ -9,11 +9,11 @@ extern "C" __global__ void __launch_bounds__(PLAIN_THREADS)
     wait_for_previous();
     let_next_start();
     extern __shared__ float shared[];
-    int kv_head = blockIdx.x, group = heads / cache.kv_heads, dim = cache.head_dim, rows = tokens * group;
-    int first_row = blockIdx.z * PLAIN_ROWS, length = *cache.length, tiles = (length + WARP - 1) / WARP;
+    int kv_head = blockIdx.x, dim = cache.head_dim, length = *cache.length, tiles = (length + WARP - 1) / WARP;
+    QueryRows rows(blockIdx.z * PLAIN_ROWS, tokens, kv_head, heads, cache);
     int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, key_stride = dim + 1;
     float *keys = shared + PLAIN_ROWS * dim;
-    load_queries(shared, q, nullptr, first_row, rows, kv_head, group, heads, dim);
+    load_queries(shared, q, nullptr, rows, dim);
     for (int tile = blockIdx.y; tile < tiles; tile += gridDim.y) {
         __syncthreads();
         for (int i = threadIdx.x; i < WARP * dim; i += PLAIN_THREADS) {
@@ -23,13 +23,13 @@ extern "C" __global__ void __launch_bounds__(PLAIN_THREADS)
         }
         __syncthreads();
         for (int r = 0; r < WARP_ROW_COUNT; r++) {
-            int index = warp * WARP_ROW_COUNT + r, row = first_row + index, position = tile * WARP + lane;
-            if (row >= rows) break;
-            float score = 0, row_lse = lse[query_row(row, kv_head, group, heads)];
+            int index = warp * WARP_ROW_COUNT + r, row = rows.first + index, position = tile * WARP + lane;
+            if (row >= rows.count) break;
+            float score = 0, row_lse = lse[rows.index(row)];
             for (int d = 0; d < dim; d++) score += shared[index * dim + d] * keys[lane * key_stride + d];
             float mass = warp_sum<MASS_UNIT>(position < length ? expf(score - row_lse) : 0.0f);
             if (lane % MASS_UNIT == 0 && position < length)
-                masses[((size_t)kv_head * rows + row) * stride + position / MASS_UNIT] = mass;
+                masses[((size_t)kv_head * rows.count + row) * stride + position / MASS_UNIT] = mass;
         }
     }
 }

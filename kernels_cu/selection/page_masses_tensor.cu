@@ -12,19 +12,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     let_next_start();
     extern __shared__ __align__(SHARED_ALIGNMENT) unsigned char shared_bytes[];
     unsigned shared = shared_address(shared_bytes);
-    int kv_head = blockIdx.x, group = heads / cache.kv_heads, rows = tokens * group, length = *cache.length;
+    int kv_head = blockIdx.x, length = *cache.length;
+    QueryRows rows(blockIdx.z * BLOCK_ROWS, tokens, kv_head, heads, cache);
     TileRange tiles = tiles_of_part((length + TENSOR_TILE - 1) / TENSOR_TILE, blockIdx.y, gridDim.y);
     int first = tiles.first, last = tiles.last;
     int key_warp = threadIdx.x / WARP % KEY_WARPS, t = threadIdx.x % 4;
     TensorRows state;
-    load_queries(state, q, nullptr, blockIdx.z * BLOCK_ROWS, rows, kv_head, group, heads);
+    load_queries(state, q, nullptr, rows);
     float base[2];
     float *to[2];
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        int row = min(state.row[half], rows - 1);
-        base[half] = lse[query_row(row, kv_head, group, heads)] * LOG2_E;
-        to[half] = masses + ((size_t)kv_head * rows + row) * stride;
+        int row = min(state.row[half], rows.count - 1);
+        base[half] = lse[rows.index(row)] * LOG2_E;
+        to[half] = masses + ((size_t)kv_head * rows.count + row) * stride;
     }
     auto load = [&](int tile) {
         const KVValue *keys = cache.group(CACHED_KEYS, kv_head, tile * TENSOR_TILE);
@@ -55,7 +56,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                     if (position + i / 2 * 8 + t * 2 + i % 2 < length)
                         mass += exp2f(score[unit * 8 + i / 2 * 4 + half * 2 + i % 2] - base[half]);
                 mass = quad_sum(mass);
-                if (t == 0 && position < length && state.row[half] < rows) to[half][position / MASS_UNIT] = mass;
+                if (t == 0 && position < length && state.row[half] < rows.count) to[half][position / MASS_UNIT] = mass;
             }
     }
 }

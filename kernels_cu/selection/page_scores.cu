@@ -1,9 +1,8 @@
 /* QUEST's bound (arXiv 2406.10774) of the scores in each page, for some tokens' queries: the sum over channels of
  * max(q smallest, q largest).
  *
- * q [all tokens, heads, head_dim]; row r of a kv head is head r % group of its group, of token tokens[r / group]; with
- * tokens null, of token r / group. Rows of negative tokens get 0. Writes the prefix's pages of scores
- * [kv_heads, rows, stride], and clears marks [kv_heads, words] for mark_pages.cu.
+ * q [all tokens, heads, head_dim]; rows are those of query_index, without a query they get 0. Writes the prefix's pages
+ * of scores [kv_heads, rows, stride], and clears marks [kv_heads, words] for mark_pages.cu.
  *
  * Grid: (kv_heads, splits, rows / PLAIN_ROWS), one warp per page at a time. Must read the bounds, which it does once
  * for PLAIN_ROWS rows. */
@@ -21,9 +20,8 @@ extern "C" __global__ void __launch_bounds__(SCORES_THREADS)
     int pages = cache.pages(*cache.length), chunk_pages = cache.chunk_pages();
     int lane = threadIdx.x % WARP, warps = blockDim.x / WARP;
     for (int i = threadIdx.x; i < PLAIN_ROWS * 2 * dim; i += blockDim.x) {
-        int row = first_row + i / (2 * dim), token = row >= rows ? -1 : tokens ? tokens[row / group] : row / group;
-        const float *from = q + query_row(token, row, kv_head, group, heads) * dim;
-        shared[i] = token < 0 ? 0.0f : query_for_bounds(from, i % (2 * dim), dim);
+        int index = query_index(tokens, first_row + i / (2 * dim), rows, kv_head, group, heads);
+        shared[i] = index < 0 ? 0.0f : query_for_bounds(q + (size_t)index * dim, i % (2 * dim), dim);
     }
     __syncthreads();
     for (int page = blockIdx.y * warps + threadIdx.x / WARP; page < pages; page += gridDim.y * warps) {

@@ -17,13 +17,6 @@ static_assert(SCORES_THREADS == 256 && SCORES_ROW_TILE == 8, "8 warps; columns o
 #endif
 #define TILES_AT_ONCE (ROW_TILES < 4 ? ROW_TILES : 4)
 
-/* The row's index among the rows [tokens, heads] of q; -1 for a negative token and past the last row. */
-__device__ __forceinline__ int query_index(const int *tokens, int row, int rows, int kv_head, int group, int heads)
-{
-    int token = row >= rows ? -1 : tokens ? tokens[row / group] : row / group;
-    return token < 0 ? -1 : token * heads + kv_head * group + row % group;
-}
-
 /* Rows from first_row on as [CHUNKS][2 steps][ROW_TILES][lane]: pairs b0 and b1, then what rounding lost of them; zeros
  * where there is no query. Each thread has many loads in flight at once. */
 __device__ __forceinline__ void prepare_rows(uint4 *row_pieces, const float *q, const int *tokens, int first_row,

@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 from losart.config.rope import ROPE_KINDS, RopeConfig
 from losart.errors import ConfigError
 from losart.loaders.json_files import JsonObject, errors_naming
 
 DEFAULT_THETA = 10000.0
-_KEYS = {
-    "type",
-    "rope_type",
-    "rope_theta",
-    "factor",
-    "original_max_position_embeddings",
-    "partial_rotary_factor",
-    "attention_factor",
-    "beta_fast",
-    "beta_slow",
-    "mscale",
-    "mscale_all_dim",
-    "truncate",
-    "low_freq_factor",
-    "high_freq_factor",
-}
+ORIGINAL_MAX_POSITIONS = "original_max_position_embeddings"
+# RopeConfig names its fields as the files do, except these.
+_OTHER_NAMES = {"theta": "rope_theta", "kind": "rope_type", "original_max_positions": ORIGINAL_MAX_POSITIONS}
+_KEYS = {_OTHER_NAMES.get(field.name, field.name) for field in fields(RopeConfig)}
+_KEYS |= {"type", "partial_rotary_factor"}
 
 
 def rope_config(config: JsonObject, max_positions: int) -> RopeConfig:
@@ -58,9 +49,8 @@ def rope_config(config: JsonObject, max_positions: int) -> RopeConfig:
     if theta <= 1:
         raise scaling.error("rope_theta", theta, "larger than 1")
     # As in transformers, the length outside the rope parameters takes precedence.
-    original = config.optional_integer("original_max_position_embeddings") or scaling.optional_integer(
-        "original_max_position_embeddings"
-    )
+    original = config.optional_integer(ORIGINAL_MAX_POSITIONS)
+    original = original or scaling.optional_integer(ORIGINAL_MAX_POSITIONS)
     factor = scaling.optional_number("factor")
     if factor is None and kind == "yarn" and original is not None:
         factor = max_positions / original

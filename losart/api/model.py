@@ -10,9 +10,8 @@ from losart.api.session import Session
 from losart.backends import make_backend
 from losart.config.model import ModelConfig
 from losart.config.options import generation_config
-from losart.config.precision import DTYPES, Precision
+from losart.config.precision import Precision
 from losart.engine.engine import Engine, Stream
-from losart.errors import OptionError
 from losart.loaders import ChatTemplate, Checkpoint, Tokenizer, open_checkpoint
 from losart.loaders.tokenizer import Prompt, is_batch, prompt_ids
 from losart.models.transformer import Transformer
@@ -40,13 +39,12 @@ class Model:
         dtype: str = "auto",
         progress: Progress | None = None,
     ) -> None:
-        if dtype not in ("auto", *DTYPES):
-            raise OptionError(f"dtype must be auto, {', '.join(DTYPES)}, not {dtype!r}")
+        precision = Precision.chosen(dtype, checkpoint.dtype)
         self.config: ModelConfig = checkpoint.config
         self.tokenizer: Tokenizer | None = checkpoint.tokenizer
         self.chat_template: ChatTemplate | None = checkpoint.chat_template
-        self.dtype = checkpoint.dtype if dtype == "auto" else dtype
-        backend = make_backend(device, self.config, Precision.of(self.dtype))
+        self.dtype = precision.weights.name
+        backend = make_backend(device, self.config, precision)
         self.device = backend.name
         self._engine = Engine(Transformer(self.config, checkpoint.tensors, backend, progress))
 
@@ -182,7 +180,7 @@ def load(
     CheckpointError, TensorError, ConfigError
         See `losart.errors`: the message names the file, the tensor or the key.
     DeviceError
-        The device is not there.
+        The device is missing.
     """
     return Model(open_checkpoint(model), device, dtype, progress)
 

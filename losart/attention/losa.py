@@ -48,7 +48,7 @@ class LosaPolicy(AttentionPolicy):
     def _fill(self, backend: Any, layer: int, q: Any, batch: Any) -> tuple[Prefix, Selection | None]:
         config, selection = self.config, None
         if not self.is_dense(PassKind.FIRST):
-            selector = backend.selector(config.planner)
+            selector = backend.selectors[config.planner]
             selection = selector.select_pages(layer, q, None, batch, config.pages_per_query)
             prefix = backend.sparse_prefix_attention(layer, q, selection, batch)
         elif config.selector == "quest":
@@ -59,7 +59,7 @@ class LosaPolicy(AttentionPolicy):
         return backend.store_attention(layer, q, prefix, batch), selection
 
     def _refresh(self, backend: Any, layer: int, q: Any, batch: Any) -> tuple[Prefix, Selection | None]:
-        config, selector = self.config, backend.selector(self.config.planner)
+        config, selector = self.config, backend.selectors[self.config.planner]
         follow = config.drift == "previous"
         active = selector.select_active(
             layer, q, batch, self._active_count, masked_only=self._masked_only, follow=follow

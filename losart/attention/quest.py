@@ -12,6 +12,6 @@ class QuestPolicy(AttentionPolicy):
     """Every token selects its pages anew in every layer and pass, the first included by default."""
 
     def prefix(self, backend: Any, layer: int, q: Any, batch: Any) -> tuple[Prefix, Selection | None]:
-        selector = backend.selector(self.config.planner)
+        selector = backend.selectors[self.config.planner]
         selection = selector.select_pages(layer, q, None, batch, self.config.pages_per_query)
         return backend.sparse_prefix_attention(layer, q, selection, batch), selection

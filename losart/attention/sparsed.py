@@ -37,5 +37,5 @@ class SparsedPolicy(AttentionPolicy):
             prefix, masses = backend.prefix_attention_and_masses(layer, q, batch)
             backend.store_top_pages(layer, masses, batch, self.config.pages_per_query, summed=True)
             return prefix, None
-        selection = backend.selector(self.config.planner).select_stored_pages(layer, None, batch)
+        selection = backend.selectors[self.config.planner].select_stored_pages(layer, None, batch)
         return backend.sparse_prefix_attention(layer, q, selection, batch), selection

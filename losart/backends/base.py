@@ -6,7 +6,7 @@ backend made of one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -119,6 +119,10 @@ class Backend(Protocol):
     precision: Precision
     prefill_tokens: int  # of a prompt that go through the model at a time
 
+    @property
+    def selectors(self) -> Mapping[str, Selector]:
+        """What selects tokens and pages, by `AttentionConfig.planner`."""
+
     # -- weights, cache and stored results
 
     def upload(self, *tensors: Any) -> Weight:
@@ -224,10 +228,7 @@ class Backend(Protocol):
     def store_top_pages(self, layer: int, masses: Array, batch: Batch, count: int, *, summed: bool) -> None:
         """Store the `count` pages of highest mass per query, with `summed` per query head for the block."""
 
-    # -- selection and sampling
-
-    def selector(self, planner: str) -> Selector:
-        """What selects tokens and pages: where `AttentionConfig.planner` says."""
+    # -- sampling
 
     def propose(self, hidden: Array, head: Weight, batch: Batch) -> Any:
         """A token for each masked row of hidden [tokens, hidden], with its confidence."""

@@ -5,18 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Iterable
 
 from losart.cli.tables import share
-from losart.observe.step import GenerationResult, Stats, Step
-
-
-def last_result(steps: Iterable[Step]) -> GenerationResult:
-    """Run a stream to its end."""
-    for step in steps:
-        result = step.result
-    assert result is not None
-    return result
+from losart.engine.engine import Stream
+from losart.observe.step import GenerationResult, Stats
 
 
 def print_json(result: GenerationResult, indent: int | None = 2) -> None:
@@ -26,16 +18,14 @@ def print_json(result: GenerationResult, indent: int | None = 2) -> None:
     print(json.dumps(values, indent=indent), flush=True)
 
 
-def print_steps(steps: Iterable[Step]) -> GenerationResult:
+def print_steps(stream: Stream) -> GenerationResult:
     """Print a stream's text as it grows."""
     printed = 0
-    for step in steps:
+    for step in stream:
         print(step.text[printed:], end="", flush=True)
         printed = len(step.text)
-        result = step.result
     print()
-    assert result is not None
-    return result
+    return stream.result()
 
 
 def print_figures(result: GenerationResult) -> None:

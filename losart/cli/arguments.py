@@ -13,6 +13,16 @@ from losart.engine.sampling import STRATEGIES
 from losart.measure.random_checkpoint import SIZES
 
 Group = argparse._ArgumentGroup
+ATTENTION_DETAILS = {
+    "selector": "losa: what ranks pages for a query (quest)",
+    "drift": "losa: against which pass change is measured (previous)",
+    "candidates": "losa: tokens that can be recomputed (all)",
+    "page_size": "a multiple of 16 (16)",
+    "dense_layers": "first layers that stay dense (0)",
+    "first_pass": "how the first pass over a block reads the prefix (auto: as the method does it)",
+    "commit": "(dense)",
+    "planner": "where a GPU's tokens and pages are selected (auto)",
+}
 
 
 def add_model(command: argparse.ArgumentParser, required: bool = False) -> None:
@@ -79,26 +89,11 @@ def add_decoding(command: argparse.ArgumentParser, new_tokens: str = "128") -> G
 
 def add_attention_details(group: Group) -> None:
     """The attention's options but the method, its budget and its active tokens."""
-    group.add_argument(
-        "--selector", choices=CHOICES["selector"], help="losa: what ranks pages for a query (quest)"
-    )
-    group.add_argument(
-        "--drift", choices=CHOICES["drift"], help="losa: against which pass change is measured (previous)"
-    )
-    group.add_argument(
-        "--candidates", choices=CHOICES["candidates"], help="losa: tokens that can be recomputed (all)"
-    )
-    group.add_argument("--page-size", type=int, metavar="N", help="a multiple of 16 (16)")
-    group.add_argument("--dense-layers", type=int, metavar="N", help="first layers that stay dense (0)")
-    group.add_argument(
-        "--first-pass",
-        choices=CHOICES["first_pass"],
-        help="how the first pass over a block reads the prefix (auto: as the method does it)",
-    )
-    group.add_argument("--commit", choices=CHOICES["commit"], help="(dense)")
-    group.add_argument(
-        "--planner", choices=CHOICES["planner"], help="where a GPU's tokens and pages are selected (auto)"
-    )
+    for name, text in ATTENTION_DETAILS.items():
+        kind: dict[str, Any] = {"type": int, "metavar": "N"}
+        if name in CHOICES:
+            kind = {"choices": CHOICES[name]}
+        group.add_argument(f"--{name.replace('_', '-')}", help=text, **kind)
 
 
 def generation_options(args: argparse.Namespace) -> dict[str, Any]:

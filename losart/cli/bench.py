@@ -20,23 +20,18 @@ from losart.errors import OptionError
 from losart.measure.bench import NoiseBlocks, check_prefix
 from losart.measure.environment import environment
 
+HELP = "measure prefill and denoising passes on the device at hand"
+DESCRIPTION = """Measure how fast a prompt is prefilled, and how long the first and later passes over a
+block take after prefixes of several lengths, for each attention method. On the CPU keys and values are
+white noise, for sparse methods the worst case: the density says what they read. Lists are separated by
+commas."""
 EXAMPLE = "example: losart bench path/to/SDAR-1.7B-Chat --lengths 4096,16384 --attention dense,losa"
 LENGTHS = (1024, 4096)
 RANDOM_BLOCK = 16  # block length of the random weights
 
 
-def add_command(commands: Any) -> None:
-    """Add this command to the subparsers of `losart`."""
-    command = commands.add_parser(
-        "bench",
-        help="measure prefill and denoising passes on the device at hand",
-        description="Measure how fast a prompt is prefilled, and how long the first and later passes over a "
-        "block take after prefixes of several lengths, for each attention method. On the CPU keys and values "
-        "are white noise, for sparse methods the worst case: the density says what they read. Lists are "
-        "separated by commas.",
-        epilog=EXAMPLE,
-    )
-    command.set_defaults(run=run)
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Add this command's arguments."""
     add_model_or_size(command)
     add_loading(command)
     command.add_argument(

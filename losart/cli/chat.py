@@ -7,10 +7,9 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
-from typing import Any
 
 from losart.api.chat import Chat
-from losart.cli.answers import last_result, print_figures, print_json, print_steps
+from losart.cli.answers import print_figures, print_json, print_steps
 from losart.cli.arguments import add_generation, add_model, generation_options
 from losart.cli.progress import Progress, load_model
 from losart.errors import LosartError
@@ -19,19 +18,14 @@ EXAMPLE = 'example: losart chat path/to/SDAR-1.7B-Chat --system "Be brief." --at
 COMMANDS = (
     "Ctrl-C stops an answer, Ctrl-D or /quit leaves, /reset clears, /system TEXT sets the system message"
 )
+HELP = "talk with a model"
+DESCRIPTION = f"""Talk with a model, one line per turn, through the checkpoint's chat template. What earlier
+turns left in the KV cache is not recomputed. {COMMANDS}."""
 PROMPT = ">>> "
 
 
-def add_command(commands: Any) -> None:
-    """Add this command to the subparsers of `losart`."""
-    command = commands.add_parser(
-        "chat",
-        help="talk with a model",
-        description="Talk with a model, one line per turn, through the checkpoint's chat template. What "
-        f"earlier turns left in the KV cache is not recomputed. {COMMANDS}.",
-        epilog=EXAMPLE,
-    )
-    command.set_defaults(run=run)
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Add this command's arguments."""
     add_model(command, required=True)  # the checkpoint that comes with losart does not chat
     command.add_argument("--system", metavar="TEXT", help="the system message")
     command.add_argument(
@@ -80,7 +74,7 @@ def _take(line: str, chat: Chat, args: argparse.Namespace) -> None:
     else:
         with Progress("reading the prompt", "tokens") as progress:
             steps = chat.stream(line, progress=progress)
-            result = last_result(steps) if args.json else print_steps(steps)
+            result = steps.result() if args.json else print_steps(steps)
         if args.json:
             print_json(result, indent=None)
         if args.stats:

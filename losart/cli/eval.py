@@ -22,6 +22,10 @@ from losart.errors import OptionError
 if TYPE_CHECKING:
     from losart.eval import EvalConfig
 
+HELP = "measure the accuracy of attention methods"
+DESCRIPTION = """Ask a model questions with checkable answers about long documents, and print how many it
+answers with each attention setting, and what each reads. Lists are separated by commas; all combinations
+are measured."""
 EXAMPLE = (
     "example: losart eval path/to/SDAR-1.7B-Chat --tasks key,keys-4 --lengths 4096 "
     "--attention dense,losa,quest --budgets 64,128 --active 3,5 --samples 100 --json eval.json"
@@ -29,17 +33,8 @@ EXAMPLE = (
 SWEPT = ("attention", "seed", "active")  # of the evaluation, not of its generations
 
 
-def add_command(commands: Any) -> None:
-    """Add this command to the subparsers of `losart`."""
-    command = commands.add_parser(
-        "eval",
-        help="measure the accuracy of attention methods",
-        description="Ask a model questions with checkable answers about long documents, and print how many "
-        "it answers with each attention setting, and what each reads. Lists are separated by commas; all "
-        "combinations are measured.",
-        epilog=EXAMPLE,
-    )
-    command.set_defaults(run=run)
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Add this command's arguments."""
     add_model(command)
     group = command.add_argument_group("evaluation", argument_default=argparse.SUPPRESS)
     group.add_argument("--tasks", type=listed(str), metavar="LIST", help="(all)")

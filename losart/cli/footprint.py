@@ -8,7 +8,6 @@ import sys
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 from losart.cli.arguments import add_model_or_size, positive
 from losart.cli.progress import Steps, write_weights
@@ -18,21 +17,16 @@ from losart.measure.footprint.comparison import compare, generation_of
 from losart.measure.footprint.sides import installed_sides, new_sides
 from losart.measure.footprint.table import markdown
 
+HELP = "compare size, memory and start-up with torch + transformers"
+DESCRIPTION = """Install losart, and torch + transformers, into new virtual environments, let both do the
+same generation of the same checkpoint, and print a table in Markdown of what each takes: on disk, in
+memory, and in time until the first token. Takes a few minutes; downloads what pip needs. --installed makes
+no environments and needs no network."""
 EXAMPLE = "example: losart footprint path/to/SDAR-1.7B-Chat --json footprint.json --table footprint.md"
 
 
-def add_command(commands: Any) -> None:
-    """Add this command to the subparsers of `losart`."""
-    command = commands.add_parser(
-        "footprint",
-        help="compare size, memory and start-up with torch + transformers",
-        description="Install losart, and torch + transformers, into new virtual environments, let both do "
-        "the same generation of the same checkpoint, and print a table in Markdown of what each takes: on "
-        "disk, in memory, and in time until the first token. Takes a few minutes; downloads what pip needs. "
-        "--installed makes no environments and needs no network.",
-        epilog=EXAMPLE,
-    )
-    command.set_defaults(run=run)
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Add this command's arguments."""
     add_model_or_size(command)
     command.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="(cpu)")
     command.add_argument("--prompt-tokens", type=positive, default=512, metavar="N", help="(512)")

@@ -8,10 +8,9 @@ import sys
 import warnings
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 from losart.api.model import Model
-from losart.cli.answers import last_result, print_figures, print_json, print_steps
+from losart.cli.answers import print_figures, print_json, print_steps
 from losart.cli.arguments import add_generation, add_model, generation_options
 from losart.cli.progress import Progress, load_model
 from losart.cli.watch import Watch
@@ -20,18 +19,13 @@ from losart.loaders import Tokenizer
 from losart.observe.step import Observer, Step
 from losart.observe.trace import TraceWriter
 
+HELP = "generate text from a prompt"
+DESCRIPTION = """Generate text from a prompt and print it as it is fixed."""
 EXAMPLE = 'example: losart generate path/to/SDAR-1.7B-Chat --chat --prompt "Why is the sky blue?" --stats'
 
 
-def add_command(commands: Any) -> None:
-    """Add this command to the subparsers of `losart`."""
-    command = commands.add_parser(
-        "generate",
-        help="generate text from a prompt",
-        description="Generate text from a prompt and print it as it is fixed.",
-        epilog=EXAMPLE,
-    )
-    command.set_defaults(run=run)
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Add this command's arguments."""
     add_model(command)
     source = command.add_mutually_exclusive_group()
     source.add_argument("--prompt", metavar="TEXT", help="the prompt")
@@ -81,7 +75,7 @@ def run(args: argparse.Namespace) -> None:
             observers.append(passes)
             result = passes.follow(steps)
         else:
-            result = last_result(steps) if args.json else print_steps(steps)
+            result = steps.result() if args.json else print_steps(steps)
         if args.trace:
             trace.finish(result)
     if args.json:

@@ -9,19 +9,14 @@ from typing import Any
 from losart.cli.tables import print_rows, size
 from losart.measure.environment import environment
 
+HELP = "show versions, processor, GPU, prebuilt and cached kernels"
+DESCRIPTION = """Show versions, the processor, the GPU or why there is none, and which kernels are compiled
+already."""
 EXAMPLE = "example: losart info --json"
 
 
-def add_command(commands: Any) -> None:
-    """Add this command to the subparsers of `losart`."""
-    command = commands.add_parser(
-        "info",
-        help="show versions, processor, GPU, prebuilt and cached kernels",
-        description="Show versions, the processor, the GPU or why there is none, and which kernels are "
-        "compiled already.",
-        epilog=EXAMPLE,
-    )
-    command.set_defaults(run=run)
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Add this command's arguments."""
     command.add_argument("--json", action="store_true", help="print JSON")
 
 

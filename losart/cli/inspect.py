@@ -11,19 +11,14 @@ from losart.cli.tables import print_rows, size
 from losart.loaders import open_checkpoint
 from losart.measure.inspection import inspection
 
+HELP = "show a checkpoint's sizes, memory and default options"
+DESCRIPTION = """Show a checkpoint's architecture and sizes, the memory that its weights and its KV cache
+take, and the options that a generation runs with by default. Reads no weights."""
 EXAMPLE = "example: losart inspect path/to/SDAR-1.7B-Chat --context 8192 40960 --dtype float16"
 
 
-def add_command(commands: Any) -> None:
-    """Add this command to the subparsers of `losart`."""
-    command = commands.add_parser(
-        "inspect",
-        help="show a checkpoint's sizes, memory and default options",
-        description="Show a checkpoint's architecture and sizes, the memory that its weights and its KV "
-        "cache take, and the options that a generation runs with by default. Reads no weights.",
-        epilog=EXAMPLE,
-    )
-    command.set_defaults(run=run)
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Add this command's arguments."""
     add_model(command)
     command.add_argument(
         "--context",

@@ -18,7 +18,7 @@ FAILED, USAGE, INTERRUPTED = 1, 2, 130
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line's parser; each command sets `run`, a function of the parsed arguments."""
+    """The command line's parser; its `run` is the command, a function of the parsed arguments."""
     # Imported here, so that `main` catches an interrupt during the imports.
     import argparse
 
@@ -27,8 +27,15 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="losart", description="Runs block-wise diffusion language models.")
     top.add_argument("--version", action="version", version=f"losart {__version__}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (generate, chat, eval, plot, bench, footprint, inspect, info, prebuild):
-        command.add_command(commands)
+    for module in (generate, chat, eval, plot, bench, footprint, inspect, info, prebuild):
+        command = commands.add_parser(
+            module.__name__.rpartition(".")[2],
+            help=module.HELP,
+            description=module.DESCRIPTION,
+            epilog=module.EXAMPLE,
+        )
+        command.set_defaults(run=module.run)
+        module.add_arguments(command)
     return top
 
 

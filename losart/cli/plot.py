@@ -4,25 +4,19 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 from losart.errors import OptionError, TraceError
 from losart.observe.plot import KINDS, draw
 from losart.observe.trace import read_trace
 
+HELP = "draw a trace of `losart generate --trace`"
+DESCRIPTION = """Draw a trace: density by pass and layer, and which pages of the prefix were read by pass.
+Needs matplotlib: pip install 'losart[plot]'."""
 EXAMPLE = "example: losart plot run.jsonl -o run.png --kind pages --layer 12"
 
 
-def add_command(commands: Any) -> None:
-    """Add this command to the subparsers of `losart`."""
-    command = commands.add_parser(
-        "plot",
-        help="draw a trace of `losart generate --trace`",
-        description="Draw a trace: density by pass and layer, and which pages of the prefix were read by "
-        "pass. Needs matplotlib: pip install 'losart[plot]'.",
-        epilog=EXAMPLE,
-    )
-    command.set_defaults(run=run)
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Add this command's arguments."""
     command.add_argument("file", metavar="FILE", help="the trace")
     command.add_argument(
         "-o", "--output", metavar="OUT", help="the picture; its suffix is the format (FILE with .png)"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 from losart.backends.cuda.prebuild import prebuild
 from losart.backends.cuda.variants import CARDS
@@ -15,21 +14,16 @@ from losart.config.precision import DTYPES
 from losart.errors import OptionError
 from losart.kernels_cu.prebuilt import FOLDER
 
+HELP = "compile the CUDA kernels for installations without a compiler"
+DESCRIPTION = """Compile the CUDA kernels into this installation, so that it no longer needs NVRTC; with an
+editable installation, into the sources, and wheels then built from them hold the kernels. Needs NVRTC and
+no GPU; takes minutes. An architecture's kernels are replaced, in the named dtypes alone. Lists are
+separated by commas."""
 EXAMPLE = "example: losart prebuild --architectures sm_90a --dtypes bfloat16"
 
 
-def add_command(commands: Any) -> None:
-    """Add this command to the subparsers of `losart`."""
-    command = commands.add_parser(
-        "prebuild",
-        help="compile the CUDA kernels for installations without a compiler",
-        description="Compile the CUDA kernels into this installation, so that it no longer needs NVRTC; with "
-        "an editable installation, into the sources, and wheels then built from them hold the kernels. "
-        "Needs NVRTC and no GPU; takes minutes. An architecture's kernels are replaced, in the named "
-        "dtypes alone. Lists are separated by commas.",
-        epilog=EXAMPLE,
-    )
-    command.set_defaults(run=run)
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Add this command's arguments."""
     command.add_argument(
         "--architectures", type=listed(str), default=tuple(CARDS), metavar="LIST", help=f"({','.join(CARDS)})"
     )

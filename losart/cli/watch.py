@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
+from losart.engine.engine import Stream
 from losart.loaders import Tokenizer
 from losart.observe.step import GenerationResult, Step
 
@@ -37,15 +36,13 @@ class Watch:
             flush=True,
         )
 
-    def follow(self, steps: Iterable[Step]) -> GenerationResult:
+    def follow(self, stream: Stream) -> GenerationResult:
         """Run a stream to its end while its passes are shown; then print its text."""
-        for step in steps:
+        for step in stream:
             self.text = step.text
-            result = step.result
         self.close()
-        assert result is not None
-        print(result)
-        return result
+        print(stream.result())
+        return stream.result()
 
     def close(self) -> None:
         """Remove what must not stay on the terminal."""

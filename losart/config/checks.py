@@ -19,9 +19,3 @@ def is_number(value: Any) -> bool:
         return math.isfinite(value)
     except OverflowError:
         return False
-
-
-def require(condition: bool, error: type[Exception], message: str) -> None:
-    """Raise `error` with `message` unless `condition` holds."""
-    if not condition:
-        raise error(message)

@@ -217,13 +217,13 @@ def generation_config(model: ModelConfig, options: dict[str, Any]) -> Generation
     values = {name: _plain(value) for name, value in options.items() if value is not None}
     attention = {name: values.pop(name) for name in list(values) if name in _ATTENTION_OPTIONS}
     attention["method"] = values.pop("attention", AttentionConfig.method)
-    if not (isinstance(attention["method"], str)):
+    if not isinstance(attention["method"], str):
         raise OptionError(f"attention must be the name of a policy, not {attention['method']!r}")
 
     block_length = values.setdefault("block_length", model.block_length or DEFAULT_BLOCK_LENGTH)
     values.setdefault("denoising_steps", block_length)
     values.setdefault("mask_token_id", model.mask_token_id)
-    if not (values["mask_token_id"] is not None):
+    if values["mask_token_id"] is None:
         raise OptionError("the checkpoint does not say its mask token: give mask_token_id")
     values["stop_token_ids"] = _as_tuple(
         "stop_token_ids", values.get("stop_token_ids", model.end_token_ids), int
@@ -233,9 +233,9 @@ def generation_config(model: ModelConfig, options: dict[str, Any]) -> Generation
     for name, token in [("mask_token_id", config.mask_token_id)] + [
         ("stop_token_ids", token) for token in config.stop_token_ids
     ]:
-        if not (token < model.vocab_size):
+        if token >= model.vocab_size:
             raise OptionError(f"{name}: {token} is outside the vocabulary of {model.vocab_size}")
-    if not (config.block_length <= model.max_positions):
+    if config.block_length > model.max_positions:
         raise OptionError(
             f"block_length ({config.block_length}) must not be more than the model's max_positions "
             f"({model.max_positions})"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from losart.errors import OptionError
+
 
 @dataclass(frozen=True)
 class Format:
@@ -68,3 +70,16 @@ class Precision:
     def of(cls, dtype: str) -> Precision:
         """All three in one format, named as in `FORMATS`."""
         return cls(*(FORMATS[dtype],) * 3)
+
+    @classmethod
+    def chosen(cls, dtype: str, auto: str) -> Precision:
+        """As `of`, with `auto` for the caller's "auto".
+
+        Raises
+        ------
+        OptionError
+            There is no such format.
+        """
+        if dtype not in ("auto", *DTYPES):
+            raise OptionError(f"dtype must be auto, {', '.join(DTYPES)}, not {dtype!r}")
+        return cls.of(auto if dtype == "auto" else dtype)

@@ -1,4 +1,4 @@
-"""The decode loop: the only one there is."""
+"""The only decode loop."""
 
 from __future__ import annotations
 
@@ -57,19 +57,25 @@ class Stream:
 
     def __init__(self, steps: Iterator[Step]) -> None:
         self._steps = steps
+        self._last: Step | None = None
 
     def __iter__(self) -> Iterator[Step]:
         return self
 
     def __next__(self) -> Step:
-        return next(self._steps)
+        self._last = next(self._steps)
+        return self._last
 
     def result(self) -> GenerationResult:
-        """Run to the end."""
-        for step in self._steps:
-            result = step.result
-        assert result is not None
-        return result
+        """Run what is left to the end; may be called again."""
+        for _ in self:
+            pass
+        assert self._last is not None and self._last.result is not None
+        return self._last.result
+
+    def close(self) -> None:
+        """Leave it; what it holds is freed."""
+        self._steps = iter(())
 
 
 class Engine:
@@ -165,6 +171,7 @@ class Engine:
                 yield replace(step, result=sequence.result()) if sequence.finished else step
         finally:
             self.runner.free_slot(sequence.slot)
+            sequence.slot = None  # a session keeps the sequence
 
     def prefill(self, sequence: Sequence, progress: Progress | None = None) -> None:
         """Take the whole blocks of a sequence's prompt into its cache."""

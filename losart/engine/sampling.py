@@ -58,7 +58,7 @@ def propose(
     logits : float32 [rows, vocab]
         The mask token's column is -inf already. Overwritten.
     uniforms : float64 [rows]
-        Random numbers in [0, 1), one a row; not used when greedy.
+        Random numbers in [0, 1), one per row; not used when greedy.
     temperature : float
         0 takes the most probable token; `top_k` and `top_p` do not matter then.
     top_k : int

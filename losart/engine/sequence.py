@@ -32,8 +32,6 @@ class Sequence:
         Holds the first of the prompt's blocks: none, or whole blocks.
     prefill_tokens : int
         Of the prompt that go through the model at a time, about.
-    slot : optional
-        The backend's, for stored results.
 
     Attributes
     ----------
@@ -41,6 +39,8 @@ class Sequence:
         The prompt and all finished blocks: what the cache holds, and perhaps more.
     pending : bool
         Whether a pass has been asked for and its result not been applied.
+    slot : optional
+        The backend's, for stored results; for the engine to set.
     reads : ReadLog
     prefill_end : int
         Positions that prefill takes into the cache.
@@ -55,13 +55,12 @@ class Sequence:
         output: Output,
         cache: PagedKVCache,
         prefill_tokens: int,
-        slot: Any = None,
     ) -> None:
         length = options.block_length
         self.options = options
         self.output = output
         self.cache = cache
-        self.slot = slot
+        self.slot: Any = None
         self.ids = list(prompt)
         self.reused = cache.length
         self.prefill_end = len(self.ids) // length * length
@@ -83,7 +82,7 @@ class Sequence:
         known = self.ids[max(self.cache.length, self.prefill_end) :]
         self._block = np.full(self.options.block_length, self.options.mask_token_id, np.int64)
         self._block[: len(known)] = known
-        self._masked = np.arange(len(self._block)) >= len(known)
+        self._masked = np.arange(len(known), len(self._block), dtype=np.int32)
         self._passes = 0  # over this block
         self._known = len(known)  # tokens before the first masked one
 
@@ -97,7 +96,7 @@ class Sequence:
         """What the next pass is for, unless the sequence is finished."""
         if self.cache.length < self.prefill_end:
             return PassKind.PREFILL
-        if not self._masked.any():
+        if not len(self._masked):
             return PassKind.COMMIT
         return PassKind.LATER if self._passes else PassKind.FIRST
 
@@ -112,7 +111,7 @@ class Sequence:
             return SequencePass(kind, self._block.copy(), start, self.options, self.cache, self.slot)
         return SequencePass(
             *(kind, self._block.copy(), start, self.options, self.cache, self.slot),
-            masked=np.flatnonzero(self._masked).astype(np.int32),
+            masked=self._masked,
             # One number per position and pass, so that a draw does not depend on what else is masked.
             uniforms=self._rng.random(len(self._block)),
         )
@@ -147,23 +146,25 @@ class Sequence:
 
     def _fix(self, proposals: Proposals) -> list[int]:
         """Fix proposals as the remasking strategy says; the last pass that is allowed fixes all."""
-        rows = np.flatnonzero(self._masked)
-        chosen = np.arange(len(rows))
+        chosen = np.arange(len(self._masked))
         if self._passes < len(self._counts) - 1:
             chosen = np.sort(self._select(proposals, self._counts[self._passes], self.options))
-        fixed = rows[chosen]
+        fixed = self._masked[chosen]
         self._block[fixed] = proposals.tokens[chosen]
-        self._masked[fixed] = False
+        left = np.ones(len(self._masked), bool)
+        left[chosen] = False
+        self._masked = self._masked[left]
         self._passes += 1
         self.denoising_passes += 1
-        gap = int(self._masked.argmax()) if self._masked.any() else len(self._block)
+        gap = int(self._masked[0]) if len(self._masked) else len(self._block)
         self.output.extend(self._block[self._known : gap].tolist())
         self._known = gap
         return fixed.tolist()
 
     def _step(self, kind: PassKind, start: int, fixed: list[int]) -> Step:
-        pairs = zip(self._block.tolist(), self._masked.tolist(), strict=True)
-        block = [None if masked else token for token, masked in pairs]
+        block: list[int | None] = list(self._block.tolist())
+        for row in self._masked.tolist():
+            block[row] = None
         return Step(kind.value, start, block, fixed, self.output.text)
 
     def result(self) -> GenerationResult:

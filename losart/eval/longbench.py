@@ -6,7 +6,7 @@ import re
 import string
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from losart.eval.figures import Figures, figures, mean
 from losart.eval.longbench_data import PLAIN, Dataset, read_dataset
 from losart.observe.step import Progress, Stats
 
+AVERAGED = ("sparse_density", "density", "active_fraction", "tokens_per_second", "passes_per_question", "f1")
 TEMPLATE_ROOM = 128  # tokens left for the chat template, and for what decoding and encoding again add
 
 
@@ -122,20 +123,8 @@ def _room(model: Any, new_tokens: int, asked: int | None) -> int:
 
 def _average(scores: Sequence[Score]) -> Score:
     """The mean over data sets, with equal weights."""
-    first = scores[0]
-    return Score(
-        attention=first.attention,
-        budget=first.budget,
-        active=first.active,
-        samples=sum(score.samples for score in scores),
-        sparse_density=mean(score.sparse_density for score in scores),
-        density=mean(score.density for score in scores),
-        active_fraction=mean(score.active_fraction for score in scores),
-        tokens_per_second=sum(score.tokens_per_second for score in scores) / len(scores),
-        passes_per_question=sum(score.passes_per_question for score in scores) / len(scores),
-        dataset="average",
-        f1=sum(score.f1 for score in scores) / len(scores),
-    )
+    means: dict[str, Any] = {name: mean(getattr(score, name) for score in scores) for name in AVERAGED}
+    return replace(scores[0], dataset="average", samples=sum(score.samples for score in scores), **means)
 
 
 def make_prompt(model: Any, dataset: str, text: str, max_tokens: int) -> Any:

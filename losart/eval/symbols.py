@@ -23,7 +23,7 @@ import numpy as np
 from losart.config.checks import is_int
 from losart.errors import OptionError
 from losart.eval.symbol_facts import SymbolFacts, draw_facts
-from losart.eval.tasks import CHAIN_FACTS, TASKS, TIMES_SET, Task
+from losart.eval.tasks import CHAIN_FACTS, TASKS, TIMES_SET, Task, find_task
 from losart.eval.vocabulary import ASK, EARLIER, END, FIRST_FILLER, FIRST_SYMBOL, HOP, PAD, token_id
 
 BLOCK = 16  # tokens of a question, and of an answer
@@ -101,8 +101,7 @@ def make_batch(
     _check(length, facts, split)
     wanted = dict.fromkeys(TASKS, 1.0) if tasks is None else dict(tasks)
     for name in wanted:
-        if name not in TASKS:
-            raise OptionError(f"tasks must be among {', '.join(TASKS)}, not {name!r}")
+        find_task(name)
 
     drawn_facts = draw_facts(rng, rows, facts, split)
     listed = drawn_facts.listed

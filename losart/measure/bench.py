@@ -137,6 +137,7 @@ class NoiseBlocks:
         return self._ids.copy()
 
 
+@dataclass(eq=False)
 class BlockPasses:
     """Denoising passes over the block after a cache's prefix, with proposals for all of it.
 
@@ -153,26 +154,21 @@ class BlockPasses:
     reads : ReadLog
     """
 
-    def __init__(
-        self,
-        transformer: Transformer,
-        cache: PagedKVCache,
-        options: GenerationConfig,
-        ids: Callable[[], np.ndarray],
-    ) -> None:
-        self._transformer = transformer
-        self._cache = cache
-        self._options = options
-        self._ids = ids
-        self._slot = transformer.new_slot(options)
-        self.reads = ReadLog(options.block_length)
+    transformer: Transformer
+    cache: PagedKVCache
+    options: GenerationConfig
+    ids: Callable[[], np.ndarray]
+
+    def __post_init__(self) -> None:
+        self._slot = self.transformer.new_slot(self.options)
+        self.reads = ReadLog(self.options.block_length)
 
     def batch(self, kind: PassKind) -> PassBatch:
         """The next pass, of this kind."""
-        tokens, length = self._options.block_length, self._cache.length
-        self._cache.reserve(length + tokens)
+        tokens, length = self.options.block_length, self.cache.length
+        self.cache.reserve(length + tokens)
         request = SequencePass(
-            *(kind, self._ids(), length, self._options, self._cache, self._slot),
+            *(kind, self.ids(), length, self.options, self.cache, self._slot),
             masked=np.arange(tokens, dtype=np.int32),
             uniforms=np.zeros(tokens),
         )
@@ -180,12 +176,12 @@ class BlockPasses:
 
     def run(self, kind: PassKind) -> None:
         """Run the next pass."""
-        result = self._transformer.forward(self.batch(kind))
-        self.reads.add(result.reads[0], self._cache.length, self._transformer.config.num_kv_heads)
+        result = self.transformer.forward(self.batch(kind))
+        self.reads.add(result.reads[0], self.cache.length, self.transformer.config.num_kv_heads)
 
     def close(self) -> None:
         """No pass follows."""
-        self._transformer.free_slot(self._slot)
+        self.transformer.free_slot(self._slot)
 
 
 def noise(shape: tuple[int, int, int], layer: int) -> tuple[np.ndarray, np.ndarray]:

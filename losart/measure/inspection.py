@@ -11,7 +11,7 @@ from losart.backends import make_backend
 from losart.config.checks import is_int
 from losart.config.model import ModelConfig
 from losart.config.options import AttentionConfig, generation_config
-from losart.config.precision import DTYPES, FLOAT32, FORMATS, Precision
+from losart.config.precision import FLOAT32, FORMATS, Precision
 from losart.errors import OptionError
 from losart.loaders import Checkpoint, MappedTensor
 
@@ -40,8 +40,7 @@ def inspection(
         The model does not run on the device, or there is none.
     """
     config, tokenizer = checkpoint.config, checkpoint.tokenizer
-    if dtype not in ("auto", *DTYPES):
-        raise OptionError(f"dtype must be auto, {', '.join(DTYPES)}, not {dtype!r}")
+    precision = Precision.chosen(dtype, checkpoint.dtype)
     for context in contexts:
         if not (is_int(context) and 0 < context <= config.max_positions):
             raise OptionError(
@@ -50,8 +49,6 @@ def inspection(
     if not contexts:
         fitting = [context for context in CONTEXTS if context < config.max_positions]
         contexts = [*fitting, config.max_positions]
-    dtype = checkpoint.dtype if dtype == "auto" else dtype
-    precision = Precision.of(dtype)
     backend = make_backend(device, config, precision)
     tensors = checkpoint.tensors.values()
 
@@ -70,7 +67,7 @@ def inspection(
         "dtype_on_disk": sorted({tensor.dtype for tensor in tensors}),
         "bytes_on_disk": sum(math.prod(tensor.shape) * FORMATS[tensor.dtype].itemsize for tensor in tensors),
         "device": backend.name,
-        "dtype": dtype,
+        "dtype": precision.weights.name,
         "weight_bytes": _held_bytes(tensors, precision),
         "kv_cache": [{"context": n, "bytes": kv_bytes(n)} for n in contexts],
         "block_length": config.block_length,

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from losart.attention import AttentionPolicy, make_policy
-from losart.backends.base import Array, Backend, Batch, PassOutput, Selection, Slot, Weight
+from losart.backends.base import Array, Backend, Batch, Selection, Slot, Weight
 from losart.config.model import ModelConfig
 from losart.config.options import AttentionConfig, GenerationConfig
 from losart.engine.batch import PassBatch, PassKind, PassResult
@@ -102,7 +102,10 @@ class Transformer:
         """
         key = (options.attention, options.block_length)
         if key not in self.policies:
-            self.policies[key] = make_policy(options.attention, self.config, options.block_length)
+            policy = make_policy(options.attention, self.config, options.block_length)
+            self.policies.setdefault(
+                key, policy
+            )  # the only one of these options: captured passes are its own
         return self.policies[key]
 
     def check(self, options: GenerationConfig) -> None:
@@ -129,16 +132,17 @@ class Transformer:
         With `observe` the result says what each layer read of the prefix.
         """
         policy = self.policy(batch.options)
-        body = partial(self._pass, policy)
-        output = self.backend.run(batch, self._key(policy, batch, observe), body, observe)
+        output = self.backend.run(batch, self._key(policy, batch), partial(self._pass, policy), observe)
         if batch.kind is PassKind.PREFILL:
             return PassResult()
         counted = zip(batch.sequences, output.positions, strict=True)
         reads = [policy.reads(sequence, positions) for sequence, positions in counted]
-        layers = self._observed(batch, output) if observe else ()
+        if not observe:
+            return PassResult(output.proposals, reads)
+        layers = observed_layers(output.reads, self.backend, batch, self.config.num_kv_heads)
         return PassResult(output.proposals, reads, layers)
 
-    def _key(self, policy: AttentionPolicy, batch: PassBatch, observe: bool) -> Hashable:
+    def _key(self, policy: AttentionPolicy, batch: PassBatch) -> Hashable:
         """What passes that launch the same operations have in common; None: it is not replayed."""
         of_policy = policy.key(batch.kind)
         if batch.kind is PassKind.PREFILL or of_policy is None:
@@ -146,7 +150,7 @@ class Transformer:
         kind = batch.kind
         if policy.always_dense and kind is PassKind.LATER:
             kind = PassKind.FIRST
-        return kind, of_policy, batch.options.sampling if kind.denoises else None, observe
+        return kind, of_policy, batch.options.sampling if kind.denoises else None
 
     def _pass(self, policy: AttentionPolicy, batch: Batch) -> tuple[Any, list[Selection | None]]:
         backend, kind = self.backend, batch.kind
@@ -170,6 +174,3 @@ class Transformer:
             delta = linear(backend.silu_gate(linear(h, layer.gate_up)), layer.down)
         _, hidden = backend.add_rms_norm(x, delta, self.final_norm)
         return (backend.propose(hidden, self.head, batch) if kind.denoises else None), reads
-
-    def _observed(self, batch: PassBatch, output: PassOutput) -> list[Any]:
-        return observed_layers(output.reads, self.backend, batch, self.config.num_kv_heads)

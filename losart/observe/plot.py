@@ -77,10 +77,7 @@ def draw(trace: Trace, kind: str = "both", layer: int | None = None) -> Any:
     figure = Figure(figsize=(8, 0.8 + 3.6 * len(panels)), layout="constrained", dpi=150)
     figure.suptitle(_title(trace), fontsize=9, parse_math=False)
     for axes, panel in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels, strict=True):
-        if panel == "density":
-            _draw_density(figure, axes, trace)
-        else:
-            _draw_pages(figure, axes, trace, layer)
+        _draw_panel(figure, axes, trace, panel, layer)
     return figure
 
 
@@ -95,37 +92,25 @@ def _title(trace: Trace) -> str:
     return "\n".join([*textwrap.wrap(trace.model, TITLE_WIDTH), *textwrap.wrap(line, TITLE_WIDTH)])
 
 
-def _draw_density(figure: Any, axes: Any, trace: Trace) -> None:
-    image = axes.imshow(
-        density_map(trace), aspect="auto", interpolation="nearest", origin="lower", vmin=0, vmax=1
-    )
-    axes.set(xlabel="pass (lines: a new block begins)", ylabel="layer", title="share of the prefix read")
+def _draw_panel(figure: Any, axes: Any, trace: Trace, panel: str, layer: int | None) -> None:
+    if panel == "density":
+        values, origin, line, unit = density_map(trace), "lower", axes.axvline, "density"
+        axes.set(xlabel="pass (lines: a new block begins)", ylabel="layer", title="share of the prefix read")
+    else:
+        values, origin, line = page_map(trace, layer), "upper", axes.axhline
+        unit = "share of kv heads that read"
+        of = "mean over the layers" if layer is None else f"layer {layer}"
+        axes.set(ylabel="pass", title=f"pages read, {of}")
+        axes.set_xlabel(f"page of the prefix ({trace.page_size} positions each)")
+    image = axes.imshow(values, aspect="auto", interpolation="nearest", origin=origin, vmin=0, vmax=1)
     for index in _block_starts(trace):
-        axes.axvline(index - 0.5, color="white", linewidth=0.5)
-    _whole_ticks(axes)
-    figure.colorbar(image, ax=axes, label="density")
-
-
-def _draw_pages(figure: Any, axes: Any, trace: Trace, layer: int | None) -> None:
-    image = axes.imshow(page_map(trace, layer), aspect="auto", interpolation="nearest", vmin=0, vmax=1)
-    of = "mean over the layers" if layer is None else f"layer {layer}"
-    axes.set(
-        xlabel=f"page of the prefix ({trace.page_size} positions each)",
-        ylabel="pass",
-        title=f"pages read, {of}",
-    )
-    for index in _block_starts(trace):
-        axes.axhline(index - 0.5, color="white", linewidth=0.5)
-    _whole_ticks(axes)
-    figure.colorbar(image, ax=axes, label="share of kv heads that read")
+        line(index - 0.5, color="white", linewidth=0.5)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    figure.colorbar(image, ax=axes, label=unit)
 
 
 def _block_starts(trace: Trace) -> list[int]:
     """Passes that are the first of their block, but for the first block."""
     starts = [step.block_start for step in trace.passes]
     return [index for index in range(1, len(starts)) if starts[index] != starts[index - 1]]
-
-
-def _whole_ticks(axes: Any) -> None:
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.get_major_locator().set_params(integer=True, min_n_ticks=1)

@@ -75,7 +75,7 @@ def test_of_candidates_the_largest_changes_are_active_and_of_few_all(change, dat
     slot = backend.new_slot(StoredResults(len(change), attention=True))
     slot.queries[0] = 0
     batch = block_batch(backend.new_cache(16), len(change), slot=slot, masked=np.flatnonzero(masked))
-    selector = backend.selector("auto")
+    selector = backend.selectors["auto"]
     (active,) = selector.select_active(0, q, batch, count, masked_only=True, follow=False)
     assert active.dtype == np.int32 and len(active) == min(count, masked.sum())
     np.testing.assert_array_equal(active, ref.select_active(query_change(q, np.zeros_like(q)), count, masked))

@@ -292,7 +292,7 @@ def digest() -> str:
     write(cache, 0, *case.kv())
     cache.advance(case.prefix)
     q, weight = case.q(2.0), np.random.default_rng(0).standard_normal((512, 512), np.float32)
-    batch, selector = block_batch(cache, 16), backend.selector("auto")
+    batch, selector = block_batch(cache, 16), backend.selectors["auto"]
     selection = selector.select_pages(0, q, [np.arange(3, dtype=np.int32)], batch, 20)
     (pages,) = selection.pages
     one, two = (

@@ -23,5 +23,3 @@ def test_generations_are_those_of_before(tiny_checkpoint, name, dtype):
     found, expected = generations(model), EXPECTED[f"{name} {dtype}"]
     assert len(expected) > 90 and found.keys() == expected.keys()
     assert {case for case in found if found[case] != expected[case]} == set()
-
-

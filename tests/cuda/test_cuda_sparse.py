@@ -110,7 +110,7 @@ def test_top_pages_of_any_number(pages, count, values):
     with backend.memory.stream:
         ids = cupy.full((2, 3, min(count, pages)), -2, np.int32)
         batch = place(backend, cache, 1)
-        backend.selector("device").rank(0, to_device(backend, scores), batch, ids.shape[2], ids=ids)
+        backend.selectors["device"].rank(0, to_device(backend, scores), batch, ids.shape[2], ids=ids)
     order = np.argsort(-np.where(np.isnan(scores), np.inf, scores), axis=-1, kind="stable")
     np.testing.assert_array_equal(np.sort(on_host(backend, ids)), np.sort(order[..., :count]))
 
@@ -154,12 +154,12 @@ def test_active_tokens_are_those_of_the_cpu(sizes, tokens, count, masked_only, k
         backend.store_queries(0, to_device(backend, previous), None, batch)
         for _ in range(2):  # the second time the counter is as the first has left it
             options["follow"] = keep and _ == 1
-            active = backend.selector("device").select_active(
+            active = backend.selectors["device"].select_active(
                 0, to_device(backend, q), batch, count, **options
             )
     cpu_slot.queries[0] = previous
     cpu_batch = block_batch(cpu.new_cache(16), tokens, masked=masked, slot=cpu_slot)
-    (expected,) = cpu.selector("auto").select_active(0, q, cpu_batch, count, **options)
+    (expected,) = cpu.selectors["auto"].select_active(0, q, cpu_batch, count, **options)
     found, before = on_host(backend, active, stored_array(backend, slot, "queries"))
     assert found[: len(expected)].tolist() == expected.tolist()
     assert (found[len(expected) :] == -1).all()
@@ -176,7 +176,7 @@ def test_selected_pages_are_those_of_the_cpu(dtype, shape, tokens, length, page_
     chosen, places = some_tokens(case.rng, tokens, min(tokens, 5))
     if every:
         chosen = places = None
-    selector, cpu_selector = (backend.selector("auto") for backend in (case.backend, case.cpu))
+    selector, cpu_selector = (backend.selectors["auto"] for backend in (case.backend, case.cpu))
     with case.backend.memory.stream:
         for _ in range(2):
             selection = selector.select_pages(0, case.device(case.q), case.device(places), case.batch, count)
@@ -205,7 +205,7 @@ def test_attention_over_listed_pages(dtype, shape, tokens, length, page_size, ca
     into = o.copy(), lse.copy()
     with backend.memory.stream:
         q = case.device(case.q)
-        selection = backend.selector("auto").select_pages(0, q, case.device(places), case.batch, count)
+        selection = backend.selectors["auto"].select_pages(0, q, case.device(places), case.batch, count)
         poison(case.backend)
         for array, values in zip(later, into, strict=True):
             array.set(values, stream=backend.memory.stream)
@@ -260,7 +260,7 @@ def test_masses_and_their_top_pages(dtype, shape, tokens, length, page_size, car
         prefix, masses = backend.prefix_attention_and_masses(0, case.device(case.q), case.batch)
         o, _ = backend.merge(prefix)
         backend.store_top_pages(0, masses, case.batch, count, summed=summed)
-        selector = backend.selector("auto")
+        selector = backend.selectors["auto"]
         found = selector.select_stored_pages(0, case.device(places), case.batch)
     (cpu_o, _), (expected,) = case.cpu.prefix_attention_and_masses(0, case.q, case.cpu_batch)
     assert_close(on_host(backend, o), cpu_o, TOLERANCE[dtype])

@@ -35,11 +35,11 @@ class RecordingBackend(CpuBackend):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.reads: list[tuple[list[int], list[list[int]]]] = []
-        self._selector = CountingSelector()
+        self.selectors = dict.fromkeys(self.selectors, CountingSelector())
 
     @property
     def scans(self) -> int:
-        return self._selector.scans
+        return self.selectors["auto"].scans
 
     def prefix_attention(self, layer, q, batch):
         self._note_dense(q, batch)

@@ -15,6 +15,7 @@ from losart.backends.cpu.convert import narrow, widen, widen_into
 from losart.backends.cpu.kv_index import PageTable
 from losart.backends.cpu.selector import Selector
 from losart.config.model import ModelConfig
+from losart.config.options import CHOICES
 from losart.config.precision import Format, Precision
 from losart.config.rope import inverse_frequencies
 from losart.engine.batch import PassBatch
@@ -79,7 +80,7 @@ class CpuBackend:
             )
         self.config = config
         self.precision = precision
-        self._selector = Selector()
+        self.selectors = dict.fromkeys(CHOICES["planner"], Selector())
         self._frequencies, self._rope_factor = inverse_frequencies(config.rope, config.head_dim)
         self._rotation: tuple[Hashable, np.ndarray, np.ndarray] | None = None
 
@@ -129,15 +130,13 @@ class CpuBackend:
         return PassOutput(proposals or (), positions.tolist(), reads if observe else ())
 
     def on_host(self, selection: Selection, batch: PassBatch) -> list[tuple[np.ndarray, list[np.ndarray]]]:
-        return [
-            (
-                np.arange(len(sequence.ids)) if tokens is None else tokens - rows.start,
-                [ids[:count] for ids, count in zip(pages.ids, pages.counts, strict=True)],
-            )
-            for (sequence, rows), tokens, pages in zip(
-                batch.rows(), selection.tokens or [None] * len(selection.pages), selection.pages, strict=True
-            )
+        tokens = selection.tokens or [_indices(rows) for _, rows in batch.rows()]
+        lists = [
+            [ids[:count] for ids, count in zip(pages.ids, pages.counts, strict=True)]
+            for pages in selection.pages
         ]
+        first_rows = [rows.start for _, rows in batch.rows()]
+        return [(t - first, ids) for t, first, ids in zip(tokens, first_rows, lists, strict=True)]
 
     # -- transformer
 
@@ -319,10 +318,7 @@ class CpuBackend:
             ranked = of_sequence.sum(axis=1, keepdims=True) if summed else of_sequence
             sequence.slot.masses[layer] = ranked, count
 
-    # -- selection and sampling
-
-    def selector(self, planner: str) -> Selector:
-        return self._selector
+    # -- sampling
 
     def propose(self, hidden: np.ndarray, head: Weight, batch: PassBatch) -> list[Proposals]:
         masked = [sequence.masked + rows.start for sequence, rows in batch.rows()]

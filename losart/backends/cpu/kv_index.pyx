@@ -2,7 +2,7 @@
 
 A page is `page_size` positions, for each layer and kv head by itself. It is made of slabs of 16
 positions, keys channel-major [head_dim, 16] and values position-major [16, head_dim], because the
-CPU kernels form 16 scores at a time (backends/simd.h). Pages lie in chunks:
+CPU kernels form 16 scores at a time (backends/cpu/simd.h). Pages lie in chunks:
 
     kv chunk      [layers, 2 (keys, values), kv_heads, slabs of the chunk, head_dim * 16]
     bounds chunk  [layers, kv_heads, pages of the chunk / 16, 2 (largest, smallest) * head_dim, 16]

@@ -49,11 +49,7 @@ class Selector:
             change = query_change(q[rows], stored)
             if follow:
                 np.copyto(stored, q[rows])
-            if masked_only:
-                masked = sequence.masked
-                chosen = masked[select_active(change[masked], min(count, len(masked)))]
-            else:
-                chosen = select_active(change, count)
+            chosen = most_changed(change, count, sequence.masked if masked_only else None)
             active.append(chosen + np.int32(rows.start))
         return active
 
@@ -76,6 +72,13 @@ class Selector:
             kv_heads, tokens, group, pages = masses.shape
             lists.append(_top(masses.reshape(kv_heads, tokens * group, pages), count, sequence))
         return Selection(active, lists)
+
+
+def most_changed(change: np.ndarray, count: int, candidates: np.ndarray | None) -> np.ndarray:
+    """The `count` tokens of largest change, ascending: of `candidates`, or all where it is None."""
+    if candidates is None:
+        return select_active(change, count)
+    return candidates[select_active(change[candidates], min(count, len(candidates)))]
 
 
 def _top(scores: np.ndarray, count: int, sequence: SequencePass) -> PageList:

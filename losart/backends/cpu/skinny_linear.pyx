@@ -1,12 +1,12 @@
 """Products of a block's activations with a weight matrix: few rows, every weight read once.
 
-Not BLAS, because NumPy's brings its own threads: they go on spinning after each product, on the
+Not BLAS, because NumPy's brings its own threads: they go on spinning after each matmul, on the
 cores that the attention kernels' OpenMP threads want next, and a pass took more than twice as
 long. It also reads 16-bit weights as they are.
 
 Up to FEW tokens each have a sum for a row of weights, whose inputs are the lanes (row_products, simd.h).
 More are the lanes themselves, sixteen of them: the activations are laid out [in, 16] for slab_scores, as
-if they were a slab of keys, and rows of weights take the place of queries. The product must read N * K
+if they were a slab of keys, and rows of weights take the place of queries. The matmul must read N * K
 weights; all tokens, or 16 of them, share each.
 """
 

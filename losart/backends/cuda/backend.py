@@ -28,7 +28,6 @@ from losart.backends.cuda.runner import PassRunner
 from losart.backends.cuda.selector import DeviceSelector
 from losart.backends.cuda.slots import Slot, Slots
 from losart.backends.cuda.weights import WeightLoader
-from losart.config.checks import require
 from losart.config.model import ModelConfig
 from losart.config.precision import Format, Precision
 from losart.config.rope import inverse_frequencies
@@ -64,10 +63,12 @@ class CudaBackend:
 
     def __init__(self, config: ModelConfig, precision: Precision) -> None:
         for name, unit in (("hidden_size", 4), ("intermediate_size", 4), ("head_dim", 8)):
-            size = getattr(config, name)
-            require(size % unit == 0, ConfigError, f"{name} must be a multiple of {unit} on CUDA, not {size}")
-        largest, size = cu.LARGEST_HEAD_DIM, config.head_dim
-        require(size <= largest, ConfigError, f"head_dim must be {largest} at most on CUDA, not {size}")
+            if getattr(config, name) % unit:
+                raise ConfigError(f"{name} must be a multiple of {unit} on CUDA, not {getattr(config, name)}")
+        if config.head_dim > cu.LARGEST_HEAD_DIM:
+            raise ConfigError(
+                f"head_dim must be {cu.LARGEST_HEAD_DIM} at most on CUDA, not {config.head_dim}"
+            )
         self.config = config
         self.precision = precision
         self.memory = DeviceMemory()
@@ -82,7 +83,8 @@ class CudaBackend:
         with self.memory.running("the model"):
             self._frequencies = cupy.asarray(frequencies / np.pi)  # in half turns per position
             self._device_selector = DeviceSelector(config, self.kernels)
-        self._host_selector = HostSelector(config, self._device_selector)
+        device, host = self._device_selector, HostSelector(config, self._device_selector)
+        self.selectors: dict[str, Selector] = {"auto": device, "device": device, "host": host}
 
     # -- weights, cache and stored results
 
@@ -292,10 +294,7 @@ class CudaBackend:
         count, stored = min(count, batch.max_pages), batch.stored("top_pages", layer)
         self._device_selector.rank(layer, masses, batch, count, sums=sums, units=units, stored=stored)
 
-    # -- selection and sampling
-
-    def selector(self, planner: str) -> Selector:
-        return self._host_selector if planner == "host" else self._device_selector
+    # -- sampling
 
     def propose(self, hidden: Any, head: Weight, batch: DeviceBatch) -> Any:
         options, logits = batch.options, self.linear(hidden, head)

@@ -14,8 +14,8 @@ import cupy
 import numpy as np
 
 from losart.backends.base import Selection
-from losart.backends.cpu.active_set import select_active
 from losart.backends.cpu.kv_index import mark_pages
+from losart.backends.cpu.selector import most_changed
 from losart.backends.cuda.batch import DeviceBatch
 from losart.backends.cuda.results import NO_PAGES, SelectedPages
 from losart.backends.cuda.selector import DeviceSelector
@@ -37,13 +37,6 @@ class PendingActive:
     change: Any
     count: int
     candidates: np.ndarray | None
-
-    def select(self, change: np.ndarray) -> np.ndarray:
-        """The tokens by their changes, ascending."""
-        if self.candidates is None:
-            return select_active(change, self.count)
-        of_candidates = np.ascontiguousarray(change[self.candidates])
-        return self.candidates[select_active(of_candidates, min(self.count, len(self.candidates)))]
 
 
 class HostSelector:
@@ -89,7 +82,7 @@ class HostSelector:
             return Selection(None, SelectedPages(min(32 * words, rows * count), marks))
         both = cupy.concatenate([active.change.view(np.int32), top.ravel()]).get()
         change, ids = both[: len(active.change)].view(np.float32), both[len(active.change) :]
-        chosen = active.select(change)
+        chosen = most_changed(change, active.count, active.candidates)
         marks = mark_pages(ids.reshape(top.shape), chosen, group, words)
         padded = np.full(active.count, -1, np.int32)
         padded[: len(chosen)] = chosen

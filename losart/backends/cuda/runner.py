@@ -108,18 +108,18 @@ class PassRunner:
 
     def _replay(self, key: Hashable, batch: DeviceBatch, body: Body, observe: bool) -> Launched | None:
         """Replay a pass; None where it comes for the first time, or there is no memory to capture it."""
-        passes, stored = self.passes, None if batch.slot is None else batch.slot.stored
+        passes = self.passes
         # An observed pass is captured for itself, since it keeps the arrays of its reads.
-        key = (key, observe, batch.tokens, batch.page_size, batch.chunk_positions, stored)
-        if key not in passes:
-            passes[key] = None
-        elif passes[key] is None:
-            with suppress(OutOfMemoryError), memory_errors("a captured pass"):
-                passes[key] = self._capture(batch, body, observe)
-        captured = passes.setdefault(key, None)  # out of memory, all are dropped
+        key = (key, observe, batch.tokens, batch.page_size, batch.chunk_positions)
+        captured = passes.get(key)
+        if captured is None:
+            if key in passes:
+                with suppress(OutOfMemoryError), memory_errors("a captured pass"):
+                    captured = self._capture(batch, body, observe)
+            passes[key] = captured
+            if len(passes) > CAPTURED_PASSES:
+                passes.popitem(last=False)
         passes.move_to_end(key)
-        if len(passes) > CAPTURED_PASSES:
-            passes.popitem(last=False)
         if captured is not None:
             captured.graph.launch(self._memory.stream)
         return captured

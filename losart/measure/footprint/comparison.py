@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +14,7 @@ from losart.config.precision import FORMATS
 from losart.errors import ConfigError, DeviceError
 from losart.loaders import Checkpoint
 from losart.measure.environment import environment
-from losart.measure.footprint.measure import Held, measure
-from losart.measure.footprint.processes import Request, as_qwen3
+from losart.measure.footprint.processes import Request, as_qwen3, probe
 from losart.measure.footprint.sides import Side
 from losart.measure.inspection import inspection
 
@@ -24,11 +24,12 @@ PROBES = {"losart": "probe_losart", "transformers": "probe_transformers"}
 
 @dataclass(frozen=True)
 class Generation:
-    """A generation that both sides do, and what any runtime must hold for it."""
+    """A generation that both sides do, and the weights, keys and values that any runtime must hold for it."""
 
     checkpoint: Checkpoint
     request: Request
-    held: Held
+    weight_bytes: int
+    kv_bytes: int
 
 
 def generation_of(
@@ -50,7 +51,7 @@ def generation_of(
     request = Request(device, prompt_tokens, new_tokens, block_length, config.mask_token_id)
     facts = inspection(checkpoint, "cpu", "auto", [prompt_tokens + new_tokens])
     row = 2 * config.num_layers * config.num_kv_heads * config.head_dim * FORMATS[checkpoint.dtype].itemsize
-    return Generation(checkpoint, request, Held(facts["weight_bytes"], row * (prompt_tokens + new_tokens)))
+    return Generation(checkpoint, request, facts["weight_bytes"], row * (prompt_tokens + new_tokens))
 
 
 def compare(
@@ -97,23 +98,46 @@ def compare(
     }
     measured: dict[str, dict[str, Any]] = {side: {} for side in sides}
     if generation:
-        checkpoint, request, held = generation.checkpoint, generation.request, generation.held
+        checkpoint, request = generation.checkpoint, generation.request
         figures |= {
             "checkpoint": checkpoint.path.name,
             "dtype": checkpoint.dtype,
-            "weight_bytes": held.weights,
-            "kv_bytes": held.kv,
+            "weight_bytes": generation.weight_bytes,
+            "kv_bytes": generation.kv_bytes,
             "block_length": request.block_length,
             "prompt_tokens": request.prompt_tokens,
             "new_tokens": request.new_tokens,
         }
         paths = {"losart": checkpoint.path, "transformers": as_qwen3(checkpoint.path, folder / "qwen3")}
-        for side, probe in PROBES.items():
-
-            def begun(number: int, side: str = side) -> None:
+        for side, name in PROBES.items():
+            runs = []
+            for number in range(repeats + 1):
                 on_step(f"running {side}, {number} of {repeats}" if number else f"running {side} to warm up")
-
-            measured[side] = measure(sides[side].python, probe, paths[side], request, held, repeats, begun)
+                report = probe(sides[side].python, name, paths[side], request)
+                if number:  # the first compiles Python files and kernels, and brings files into memory
+                    runs.append(_run_figures(report, generation))
+            medians = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+            measured[side] = {**medians, "runs": runs, "tokens": report["tokens"]}
     for name in sides:
         figures[name] = sides[name].sizes | {"package_count": len(packages[name])} | measured[name]
+    return figures
+
+
+def _run_figures(report: dict[str, Any], generation: Generation) -> dict[str, float]:
+    """Seconds and bytes of one process by their keys in `losart.measure.footprint.table.ROWS`."""
+    seconds, memory = report["seconds"], report["bytes"]
+    imported, end, weights = memory["import"], memory["generate"], generation.weight_bytes
+    figures = {
+        "import_seconds": seconds["import"],
+        "imported_bytes": imported["VmRSS"],
+        "generated_bytes": end["VmRSS"] - weights,
+        "generated_anonymous_bytes": end["RssAnon"],
+        "generated_file_bytes": end["RssFile"],
+        "peak_bytes": end["VmHWM"] - weights,
+        "first_token_seconds": sum(seconds.values()) - seconds["generate"],
+        "generate_seconds": seconds["generate"],
+    }
+    if "device" in end:
+        device = end["device"] - memory["context"]["device"]
+        figures["device_bytes"] = device - weights - generation.kv_bytes
     return figures

@@ -13,7 +13,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from losart.config.precision import BFLOAT16, Format
+from losart.backends.cpu.convert import narrow
+from losart.config.precision import Format
 from losart.observe.step import Progress
 
 _CHUNK = 1 << 22  # values that one thread holds at a time
@@ -115,16 +116,8 @@ def _write_chunk(
     values = generator.standard_normal(min(_CHUNK, tensor.size - first), dtype=np.float32)
     values *= np.float32(tensor.std)
     values += np.float32(tensor.mean)
-    data = memoryview(_converted(values, format).tobytes())
+    data = memoryview(narrow(values, format).tobytes())
     while data:  # one call writes at most 2 GiB
         count = os.pwrite(stream.fileno(), data, offset)
         data, offset = data[count:], offset + count
     return values.size * format.itemsize
-
-
-def _converted(values: np.ndarray, format: Format) -> np.ndarray:
-    if format is BFLOAT16:
-        bits = values.view(np.uint32)
-        # Rounds to nearest, ties to even, by a carry into the upper half.
-        return ((bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))) >> 16).astype(np.uint16)
-    return values.astype(format.array, copy=False)

@@ -34,7 +34,3 @@ def main() -> None:
     result = steps[-1].result
     assert result is not None
     stages.report(result.token_ids)
-
-
-if __name__ == "__main__":
-    main()

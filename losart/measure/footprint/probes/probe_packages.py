@@ -76,7 +76,3 @@ def size(file: str) -> int:
     except OSError:
         return 0
     return status.st_size if stat.S_ISREG(status.st_mode) and not file.endswith(".pyc") else 0
-
-
-if __name__ == "__main__":
-    main()

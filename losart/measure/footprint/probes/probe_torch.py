@@ -9,7 +9,3 @@ def main() -> None:
     from torch.version import cuda
 
     print(json.dumps(cuda))
-
-
-if __name__ == "__main__":
-    main()

@@ -85,7 +85,3 @@ def generate(
                 if start + length < end:
                     forward(ids, start, sees_all, logits_to_keep=1)
             yield
-
-
-if __name__ == "__main__":
-    main()

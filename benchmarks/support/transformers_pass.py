@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from benchmarks.cuda.torch_attention import run_microseconds
 from losart.measure.random_checkpoint import SIZES
 
 
 class TransformersPass:
-    """A model of SDAR's sizes with random bfloat16 weights, made on the device.
+    """A model of SDAR's sizes with random weights, made on the device.
 
     Parameters
     ----------
     size : str
-        Of `random_checkpoint.SIZES`, or a dict like one of its.
-    device : str
+        Of `random_checkpoint.SIZES`.
+    device : {"cuda", "cpu"}
+    dtype : str
+        Of torch's.
     """
 
-    def __init__(self, size: str | dict[str, Any], device: str = "cuda") -> None:
+    def __init__(self, size: str, device: str = "cuda", dtype: str = "bfloat16") -> None:
         import torch
         from transformers import Qwen3Config, Qwen3ForCausalLM
 
-        s = SIZES[size] if isinstance(size, str) else size
+        s = SIZES[size]
         self.config = Qwen3Config(
             vocab_size=s["vocab_size"],
             hidden_size=s["hidden_size"],
@@ -35,9 +37,9 @@ class TransformersPass:
             tie_word_embeddings=s.get("tied", False),
             attn_implementation="sdpa",
         )
-        self.device = device
+        self.device, self.dtype = device, getattr(torch, dtype)
         usual = torch.get_default_dtype()
-        torch.set_default_dtype(torch.bfloat16)
+        torch.set_default_dtype(self.dtype)
         try:
             with torch.device(device):
                 self.model = Qwen3ForCausalLM(self.config).eval()
@@ -48,19 +50,25 @@ class TransformersPass:
         for layer in self.model.model.layers:
             layer.self_attn.is_causal = False
 
-    def milliseconds(self, prefix: int, block: int = 16) -> float:
-        """Median milliseconds of a forward over a block after a cache of noise."""
+    def after(self, prefix: int, block: int) -> Callable[[], None]:
+        """A forward over a block after a cache of noise."""
         import torch
 
         cache = self.filled_cache(prefix)
         ids = torch.arange(block, device=self.device)[None]
+        positions = torch.arange(prefix, prefix + block, device=self.device)[None]
+        # On the CPU a mask of zeros, as the committed figures have it: it costs transformers a few percent.
+        shape = (1, 1, block, prefix + block)
+        mask = torch.zeros(shape) if self.device == "cpu" else {"full_attention": None}
 
         def run() -> None:
-            self.forward(ids, cache)
+            with torch.inference_mode():
+                self.model(
+                    ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+                )
             cache.crop(-block)
 
-        with torch.inference_mode():
-            return run_microseconds(run) / 1e3
+        return run
 
     def filled_cache(self, prefix: int) -> Any:
         """A DynamicCache of so many random positions."""
@@ -70,17 +78,6 @@ class TransformersPass:
         c, cache = self.config, DynamicCache()
         shape = (1, c.num_key_value_heads, prefix, c.head_dim)
         for layer in range(c.num_hidden_layers):
-            k, v = (torch.randn(shape, device=self.device, dtype=torch.bfloat16) for _ in range(2))
+            k, v = (torch.randn(shape, device=self.device, dtype=self.dtype) for _ in range(2))
             cache.update(k, v, layer)
         return cache
-
-    def forward(self, ids: Any, cache: Any) -> Any:
-        """Logits of the block after the cache, to which it is added."""
-        import torch
-
-        start = cache.get_seq_length()
-        positions = torch.arange(start, start + ids.shape[1], device=self.device)[None]
-        no_mask = {"full_attention": None}
-        return self.model(
-            ids, attention_mask=no_mask, position_ids=positions, past_key_values=cache, use_cache=True
-        ).logits
