@@ -127,7 +127,7 @@ def multiply(const float[:, :, ::1] x, weight, int width, float[:, ::1] out, Py_
     if not fits:
         raise ValueError(f"activations for {inner} inputs and {tokens} tokens were expected")
     if column < 0 or column + rows > out.shape[1] or not weight.flags.c_contiguous:
-        raise ValueError("the product does not fit into out, or the weight is not contiguous")
+        raise ValueError("the outputs do not fit into out, or the weight is not contiguous")
     if rows == 0 or tokens == 0:
         return
     cdef const unsigned char[::1] weight_bytes = weight.reshape(-1).view(np.uint8)

@@ -76,7 +76,7 @@ def markdown(figures: dict[str, Any]) -> str:
     if "requirements" in ours:
         required = [" and ".join(side["requirements"]) for side in (ours, theirs)]
         notes.append(
-            "Measured in environments that were there: installed size, without .pyc files, and packages are "
+            "Measured in existing environments: installed size, without .pyc files, and packages are "
             f"of {required[0]}, and of {required[1]}, each with all that it requires."
         )
         missing = [*ours["not_installed"], *theirs["not_installed"]]
