@@ -18,8 +18,8 @@ OUT_OF_MEMORY = {"OutOfMemoryError": 0, "CUDARuntimeError": 2, "CUDADriverError"
 class DeviceMemory:
     """The current device, one stream for all work on it, and the pools that arrays are allocated from.
 
-    What outlives a pass comes from CuPy's default pool: a captured graph keeps using the memory that it was
-    captured with, whoever owns that since, which may only be other passes.
+    Arrays that outlive a pass come from CuPy's default pool. A captured graph goes on writing to the memory
+    that it was captured with after the pool has taken it back, so only other passes may be given that memory.
 
     Attributes
     ----------
