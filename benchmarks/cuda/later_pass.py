@@ -51,7 +51,6 @@ def measured(planted: PlantedPrefix, attention: AttentionConfig) -> tuple[float 
     if isinstance(passes, str):
         return passes, None
     time = attempt(passes.milliseconds)
-    passes.close()
     return time, None if isinstance(time, str) else passes.density
 
 

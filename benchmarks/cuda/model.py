@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from benchmarks.cuda.noise import BFLOAT16, BLOCK, NoiseBackend, model_config, shapes
+from benchmarks.cuda.noise import BFLOAT16, NoiseBackend, block_options, model_config, shapes
 from benchmarks.cuda.timing import run_microseconds
-from losart.config.options import AttentionConfig, GenerationConfig, generation_config
+from losart.config.options import AttentionConfig
 from losart.engine.batch import PassKind
 from losart.engine.kv_cache import PagedKVCache
 from losart.measure.bench import BlockPasses
@@ -52,7 +51,7 @@ class LaterPasses(BlockPasses):
         self, model: NoiseModel, cache: PagedKVCache, blocks: Sequence[np.ndarray], attention: AttentionConfig
     ) -> None:
         ids = partial(next, itertools.cycle(blocks))
-        super().__init__(model.transformer, cache, block_options(model, attention), ids)
+        super().__init__(model.transformer, cache, block_options(model.config, attention), ids)
         self._stream = model.backend.memory.stream
         self.run(PassKind.FIRST)
 
@@ -65,9 +64,3 @@ class LaterPasses(BlockPasses):
         """Share of the prefix that later passes have read."""
         density = self.reads.sparse_density
         return 1.0 if density is None else density
-
-
-def block_options(model: NoiseModel, attention: AttentionConfig) -> GenerationConfig:
-    """Options of passes over a block."""
-    options = generation_config(model.config, {"block_length": BLOCK})
-    return replace(options, attention=attention)

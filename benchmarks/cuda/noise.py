@@ -10,11 +10,12 @@ from typing import Any
 import cupy
 import numpy as np
 
+from losart.backends.base import PassBody
 from losart.backends.cuda.backend import CudaBackend
 from losart.backends.cuda.batch import DeviceBatch
 from losart.backends.cuda.results import Weight
 from losart.config.model import ModelConfig
-from losart.config.options import AttentionConfig, generation_config
+from losart.config.options import AttentionConfig, GenerationConfig, generation_config
 from losart.config.precision import Precision
 from losart.engine.batch import PassBatch, PassKind, SequencePass
 from losart.loaders.families.sdar import SDAR
@@ -24,6 +25,7 @@ PIECE = 8192  # positions written at a time
 BLOCK = 16
 CACHED_BYTES = 400_000_000  # well past what the device's cache holds
 BFLOAT16 = Precision.of("bfloat16")
+DENSE = AttentionConfig()
 
 noise = cupy.ElementwiseKernel(
     "float32 scale",
@@ -92,18 +94,21 @@ def written_cache(
                 backend.write_kv(layer, *draw(layer, start, count), batch)
             return None, []
 
-        backend.run(pass_after(cache, count, PassKind.PREFILL), None, write)
+        backend.run(pass_after(cache, count, PassKind.PREFILL), PassBody(write))
         cache.advance(count)
     return cache
 
 
+def block_options(config: ModelConfig, attention: AttentionConfig) -> GenerationConfig:
+    """Options of passes over a block."""
+    return replace(generation_config(config, {"block_length": BLOCK}), attention=attention)
+
+
 def pass_after(
-    cache: Any, tokens: int, kind: PassKind, attention: AttentionConfig | None = None, slot: Any = None
+    cache: Any, tokens: int, kind: PassKind, attention: AttentionConfig = DENSE, slot: Any = None
 ) -> PassBatch:
     """A pass over so many tokens after a cache's prefix."""
-    options = generation_config(model_config("8B"), {"block_length": BLOCK})
-    if attention is not None:
-        options = replace(options, attention=attention)
+    options = block_options(model_config("8B"), attention)
     rows = np.arange(0 if kind is PassKind.PREFILL else tokens, dtype=np.int32)
     ids = np.zeros(tokens, np.int64)
     return PassBatch(

@@ -18,11 +18,12 @@ from typing import Any
 import cupy
 import numpy as np
 
-from benchmarks.cuda.model import LaterPasses, NoiseModel, block_options
-from benchmarks.cuda.noise import BLOCK, pass_after, written_cache
+from benchmarks.cuda.model import LaterPasses, NoiseModel
+from benchmarks.cuda.noise import BLOCK, block_options, pass_after, written_cache
 from benchmarks.cuda.topics import OWN_TOPICS, SEGMENT, SHARED_TOPICS
 from benchmarks.support.attempts import attempt
 from benchmarks.support.queries import LISTENING, queries_of
+from losart.backends.base import PassBody
 from losart.backends.cuda.batch import DeviceBatch
 from losart.config.options import AttentionConfig
 from losart.engine.batch import PassKind
@@ -81,7 +82,7 @@ class PlantedPrefix:
 
     def _queries(self, ids: np.ndarray) -> list[np.ndarray]:
         """Queries [BLOCK, heads, head_dim] of all layers in a dense pass."""
-        transformer, options = self.model.transformer, block_options(self.model, LISTENING)
+        transformer, options = self.model.transformer, block_options(self.model.config, LISTENING)
         return queries_of(transformer, BlockPasses(transformer, self.cache, options, lambda: ids))
 
     def _answer(self, queries: np.ndarray) -> np.ndarray:
@@ -108,7 +109,7 @@ class PlantedPrefix:
             return None, []
 
         cache.length = start
-        backend.run(pass_after(cache, SEGMENT, PassKind.PREFILL), None, write)
+        backend.run(pass_after(cache, SEGMENT, PassKind.PREFILL), PassBody(write))
         cache.length = length
 
 

@@ -79,7 +79,5 @@ class PrefixAttention:
         for _ in range(2 * layers - 1):
             next(turns)
         time = graph_microseconds(backend.memory.stream, launch, 2 * layers)
-        if slot is not None:
-            backend.free_slot(slot)
         read = layers * self.config.num_kv_heads * cache.length
         return time, 1.0 if method == "dense" else positions / read

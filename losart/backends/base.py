@@ -84,7 +84,21 @@ class PassOutput:
     reads: Sequence[Selection | None]
 
 
-Body = Callable[[Batch], tuple[Any, list[Selection | None]]]
+@dataclass(frozen=True, eq=False)
+class PassBody:
+    """What a pass launches.
+
+    Attributes
+    ----------
+    launch : callable
+        The batch to what the pass proposes (`propose`, or None) and what each layer read.
+    key : hashable
+        Passes of equal keys, numbers of rows and page sizes launch the same operations: one may be
+        replayed for another. None: the pass is run by itself.
+    """
+
+    launch: Callable[[Batch], tuple[Any, list[Selection | None]]]
+    key: Hashable = None
 
 
 class Selector(Protocol):
@@ -135,27 +149,12 @@ class Backend(Protocol):
         """An empty KV cache, expected to hold so many positions in the end."""
 
     def new_slot(self, stored: StoredResults) -> Slot:
-        """Room for one sequence's stored results."""
-
-    def free_slot(self, slot: Slot) -> None:
-        """The sequence has ended."""
+        """Room for one sequence's stored results: freed with the last reference to it, and not yet valid."""
 
     # -- running
 
-    def run(self, batch: PassBatch, key: Hashable, body: Body, observe: bool = False) -> PassOutput:
-        """Run one pass.
-
-        Parameters
-        ----------
-        batch : PassBatch
-        key : hashable
-            Passes of equal keys, numbers of rows and page sizes launch the same operations: one may be
-            replayed for another. None: the pass is run by itself.
-        body : callable
-            The batch to what the pass proposes (`propose`, or None) and what each layer read.
-        observe : bool
-            Whether to return what each layer read.
-        """
+    def run(self, batch: PassBatch, body: PassBody, observe: bool = False) -> PassOutput:
+        """Run one pass; with `observe` its output has what each layer read."""
 
     def on_host(self, selection: Selection, batch: PassBatch) -> list[tuple[np.ndarray, list[np.ndarray]]]:
         """Per sequence the tokens that read, and each kv head's page ids, of the pass that was run last."""

@@ -37,9 +37,6 @@ class Runner(Protocol):
     def new_slot(self, options: GenerationConfig) -> Any:
         """Room for a sequence's stored results; None where its attention method stores none."""
 
-    def free_slot(self, slot: Any) -> None:
-        """The sequence has ended."""
-
     def forward(self, batch: PassBatch, observe: bool = False) -> PassResult:
         """Run one pass."""
 
@@ -170,7 +167,6 @@ class Engine:
                 assert step is not None
                 yield replace(step, result=sequence.result()) if sequence.finished else step
         finally:
-            self.runner.free_slot(sequence.slot)
             sequence.slot = None  # a session keeps the sequence
 
     def prefill(self, sequence: Sequence, progress: Progress | None = None) -> None:

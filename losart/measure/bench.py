@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from timeit import timeit
 from typing import Any
 
 import numpy as np
@@ -92,7 +92,7 @@ class NoiseBlocks:
         step = math.lcm(PAGE_UNIT, block_length)
         prefilled = min(prefix, -(-PREFILLED // step) * step)
         self._fill(prefix - prefilled)
-        self.prefill_rate = prefilled / _seconds(lambda: self._prefill(prefilled))
+        self.prefill_rate = prefilled / timeit(lambda: self._prefill(prefilled), number=1)
 
     def _random_ids(self, count: int) -> np.ndarray:
         return self._rng.integers(0, self.transformer.config.vocab_size, count)
@@ -117,10 +117,9 @@ class NoiseBlocks:
         passes = self.passes(attention)
 
         def seconds(kind: PassKind) -> float:
-            return _seconds(lambda: passes.run(kind))
+            return timeit(lambda: passes.run(kind), number=1)
 
         times = [(seconds(PassKind.FIRST), seconds(PassKind.LATER)) for _ in range(repeats + 1)]
-        passes.close()
         first, later = (statistics.median(column) for column in zip(*times[1:], strict=True))
         return PassTimes(first, later, passes.reads.sparse_density)
 
@@ -179,18 +178,8 @@ class BlockPasses:
         result = self.transformer.forward(self.batch(kind))
         self.reads.add(result.reads[0], self.cache.length, self.transformer.config.num_kv_heads)
 
-    def close(self) -> None:
-        """No pass follows."""
-        self.transformer.free_slot(self._slot)
-
 
 def noise(shape: tuple[int, int, int], layer: int) -> tuple[np.ndarray, np.ndarray]:
     """Keys and values of one layer, [prefix, kv_heads, head_dim]."""
     rng = np.random.default_rng(layer)
     return rng.standard_normal(shape, np.float32), rng.standard_normal(shape, np.float32)
-
-
-def _seconds(run: Callable[[], Any]) -> float:
-    began = time.perf_counter()
-    run()
-    return time.perf_counter() - began

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from losart.attention import AttentionPolicy, make_policy
-from losart.backends.base import Array, Backend, Batch, Selection, Slot, Weight
+from losart.backends.base import Array, Backend, Batch, PassBody, Selection, Slot, Weight
 from losart.config.model import ModelConfig
 from losart.config.options import AttentionConfig, GenerationConfig
 from losart.engine.batch import PassBatch, PassKind, PassResult
@@ -121,18 +121,14 @@ class Transformer:
         stored = self.policy(options).stored
         return None if stored is None else self.backend.new_slot(stored)
 
-    def free_slot(self, slot: Slot | None) -> None:
-        """The sequence has ended."""
-        if slot is not None:
-            self.backend.free_slot(slot)
-
     def forward(self, batch: PassBatch, observe: bool = False) -> PassResult:
         """Run one pass: proposals for masked rows, or keys and values into the caches.
 
         With `observe` the result says what each layer read of the prefix.
         """
         policy = self.policy(batch.options)
-        output = self.backend.run(batch, self._key(policy, batch), partial(self._pass, policy), observe)
+        body = PassBody(partial(self._pass, policy), self._key(policy, batch))
+        output = self.backend.run(batch, body, observe)
         if batch.kind is PassKind.PREFILL:
             return PassResult()
         counted = zip(batch.sequences, output.positions, strict=True)

@@ -167,9 +167,9 @@ def test_passes_of_any_masks_have_one_shape(model, monkeypatch):
     """A captured pass is replayed for another whatever is masked."""
     keys, run = [], model._engine.runner.backend.run
 
-    def noting(batch, key, *args):
-        keys.append(key)
-        return run(batch, key, *args)
+    def noting(batch, body, *args):
+        keys.append(body.key)
+        return run(batch, body, *args)
 
     monkeypatch.setattr(model._engine.runner.backend, "run", noting)
     model.generate(PROMPT, attention="losa", candidates="masked", **GENERATION)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from kv import held, model_config, steady
 from passes import block_batch, options_of
 
+from losart.backends.base import PassBody
 from losart.backends.cpu.convert import narrow, widen
 from losart.backends.cuda.matmul_plans import hopper_matmul_plans
 from losart.config.options import generation_config
@@ -426,7 +427,7 @@ def test_sampling_is_that_of_the_cpu(options, tokens, vocab):
     cache = backend.new_cache(16)
     cache.reserve(1)
     batch = block_batch(cache, tokens, masked=rows, uniforms=uniforms, options=config)
-    (found,) = backend.run(batch, None, lambda batch: (backend.propose(None, None, batch), [])).proposals
+    (found,) = backend.run(batch, PassBody(lambda batch: (backend.propose(None, None, batch), []))).proposals
     logits = matmul_array(backend, matmul).astype(np.float32)
     logits[:, 7] = -np.inf
     expected = propose(

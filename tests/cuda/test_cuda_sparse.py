@@ -395,14 +395,19 @@ def test_a_pass_that_was_captured_before_its_first_pass_was_run(models):
     assert cuda.generate(PROMPT, **options).token_ids == cpu.generate(PROMPT, **options).token_ids
 
 
-def test_free_slots_of_many_settings_are_bounded(tiny_checkpoint):
-    from losart.backends.cuda.slots import FREE_SLOTS
+def test_slots_of_many_settings_are_freed(tiny_checkpoint):
+    import cupy
 
-    model = losart.load(tiny_checkpoint, device="cuda")
+    model, pool = losart.load(tiny_checkpoint, device="cuda"), cupy.get_default_memory_pool()
     options = {"attention": "losa", "selector": "anchor", "max_new_tokens": 20, "block_length": 8}
-    for budget in range(16, 16 * (FREE_SLOTS + 4), 16):
+    model.generate(PROMPT, budget=16, **options)
+    used = pool.used_bytes()
+    for budget in range(32, 160, 16):
         model.generate(PROMPT, budget=budget, **options)
-    assert len(model._engine.runner.backend.slots.freed) <= FREE_SLOTS
+        stream = model.stream(PROMPT, budget=budget, **options)
+        next(stream)
+        stream.close()
+    assert pool.used_bytes() == used
 
 
 @pytest.mark.parametrize("method", [METHODS[0], METHODS[7], METHODS[9]], ids=name_of)

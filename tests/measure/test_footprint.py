@@ -206,7 +206,7 @@ def test_an_interrupt_leaves_nothing_behind(tmp_path):
             folder.mkdir()
             signal.raise_signal(signal.SIGINT)
 
-        sides.new_environment = interrupted
+        sides.Environment = interrupted
         sys.exit(main(["footprint", "--size", "tiny", "--losart", "x"]))
     """
     result = subprocess.run(

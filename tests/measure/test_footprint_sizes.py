@@ -46,7 +46,7 @@ def bytes_in(wheel: Path) -> int:
 
 def test_an_environment_counts_what_was_installed(tmp_path):
     wheel = write_wheel(tmp_path, "small", {"small.bin": bytes(100_000)})
-    environment = environments.new_environment(tmp_path / "venv")
+    environment = environments.Environment(tmp_path / "venv")
     assert environment.sizes() == {"installed_bytes": 0, "packages": {}}
     environment.install("--no-index", str(wheel))
     sizes = environment.sizes()

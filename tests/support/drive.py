@@ -13,6 +13,7 @@ from passes import block_batch, options_of, write
 from test_attention_kernels import assert_close
 
 from losart.attention import make_policy
+from losart.backends.base import PassBody
 from losart.backends.cpu.backend import CpuBackend
 from losart.backends.cpu.selector import Selector
 from losart.config.options import AttentionConfig
@@ -174,7 +175,7 @@ def drive(case: Case) -> tuple[ReadLog, RecordingBackend, Passes]:
                 o, selection = policy.attend(backend, layer, q[layer].copy(), k[layer], v[layer], batch)
                 results.append(o)
                 selections.append(selection)
-            (positions,) = backend.run(batch, None, lambda _, read=selections: (None, read)).positions
+            (positions,) = backend.run(batch, PassBody(lambda _, read=selections: (None, read))).positions
             reads.add(policy.reads(batch.sequences[0], positions), cache.length, case.kv_heads)
             for layer, o in enumerate(results):
                 expected = references[layer].attend(

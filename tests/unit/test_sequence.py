@@ -56,9 +56,6 @@ class Scripted:
     def new_slot(self, options: GenerationConfig) -> None:
         pass
 
-    def free_slot(self, slot: None) -> None:
-        pass
-
     def forward(self, batch: PassBatch, observe: bool = False) -> PassResult:
         (sequence,) = batch.sequences
         ids, cache, config = sequence.ids.tolist(), sequence.cache, sequence.options

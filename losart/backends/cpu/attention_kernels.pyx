@@ -189,30 +189,6 @@ cdef void merge_parts(const Work *work, Py_ssize_t head, Py_ssize_t row, float *
     finish_row(into, top, total, work.dim, out, lse)
 
 
-cdef int run(Work *work, Py_ssize_t kv_heads, Py_ssize_t group, const int32_t *tokens,
-             float[:, :, ::1] o, float[:, ::1] lse) except -1:
-    # All parts, then every row's merge into row tokens[row // group] of o and lse.
-    cdef Py_ssize_t item, head, row, rows = work.rows, failed = 0, positions = 0
-    for head in range(kv_heads):
-        positions += work.slabs[head] * LANES
-    cdef bint threads = 2 * rows * work.dim * positions > WORTH_THREADS
-    buffer = np.empty(kv_heads * work.parts * rows * (work.dim + 2), np.float32)
-    cdef float[::1] view = buffer
-    work.o = &view[0]
-    work.tops = work.o + kv_heads * work.parts * rows * work.dim
-    work.totals = work.tops + kv_heads * work.parts * rows
-    for item in prange(kv_heads * work.parts, nogil=True, schedule="dynamic", use_threads_if=threads):
-        failed += attend_part(work, item)
-    if failed:
-        raise MemoryError
-    for item in prange(kv_heads * rows, nogil=True, schedule="static", use_threads_if=threads and work.parts > 1):
-        head = item // rows
-        row = item % rows
-        merge_parts(work, head, row, &o[tokens[row // group], head * group + row % group, 0],
-                    &lse[tokens[row // group], head * group + row % group])
-    return 0
-
-
 def _gather_queries(const float[:, :, ::1] q, const int32_t[::1] tokens, Py_ssize_t kv_heads):
     # [kv_heads, rows, head_dim]: rows (token, head of the group), scaled by 1/sqrt(head_dim).
     cdef Py_ssize_t count = tokens.shape[0], dim = q.shape[2], group = q.shape[1] // kv_heads, head, t
@@ -224,6 +200,40 @@ def _gather_queries(const float[:, :, ::1] q, const int32_t[::1] tokens, Py_ssiz
                 memcpy(&out[head, t * group, 0], &q[tokens[t], head * group, 0], sizeof(float) * group * dim)
         scale(&out[0, 0, 0], kv_heads * count * group * dim, <float>(1.0 / sqrt(<double>dim)))
     return rows
+
+
+cdef int attend_sources(const SlabSource *sources, const Py_ssize_t[::1] positions, q, const int32_t[::1] tokens,
+                        float[:, :, ::1] o, float[:, ::1] lse,
+                        float[:, :, ::1] slab_sums=None, float[:, :, ::1] tile_tops=None) except -1:
+    # Queries of some tokens over so many positions of each kv head's source: all parts, then every row's merge.
+    cdef Py_ssize_t kv_heads = positions.shape[0], group = o.shape[1] // kv_heads, dim = o.shape[2]
+    cdef Py_ssize_t rows = tokens.shape[0] * group, item, head, row, failed = 0
+    slabs = -(-np.asarray(positions) // LANES)
+    cdef const Py_ssize_t[::1] slab_view = slabs
+    cdef const int32_t[:, ::1] limits = np.repeat(np.asarray(positions, np.int32), rows).reshape(kv_heads, rows)
+    cdef const float[:, :, ::1] queries = _gather_queries(q, tokens, kv_heads)
+    cdef bint threads = 2 * rows * dim * LANES * slabs.sum() > WORTH_THREADS
+    cdef Work work
+    memset(&work, 0, sizeof(work))
+    work.rows, work.dim, work.parts = rows, dim, max(1, -(-slabs.max() // PART))
+    work.q, work.limits, work.sources, work.slabs = &queries[0, 0, 0], &limits[0, 0], sources, &slab_view[0]
+    if slab_sums is not None:
+        work.slab_sums, work.sums_stride = &slab_sums[0, 0, 0], slab_sums.shape[2]
+        work.tile_tops, work.tops_stride = &tile_tops[0, 0, 0], tile_tops.shape[2]
+    cdef float[::1] buffer = np.empty(kv_heads * work.parts * rows * (dim + 2), np.float32)
+    work.o = &buffer[0]
+    work.tops = work.o + kv_heads * work.parts * rows * dim
+    work.totals = work.tops + kv_heads * work.parts * rows
+    for item in prange(kv_heads * work.parts, nogil=True, schedule="dynamic", use_threads_if=threads):
+        failed += attend_part(&work, item)
+    if failed:
+        raise MemoryError
+    for item in prange(kv_heads * rows, nogil=True, schedule="static", use_threads_if=threads and work.parts > 1):
+        head = item // rows
+        row = item % rows
+        merge_parts(&work, head, row, &o[tokens[row // group], head * group + row % group, 0],
+                    &lse[tokens[row // group], head * group + row % group])
+    return 0
 
 
 def _check(q, o, lse, tokens, kv_heads, dim):
@@ -258,54 +268,33 @@ def attend_pages(PageTable table, Py_ssize_t layer, q, tokens, pages, Py_ssize_t
     tile_tops : float32 [kv_heads, tokens * group, tiles], optional
         Written: each slab's sum of exponentials, relative to the maximum up to its tile of 8 slabs.
     """
-    cdef Py_ssize_t kv_heads = table.kv_heads, dim = table.head_dim, group = q.shape[1] // kv_heads
-    cdef Py_ssize_t rows = len(tokens) * group, head, r, listed, last_page, positions, parts = 1
-    _check(q, o, lse, tokens, kv_heads, dim)
+    cdef Py_ssize_t kv_heads = table.kv_heads, head, listed, last_page
+    _check(q, o, lse, tokens, kv_heads, table.head_dim)
     if not 0 <= layer < table.layers or not 0 <= length <= table.capacity:
         raise ValueError(f"layer {layer} and {length} positions are outside the cache")
-    if rows == 0:
+    if slab_sums is not None and (pages is not None or slab_sums.shape[2] * LANES < length
+                                  or tile_tops.shape[2] * TILE * LANES < length):
+        raise ValueError("slab_sums and tile_tops must hold the whole prefix")
+    if not len(tokens):
         return
 
     cdef const int32_t[:, ::1] ids
     cdef const int32_t[::1] counts
     if pages is not None:
         ids, counts = pages
-    limits = np.empty((kv_heads, rows), np.int32)
-    slabs = np.empty(kv_heads, np.intp)
-    sources = np.empty(kv_heads * sizeof(SlabSource), np.uint8)
-    cdef int32_t[:, ::1] limit_view = limits
-    cdef Py_ssize_t[::1] slab_view = slabs
-    cdef unsigned char[::1] source_bytes = sources
-    cdef SlabSource *source = <SlabSource *>&source_bytes[0]
+    cdef Py_ssize_t[::1] positions = np.full(kv_heads, length, np.intp)
+    cdef unsigned char[::1] source_bytes = np.empty(kv_heads * sizeof(SlabSource), np.uint8)
+    cdef SlabSource *sources = <SlabSource *>&source_bytes[0]
     for head in range(kv_heads):
-        positions = length
         if pages is not None:
             listed = counts[head]
             last_page = ids[head, listed - 1] if listed else 0
             if listed and (ids[head, 0] < 0 or last_page * table.page_size >= length):
                 raise ValueError("a page of the list is outside the prefix")
-            positions = (listed - 1) * table.page_size + min(
+            positions[head] = (listed - 1) * table.page_size + min(
                 table.page_size, length - last_page * table.page_size) if listed else 0
-        source[head] = table.source(layer, head, &ids[head, 0] if pages is not None and positions else NULL)
-        slab_view[head] = (positions + LANES - 1) // LANES
-        parts = max(parts, (slab_view[head] + PART - 1) // PART)
-        for r in range(rows):
-            limit_view[head, r] = <int32_t>positions
-
-    cdef float[:, :, ::1] queries = _gather_queries(q, tokens, kv_heads)
-    cdef const int32_t[::1] token_view = tokens
-    cdef float[:, :, ::1] sums, tops
-    cdef Work work
-    memset(&work, 0, sizeof(work))
-    work.rows, work.dim, work.parts = rows, dim, parts
-    work.q, work.limits, work.sources, work.slabs = &queries[0, 0, 0], &limit_view[0, 0], source, &slab_view[0]
-    if slab_sums is not None:
-        sums, tops = slab_sums, tile_tops
-        if sums.shape[2] * LANES < length or tops.shape[2] * TILE * LANES < length or pages is not None:
-            raise ValueError("slab_sums and tile_tops must hold the whole prefix")
-        work.slab_sums, work.sums_stride = &sums[0, 0, 0], sums.shape[2]
-        work.tile_tops, work.tops_stride = &tops[0, 0, 0], tops.shape[2]
-    run(&work, kv_heads, group, &token_view[0], o, lse)
+        sources[head] = table.source(layer, head, &ids[head, 0] if pages is not None and positions[head] else NULL)
+    attend_sources(sources, positions, q, tokens, o, lse, slab_sums, tile_tops)
 
 
 def attend_block(const float[:, :, ::1] q, const float[:, :, ::1] k, const float[:, :, ::1] v, o, lse):
@@ -320,8 +309,8 @@ def attend_block(const float[:, :, ::1] q, const float[:, :, ::1] k, const float
     lse : float32 [tokens, heads]
         Written.
     """
-    cdef Py_ssize_t count = q.shape[0], kv_heads = k.shape[1], dim = q.shape[2], group = q.shape[1] // kv_heads
-    cdef Py_ssize_t slabs = (count + LANES - 1) // LANES, head, t, d
+    cdef Py_ssize_t count = q.shape[0], kv_heads = k.shape[1], dim = q.shape[2], head, t, d
+    cdef Py_ssize_t slabs = (count + LANES - 1) // LANES
     tokens = np.arange(count, dtype=np.int32)
     _check(q.base, o, lse, tokens, kv_heads, dim)
     # The block as one chunk of the cache's layout: [2 (keys, values), kv_heads, slabs, dim * 16].
@@ -335,28 +324,16 @@ def attend_block(const float[:, :, ::1] q, const float[:, :, ::1] k, const float
                 memcpy(&stage[1, head, t * dim], &v[t, head, 0], sizeof(float) * dim)
     cdef uint64_t chunk = <uint64_t><uintptr_t>&stage[0, 0, 0]
 
-    limits = np.full((kv_heads, count * group), count, np.int32)
-    slab_counts = np.full(kv_heads, slabs, np.intp)
-    sources = np.zeros(kv_heads * sizeof(SlabSource), np.uint8)
-    cdef int32_t[:, ::1] limit_view = limits
-    cdef Py_ssize_t[::1] slab_view = slab_counts
-    cdef unsigned char[::1] source_bytes = sources
-    cdef SlabSource *source = <SlabSource *>&source_bytes[0]
+    cdef unsigned char[::1] source_bytes = np.zeros(kv_heads * sizeof(SlabSource), np.uint8)
+    cdef SlabSource *sources = <SlabSource *>&source_bytes[0]
     for head in range(kv_heads):
-        source[head].chunks = &chunk
-        source[head].slabs_per_chunk = slabs
-        source[head].slab_bytes = LANES * dim * sizeof(float)
-        source[head].key_offset = head * slabs * source[head].slab_bytes
-        source[head].value_offset = (kv_heads + head) * slabs * source[head].slab_bytes
-        source[head].width = FLOAT32
-
-    cdef float[:, :, ::1] queries = _gather_queries(q, tokens, kv_heads)
-    cdef const int32_t[::1] token_view = tokens
-    cdef Work work
-    memset(&work, 0, sizeof(work))
-    work.rows, work.dim, work.parts = count * group, dim, (slabs + PART - 1) // PART
-    work.q, work.limits, work.sources, work.slabs = &queries[0, 0, 0], &limit_view[0, 0], source, &slab_view[0]
-    run(&work, kv_heads, group, &token_view[0], o, lse)
+        sources[head].chunks = &chunk
+        sources[head].slabs_per_chunk = slabs
+        sources[head].slab_bytes = LANES * dim * sizeof(float)
+        sources[head].key_offset = head * slabs * sources[head].slab_bytes
+        sources[head].value_offset = (kv_heads + head) * slabs * sources[head].slab_bytes
+        sources[head].width = FLOAT32
+    attend_sources(sources, np.full(kv_heads, count, np.intp), q.base, tokens, o, lse)
 
 
 cdef int attend_causal_item(PageTable table, Py_ssize_t layer, Py_ssize_t head, const float *q, Py_ssize_t rows,

@@ -10,7 +10,7 @@ import numpy as np
 
 import losart.backends.cpu.attention_kernels as kernels
 import losart.backends.cpu.skinny_linear as skinny_linear
-from losart.backends.base import Body, PassOutput, Selection, StoredResults
+from losart.backends.base import PassBody, PassOutput, Selection, StoredResults
 from losart.backends.cpu.convert import narrow, widen, widen_into
 from losart.backends.cpu.kv_index import PageTable
 from losart.backends.cpu.selector import Selector
@@ -116,13 +116,10 @@ class CpuBackend:
         queries, o = (np.empty((*shape, c.head_dim), np.float32) for _ in range(2))
         return Slot(queries, o, np.empty(shape, np.float32))
 
-    def free_slot(self, slot: Slot) -> None:
-        pass  # its memory goes with it
-
     # -- running
 
-    def run(self, batch: PassBatch, key: Hashable, body: Body, observe: bool = False) -> PassOutput:
-        proposals, reads = body(batch)
+    def run(self, batch: PassBatch, body: PassBody, observe: bool = False) -> PassOutput:
+        proposals, reads = body.launch(batch)
         positions = np.zeros(len(batch.sequences), np.int64)
         for selection in reads:
             if selection is not None:

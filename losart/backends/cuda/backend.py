@@ -6,7 +6,6 @@ selected, unless it selects itself (host_selector.py), so that a captured pass c
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from ctypes import c_double
 from dataclasses import replace
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import cupy
 import numpy as np
 
-from losart.backends.base import Body, PassOutput, Selection, Selector, StoredResults
+from losart.backends.base import PassBody, PassOutput, Selection, Selector, StoredResults
 from losart.backends.cuda.batch import DeviceBatch
 from losart.backends.cuda.host_selector import HostSelector
 from losart.backends.cuda.kernels import Kernels
@@ -26,7 +25,7 @@ from losart.backends.cuda.plans import Card, causal_plan, masses_plan, prefix_pl
 from losart.backends.cuda.results import NO_MATMUL, Matmul, PrefixParts, Weight
 from losart.backends.cuda.runner import PassRunner
 from losart.backends.cuda.selector import DeviceSelector
-from losart.backends.cuda.slots import Slot, Slots
+from losart.backends.cuda.slots import Slot
 from losart.backends.cuda.weights import WeightLoader
 from losart.config.model import ModelConfig
 from losart.config.precision import Format, Precision
@@ -55,7 +54,6 @@ class CudaBackend:
     memory : DeviceMemory
     runner : PassRunner
     kernels : Kernels
-    slots : Slots
     """
 
     name = "cuda"
@@ -77,7 +75,6 @@ class CudaBackend:
             raise ConfigError(f"hidden_size {config.hidden_size} is too large for this GPU's shared memory")
         self.kernels = Kernels(precision, card)
         self.runner = PassRunner(self.memory, config.max_positions)
-        self.slots = Slots(config, self.memory)
         self._loader = WeightLoader(precision.weights, self.memory.stream)
         frequencies, self._rope_factor = inverse_frequencies(config.rope, config.head_dim)
         with self.memory.running("the model"):
@@ -107,15 +104,13 @@ class CudaBackend:
         return PagedKVCache(CudaPageTable(self.config, page_size, positions, self.precision.kv), allocate)
 
     def new_slot(self, stored: StoredResults) -> Slot:
-        return self.slots.allocate(stored)
-
-    def free_slot(self, slot: Slot) -> None:
-        self.slots.free(slot)
+        with self.memory.running("stored results"):
+            return Slot.empty(stored, self.config)
 
     # -- running
 
-    def run(self, batch: PassBatch, key: Hashable, body: Body, observe: bool = False) -> PassOutput:
-        return self.runner.run(batch, key, body, observe)
+    def run(self, batch: PassBatch, body: PassBody, observe: bool = False) -> PassOutput:
+        return self.runner.run(batch, body, observe)
 
     def on_host(self, selection: Selection, batch: PassBatch) -> list[tuple[np.ndarray, list[np.ndarray]]]:
         c, (sequence,), stream = self.config, batch.sequences, self.memory.stream

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from losart.backends.base import Body, PassOutput, Selection
+from losart.backends.base import PassBody, PassOutput, Selection
 from losart.backends.cuda.batch import BatchBuffers, DeviceBatch
 from losart.backends.cuda.memory import DeviceMemory, memory_errors
 from losart.backends.cuda.pages import PagesInPlace
@@ -67,7 +67,7 @@ class PassRunner:
         self.passes: OrderedDict[Hashable, Launched | None] = OrderedDict()
         memory.drop_graphs = self.passes.clear
 
-    def run(self, batch: PassBatch, key: Hashable, body: Body, observe: bool = False) -> PassOutput:
+    def run(self, batch: PassBatch, body: PassBody, observe: bool = False) -> PassOutput:
         """Run one pass, as `losart.backends.base.Backend.run` has it."""
         if batch.kind is PassKind.PREFILL:
             return self._prefill(batch, body)
@@ -75,7 +75,7 @@ class PassRunner:
         with memory.running("a pass", memory.pass_pool):
             memory.prefill_pool.free_all_blocks()
             placed = self.place(batch)
-            launched = None if key is None else self._replay(key, placed, body, observe)
+            launched = None if body.key is None else self._replay(placed, body, observe)
             if launched is None:  # launch by launch, which compiles the kernels and fills the pool
                 launched = _launch(placed, body, observe)
             return self._output(placed, launched)
@@ -99,18 +99,18 @@ class PassRunner:
             buffers = self._buffers[tokens] = BatchBuffers(tokens)
         return buffers
 
-    def _prefill(self, batch: PassBatch, body: Body) -> PassOutput:
+    def _prefill(self, batch: PassBatch, body: PassBody) -> PassOutput:
         memory = self._memory
         with memory.running("a piece of the prompt", memory.prefill_pool):
-            body(self.place(batch))
+            body.launch(self.place(batch))
             memory.stream.synchronize()
         return PassOutput((), (0,), ())
 
-    def _replay(self, key: Hashable, batch: DeviceBatch, body: Body, observe: bool) -> Launched | None:
+    def _replay(self, batch: DeviceBatch, body: PassBody, observe: bool) -> Launched | None:
         """Replay a pass; None where it comes for the first time, or there is no memory to capture it."""
         passes = self.passes
         # An observed pass is captured for itself, since it keeps the arrays of its reads.
-        key = (key, observe, batch.tokens, batch.page_size, batch.chunk_positions)
+        key = (body.key, observe, batch.tokens, batch.page_size, batch.chunk_positions)
         captured = passes.get(key)
         if captured is None:
             if key in passes:
@@ -124,7 +124,7 @@ class PassRunner:
             captured.graph.launch(self._memory.stream)
         return captured
 
-    def _capture(self, batch: DeviceBatch, body: Body, observe: bool) -> Launched:
+    def _capture(self, batch: DeviceBatch, body: PassBody, observe: bool) -> Launched:
         stream = self._memory.stream
         try:
             stream.begin_capture()
@@ -148,8 +148,8 @@ class PassRunner:
         return PassOutput((proposals,), (positions,), launched.reads)
 
 
-def _launch(batch: DeviceBatch, body: Body, observe: bool) -> Launched:
+def _launch(batch: DeviceBatch, body: PassBody, observe: bool) -> Launched:
     """Launch a pass's kernels one by one."""
-    proposals, reads = body(batch)
+    proposals, reads = body.launch(batch)
     counts = any(read is not None for read in reads)
     return Launched(proposals is not None, counts, reads if observe else [])

@@ -14,12 +14,10 @@ import cupy
 import numpy as np
 
 from losart.backends.base import StoredResults
-from losart.backends.cuda.memory import DeviceMemory
 from losart.config.model import ModelConfig
 from losart.config.options import PAGE_UNIT
 
 ALIGNMENT = 256  # bytes
-FREE_SLOTS = 4  # kept for sequences to come
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +36,19 @@ class Slot:
     layout: dict[str, tuple[int, int]]
     memory: Any
 
+    @classmethod
+    def empty(cls, stored: StoredResults, config: ModelConfig) -> Slot:
+        """A slot for these results; nothing in it is valid."""
+        rows = stored.tokens * config.num_heads if stored.attention else 0
+        pages = min(stored.top_pages, -(-config.max_positions // PAGE_UNIT))
+        sizes = {"queries": rows * config.head_dim, "o": rows * config.head_dim, "lse": rows}
+        sizes["top_pages"] = config.num_kv_heads * stored.top_pages_rows * pages
+        layout, end = {}, 0
+        for name, count in sizes.items():  # values of 4 bytes
+            layout[name] = end, 4 * count
+            end += -(-4 * count * config.num_layers // ALIGNMENT) * ALIGNMENT
+        return cls(stored, layout, cupy.empty(end, np.uint8))
+
     def offset(self, name: str, layer: int) -> int:
         """Bytes before a layer of an array."""
         first, size = self.layout[name]
@@ -46,47 +57,3 @@ class Slot:
     def array(self, offset: int, shape: tuple[int, ...], dtype: Any) -> Any:
         """What lies at an offset, as an array."""
         return self.memory[offset : offset + 4 * math.prod(shape)].view(dtype).reshape(shape)
-
-
-class Slots:
-    """Allocates slots, and keeps some that were freed.
-
-    Parameters
-    ----------
-    config : ModelConfig
-    memory : DeviceMemory
-    """
-
-    def __init__(self, config: ModelConfig, memory: DeviceMemory) -> None:
-        self._config = config
-        self._memory = memory
-        self.freed: list[Slot] = []
-
-    def allocate(self, stored: StoredResults) -> Slot:
-        """A slot for these results; nothing in it is valid."""
-        layout, size = self._layout(stored)
-        with self._memory.running("stored results"):
-            for slot in self.freed:
-                if slot.stored == stored:
-                    self.freed.remove(slot)
-                    return slot
-            return Slot(stored, layout, cupy.empty(size, np.uint8))
-
-    def free(self, slot: Slot) -> None:
-        """Keep a slot for another sequence; of too many the oldest is dropped."""
-        with self._memory.lock:  # nothing is launched: a generation may be abandoned anywhere
-            self.freed.append(slot)
-            del self.freed[:-FREE_SLOTS]
-
-    def _layout(self, stored: StoredResults) -> tuple[dict[str, tuple[int, int]], int]:
-        c, rows = self._config, stored.tokens * self._config.num_heads
-        values = (
-            {"queries": rows * c.head_dim, "o": rows * c.head_dim, "lse": rows} if stored.attention else {}
-        )
-        pages = min(stored.top_pages, -(-c.max_positions // PAGE_UNIT))
-        values["top_pages"] = c.num_kv_heads * stored.top_pages_rows * pages
-        layout, end = {}, 0
-        for name, count in values.items():  # of 4 bytes
-            layout[name] = end, 4 * count
-            end += -(-4 * count * c.num_layers // ALIGNMENT) * ALIGNMENT
-        return layout, end
