@@ -48,7 +48,6 @@ class KernelFile:
 VIEWS = "common/views.cuh"
 COMMON = ("common/types.cuh", "common/math.cuh", VIEWS, "common/overlap.cuh", "common/reduce.cuh")
 PLANES = ("matmul/planes.cuh",)
-NORM = ("matmul/planes.cuh", "norm/rms.cuh")
 TENSOR_MATMUL = ("matmul/operands.cuh", "common/tensor.cuh")
 CACHE = ("cache/layout.cuh",)
 TENSOR_CACHE = ("cache/layout.cuh", "cache/operands.cuh", "common/tensor.cuh")
@@ -64,8 +63,8 @@ FILES = {
     "linear_tiles": KernelFile("matmul", TENSOR_MATMUL),
     "linear_hopper": KernelFile("matmul", (*TENSOR_MATMUL, "common/hopper.cuh", "common/tensor_map.cuh")),
     "silu_gate": KernelFile("matmul", PLANES),
-    "add_rms_norm": KernelFile("norm", NORM),
-    "split_heads": KernelFile("norm", NORM),
+    "add_rms_norm": KernelFile("norm", PLANES),
+    "split_heads": KernelFile("norm", PLANES),
     "cache_write": KernelFile("cache", CACHE),
     "prefix_attention": KernelFile("attention", PLAIN_ATTENTION, spills=True),
     "prefix_attention_tensor": KernelFile("attention", TENSOR_ATTENTION),

@@ -95,12 +95,11 @@ def cached_cubin(source: str, name: str, options: tuple[str, ...], architecture:
     try:
         version = nvrtc_version()
     except DeviceError as error:
-        cubins = map(_read, sorted(folder.glob(f"{key}-*.cubin"))) if folder else ()
-        left = next((cubin for cubin in cubins if cubin is not None), None)
-        if left is None:
-            shown = " ".join((*options, f"-arch={architecture}"))
-            raise DeviceError(f"{name} is not prebuilt with {shown}, and {error}") from error
-        return left
+        for path in sorted(folder.glob(f"{key}-*.cubin")) if folder else ():
+            if cubin := _read(path):
+                return cubin
+        shown = " ".join((*options, f"-arch={architecture}"))
+        raise DeviceError(f"{name} is not prebuilt with {shown}, and {error}") from error
     if folder is None:
         return compile_cubin(source, name, options, architecture)[0]
     path = folder / "{}-{}.{}.cubin".format(key, *version)

@@ -20,21 +20,14 @@ struct Stages {
     __device__ __forceinline__ unsigned keys(int stage) const { return base + stage * 2 * TILE_BYTES; }
     __device__ __forceinline__ unsigned values(int stage) const { return keys(stage) + TILE_BYTES; }
     __device__ __forceinline__ unsigned queries() const { return base + STAGES * 2 * TILE_BYTES; }
-    __device__ __forceinline__ unsigned full(int stage) const
-    {
-        return queries() + QUERY_BYTES + stage * BARRIER_BYTES;
-    }
-    __device__ __forceinline__ unsigned empty(int stage) const { return full(stage) + 8; }
+    __device__ __forceinline__ Ring ring() const { return {queries() + QUERY_BYTES}; }
 };
 
 /* Called by all threads of the block, first. */
 __device__ __forceinline__ void prepare(const Stages &stages)
 {
     if (threadIdx.x == 0) {
-        for (int s = 0; s < STAGES; s++) {
-            barrier_init(stages.full(s), 1);
-            barrier_init(stages.empty(s), ROW_GROUPS);
-        }
+        stages.ring().initialize(ROW_GROUPS);
         fence_async();
     }
     __syncthreads();
@@ -47,10 +40,11 @@ __device__ __forceinline__ void copy_tiles(const Stages &stages, const CacheView
     if (COPY_THREADS == WARPGROUP) set_registers_down<24>();
     for (int i = 0; i < last - first && threadIdx.x == COMPUTE_THREADS; i++) {
         int stage = i % STAGES, position = (first + i) * TILE;
-        if (i >= STAGES) barrier_wait(stages.empty(stage), (i / STAGES - 1) & 1);
-        barrier_arrive_expecting(stages.full(stage), 2 * TILE_BYTES);
-        bulk_copy(stages.keys(stage), cache.group(CACHED_KEYS, kv_head, position), TILE_BYTES, stages.full(stage));
-        bulk_copy(stages.values(stage), cache.group(CACHED_VALUES, kv_head, position), TILE_BYTES, stages.full(stage));
+        stages.ring().wait_until_empty(i);
+        unsigned full = stages.ring().full(stage);
+        barrier_arrive_expecting(full, 2 * TILE_BYTES);
+        bulk_copy(stages.keys(stage), cache.group(CACHED_KEYS, kv_head, position), TILE_BYTES, full);
+        bulk_copy(stages.values(stage), cache.group(CACHED_VALUES, kv_head, position), TILE_BYTES, full);
     }
 }
 
@@ -91,7 +85,7 @@ __device__ __forceinline__ void attend(FragmentRows &state, const Stages &stages
     unsigned queries = stages.queries() + warpgroup / KEY_GROUPS * 8 * EIGHT_ROWS;
     for (int i = key_group; i < last - first; i += KEY_GROUPS) {
         int stage = i % STAGES;
-        barrier_wait(stages.full(stage), i / STAGES & 1);
+        stages.ring().wait_until_full(i);
         float score[TILE / 2];
         wgmma_fence();
 #pragma unroll
@@ -119,7 +113,7 @@ __device__ __forceinline__ void attend(FragmentRows &state, const Stages &stages
         wgmma_commit();
         wgmma_wait<0>();
         pin(state.sum);
-        if (threadIdx.x % WARPGROUP == 0) barrier_arrive(stages.empty(stage));
+        if (threadIdx.x % WARPGROUP == 0) barrier_arrive(stages.ring().empty(stage));
     }
     finish_totals(state);
 }

@@ -3,22 +3,20 @@
  * Each thread block first makes its share of the list in shared memory: the pages that hold its tiles. Pages are
  * ascending, and only the prefix's last page can be partly filled, so that a list is like a prefix of its own. */
 
-/* The kv head's pages that rows selected; null where there are marks. */
-__device__ __forceinline__ const int *top_of_head(const PagesView &pages, int kv_head)
+/* The kv head's pages that rows selected; null where there are marks. They were selected before this pass began, and
+ * can come into the L2 cache while the previous kernel runs. */
+__device__ __forceinline__ const int *prefetch_top(const PagesView &pages, int kv_head)
 {
     const int *top = pages.top.at<int>();
-    return top ? top + (size_t)kv_head * pages.rows * pages.count : top;
-}
-
-/* Rows selected pages before this pass began: they can come into the L2 cache while the previous kernel runs. */
-__device__ __forceinline__ void prefetch_top(const PagesView &pages, const int *top)
-{
+    if (top) top += (size_t)kv_head * pages.rows * pages.count;
     for (int i = threadIdx.x * 32; top && i < pages.rows * pages.count; i += blockDim.x * 32)
         asm volatile("prefetch.global.L2 [%0];" : : "l"(top + i));
+    return top;
 }
 
 struct PageShare {
-    int listed, first, last; /* positions in all pages of the list; this thread block's tiles */
+    int listed; /* positions in all pages of the list */
+    TileRange tiles;
     ListedPages where;
 };
 
@@ -30,7 +28,7 @@ __device__ __forceinline__ PageShare share_pages(const PagesView &pages, const i
                                                  int *shared, int capacity)
 {
     __shared__ int sums[WARP];
-    int part = blockIdx.y, parts = gridDim.y, lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     int page_count = (length + page_size - 1) / page_size, words = (page_count + WARP - 1) / WARP;
     const unsigned *marks = pages.marks + (size_t)kv_head * pages.words;
     if (top) {
@@ -64,10 +62,9 @@ __device__ __forceinline__ PageShare share_pages(const PagesView &pages, const i
 
     PageShare share;
     share.listed = count * page_size + (has_last ? length - page_count * page_size : 0);
-    TileRange tiles = tiles_of_part((share.listed + tile - 1) / tile, part, parts);
-    share.first = tiles.first, share.last = tiles.last;
-    int first_page = share.first * tile / page_size;
-    int last_page = min(count, (share.last * tile + page_size - 1) / page_size);
+    share.tiles = tiles_of_part((share.listed + tile - 1) / tile, blockIdx.y, gridDim.y);
+    int first_page = share.tiles.first * tile / page_size;
+    int last_page = min(count, (share.tiles.last * tile + page_size - 1) / page_size);
     for (int i = begin; i < end && index < last_page; i++)
         for (unsigned word = marks[i]; word; word &= word - 1, index++)
             if (index >= first_page && index < last_page) shared[index - first_page] = i * WARP + __ffs(word) - 1;

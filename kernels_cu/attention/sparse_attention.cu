@@ -10,8 +10,7 @@ extern "C" __global__ void __launch_bounds__(PLAIN_THREADS)
                      int *positions_read, PartsView parts, int heads)
 {
     int kv_head = blockIdx.x, part = blockIdx.y, length = *cache.length;
-    const int *top = top_of_head(pages, kv_head);
-    prefetch_top(pages, top);
+    const int *top = prefetch_top(pages, kv_head);
     wait_for_previous();
     let_next_start();
     extern __shared__ float shared[];
@@ -26,7 +25,7 @@ extern "C" __global__ void __launch_bounds__(PLAIN_THREADS)
     load_queries(shared, q, tokens, rows, dim);
     __syncthreads();
     PlainRows state;
-    attend(state, shared, limit, share.first * WARP, min(share.listed, share.last * WARP), cache, share.where, kv_head,
-           shared + PLAIN_ROWS * dim);
+    attend(state, shared, limit, share.tiles.first * WARP, min(share.listed, share.tiles.last * WARP), cache,
+           share.where, kv_head, shared + PLAIN_ROWS * dim);
     write_part(state, parts, part, rows, dim);
 }

@@ -9,8 +9,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     int kv_head = blockIdx.x, part = blockIdx.y, length = *cache.length;
     QueryRows rows(blockIdx.z * BLOCK_ROWS, parts.tokens, kv_head, heads, cache);
     int *list = (int *)(shared_bytes + STAGES * 2 * TILE_BYTES);
-    const int *top = top_of_head(pages, kv_head);
-    prefetch_top(pages, top);
+    const int *top = prefetch_top(pages, kv_head);
     wait_for_previous();
     let_next_start();
     PageShare share = share_pages(
@@ -18,7 +17,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     if (part + blockIdx.z + threadIdx.x == 0) atomicAdd(positions_read, share.listed);
     TensorRows state;
     state.limit[0] = state.limit[1] = share.listed;
-    attend(state, cache, share.where, kv_head, share.first, share.last, share.listed / TENSOR_TILE,
+    attend(state, cache, share.where, kv_head, share.tiles.first, share.tiles.last, share.listed / TENSOR_TILE,
            shared_address(shared_bytes), [&]() { load_queries(state, q, tokens, rows); });
     write_part(state, (float *)shared_bytes, parts, part, rows);
 }

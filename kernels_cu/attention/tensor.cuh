@@ -80,9 +80,8 @@ __device__ __forceinline__ void load_tile(unsigned to, const CacheView &cache, c
         int index = tile * TENSOR_TILE + i / HEAD_DIM * 8, piece = i % HEAD_DIM * 8;
         bool inside = index < end;
         int position = where(inside ? index : tile * TENSOR_TILE);
-        copy_or_zero_16_bytes_async(to + i * 16, cache.group(CACHED_KEYS, kv_head, position) + piece, inside);
-        copy_or_zero_16_bytes_async(
-            to + TILE_BYTES + i * 16, cache.group(CACHED_VALUES, kv_head, position) + piece, inside);
+        copy_16_bytes_async(to + i * 16, cache.group(CACHED_KEYS, kv_head, position) + piece, inside);
+        copy_16_bytes_async(to + TILE_BYTES + i * 16, cache.group(CACHED_VALUES, kv_head, position) + piece, inside);
     }
 }
 
@@ -97,17 +96,10 @@ __device__ __forceinline__ void attend(TensorRows &state, const CacheView &cache
     auto load = [&](int tile) {
         load_tile(shared + (tile - first) % STAGES * (2 * TILE_BYTES), cache, where, kv_head, tile, state.limit[0]);
     };
-    for (int s = 0; s < STAGES - 1; s++) {
-        if (first + s < last) load(first + s);
-        commit_copies();
-    }
+    start_copies<STAGES>(first, last, load);
     load_queries();
     for (int tile = first; tile < last; tile++) {
-        wait_copies<STAGES - 2>();
-        __syncthreads();
-        if (tile + STAGES - 1 < last) load(tile + STAGES - 1);
-        commit_copies();
-
+        advance_copies<STAGES>(tile, last, load);
         unsigned keys = shared + (tile - first) % STAGES * (2 * TILE_BYTES), values = keys + TILE_BYTES;
         float score[WARP_KEYS / 2] = {};
         scores_of_tile(score, state, keys);

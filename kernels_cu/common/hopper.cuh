@@ -108,6 +108,31 @@ __device__ __forceinline__ void barrier_wait(unsigned barrier, int parity)
                  : "memory");
 }
 
+/* The barriers of STAGES stages of shared memory that copies go through in turn: item i has stage i % STAGES, its copy
+ * completes `full`, and its readers arrive at `empty`. */
+struct Ring {
+    unsigned base;
+
+    __device__ __forceinline__ unsigned full(int stage) const { return base + stage * BARRIER_BYTES; }
+    __device__ __forceinline__ unsigned empty(int stage) const { return full(stage) + 8; }
+
+    __device__ __forceinline__ void initialize(int readers) const
+    {
+        for (int stage = 0; stage < STAGES; stage++) {
+            barrier_init(full(stage), 1);
+            barrier_init(empty(stage), readers);
+        }
+    }
+
+    __device__ __forceinline__ void wait_until_full(int i) const { barrier_wait(full(i % STAGES), i / STAGES & 1); }
+
+    /* Waits until item i - STAGES has been read. */
+    __device__ __forceinline__ void wait_until_empty(int i) const
+    {
+        if (i >= STAGES) barrier_wait(empty(i % STAGES), (i / STAGES - 1) & 1);
+    }
+};
+
 /* Copies contiguous bytes, a multiple of 16; their arrival counts towards the barrier. */
 __device__ __forceinline__ void bulk_copy(unsigned shared, const void *global, int bytes, unsigned barrier)
 {

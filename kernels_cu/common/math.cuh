@@ -11,6 +11,12 @@ __device__ __forceinline__ unsigned ascending_key(float x)
     return bits >> 31 ? ~bits : bits | 0x80000000u;
 }
 
+/* 1 / rms from a mean of squares; NaN where it overflowed, since zeros would hide it. */
+__device__ __forceinline__ float inverse_rms(float mean_square, float eps)
+{
+    return mean_square < INFINITE ? rsqrtf(mean_square + eps) : NOT_A_NUMBER;
+}
+
 __device__ __forceinline__ float4 zero4() { return make_float4(0, 0, 0, 0); }
 
 __device__ __forceinline__ float4 scaled(float4 x, float factor)
@@ -22,6 +28,8 @@ __device__ __forceinline__ float4 times(float4 a, float4 b)
 {
     return make_float4(a.x * b.x, a.y * b.y, a.z * b.z, a.w * b.w);
 }
+
+__device__ __forceinline__ void accumulate(float &sum, float x) { sum += x; }
 
 __device__ __forceinline__ void accumulate(float4 &sum, float4 x)
 {

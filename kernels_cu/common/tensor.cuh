@@ -54,13 +54,8 @@ __device__ __forceinline__ void load_matrices_transposed(unsigned (&r)[4], unsig
                  : "r"(address));
 }
 
-__device__ __forceinline__ void copy_16_bytes_async(unsigned shared, const void *global)
-{
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" : : "r"(shared), "l"(global) : "memory");
-}
-
 /* Writes zeros unless `copies`; the address must be valid all the same. */
-__device__ __forceinline__ void copy_or_zero_16_bytes_async(unsigned shared, const void *global, bool copies)
+__device__ __forceinline__ void copy_16_bytes_async(unsigned shared, const void *global, bool copies = true)
 {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
                  :
@@ -74,4 +69,24 @@ __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_
 template <int PENDING> __device__ __forceinline__ void wait_copies()
 {
     asm volatile("cp.async.wait_group %0;" : : "n"(PENDING) : "memory");
+}
+
+/* Copies of items first <= i < last through a ring of BUFFERS buffers of shared memory, each started by load(i). One is
+ * free, so that the next item's copy does not wait until all threads are done with the current one. */
+template <int BUFFERS, class Load>
+__device__ __forceinline__ void start_copies(int first, int last, const Load &load)
+{
+    for (int i = 0; i < BUFFERS - 1; i++) {
+        if (first + i < last) load(first + i);
+        commit_copies();
+    }
+}
+
+/* Waits for item i, which all threads may then read, and starts the next copy where item i - 1 was. */
+template <int BUFFERS, class Load> __device__ __forceinline__ void advance_copies(int i, int last, const Load &load)
+{
+    wait_copies<BUFFERS - 2>();
+    __syncthreads();
+    if (i + BUFFERS - 1 < last) load(i + BUFFERS - 1);
+    commit_copies();
 }

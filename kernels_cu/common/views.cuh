@@ -40,9 +40,8 @@ struct MatmulView {
     int tokens, rows, steps, share;
 
     __device__ int panel_planes(int panel) const;
-    __device__ float at(int token, int row) const;
-    __device__ float4 at4(int token, int row) const;
-    template <int N> __device__ void at4(int token, const int (&first_rows)[N], float4 (&sums)[N]) const;
+    template <class T, int N> __device__ void at(int token, const int (&first_rows)[N], T (&sums)[N]) const;
+    template <class T> __device__ T at(int token, int row) const;
 };
 
 /* Attention over the prefix in parts that are not merged yet: attention/parts.cuh. */

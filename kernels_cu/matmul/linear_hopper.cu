@@ -17,24 +17,15 @@ static_assert(STEP_COLUMNS == 64, "a row is 128 bytes");
 #define WEIGHT_BYTES (WIDTH * ROW_BYTES)
 #define STAGE_BYTES (X_BYTES + WEIGHT_BYTES)
 
-/* Shared memory: STAGES times x and weights, then two barriers per stage. */
-struct Stages {
-    unsigned base;
-    __device__ __forceinline__ unsigned x(int stage) const { return base + stage * STAGE_BYTES; }
-    __device__ __forceinline__ unsigned weights(int stage) const { return x(stage) + X_BYTES; }
-    __device__ __forceinline__ unsigned full(int stage) const
-    {
-        return base + STAGES * STAGE_BYTES + stage * BARRIER_BYTES;
-    }
-    __device__ __forceinline__ unsigned empty(int stage) const { return full(stage) + 8; }
-};
-
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(LINEAR_HOPPER_THREADS, 1)
     linear_hopper(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap weight, float *y, int tokens,
                   int rows, int inner)
 {
     extern __shared__ __align__(SHARED_ALIGNMENT) unsigned char shared_bytes[];
-    Stages stages = {shared_address(shared_bytes)};
+    unsigned shared = shared_address(shared_bytes); /* STAGES times x and weights, then the ring's barriers */
+    Ring ring = {shared + STAGES * STAGE_BYTES};
+    auto x_of = [&](int stage) { return shared + stage * STAGE_BYTES; };
+    auto weights_of = [&](int stage) { return x_of(stage) + X_BYTES; };
     int block = blockIdx.x % CLUSTER, first = blockIdx.x / CLUSTER, stride = gridDim.x / CLUSTER;
     int steps = (inner + STEP_COLUMNS - 1) / STEP_COLUMNS;
     int across = (tokens + TILE_TOKENS * CLUSTER - 1) / (TILE_TOKENS * CLUSTER);
@@ -43,10 +34,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(LIN
     auto first_row = [&](int tile) { return tile / across * WIDTH; };
 
     if (threadIdx.x == 0) {
-        for (int s = 0; s < STAGES; s++) {
-            barrier_init(stages.full(s), 1);
-            barrier_init(stages.empty(s), 2 * CLUSTER);
-        }
+        ring.initialize(2 * CLUSTER);
         fence_barrier_init();
         fence_async();
     }
@@ -55,22 +43,17 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(LIN
     if (threadIdx.x >= 2 * WARPGROUP) {
         set_registers_down<40>();
         if (threadIdx.x == 2 * WARPGROUP) {
-            const TensorMap *x_map = &x, *weight_map = &weight;
             auto load_weights = [&](int stage, int step, int row) {
                 int share = WIDTH / CLUSTER * block;
-                unsigned to = stages.weights(stage) + share * ROW_BYTES, full = stages.full(stage);
+                unsigned to = weights_of(stage) + share * ROW_BYTES, full = ring.full(stage);
                 barrier_arrive_expecting(full, STAGE_BYTES);
                 if (CLUSTER == 1)
-                    copy_box(to, weight_map, step * STEP_COLUMNS, row + share, full);
+                    copy_box(to, &weight, step * STEP_COLUMNS, row + share, full);
                 else
-                    copy_box_to((1 << CLUSTER) - 1, to, weight_map, step * STEP_COLUMNS, row + share, full);
+                    copy_box_to((1 << CLUSTER) - 1, to, &weight, step * STEP_COLUMNS, row + share, full);
             };
-            /* Waits until the stage of load i has been read since load i - STAGES. */
-            auto wait_until_free = [&](int i) {
-                if (i >= STAGES) barrier_wait(stages.empty(i % STAGES), (i / STAGES - 1) & 1);
-            };
-            prefetch_map(x_map);
-            prefetch_map(weight_map);
+            prefetch_map(&x);
+            prefetch_map(&weight);
             int early = min(STAGES, steps), i = 0;
             for (int step = 0; step < early; step++) load_weights(step, step, first_row(first));
             wait_for_previous();
@@ -78,14 +61,14 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(LIN
                 int token = first_token(tile), row = first_row(tile);
                 for (int step = 0; step < steps; step++, i++) {
                     int stage = i % STAGES;
-                    wait_until_free(i);
+                    ring.wait_until_empty(i);
                     if (i >= early) load_weights(stage, step, row);
-                    copy_box(stages.x(stage), x_map, step * STEP_COLUMNS, token, stages.full(stage));
+                    copy_box(x_of(stage), &x, step * STEP_COLUMNS, token, ring.full(stage));
                 }
             }
             /* Once all stages have been read, by the other thread blocks of the cluster too, nothing more comes from
              * those, and this one may exit. */
-            for (int last = i + STAGES; i < last; i++) wait_until_free(i);
+            for (int last = i + STAGES; i < last; i++) ring.wait_until_empty(i);
         }
     } else {
         set_registers_up<232>();
@@ -94,7 +77,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(LIN
         int warpgroup = threadIdx.x / WARPGROUP, thread = threadIdx.x % WARPGROUP;
         int g = thread % WARP / 4, t = thread % 4;
         auto release = [&](int i) {
-            if (thread < CLUSTER) barrier_arrive_in(thread, stages.empty(i % STAGES));
+            if (thread < CLUSTER) barrier_arrive_in(thread, ring.empty(i % STAGES));
         };
         int i = 0;
         /* Uninitialised, or with steps unrolled, some compilers make each wgmma wait for the one before. */
@@ -103,8 +86,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(LIN
 #pragma unroll 1
             for (int step = 0; step < steps; step++, i++) {
                 int stage = i % STAGES;
-                barrier_wait(stages.full(stage), i / STAGES & 1);
-                unsigned xs = stages.x(stage) + warpgroup * 64 * ROW_BYTES, weights = stages.weights(stage);
+                ring.wait_until_full(i);
+                unsigned xs = x_of(stage) + warpgroup * 64 * ROW_BYTES, weights = weights_of(stage);
                 wgmma_fence();
 #pragma unroll
                 for (int k = 0; k < STEP_COLUMNS / 16; k++)

@@ -41,7 +41,7 @@ extern "C" __global__ void __launch_bounds__(LINEAR_TENSOR_THREADS, 2)
             /* Rows past the end repeat the last one; their sums are not written. */
             const WeightValue *from =
                 weight.data() + (size_t)min(panel * PANEL_ROWS + row, rows - 1) * inner + (inside ? k : 0);
-            copy_or_zero_16_bytes_async(stage + swizzled(row, piece), from, inside);
+            copy_16_bytes_async(stage + swizzled(row, piece), from, inside);
         }
     };
     auto load_x = [&](int i) {
@@ -51,27 +51,20 @@ extern "C" __global__ void __launch_bounds__(LINEAR_TENSOR_THREADS, 2)
         for (int row = threadIdx.x / 8; row < X_ROWS; row += LINEAR_TENSOR_THREADS / 8) {
             bool inside = k < inner && row < tokens;
             const Activation *from = inside ? x + (size_t)row * inner + k : x;
-            copy_or_zero_16_bytes_async(stage + swizzled(PANEL_ROWS + row, piece), from, inside);
+            copy_16_bytes_async(stage + swizzled(PANEL_ROWS + row, piece), from, inside);
         }
     };
     for (int i = 0; i < min(STAGES - 1, units); i++) load_weights(i);
     wait_for_previous();
     let_next_start();
-    for (int i = 0; i < STAGES - 1; i++) {
-        if (i < units) load_x(i);
-        commit_copies();
-    }
+    start_copies<STAGES>(0, units, load_x);
 
     float sum[LINEAR_TILES][4] = {};
     for (int i = 0; i < units; i++) {
-        wait_copies<STAGES - 2>();
-        __syncthreads();
-        if (i + STAGES - 1 < units) {
-            load_weights(i + STAGES - 1);
-            load_x(i + STAGES - 1);
-        }
-        commit_copies();
-
+        advance_copies<STAGES>(i, units, [&](int next) {
+            load_weights(next);
+            load_x(next);
+        });
         const unsigned char *stage = shared_bytes + i % STAGES * STAGE_BYTES;
 #pragma unroll
         for (int half = 0; half < 2; half++) {

@@ -36,24 +36,17 @@ extern "C" __global__ void __launch_bounds__(LINEAR_TILES_THREADS)
 #pragma unroll
         for (int i = threadIdx.x / 8; i < TILE_ROWS; i += LINEAR_TILES_THREADS / 8) {
             /* Tokens and rows past the end repeat the last one; their sums are not written. */
-            copy_or_zero_16_bytes_async(
-                swizzled(stage, i, piece), x + (size_t)min(first_token + i, tokens - 1) * inner + k, inside);
-            copy_or_zero_16_bytes_async(swizzled(stage + TILE_BYTES, i, piece),
-                                        weight.data() + (size_t)min(first_row + i, rows - 1) * inner + k, inside);
+            copy_16_bytes_async(swizzled(stage, i, piece), x + (size_t)min(first_token + i, tokens - 1) * inner + k,
+                                inside);
+            copy_16_bytes_async(swizzled(stage + TILE_BYTES, i, piece),
+                                weight.data() + (size_t)min(first_row + i, rows - 1) * inner + k, inside);
         }
     };
-    for (int step = 0; step < STAGES - 1; step++) {
-        if (step < steps) load(step);
-        commit_copies();
-    }
+    start_copies<STAGES>(0, steps, load);
 
     float sum[4][4][4] = {};
     for (int step = 0; step < steps; step++) {
-        wait_copies<STAGES - 2>();
-        __syncthreads();
-        if (step + STAGES - 1 < steps) load(step + STAGES - 1);
-        commit_copies();
-
+        advance_copies<STAGES>(step, steps, load);
         unsigned xs = shared + step % STAGES * 2 * TILE_BYTES, weights = xs + TILE_BYTES;
 #pragma unroll
         for (int k = 0; k < STEP_COLUMNS / 16; k++) {

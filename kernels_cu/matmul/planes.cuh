@@ -12,43 +12,27 @@ __device__ __forceinline__ int MatmulView::panel_planes(int panel) const
     return ((panel + 1) * steps - 1) / share - panel * steps / share + 1;
 }
 
-__device__ __forceinline__ float MatmulView::at(int token, int row) const
-{
-    float sum = bias ? bias[row] : 0.0f;
-    const float *from = planes + (size_t)token * rows + row;
-    int count = panel_planes(row / PANEL_ROWS);
-    for (int first = 0; first < count; first += PLANE_BATCH) {
-        float batch[PLANE_BATCH];
-#pragma unroll
-        for (int i = 0; i < PLANE_BATCH; i++)
-            batch[i] = first + i < count ? from[(size_t)(first + i) * tokens * rows] : 0.0f;
-#pragma unroll
-        for (int i = 0; i < PLANE_BATCH; i++) sum += batch[i];
-    }
-    return sum;
-}
-
-/* Four neighbouring rows from each of first_rows, multiples of 4; their loads are in flight together. */
-template <int N>
-__device__ __forceinline__ void MatmulView::at4(int token, const int (&first_rows)[N], float4 (&sums)[N]) const
+/* Each of first_rows, or with T = float4 the four rows that begin there, at a multiple of 4; loads are in flight
+ * together. */
+template <class T, int N>
+__device__ __forceinline__ void MatmulView::at(int token, const int (&first_rows)[N], T (&sums)[N]) const
 {
     const float *from = planes + (size_t)token * rows;
     size_t stride = (size_t)tokens * rows;
     int counts[N], largest_count = 0;
 #pragma unroll
     for (int n = 0; n < N; n++) {
-        sums[n] = bias ? *(const float4 *)(bias + first_rows[n]) : zero4();
+        sums[n] = bias ? *(const T *)(bias + first_rows[n]) : T{};
         counts[n] = panel_planes(first_rows[n] / PANEL_ROWS);
         largest_count = max(largest_count, counts[n]);
     }
     for (int first = 0; first < largest_count; first += PLANE_BATCH / N) {
-        float4 batch[PLANE_BATCH / N][N];
+        T batch[PLANE_BATCH / N][N];
 #pragma unroll
         for (int i = 0; i < PLANE_BATCH / N; i++)
 #pragma unroll
             for (int n = 0; n < N; n++)
-                batch[i][n] =
-                    first + i < counts[n] ? *(const float4 *)(from + (first + i) * stride + first_rows[n]) : zero4();
+                batch[i][n] = first + i < counts[n] ? *(const T *)(from + (first + i) * stride + first_rows[n]) : T{};
 #pragma unroll
         for (int i = 0; i < PLANE_BATCH / N; i++)
 #pragma unroll
@@ -56,9 +40,9 @@ __device__ __forceinline__ void MatmulView::at4(int token, const int (&first_row
     }
 }
 
-__device__ __forceinline__ float4 MatmulView::at4(int token, int row) const
+template <class T> __device__ __forceinline__ T MatmulView::at(int token, int row) const
 {
-    float4 sums[1];
-    at4(token, {row}, sums);
+    T sums[1];
+    at(token, {row}, sums);
     return sums[0];
 }

@@ -26,7 +26,7 @@ extern "C" __global__ void __launch_bounds__(NORM_MAX_THREADS, 1)
     float square = 0;
     for (int i = threadIdx.x; i < hidden / 4; i += blockDim.x) {
         float4 value = row[i];
-        if (delta.planes) accumulate(value, delta.at4(token, i * 4));
+        if (delta.planes) accumulate(value, delta.at<float4>(token, i * 4));
         *(float4 *)(sum + first + i * 4) = row[i] = value;
         square += dot(value, value);
     }

@@ -51,7 +51,7 @@ extern "C" __global__ void __launch_bounds__(WARP_ROWS_THREADS)
     wait_for_previous();
 #pragma unroll
     for (int i = 0; i < PIECES; i++)
-        x[i] = i * WARP + lane < pieces ? qkv.at4(token, head * head_dim + (i * WARP + lane) * 4) : zero4();
+        x[i] = i * WARP + lane < pieces ? qkv.at<float4>(token, head * head_dim + (i * WARP + lane) * 4) : zero4();
     float *to = is_q   ? q + ((size_t)token * heads + head) * head_dim
                 : is_v ? v + ((size_t)token * kv_heads + head - heads - kv_heads) * head_dim
                        : k + ((size_t)token * kv_heads + head - heads) * head_dim;

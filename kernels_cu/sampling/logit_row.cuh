@@ -8,12 +8,6 @@ struct Row {
 };
 static_assert(sizeof(Row) == LOGIT_ROW_BYTES, "kernels_cu/constants.py disagrees");
 
-/* Whether the other maximum takes precedence. */
-__device__ __forceinline__ bool yields(float top, int token, float other_top, int other_token)
-{
-    return other_top > top || (other_top == top && other_token < token);
-}
-
 /* Makes x relative to a higher maximum. */
 __device__ __forceinline__ void raise(Row &row, float top, float temperature)
 {
@@ -23,19 +17,18 @@ __device__ __forceinline__ void raise(Row &row, float top, float temperature)
     row.total *= factor;
 }
 
-__device__ __forceinline__ void join(Row &row, const Row &other, float temperature)
+__device__ __forceinline__ void join(Row &row, Row other, float temperature)
 {
-    Row next = other;
-    if (yields(row.top, row.token, other.top, other.token)) {
+    if (other.top > row.top || (other.top == row.top && other.token < row.token)) {
         raise(row, other.top, temperature);
         row.top = other.top;
         row.token = other.token;
     } else {
-        raise(next, row.top, temperature);
+        raise(other, row.top, temperature);
     }
-    row.total += next.total;
-    row.moment += next.moment;
-    row.sound &= next.sound;
+    row.total += other.total;
+    row.moment += other.moment;
+    row.sound &= other.sound;
 }
 
 /* Joins all lanes' rows into one. */

@@ -22,9 +22,9 @@ extern "C" __global__ void __launch_bounds__(SLICE_THREADS)
     for (int i = first + threadIdx.x * 4; i < last; i += blockDim.x * 4) {
         float four[4];
         if (vocab % 4 == 0)
-            *(float4 *)four = logits.at4(row, i);
+            *(float4 *)four = logits.at<float4>(row, i);
         else
-            for (int j = 0; j < 4; j++) four[j] = i + j < last ? logits.at(row, i + j) : -INFINITE;
+            for (int j = 0; j < 4; j++) four[j] = i + j < last ? logits.at<float>(row, i + j) : -INFINITE;
 #pragma unroll
         for (int j = 0; j < 4; j++) {
             float logit = i + j == mask_token ? -INFINITE : four[j];

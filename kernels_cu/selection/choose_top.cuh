@@ -80,52 +80,42 @@ __device__ __forceinline__ void choose_top(int pages, int count, const KeyOf &ke
         }
     }
 
-    /* A sum over the block's threads in two steps, with a barrier in between; consecutive sums take turns. */
-    auto add = [&](int x, int turn, int j) {
-        x = __reduce_add_sync(~0u, x);
-        if (lane == 0) partial[turn][j][warp] = x;
-    };
-    auto sum = [&](int turn, int j) {
-        return __reduce_add_sync(~0u, lane < THREADS / WARP ? partial[turn][j][lane] : 0);
-    };
     unsigned threshold = 0;
-    int reached_count = pages, turn = 0; /* pages whose keys reach the threshold */
+    /* Pages whose keys reach the threshold, and those that reach the lowest candidate above it. */
+    int reached_count = pages, above = 0, turn = 0;
     for (int shift = 30; shift >= 0 && reached_count > count; shift -= 2, turn ^= 1) {
-        int reach[3] = {}; /* pages that reach a candidate */
 #pragma unroll
         for (int j = 0; j < 3; j++) {
             unsigned candidate = threshold + ((j + 1u) << shift);
-            each_page(keys, rounds, key_at, [&](int, unsigned key) { reach[j] += key >= candidate; });
-            add(reach[j], turn, j);
+            int reach = 0;
+            each_page(keys, rounds, key_at, [&](int, unsigned key) { reach += key >= candidate; });
+            reach = __reduce_add_sync(~0u, reach);
+            if (lane == 0) partial[turn][j][warp] = reach;
         }
         __syncthreads();
 #pragma unroll
-        for (int j = 0; j < 3; j++) reach[j] = sum(turn, j);
-        int best = reach[2] >= count ? 3 : reach[1] >= count ? 2 : reach[0] >= count ? 1 : 0;
-        threshold += (unsigned)best << shift;
-        if (best) reached_count = reach[best - 1];
+        for (int j = 0; j < 3; j++) {
+            int reach = __reduce_add_sync(~0u, lane < THREADS / WARP ? partial[turn][j][lane] : 0);
+            if (reach >= count) {
+                threshold += 1u << shift;
+                reached_count = reach;
+            } else {
+                above = max(above, reach);
+            }
+        }
     }
     /* There are more than `count` only if pages tie at the threshold; then the last of those are left out. */
-    int left_out = max(0, reached_count - count), ties = 0;
-    if (left_out) {
-        int equal = 0;
-        each_page(keys, rounds, key_at, [&](int, unsigned key) { equal += key == threshold; });
-        add(equal, turn, 0);
-        __syncthreads();
-        ties = sum(turn, 0) - left_out;
-        turn ^= 1;
-    }
     int seen = 0; /* ties in earlier rounds */
     auto settle = [&](int page, unsigned key) {
         bool taken = page < pages && key >= threshold;
-        if (left_out) {
+        if (reached_count > count) {
             unsigned equal = __ballot_sync(~0u, taken && key == threshold);
             if (lane == 0) partial[turn][0][warp] = __popc(equal);
             __syncthreads();
             int of_warp = lane < THREADS / WARP ? partial[turn][0][lane] : 0;
             int before = seen + __reduce_add_sync(~0u, lane < warp ? of_warp : 0) + __popc(equal & ((1u << lane) - 1));
             seen += __reduce_add_sync(~0u, of_warp);
-            taken = taken && (key > threshold || before < ties);
+            taken = taken && (key > threshold || above + before < count);
             turn ^= 1;
         }
         if (taken) take(page);

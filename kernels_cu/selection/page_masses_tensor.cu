@@ -15,7 +15,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     int kv_head = blockIdx.x, length = *cache.length;
     QueryRows rows(blockIdx.z * BLOCK_ROWS, tokens, kv_head, heads, cache);
     TileRange tiles = tiles_of_part((length + TENSOR_TILE - 1) / TENSOR_TILE, blockIdx.y, gridDim.y);
-    int first = tiles.first, last = tiles.last;
     int key_warp = threadIdx.x / WARP % KEY_WARPS, t = threadIdx.x % 4;
     TensorRows state;
     load_queries(state, q, nullptr, rows);
@@ -29,22 +28,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     }
     auto load = [&](int tile) {
         const KVValue *keys = cache.group(CACHED_KEYS, kv_head, tile * TENSOR_TILE);
-        unsigned stage = shared + (tile - first) % STAGES * TILE_BYTES;
+        unsigned stage = shared + (tile - tiles.first) % STAGES * TILE_BYTES;
 #pragma unroll
         for (int i = threadIdx.x; i < TENSOR_TILE * PIECES; i += THREADS)
             copy_16_bytes_async(stage + i * 16, keys + i * 8);
     };
-    for (int s = 0; s < STAGES - 1; s++) {
-        if (first + s < last) load(first + s);
-        commit_copies();
-    }
-    for (int tile = first; tile < last; tile++) {
-        wait_copies<STAGES - 2>();
-        __syncthreads();
-        if (tile + STAGES - 1 < last) load(tile + STAGES - 1);
-        commit_copies();
+    start_copies<STAGES>(tiles.first, tiles.last, load);
+    for (int tile = tiles.first; tile < tiles.last; tile++) {
+        advance_copies<STAGES>(tile, tiles.last, load);
         float score[WARP_KEYS / 2] = {};
-        scores_of_tile(score, state, shared + (tile - first) % STAGES * TILE_BYTES);
+        scores_of_tile(score, state, shared + (tile - tiles.first) % STAGES * TILE_BYTES);
 #pragma unroll
         for (int unit = 0; unit < WARP_KEYS / MASS_UNIT; unit++)
 #pragma unroll

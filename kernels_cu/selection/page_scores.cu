@@ -21,7 +21,9 @@ extern "C" __global__ void __launch_bounds__(SCORES_THREADS)
     int lane = threadIdx.x % WARP, warps = blockDim.x / WARP;
     for (int i = threadIdx.x; i < PLAIN_ROWS * 2 * dim; i += blockDim.x) {
         int index = query_index(tokens, first_row + i / (2 * dim), rows, kv_head, group, heads);
-        shared[i] = index < 0 ? 0.0f : query_for_bounds(q + (size_t)index * dim, i % (2 * dim), dim);
+        float x = index < 0 ? 0.0f : q[(size_t)index * dim + i % dim];
+        /* As it meets the smallest, then the largest keys: the bound is a dot product. */
+        shared[i] = i % (2 * dim) < dim ? fminf(x, 0.0f) : fmaxf(x, 0.0f);
     }
     __syncthreads();
     for (int page = blockIdx.y * warps + threadIdx.x / WARP; page < pages; page += gridDim.y * warps) {

@@ -10,11 +10,7 @@
  * Grid: (kv_heads, splits, rows / (SCORES_ROW_TILE * ROW_TILES)). Must read the bounds, which it does once per z. */
 static_assert(SCORES_THREADS == 256 && SCORES_ROW_TILE == 8, "8 warps; columns of a B fragment");
 #define CHUNKS (2 * HEAD_DIM / 32)
-#if HEAD_DIM == 64
-#define BLOCKS_PER_SM , 2 /* left alone, the compiler aims at 3, and spills */
-#else
-#define BLOCKS_PER_SM
-#endif
+#define BLOCKS_PER_SM (HEAD_DIM == 64 ? 2 : 0) /* 0: any; for 64 the compiler would aim at 3, and spill */
 #define TILES_AT_ONCE (ROW_TILES < 4 ? ROW_TILES : 4)
 
 /* Rows from first_row on as [CHUNKS][2 steps][ROW_TILES][lane]: pairs b0 and b1, then what rounding lost of them; zeros
@@ -74,7 +70,7 @@ __device__ __forceinline__ uint4 load_piece(unsigned shared)
     return piece;
 }
 
-extern "C" __global__ void __launch_bounds__(SCORES_THREADS BLOCKS_PER_SM)
+extern "C" __global__ void __launch_bounds__(SCORES_THREADS, BLOCKS_PER_SM)
     page_scores_tensor(const float *q, const int *tokens, int rows, int heads, CacheView cache, float *scores,
                        int stride, unsigned *marks, int words)
 {
