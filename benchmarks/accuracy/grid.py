@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -169,12 +169,12 @@ def cells(
         Only these of a group's tasks; all of them if empty.
     """
 
-    def every() -> Iterator[Asked]:
-        for length in lengths:
-            for name in groups:
-                for setting in GROUPS[name].settings:
-                    for task in GROUPS[name].tasks:
-                        if not tasks or task in tasks:
-                            yield Asked(task, length, setting)
-
-    return list({cell.key: cell for cell in every()}.values())
+    every = (
+        Asked(task, length, setting)
+        for length in lengths
+        for name in groups
+        for setting in GROUPS[name].settings
+        for task in GROUPS[name].tasks
+        if not tasks or task in tasks
+    )
+    return list({cell.key: cell for cell in every}.values())

@@ -23,14 +23,15 @@ from typing import Any
 
 import losart
 from benchmarks.accuracy.grid import GROUPS, LENGTHS, Asked, Setting, cell_key, cells, label
-from benchmarks.support.environment import command, commit, gpu_name
+from benchmarks.support.environment import command, commit
 from losart.cli.arguments import listed, positive
 from losart.cli.eval_report import JsonReport
 from losart.cli.progress import Progress
 from losart.errors import DataError, LosartError, OptionError
 from losart.eval import TASKS, Cell, EvalConfig, evaluate
-from losart.measure.environment import cpu_name
+from losart.measure.environment import environment
 
+SWEPT = {"attention": "attention", "budget": "budgets", "active": "active"}  # options to EvalConfig's fields
 PACE = 25.0  # questions a second and process: 8K, eight processes on one H200
 
 
@@ -51,17 +52,14 @@ def model_of(device: str) -> losart.Model:
 def device_facts(device: str) -> dict[str, str]:
     """What a process measures on."""
     model = model_of(device)
-    name = gpu_name() if model.device == "cuda" else cpu_name()
-    return {"device": model.device, "device_name": name, "dtype": model.dtype}
+    machine = environment()["gpu" if model.device == "cuda" else "cpu"]
+    return {"device": model.device, "device_name": machine["name"], "dtype": model.dtype}
 
 
 def measure(asked: Asked, device: str, samples: int, seed: int) -> Cell:
     """Ask the questions of one cell."""
     options = dict(asked.setting)
-    swept: dict[str, Any] = {"attention": (options.pop("attention"),)}
-    for name, plural in (("budget", "budgets"), ("active", "active")):
-        if name in options:
-            swept[plural] = (options.pop(name),)
+    swept: dict[str, Any] = {SWEPT[name]: (options.pop(name),) for name in asked.setting.keys() & SWEPT}
     config = EvalConfig(
         tasks=(asked.task,), lengths=(asked.length,), samples=samples, seed=seed, options=options, **swept
     )

@@ -15,6 +15,7 @@ import json
 import statistics
 import tempfile
 import time
+import timeit
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -41,12 +42,7 @@ LONG_PREFIX = 16384
 def median_seconds(run: Callable[[], object], repeats: int) -> float:
     """Median of several runs after one that does not count."""
     run()
-    times = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - began)
-    return statistics.median(times)
+    return statistics.median(timeit.repeat(run, number=1, repeat=repeats))
 
 
 def blocks_after(checkpoint: Path, prefix: int) -> NoiseBlocks:

@@ -32,8 +32,9 @@ from benchmarks.cuda import (
 )
 from benchmarks.cuda.bandwidth import copy_bandwidth
 from benchmarks.support.attempts import attempt, reason
-from benchmarks.support.environment import command, commit, gpu_name, versions
+from benchmarks.support.environment import command, commit, versions
 from benchmarks.support.markdown_table import markdown_table
+from losart.measure.environment import environment
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ SECTIONS = {
         "Prefill attention, TFLOP/s",
         "SDAR-8B's heads, one layer; losart block-causal (block 16) in the pieces of a prompt, torch causal "
         "over the whole prompt; each by the query-key pairs that it must see.",
-        lambda bandwidth, quick, _: prefill.rows(bandwidth, quick),
+        lambda _, quick, __: prefill.rows(quick),
     ),
     "first-token": Section(
         "New process to first token, seconds",
@@ -129,7 +130,7 @@ def main() -> None:
     if isinstance(bandwidth, str):
         sys.exit(f"no CUDA device can be measured here: {bandwidth}")
     figures: dict[str, Any] = {
-        "device": gpu_name(),
+        "device": environment()["gpu"]["name"],
         "commit": commit(),
         "command": command(__file__),
         "versions": versions("losart", "cupy-cuda12x", "cupy-cuda13x", "torch", "transformers"),

@@ -15,7 +15,7 @@ from losart.config.model import ModelConfig
 from losart.engine.batch import PassKind
 
 
-def rows(bandwidth: float, quick: bool = False) -> Iterator[dict[str, Any]]:
+def rows(quick: bool = False) -> Iterator[dict[str, Any]]:
     """One row per prompt, one layer of SDAR-8B's heads; speeds in TFLOP/s of what each side must do."""
     config = model_config("8B", num_layers=1)
     for prompt in (16384,) if quick else (16384, 65536):

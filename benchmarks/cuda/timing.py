@@ -19,7 +19,7 @@ def graph_microseconds(stream: Any, launch: Callable[[], object], calls: int, re
         stream.begin_capture()
         kept = [launch() for _ in range(calls)]
         graph = stream.end_capture()
-        elapsed = _median_microseconds(stream, lambda: graph.launch(stream), 0, repeats)
+        elapsed = run_microseconds(stream, lambda: graph.launch(stream), 0, repeats)
         del kept
     return elapsed / calls
 
@@ -52,17 +52,16 @@ def queued_microseconds(
 
     with stream:
         launch()
-        return _median_microseconds(stream, run, 0, repeats, hold * calls) / calls
+        return run_microseconds(stream, run, 0, repeats, hold * calls) / calls
 
 
-def run_microseconds(stream: Any, run: Callable[[], object], warmups: int = 5, repeats: int = 15) -> float:
-    """Median microseconds of a run that the host takes part in."""
-    return _median_microseconds(stream, run, warmups, repeats)
-
-
-def _median_microseconds(
-    stream: Any, run: Callable[[], object], warmups: int, repeats: int, hold: float = 0
+def run_microseconds(
+    stream: Any, run: Callable[[], object], warmups: int = 5, repeats: int = 15, hold: float = 0
 ) -> float:
+    """Median microseconds of a run that the host takes part in.
+
+    Before each run the stream waits `hold` microseconds, so that a host that needs less stays ahead.
+    """
     times = []
     for _ in range(warmups + repeats):
         begin, end = cupy.cuda.Event(), cupy.cuda.Event()

@@ -25,14 +25,6 @@ def command(file: str) -> str:
     return " ".join(["python", "-m", ".".join(module.parts), *sys.argv[1:]])
 
 
-def gpu_name() -> str:
-    """The current CUDA device's name."""
-    import cupy
-
-    properties = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)
-    return str(properties["name"].decode())
-
-
 def versions(*packages: str) -> dict[str, str]:
     """Versions of those packages that are installed."""
     installed = {}

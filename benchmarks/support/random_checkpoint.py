@@ -21,14 +21,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     with Progress(f"writing random weights of {arguments.size}", "MiB") as progress:
-        write_size(
-            arguments.directory,
-            arguments.size,
-            dtype=arguments.dtype,
-            block_length=arguments.block_length,
-            seed=arguments.seed,
-            progress=progress,
-        )
+        write_size(**vars(arguments), progress=progress)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import re
 from collections.abc import Callable
@@ -70,16 +71,10 @@ def make_text(
             parts.insert(int(position * (sentences + 1)), fact)
         return f"{' '.join(parts)}\n\n{question}"
 
-    low, high = -1, len(filler)
-    while low < high:
-        middle = (low + high + 1) // 2
-        if count_tokens(text(middle)) <= length:
-            low = middle
-        else:
-            high = middle - 1
-    if low < 0:
+    fitting = bisect.bisect(range(len(filler) + 1), length, key=lambda n: count_tokens(text(n)))
+    if fitting == 0:
         raise OptionError(f"lengths: {length} tokens have no room for {len(facts)} facts and a question")
-    return text(low), answer
+    return text(fitting - 1), answer
 
 
 def _filler(rng: np.random.Generator) -> str:
@@ -123,36 +118,28 @@ def _facts(rng: np.random.Generator, task: Task, count: int) -> tuple[list[str],
         name = rest[int(rng.integers(repeated))]
         values = repeated_codes[name][::-1][: task.values]
         what = "current access code" if task.values == 1 else "access codes, the newest first,"
-        return facts, _question(f"What {_is(task.values)} the {what} of {name}?"), _answer(values)
-    if task.hops > 1:
-        asked = rng.permutation(chains)[: task.keys].tolist()
-        starts = [chain_names[i][CHAIN_FACTS - task.hops] for i in asked]
-        guarded = " guarded by ".join(["the animal"] * (task.hops - 1))
-        whose = _and([f"{guarded} guarded by {start}" for start in starts])
-        values = [chain_codes[i] for i in asked]
+        whose = [name]
     else:
-        asked_names = [rest[repeated + i] for i in rng.permutation(singles)[: task.keys].tolist()]
-        whose, values = _and(asked_names), [single_codes[name] for name in asked_names]
-    codes_of = f"access code{'s' * (task.keys > 1)} of {whose}"
-    return facts, _question(f"What {_is(task.keys)} the {codes_of}?"), _answer(values)
+        what = "access code" if task.keys == 1 else "access codes"
+        if task.hops > 1:
+            asked = rng.permutation(chains)[: task.keys].tolist()
+            starts = [chain_names[i][CHAIN_FACTS - task.hops] for i in asked]
+            guarded = " guarded by ".join(["the animal"] * (task.hops - 1))
+            whose = [f"{guarded} guarded by {start}" for start in starts]
+            values = [chain_codes[i] for i in asked]
+        else:
+            whose = [rest[repeated + i] for i in rng.permutation(singles)[: task.keys].tolist()]
+            values = [single_codes[name] for name in whose]
+    question = (
+        f"What {'is' if len(values) == 1 else 'are'} the {what} of {_and(whose)}? "
+        "Answer with the number alone; if there are several, in the order asked, with commas."
+    )
+    return facts, question, ", ".join(map(str, values))
 
 
 def _code(name: str, code: int, verb: str = "is") -> str:
     return f"The access code of {name} {verb} {code}."
 
 
-def _is(count: int) -> str:
-    return "is" if count == 1 else "are"
-
-
 def _and(parts: list[str]) -> str:
     return " and ".join(filter(None, [", ".join(parts[:-1]), parts[-1]]))
-
-
-def _question(asked: str) -> str:
-    numbers_only = "Answer with the number alone; if there are several, in the order asked, with commas."
-    return f"{asked} {numbers_only}"
-
-
-def _answer(values: list[int]) -> str:
-    return ", ".join(map(str, values))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -73,15 +74,17 @@ class EvalConfig:
         """Options of `Model.generate` for each setting: dense has no budget, only losa has `active`."""
         settings: list[dict[str, Any]] = []
         for method in self.attention:
-            if method == "dense":
-                settings.append({"attention": method})
-                continue
-            for budget in self.budgets:
-                sparse = {"attention": method, "budget": budget}
-                settings += (
-                    [sparse | {"active": count} for count in self.active] if method == "losa" else [sparse]
-                )
+            budgets = [{}] if method == "dense" else [{"budget": count} for count in self.budgets]
+            active = [{"active": count} for count in self.active] if method == "losa" else [{}]
+            settings += [
+                {"attention": method} | budget | counts
+                for budget, counts in itertools.product(budgets, active)
+            ]
         return settings
+
+    def shared_options(self, max_new_tokens: int) -> dict[str, Any]:
+        """Options of `Model.generate` for all settings; `options` may have another `max_new_tokens`."""
+        return {"max_new_tokens": max_new_tokens, "seed": self.seed, **self.options}
 
 
 @dataclass(frozen=True)
@@ -138,27 +141,21 @@ def evaluate(
     """
     config = EvalConfig() if config is None else config
     style = check_config(model, config)
-    settings = config.settings
-    shared = shared_options(config, style)
-    done, total = 0, len(config.tasks) * len(config.lengths) * len(settings) * config.samples
-    cells = []
-    for length in config.lengths:
-        for name in config.tasks:
-            for setting in settings:
-                session = model.session(**shared, **setting)  # prefills a document once
-                right, stats = 0, []
-                for question in make_questions(
-                    model, TASKS[name], length, config.samples, config.seed, style
-                ):
-                    result = session.generate(question.prompt)
-                    right += question.is_right(result.text)
-                    stats.append(result.stats)
-                    done += 1
-                    if progress is not None:
-                        progress(done, total)
-                cells.append(_cell(name, length, setting, right, stats))
-                if on_cell is not None:
-                    on_cell(cells[-1])
+    shared = config.shared_options(ANSWER_TOKENS[style])
+    grid = list(itertools.product(config.lengths, config.tasks, config.settings))
+    cells: list[Cell] = []
+    for length, name, setting in grid:
+        session = model.session(**shared, **setting)  # prefills a document once
+        right, stats = 0, []
+        for question in make_questions(model, TASKS[name], length, config.samples, config.seed, style):
+            result = session.generate(question.prompt)
+            right += question.is_right(result.text)
+            stats.append(result.stats)
+            if progress is not None:
+                progress(len(cells) * config.samples + len(stats), len(grid) * config.samples)
+        cells.append(_cell(name, length, setting, right, stats))
+        if on_cell is not None:
+            on_cell(cells[-1])
     return cells
 
 
@@ -172,7 +169,7 @@ def check_config(model: Any, config: EvalConfig) -> str:
     """
     style = find_style(model, config.style)
     for setting in config.settings:
-        model.session(**shared_options(config, style), **setting)  # rejects wrong options
+        model.session(**config.shared_options(ANSWER_TOKENS[style]), **setting)  # rejects wrong options
     for length in config.lengths:
         if not (length < model.config.max_positions):
             raise OptionError(
@@ -182,11 +179,6 @@ def check_config(model: Any, config: EvalConfig) -> str:
         for name in config.tasks:  # rejects lengths that have no room for the facts
             next(make_questions(model, TASKS[name], length, 1, config.seed, style))
     return style
-
-
-def shared_options(config: EvalConfig, style: str) -> dict[str, Any]:
-    """Options of `Model.generate` that are the same for all cells."""
-    return {"max_new_tokens": ANSWER_TOKENS[style], "seed": config.seed, **config.options}
 
 
 def _cell(task: str, length: int, setting: Mapping[str, Any], right: int, stats: list[Stats]) -> Cell:

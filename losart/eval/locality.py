@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from losart.config.options import generation_config
 from losart.engine.batch import PassKind
 from losart.engine.engine import Engine
 from losart.errors import OptionError
-from losart.eval.evaluation import EvalConfig, check_config, shared_options
+from losart.eval.evaluation import ANSWER_TOKENS, EvalConfig, check_config
 from losart.eval.questions import make_questions
 from losart.eval.tasks import TASKS
 from losart.loaders.tokenizer import prompt_ids
@@ -104,17 +105,10 @@ def shares(change: np.ndarray, kinds: np.ndarray) -> np.ndarray:
     order = np.argsort(-change, kind="stable")
     within = np.cumsum(change[order]) / change.sum()
     top = [within[min(count, len(change)) - 1] for count in TOP]
-    changed_most = kinds[order[:COUNTED]]
-    every = range(len(KINDS))
-    by_change = [change[kinds == kind].sum() / change.sum() for kind in every]
-    return np.array(
-        [
-            *top,
-            *by_change,
-            *((changed_most == kind).mean() for kind in every),
-            *((kinds == kind).mean() for kind in every),
-        ]
-    )
+    of_kind = kinds == np.arange(len(KINDS))[:, None]
+    by_change = of_kind @ change / change.sum()
+    active = of_kind[:, order[:COUNTED]].mean(axis=1)
+    return np.concatenate([top, by_change, active, of_kind.mean(axis=1)])
 
 
 def measure_locality(
@@ -144,20 +138,22 @@ def measure_locality(
     if model.device != "cpu":
         raise OptionError("locality is measured on the CPU: load the model with device='cpu'")
     style = check_config(model, config)
-    options = generation_config(model.config, shared_options(config, style))
+    options = generation_config(model.config, config.shared_options(ANSWER_TOKENS[style]))
     transformer = copy.copy(model._engine.runner)
     policy = QueryChanges(options.attention, model.config, options.block_length)
     transformer.policies = {(options.attention, options.block_length): policy}
     engine, rows = Engine(transformer), policy.rows
-    done, total = 0, len(config.lengths) * len(config.tasks) * config.samples
-    for length in config.lengths:
-        for name in config.tasks:
-            for question in make_questions(model, TASKS[name], length, config.samples, config.seed, style):
-                ids = prompt_ids(question.prompt, model.config, model.tokenizer, model.chat_template)
-                engine.submit(ids, options).result()
-                done += 1
-                if progress is not None:
-                    progress(done, total)
+    total = len(config.lengths) * len(config.tasks) * config.samples
+    questions = (
+        question
+        for length, name in itertools.product(config.lengths, config.tasks)
+        for question in make_questions(model, TASKS[name], length, config.samples, config.seed, style)
+    )
+    for done, question in enumerate(questions, 1):
+        ids = prompt_ids(question.prompt, model.config, model.tokenizer, model.chat_template)
+        engine.submit(ids, options).result()
+        if progress is not None:
+            progress(done, total)
     if not all(rows):
         raise OptionError("locality needs blocks of more than one pass: raise denoising_steps")
     layers = [_locality(layer, np.array(passes)) for layer, passes in enumerate(rows)]

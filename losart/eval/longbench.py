@@ -13,7 +13,7 @@ from typing import Any
 from losart.errors import OptionError
 from losart.eval.evaluation import EvalConfig
 from losart.eval.figures import Figures, figures, mean
-from losart.eval.longbench_data import PLAIN, Dataset, read_dataset
+from losart.eval.longbench_data import PLAIN, read_dataset
 from losart.observe.step import Progress, Stats
 
 AVERAGED = ("sparse_density", "density", "active_fraction", "tokens_per_second", "passes_per_question", "f1")
@@ -78,7 +78,7 @@ def evaluate_longbench(
         raise OptionError("the checkpoint has no tokenizer.json: it cannot be asked LongBench's questions")
     sets = [read_dataset(Path(directory), name, samples) for name in datasets]
     settings = config.settings
-    options = [_options(config, one) for one in sets]
+    options = [config.shared_options(one.max_new_tokens) for one in sets]
     for setting in settings:
         model.session(**options[0], **setting)  # rejects wrong options
     rooms = [_room(model, one["max_new_tokens"], max_prompt_tokens) for one in options]
@@ -105,10 +105,6 @@ def evaluate_longbench(
         if on_score is not None:
             on_score(scores[-1])
     return scores
-
-
-def _options(config: EvalConfig, dataset: Dataset) -> dict[str, Any]:
-    return {"max_new_tokens": dataset.max_new_tokens, "seed": config.seed, **config.options}
 
 
 def _room(model: Any, new_tokens: int, asked: int | None) -> int:

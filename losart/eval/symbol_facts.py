@@ -14,67 +14,44 @@ PARTS = 8  # of the pairs of symbols; evaluation has one of them
 
 @dataclass(frozen=True)
 class SymbolFacts:
-    """Facts of some documents. Keys and values are pairs of symbols, 0..1023.
+    """Facts of some documents: key and value, each a pair of symbols, 0..1023.
 
     Attributes
     ----------
-    chain_keys, chain_values : int64 [rows, chains, 3, 2]
-        A value is the next key.
-    repeated_keys : int64 [rows, repeated, 2]
-    repeated_values : int64 [rows, repeated, 3, 2]
-        As they are set, one after the other.
-    single_keys, single_values : int64 [rows, singles, 2]
+    listed : int64 [rows, facts, 4]
+        Chains first, in each of which a value is the next key; then repeated ones, as they are set one
+        after the other; then single ones.
+    chains, repeated : int
+        How many chains, and how many repeated keys, a document has.
     """
 
-    chain_keys: np.ndarray
-    chain_values: np.ndarray
-    repeated_keys: np.ndarray
-    repeated_values: np.ndarray
-    single_keys: np.ndarray
-    single_values: np.ndarray
-
-    @property
-    def listed(self) -> np.ndarray:
-        """All facts, key and value: [rows, facts, 4]. Chains first, then repeated ones, then single ones."""
-        rows = len(self.chain_keys)
-        keys = [
-            self.chain_keys,
-            np.repeat(self.repeated_keys[:, :, None], TIMES_SET, axis=2),
-            self.single_keys,
-        ]
-        values = [self.chain_values, self.repeated_values, self.single_values]
-        return np.concatenate(
-            [
-                np.concatenate([key, value], axis=-1).reshape(rows, -1, 4)
-                for key, value in zip(keys, values, strict=True)
-            ],
-            axis=1,
-        )
+    listed: np.ndarray
+    chains: int
+    repeated: int
 
     def order(self, rng: np.random.Generator) -> np.ndarray:
         """A random order: the rank of each of `listed`, [rows, facts]. Repeated ones keep their order."""
-        rows, repeated = self.repeated_keys.shape[:2]
-        facts = self.first_single + self.single_keys.shape[1]
+        rows, facts, _ = self.listed.shape
         ranks = rng.permuted(np.tile(np.arange(facts), (rows, 1)), axis=1)
         times = slice(self.first_repeated, self.first_single)
-        in_order = np.sort(ranks[:, times].reshape(rows, repeated, TIMES_SET), axis=-1)
+        in_order = np.sort(ranks[:, times].reshape(rows, self.repeated, TIMES_SET), axis=-1)
         ranks[:, times] = in_order.reshape(rows, -1)
         return ranks
 
     @property
     def first_repeated(self) -> int:
         """Number among `listed` of the first repeated fact."""
-        return self.chain_keys.shape[1] * CHAIN_FACTS
+        return self.chains * CHAIN_FACTS
 
     @property
     def first_single(self) -> int:
         """Number among `listed` of the first single fact."""
-        return self.first_repeated + self.repeated_keys.shape[1] * TIMES_SET
+        return self.first_repeated + self.repeated * TIMES_SET
 
     @property
     def plain(self) -> np.ndarray:
         """Numbers among `listed` of the facts whose key is set once: [keys]."""
-        single = self.first_single + np.arange(self.single_keys.shape[1])
+        single = np.arange(self.first_single, self.listed.shape[1])
         return np.concatenate([np.arange(self.first_repeated), single])
 
 
@@ -87,14 +64,11 @@ def draw_facts(rng: np.random.Generator, rows: int, count: int, split: str) -> S
     chain_keys = keys[:, :linked].reshape(rows, chains, CHAIN_FACTS, 2)
     chain_values = rng.integers(SYMBOLS, size=chain_keys.shape)
     chain_values[:, :, :-1] = chain_keys[:, :, 1:]
-    return SymbolFacts(
-        chain_keys=chain_keys,
-        chain_values=chain_values,
-        repeated_keys=keys[:, linked : linked + repeated],
-        repeated_values=rng.integers(SYMBOLS, size=(rows, repeated, TIMES_SET, 2)),
-        single_keys=keys[:, linked + repeated :],
-        single_values=rng.integers(SYMBOLS, size=(rows, singles, 2)),
-    )
+    other_values = [rng.integers(SYMBOLS, size=(rows, n, 2)) for n in (repeated * TIMES_SET, singles)]
+    values = np.concatenate([chain_values.reshape(rows, linked, 2), *other_values], axis=1)
+    times_set = np.repeat([1, TIMES_SET, 1], [linked, repeated, singles])
+    listed = np.concatenate([np.repeat(keys, times_set, axis=1), values], axis=2)
+    return SymbolFacts(listed, chains, repeated)
 
 
 def is_evaluation_key(first: np.ndarray, second: np.ndarray) -> np.ndarray:
@@ -108,8 +82,7 @@ def _draw_keys(rng: np.random.Generator, rows: int, count: int, alike: int, spli
     pending = np.arange(rows)
     while len(pending):
         first = rng.integers(SYMBOLS, size=(len(pending), count))
-        if alike:
-            first[:, count - alike :] = first[:, :alike]
+        first[:, count - alike :] = first[:, :alike]
         # The remainder of the sum says which split has the key (`is_evaluation_key`).
         lowest, parts = (0, 1) if split == "eval" else (1, PARTS - 1)
         remainder = lowest + rng.integers(parts, size=first.shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import textwrap
 from collections.abc import Iterable
@@ -17,23 +18,20 @@ COLUMNS = 100
 def document_text(ids: Iterable[int]) -> str:
     """A document in lines: facts as `Baki-zomu: tafi-podi.` among words."""
     words, names = [], vocabulary()
-    ids = [int(token) for token in ids]
-    index = 0
-    while index < len(ids):
-        if ids[index] >= FIRST_SYMBOL:
-            a, b, c, d = (names[token] for token in ids[index : index + FACT])
+    tokens = iter(ids)
+    for token in tokens:
+        if token >= FIRST_SYMBOL:
+            a, b, c, d = (names[part] for part in (token, *itertools.islice(tokens, FACT - 1)))
             words.append(f"{a.capitalize()}-{b}: {c}-{d}.")
-            index += FACT
         else:
-            words.append(names[ids[index]])
-            index += 1
+            words.append(names[token])
     return textwrap.fill(" ".join(words), COLUMNS, break_on_hyphens=False, break_long_words=False)
 
 
 def question_text(ids: Iterable[int]) -> str:
     """A question in a line: keys as `Baki-zomu`, then marks: `Baki-zomu >> ????????????`."""
     names = vocabulary()
-    text = " ".join(names[int(token)] for token in ids)
+    text = " ".join(names[token] for token in ids)
     text = re.sub(r"([a-z]+) ([a-z]+)", lambda key: f"{key[1].capitalize()}-{key[2]}", text)
     return re.sub(r"(\W) (?=\1)", r"\1", text)
 
@@ -46,4 +44,4 @@ def prompt_text(document: np.ndarray, question: np.ndarray) -> str:
 def answer_text(ids: Iterable[int]) -> str:
     """The words of an answer, without its end and padding: what the tokenizer decodes it to."""
     names = vocabulary()
-    return " ".join(names[int(token)] for token in ids if token >= FIRST_SYMBOL)
+    return " ".join(names[token] for token in ids if token >= FIRST_SYMBOL)

@@ -104,8 +104,7 @@ def make_batch(
         find_task(name)
 
     drawn_facts = draw_facts(rng, rows, facts, split)
-    listed = drawn_facts.listed
-    documents, starts = _documents(rng, tokens, listed, drawn_facts.order(rng))
+    documents, starts = _documents(rng, tokens, drawn_facts)
     weights = np.array([wanted.get(name, 0.0) for name in TASKS])
     drawn = rng.choice(len(TASKS), size=(rows, questions), p=weights / weights.sum()).astype(np.int32)
     asked, answers, sources = (np.empty((rows, questions, BLOCK), np.int32) for _ in range(3))
@@ -115,7 +114,7 @@ def make_batch(
             number = _ask(rng, task, drawn_facts, len(row))
             which = row[:, None, None], number
             asked[row, column], answers[row, column], sources[row, column] = _blocks(
-                task, listed[which], starts[which]
+                task, drawn_facts.listed[which], starts[which]
             )
     return SymbolBatch(documents, asked, answers, drawn, sources)
 
@@ -133,32 +132,31 @@ def _check(length: int, facts: int, split: str) -> None:
         raise OptionError(f"split must be {' or '.join(SPLITS)}, not {split!r}")
 
 
-def _documents(
-    rng: np.random.Generator, tokens: int, listed: np.ndarray, order: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Facts [rows, facts, 4] in an order [rows, facts], at random positions among filler.
+def _documents(rng: np.random.Generator, tokens: int, facts: SymbolFacts) -> tuple[np.ndarray, np.ndarray]:
+    """Facts in a random order, at random positions among filler.
 
     Ids [rows, tokens], and where each fact starts [rows, facts].
     """
-    rows, facts, _ = listed.shape
+    order = facts.order(rng)
+    rows, count = order.shape
     documents = rng.integers(FIRST_FILLER, FIRST_SYMBOL, size=(rows, tokens), dtype=np.int32)
-    room = tokens - (FACT - 1) * facts  # a fact takes one position here, and adds three
-    positions = np.argpartition(rng.random((rows, room), dtype=np.float32), facts - 1, axis=1)[:, :facts]
-    in_order = np.sort(positions, axis=1) + (FACT - 1) * np.arange(facts)
+    room = tokens - (FACT - 1) * count  # a fact takes one position here, and adds three
+    positions = np.argpartition(rng.random((rows, room), dtype=np.float32), count - 1, axis=1)[:, :count]
+    in_order = np.sort(positions, axis=1) + (FACT - 1) * np.arange(count)
     row = np.arange(rows)[:, None]
     starts = in_order[row, order]
-    documents[row[:, :, None], starts[:, :, None] + np.arange(FACT)] = FIRST_SYMBOL + listed
+    documents[row[:, :, None], starts[:, :, None] + np.arange(FACT)] = FIRST_SYMBOL + facts.listed
     return documents, starts
 
 
 def _ask(rng: np.random.Generator, task: Task, facts: SymbolFacts, count: int) -> np.ndarray:
     """Numbers among the listed facts that `count` questions ask for, [count, keys, values or hops]."""
     if task.overwritten:
-        chosen = rng.integers(facts.repeated_keys.shape[1], size=(count, 1, 1))
+        chosen = rng.integers(facts.repeated, size=(count, 1, 1))
         newest_first = TIMES_SET - 1 - np.arange(task.values)
         return facts.first_repeated + chosen * TIMES_SET + newest_first
     if task.hops > 1:
-        chosen = _distinct(rng, count, facts.chain_keys.shape[1], task.keys)
+        chosen = _distinct(rng, count, facts.chains, task.keys)
         start = rng.integers(CHAIN_FACTS - task.hops + 1, size=chosen.shape)
         return (chosen * CHAIN_FACTS + start)[..., None] + np.arange(task.hops)
     return facts.plain[_distinct(rng, count, len(facts.plain), task.keys)][..., None]

@@ -8,7 +8,6 @@ import re
 import stat
 import sys
 import urllib.request
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution, requires
 from pathlib import Path
 from typing import Any
@@ -22,26 +21,25 @@ LIST = "import json; from importlib.metadata import distributions as d; "
 LIST += "print(json.dumps({x.name: x.version for x in d()}))"
 
 
-@dataclass(frozen=True)
 class Environment:
-    """A virtual environment, and what it had before anything was installed.
+    """A new virtual environment with pip, and what it takes before anything is installed.
+
+    Parameters
+    ----------
+    folder : path
 
     Attributes
     ----------
-    folder : path
-    empty_bytes : int
-    empty_packages : frozenset of str
-        pip and what comes with it.
+    python : path
+        Its interpreter.
     """
 
-    folder: Path
-    empty_bytes: int
-    empty_packages: frozenset[str]
-
-    @property
-    def python(self) -> Path:
-        """Its interpreter."""
-        return self.folder / "bin" / "python"
+    def __init__(self, folder: Path) -> None:
+        run([sys.executable, "-m", "venv", str(folder)], {}, f"python -m venv {folder}")
+        self.python = folder / "bin" / "python"
+        self._folder = folder
+        self._empty_bytes = folder_bytes(folder)
+        self._empty_packages = packages_of(self.python)  # pip and what comes with it
 
     def install(self, *arguments: str) -> None:
         """What `pip install` with these arguments does.
@@ -58,16 +56,9 @@ class Environment:
     def sizes(self) -> dict[str, Any]:
         """`installed_bytes` and `packages`, names to versions, of what was installed."""
         packages = packages_of(self.python)
-        for name in self.empty_packages:
+        for name in self._empty_packages:
             packages.pop(name, None)
-        return {"installed_bytes": folder_bytes(self.folder) - self.empty_bytes, "packages": packages}
-
-
-def new_environment(folder: Path) -> Environment:
-    """Make an environment with pip in a new folder."""
-    run([sys.executable, "-m", "venv", str(folder)], {}, f"python -m venv {folder}")
-    empty = packages_of(folder / "bin" / "python")
-    return Environment(folder, folder_bytes(folder), frozenset(empty))
+        return {"installed_bytes": folder_bytes(self._folder) - self._empty_bytes, "packages": packages}
 
 
 def packages_of(python: str | os.PathLike[str]) -> dict[str, str]:

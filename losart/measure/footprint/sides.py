@@ -13,8 +13,8 @@ from typing import Any
 from losart.errors import DeviceError, LosartError
 from losart.kernels_cu.compiler import HOW_TO_INSTALL
 from losart.measure.footprint.environments import (
+    Environment,
     cpu_index_arguments,
-    new_environment,
     own_requirement,
     rival_requirements,
 )
@@ -65,7 +65,7 @@ def new_sides(
     sides = {}
     for side, specs in arguments.items():
         on_step(f"installing {side}")
-        made = new_environment(folder / f"venv-{side}")
+        made = Environment(folder / f"venv-{side}")
         made.install(*specs)
         sides[side] = Side(Interpreter(made.python), made.sizes())
         if lacking := sorted(PACKAGES[side] - sides[side].sizes["packages"].keys()):

@@ -70,8 +70,7 @@ def write_tensors(
         name = f"model-{i + 1:05}-of-{shards:05}.safetensors"
         _write_file(directory / name, part, format, seed, wrote)
         weight_map |= {tensor.name: name for tensor in part}
-    metadata = {"total_size": total * format.itemsize}
-    index = {"metadata": metadata, "weight_map": weight_map}
+    index = {"metadata": {"total_size": total * format.itemsize}, "weight_map": weight_map}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 

@@ -11,7 +11,9 @@ from typing import Any
 
 from losart.config.model import ModelConfig
 from losart.config.precision import FORMATS
+from losart.loaders.families.family import ConfigFiles
 from losart.loaders.families.sdar import SDAR
+from losart.loaders.json_files import JsonObject
 from losart.measure.random_checkpoint.byte_tokenizer import special_token_ids, write_tokenizer
 from losart.measure.random_checkpoint.tensors import RandomTensor, write_tensors
 from losart.observe.step import Progress
@@ -122,24 +124,14 @@ def write_checkpoint(
         "eos_token_id": [ids["<|im_end|>"], ids["<|endoftext|>"]],
         "pad_token_id": ids["<|endoftext|>"],
     }
-    _write_json(directory / "config.json", config | (extra_config or {}))
-    _write_json(directory / "generation_config.json", generation)
+    config_file, generation_file = directory / "config.json", directory / "generation_config.json"
+    _write_json(config_file, config | (extra_config or {}))
+    _write_json(generation_file, generation)
     if tokenizer:
         write_tokenizer(directory, vocab_size)
 
-    model = ModelConfig(
-        model_type="sdar",
-        vocab_size=vocab_size,
-        hidden_size=hidden_size,
-        intermediate_size=intermediate_size,
-        num_layers=num_layers,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        max_positions=max_positions,
-        attention_bias=bias,
-        tie_embeddings=tied,
-    )
+    files = ConfigFiles(JsonObject(config_file, config), JsonObject(generation_file, generation))
+    model = ModelConfig(model_type="sdar", **SDAR.config_values(files))
     write_tensors(directory, list(_tensors(model, head_gain)), FORMATS[dtype], shards, seed, progress)
     return directory
 

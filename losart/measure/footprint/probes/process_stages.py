@@ -27,7 +27,7 @@ class Stages:
         self.request = json.loads(sys.argv[-1])
         self.checkpoint, self.device = self.request["checkpoint"], self.request["device"]
         self.device_memory: Callable[[], int] | None = None
-        self._began = self._last = self.request["began"]
+        self._last = self.request["began"]
         self._seconds: dict[str, float] = {}
         self._memory: dict[str, dict[str, int]] = {}
         self._watch = MemoryWatch() if self.request["watch"] else None
