@@ -133,7 +133,7 @@ def sequential(proposals: Proposals, count: int, config: GenerationConfig) -> np
 
 def low_confidence_static(proposals: Proposals, count: int, config: GenerationConfig) -> np.ndarray:
     """The most confident proposals."""
-    return np.argsort(-proposals.confidence, kind="stable")[:count]
+    return (-proposals.confidence).argsort(kind="stable")[:count]
 
 
 def low_confidence_dynamic(proposals: Proposals, count: int, config: GenerationConfig) -> np.ndarray:

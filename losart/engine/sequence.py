@@ -146,14 +146,14 @@ class Sequence:
 
     def _fix(self, proposals: Proposals) -> list[int]:
         """Fix proposals as the remasking strategy says; the last pass that is allowed fixes all."""
-        chosen = np.arange(len(self._masked))
+        chosen = np.zeros(len(self._masked), bool)
         if self._passes < len(self._counts) - 1:
-            chosen = np.sort(self._select(proposals, self._counts[self._passes], self.options))
+            chosen[self._select(proposals, self._counts[self._passes], self.options)] = True
+        else:
+            chosen[:] = True
         fixed = self._masked[chosen]
         self._block[fixed] = proposals.tokens[chosen]
-        left = np.ones(len(self._masked), bool)
-        left[chosen] = False
-        self._masked = self._masked[left]
+        self._masked = self._masked[~chosen]
         self._passes += 1
         self.denoising_passes += 1
         gap = int(self._masked[0]) if len(self._masked) else len(self._block)

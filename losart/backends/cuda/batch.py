@@ -7,7 +7,7 @@ from typing import Any
 import cupy
 import numpy as np
 
-from losart.backends.cuda.pages import PagesInPlace
+from losart.backends.cuda.pages import CudaPageTable, PagesInPlace
 from losart.backends.cuda.slots import Slot
 from losart.config.options import GenerationConfig
 from losart.engine.batch import PassKind, SequencePass
@@ -84,10 +84,6 @@ class DeviceBatch:
     kind : PassKind
     options : GenerationConfig
     tokens, page_size, chunk_positions : int
-    max_pages : int
-        Pages of the longest prefix that a pass can have: its block begins within the positions.
-    mark_words : int
-        Words of 32 bits that have a bit for each of those pages.
     """
 
     def __init__(self, sequence: SequencePass, buffers: BatchBuffers, pages: PagesInPlace) -> None:
@@ -99,11 +95,19 @@ class DeviceBatch:
         self.tokens = buffers.tokens
         self.page_size: int = table.page_size
         self.chunk_positions: int = table.positions_per_chunk
-        self.max_pages = -(-pages.max_positions // self.page_size)
-        self.mark_words = -(-self.max_pages // 32)
         self.view = buffers.view
+        self._table: CudaPageTable = table
         self._pages = pages
-        self._kv_heads, self._head_dim = table.kv_shape[2], table.kv_shape[4]
+
+    @property
+    def max_pages(self) -> int:
+        """Pages of the longest prefix that a pass can have: its block begins within the positions."""
+        return -(-self._pages.max_positions // self.page_size)
+
+    @property
+    def mark_words(self) -> int:
+        """Words of 32 bits that have a bit for each of those pages."""
+        return -(-self.max_pages // 32)
 
     @property
     def slot(self) -> Slot:
@@ -115,7 +119,8 @@ class DeviceBatch:
         views, key = self.buffers.cache_views, (layer, self.chunk_positions, self.page_size)
         if key not in views:
             addresses = self._pages.kv.data.ptr, self._pages.bounds.data.ptr, self.view.length
-            views[key] = CacheView(*addresses, layer, self._kv_heads, self._head_dim, *key[1:])
+            _, _, kv_heads, _, head_dim = self._table.kv_shape
+            views[key] = CacheView(*addresses, layer, kv_heads, head_dim, *key[1:])
         return views[key]
 
     def stored(self, name: str, layer: int) -> StoredView:
@@ -126,4 +131,4 @@ class DeviceBatch:
     def stored_pages_shape(self) -> tuple[int, int, int]:
         """kv heads, rows and count of the top pages in a layer of the slot: no more than there can be."""
         stored = self.slot.stored
-        return self._kv_heads, stored.top_pages_rows, min(stored.top_pages, self.max_pages)
+        return self._table.kv_shape[2], stored.top_pages_rows, min(stored.top_pages, self.max_pages)

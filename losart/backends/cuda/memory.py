@@ -47,8 +47,12 @@ class DeviceMemory:
         """On the device and stream, one thread at a time, with arrays from a pool (None: the default one)."""
         pool = pool or cupy.get_default_memory_pool()
         allocator = cupy.cuda.using_allocator(pool.malloc)
-        with self.lock, self.device, self.stream, memory_errors(purpose), allocator:
-            yield
+        with self.lock, self.device, self.stream, allocator:
+            try:
+                yield
+            except Exception as error:
+                _raise_out_of_memory(error, purpose)
+                raise
 
     def _allocate(self, size: int) -> Any:
         """Memory for the pool of passes.
@@ -63,15 +67,10 @@ class DeviceMemory:
             raise
 
 
-@contextmanager
-def memory_errors(purpose: str) -> Iterator[None]:
-    """Turn the out-of-memory errors of CuPy, the driver and cuBLAS into our own."""
-    try:
-        yield
-    except Exception as error:
-        status = OUT_OF_MEMORY.get(type(error).__name__)
-        if status is None or status != getattr(error, "status", status):
-            raise
+def _raise_out_of_memory(error: Exception, purpose: str) -> None:
+    """Turn an out-of-memory error of CuPy, the driver or cuBLAS into our own; others do not matter."""
+    status = OUT_OF_MEMORY.get(type(error).__name__)
+    if status is not None and status == getattr(error, "status", status):
         free, total = cupy.cuda.runtime.memGetInfo()
         raise OutOfMemoryError(
             f"no memory for {purpose}: {error}, {free >> 20} of the device's {total >> 20} MiB are free"

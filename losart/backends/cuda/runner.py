@@ -16,7 +16,7 @@ import numpy as np
 
 from losart.backends.base import PassBody, PassOutput, Selection
 from losart.backends.cuda.batch import BatchBuffers, DeviceBatch
-from losart.backends.cuda.memory import DeviceMemory, memory_errors
+from losart.backends.cuda.memory import DeviceMemory
 from losart.backends.cuda.pages import PagesInPlace
 from losart.engine.batch import PassBatch, PassKind
 from losart.engine.sampling import NOT_FINITE, Proposals
@@ -114,7 +114,8 @@ class PassRunner:
         captured = passes.get(key)
         if captured is None:
             if key in passes:
-                with suppress(OutOfMemoryError), memory_errors("a captured pass"):
+                purpose, pool = "a captured pass", self._memory.pass_pool
+                with suppress(OutOfMemoryError), self._memory.running(purpose, pool):
                     captured = self._capture(batch, body, observe)
             passes[key] = captured
             if len(passes) > CAPTURED_PASSES:
