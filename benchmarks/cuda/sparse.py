@@ -68,7 +68,7 @@ class PrefixAttention:
                 batch = backend.runner.place(pass_after(cache, BLOCK, kind, attention, slot))
                 for layer in range(layers):
                     attend(layer, n)
-            positions, _ = batch.buffers.fetch()
+            positions, _, _ = batch.buffers.fetch()
         # A pass over all layers changes the queries that the next one is compared with.
         turns = itertools.cycle((layer, n) for n in (2, 1) for layer in range(layers))
 

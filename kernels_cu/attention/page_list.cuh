@@ -72,3 +72,15 @@ __device__ __forceinline__ PageShare share_pages(const PagesView &pages, const i
     share.where = {shared - first_page, page_size};
     return share;
 }
+
+/* Adds the positions in the kv heads' lists to reads[0], and the tokens that read them to reads[1]. */
+__device__ __forceinline__ void count_reads(int *reads, int listed, const int *tokens, int token_count)
+{
+    if (blockIdx.y + blockIdx.z) return;
+    if (threadIdx.x == 0) atomicAdd(reads, listed);
+    if (blockIdx.x || threadIdx.x >= WARP) return;
+    int reading = 0;
+    for (int i = threadIdx.x; i < token_count; i += WARP) reading += !tokens || tokens[i] >= 0;
+    reading = __reduce_add_sync(~0u, reading);
+    if (threadIdx.x == 0) atomicAdd(reads + 1, reading);
+}

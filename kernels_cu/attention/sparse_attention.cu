@@ -2,12 +2,12 @@
  * prefix_attention.cu, of parts.tokens tokens.
  *
  * q [all tokens, heads, head_dim]; tokens [parts.tokens], null: all; the rows of a negative token are undefined. Adds
- * the number of positions listed to *positions_read.
+ * to `reads` as count_reads does.
  *
  * Grid: (kv_heads, parts, rows / PLAIN_ROWS). Must read the listed pages once: 2 * positions * head_dim. */
 extern "C" __global__ void __launch_bounds__(PLAIN_THREADS)
-    sparse_attention(const float *q, const int *tokens, CacheView cache, PagesView pages, int capacity,
-                     int *positions_read, PartsView parts, int heads)
+    sparse_attention(const float *q, const int *tokens, CacheView cache, PagesView pages, int capacity, int *reads,
+                     PartsView parts, int heads)
 {
     int kv_head = blockIdx.x, part = blockIdx.y, length = *cache.length;
     const int *top = prefetch_top(pages, kv_head);
@@ -20,7 +20,7 @@ extern "C" __global__ void __launch_bounds__(PLAIN_THREADS)
     int *list = (int *)(shared + PLAIN_ROWS * dim + 2 * WARP * (dim + 1));
     PageShare share = share_pages(
         pages, top, kv_head, tokens, parts.tokens, rows.group, length, cache.page_size, WARP, list, capacity);
-    if (part + blockIdx.z + threadIdx.x == 0) atomicAdd(positions_read, share.listed);
+    count_reads(reads, share.listed, tokens, parts.tokens);
     if (threadIdx.x < PLAIN_ROWS) limit[threadIdx.x] = share.listed;
     load_queries(shared, q, tokens, rows, dim);
     __syncthreads();

@@ -3,7 +3,7 @@
  * Grid: (kv_heads, parts, rows / BLOCK_ROWS). Must read the listed pages once: 2 * positions * head_dim. */
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     sparse_attention_tensor(const float *q, const int *tokens, CacheView cache, PagesView pages, int capacity,
-                            int *positions_read, PartsView parts, int heads)
+                            int *reads, PartsView parts, int heads)
 {
     extern __shared__ __align__(SHARED_ALIGNMENT) unsigned char shared_bytes[];
     int kv_head = blockIdx.x, part = blockIdx.y, length = *cache.length;
@@ -14,7 +14,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     let_next_start();
     PageShare share = share_pages(
         pages, top, kv_head, tokens, parts.tokens, rows.group, length, cache.page_size, TENSOR_TILE, list, capacity);
-    if (part + blockIdx.z + threadIdx.x == 0) atomicAdd(positions_read, share.listed);
+    count_reads(reads, share.listed, tokens, parts.tokens);
     TensorRows state;
     state.limit[0] = state.limit[1] = share.listed;
     attend(state, cache, share.where, kv_head, share.tiles.first, share.tiles.last, share.listed / TENSOR_TILE,

@@ -16,13 +16,13 @@ struct CacheView {
     __device__ int pages(int positions) const;
 };
 
-/* What the host copies to the device before a pass, and the count that the device returns. */
+/* What the host copies to the device before a pass, and the counts that the device returns. */
 struct BatchView {
     const double *uniforms; /* [tokens], in [0, 1) */
     const u64 *slot;        /* address of the sequence's stored results */
     const int *length, *masked_count;
     const int *ids, *masked; /* [tokens] */
-    int *positions_read;
+    int *reads;              /* [2], by sparse attention: positions, and tokens that read them */
     int tokens;
 };
 

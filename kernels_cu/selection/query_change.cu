@@ -1,6 +1,7 @@
-/* Mean squared change of each token's query, and the tokens whose queries changed most: LoSA's active set (arXiv
- * 2604.12056, section 3). Of equal changes the earlier token is taken; a NaN ranks with the largest, and if there are
- * too many, the earlier tokens are taken.
+/* Mean squared change of each token's query, with `relative` over the mean square of the stored one, and the tokens
+ * whose queries changed most and by more than the threshold: LoSA's active set (arXiv 2604.12056, section 3). Of equal
+ * changes the earlier token is taken; a NaN ranks with the largest, and if there are too many, the earlier tokens are
+ * taken.
  *
  * q and `stored` [tokens, width], width a multiple of 4; with `keep`, q is then stored. Only the tokens rows[0], ...,
  * rows[*row_count - 1] can be active; all of them where rows is null. active [count] gets the active tokens, ascending,
@@ -12,10 +13,10 @@
 #define PIECE_BATCH 4 /* pieces of a thread whose loads are in flight at once */
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-    query_change(const float *q, StoredView stored, int width, int keep, const int *rows, const int *row_count,
-                 float *change, unsigned *done, int *active, int count)
+    query_change(const float *q, StoredView stored, int width, int relative, int keep, const int *rows,
+                 const int *row_count, float threshold, float *change, unsigned *done, int *active, int count)
 {
-    __shared__ double shared[THREADS / WARP];
+    __shared__ double shared[2][THREADS / WARP];
     __shared__ bool last;
     const float4 *from = (const float4 *)(q + (size_t)blockIdx.x * width);
     float4 *previous = (float4 *)(stored.at<float>() + (size_t)blockIdx.x * width);
@@ -28,7 +29,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     load(then, previous, 0); /* stored before this pass began */
     wait_for_previous();
     let_next_start();
-    double total = 0;
+    double total = 0, size = 0;
     for (int first = 0; first < pieces; first += PIECE_BATCH * THREADS) {
         load(now, from, first);
         if (first) load(then, previous, first);
@@ -39,12 +40,15 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             double x = (double)now[i].x - then[i].x, y = (double)now[i].y - then[i].y;
             double z = (double)now[i].z - then[i].z, w = (double)now[i].w - then[i].w;
             total += x * x + y * y + z * z + w * w;
+            x = then[i].x, y = then[i].y, z = then[i].z, w = then[i].w;
+            size += x * x + y * y + z * z + w * w;
             if (keep) previous[piece] = now[i];
         }
     }
-    total = block_sum_tree(total, shared, THREADS / WARP);
+    total = block_sum_tree(total, shared[0], THREADS / WARP);
+    size = block_sum_tree(size, shared[1], THREADS / WARP);
     if (threadIdx.x == 0) {
-        change[blockIdx.x] = (float)(total / width);
+        change[blockIdx.x] = (float)(total / (relative ? size : width));
         /* Releases what this thread wrote to the thread block that counts last. */
         unsigned others;
         asm volatile("atom.acq_rel.gpu.inc.u32 %0, [%1], %2;"
@@ -61,7 +65,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     for (int base = 0; base < candidates; base += WARP) {
         int i = base + threadIdx.x, token = i < candidates ? rows ? rows[i] : i : 0, rank = 0;
         float mine = changes[token];
-        for (int start = 0; start < candidates; start += WARP) {
+        for (int start = 0; start < candidates && wanted < candidates; start += WARP) {
             int candidate = min(start + (int)threadIdx.x, candidates - 1);
             float theirs = start == base ? mine : changes[rows ? rows[candidate] : candidate];
             for (int k = 0; k < min(WARP, candidates - start); k++) {
@@ -69,7 +73,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                 rank += other > mine || (other == mine && start + k < i);
             }
         }
-        unsigned taken = __ballot_sync(~0u, i < candidates && rank < wanted);
+        unsigned taken = __ballot_sync(~0u, i < candidates && rank < wanted && !(mine <= threshold));
         int index = filled + __popc(taken & ((1u << threadIdx.x) - 1));
         /* All NaN rank first, so that there can be too many. */
         if ((taken >> threadIdx.x & 1) && index < wanted) active[index] = token;

@@ -5,19 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 from losart.attention.policy import AttentionPolicy
-from losart.backends.base import Prefix, Selection, StoredResults
-from losart.engine.batch import PassKind, SequencePass
+from losart.backends.base import ActiveRule, Prefix, Selection, StoredResults
+from losart.engine.batch import PassKind
 from losart.errors import OptionError
 
 
 class LosaPolicy(AttentionPolicy):
-    """Tokens whose queries changed most read the prefix, sparsely; the others reuse their results.
+    """Tokens whose queries changed read the prefix, sparsely; the others reuse their results.
 
     The first pass over a block reads for all tokens, densely unless `first_pass="sparse"`, and stores each
     token's query, which its change is measured against, its result, and with `selector="anchor"` the pages
-    of highest mass for it. In later passes the `active` tokens of largest query change select pages, by
-    QUEST's bound or those stored ones, and attend to the union per kv head; their new results replace the
-    stored ones.
+    of highest mass for it. In later passes the active tokens, those whose queries changed by more than a
+    threshold, or so many that changed most, select pages, by QUEST's bound or those stored ones, and attend
+    to the union per kv head; their new results replace the stored ones.
     """
 
     dense_first_pass = True
@@ -30,8 +30,12 @@ class LosaPolicy(AttentionPolicy):
                 'first_pass must not be "sparse" with selector="anchor", which ranks pages by their masses '
                 "in a dense first pass"
             )
-        self._active_count = config.active_count(self.block_length)
-        self._masked_only = config.candidates == "masked"
+        self._rule = ActiveRule(
+            config.active_count(self.block_length),
+            config.change_threshold if config.active == "auto" else None,
+            config.candidates == "masked",
+            config.drift == "previous" or (config.drift == "auto" and config.active != "auto"),
+        )
 
     @property
     def stored(self) -> StoredResults:
@@ -60,20 +64,12 @@ class LosaPolicy(AttentionPolicy):
 
     def _refresh(self, backend: Any, layer: int, q: Any, batch: Any) -> tuple[Prefix, Selection | None]:
         config, selector = self.config, backend.selectors[self.config.planner]
-        follow = config.drift == "previous"
-        active = selector.select_active(
-            layer, q, batch, self._active_count, masked_only=self._masked_only, follow=follow
-        )
+        active = selector.select_active(layer, q, batch, self._rule)
         if config.selector == "quest":
             selection = selector.select_pages(layer, q, active, batch, config.pages_per_query)
         else:
             selection = selector.select_stored_pages(layer, active, batch)
         prefix = backend.refresh_prefix_attention(layer, q, selection, batch)
-        if not follow:
+        if not self._rule.follow:
             backend.store_queries(layer, q, selection.tokens, batch)
         return prefix, selection
-
-    def active_tokens(self, sequence: SequencePass) -> int:
-        if sequence.kind is PassKind.FIRST:
-            return self.block_length
-        return min(self._active_count, len(sequence.masked)) if self._masked_only else self._active_count

@@ -8,7 +8,7 @@ from typing import Any
 from losart.backends.base import Prefix, Selection, StoredResults
 from losart.config.model import ModelConfig
 from losart.config.options import AttentionConfig
-from losart.engine.batch import PassKind, PassReads, SequencePass
+from losart.engine.batch import PassKind, PassReads
 from losart.errors import OptionError
 
 POLICIES: dict[str, type[AttentionPolicy]] = {}  # by method; losart.attention fills it
@@ -96,17 +96,11 @@ class AttentionPolicy:
             return None
         return self  # by identity, which is quicker to hash than all of its options
 
-    def reads(self, sequence: SequencePass, positions: int) -> PassReads:
-        """What a pass read of a sequence's prefix, of which `positions` in its sparse layers."""
-        layers, dense = self.model.num_layers, self.is_dense(sequence.kind)
+    def reads(self, kind: PassKind, positions: int, tokens: int) -> PassReads:
+        """What a pass read of a sequence's prefix, in its sparse layers `positions` for `tokens`."""
+        layers, dense = self.model.num_layers, self.is_dense(kind)
         dense_layers = layers if dense else min(self.config.dense_layers, layers)
-        return PassReads(
-            not dense, dense_layers, layers - dense_layers, positions, self.active_tokens(sequence)
-        )
-
-    def active_tokens(self, sequence: SequencePass) -> int:
-        """Tokens that read the prefix in a sparse layer of a pass."""
-        return self.block_length
+        return PassReads(not dense, dense_layers, layers - dense_layers, positions, tokens)
 
 
 def make_policy(config: AttentionConfig, model: ModelConfig, block_length: int) -> AttentionPolicy:

@@ -24,7 +24,28 @@ Weight = Any  # matrices [out_i, in], joined along `out`
 Matmul = Any  # the result of a matmul, for the operation that follows it
 Prefix = Any  # o [tokens, heads, head_dim] and log-sum-exp [tokens, heads], for block_attention
 Slot = Any  # a sequence's stored results
-ActiveTokens = Any  # of a block, for the page selection that follows
+
+
+@dataclass(frozen=True)
+class ActiveRule:
+    """Which tokens of a block are active in a layer.
+
+    Attributes
+    ----------
+    count : int
+        At most so many: those whose queries changed most against the stored ones, of equals the earlier.
+    threshold : float or None
+        Only those whose change, relative to the square of the stored query, is above this. None: all.
+    masked_only : bool
+        Only masked ones.
+    follow : bool
+        Whether all queries are stored, for the change in the next pass.
+    """
+
+    count: int
+    threshold: float | None = None
+    masked_only: bool = False
+    follow: bool = True
 
 
 @dataclass(frozen=True)
@@ -50,19 +71,56 @@ class StoredResults:
 
 
 @dataclass(frozen=True, eq=False)
+class ActiveTokens:
+    """Active tokens of the blocks in a layer.
+
+    Attributes
+    ----------
+    tokens : Any
+        Rows, ascending; the backend's own.
+    change : Any
+        What each token's query has changed by: float32, the backend's own.
+    """
+
+    tokens: Any
+    change: Any
+
+
+@dataclass(frozen=True, eq=False)
 class Selection:
     """What a sparse layer reads of the prefix.
 
     Attributes
     ----------
-    tokens : Array or None
+    tokens : Any
         Rows whose queries read, ascending; the backend's own. None: all.
     pages : Any
         That each kv head reads; the backend's own.
+    change : Any
+        By which the rows were selected; the backend's own. None: they were not.
     """
 
     tokens: Any
     pages: Any
+    change: Any = None
+
+
+@dataclass(frozen=True, eq=False)
+class HostSelection:
+    """A selection of one sequence on the host.
+
+    Attributes
+    ----------
+    tokens : int [any]
+        Positions within the block.
+    pages : list of int [any]
+        Of each kv head.
+    change : float32 [tokens of the block] or None
+    """
+
+    tokens: np.ndarray
+    pages: list[np.ndarray]
+    change: np.ndarray | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,12 +133,15 @@ class PassOutput:
         One per sequence; none of a pass that proposes nothing.
     positions : sequence of int
         Prefix positions that sparse attention read, summed over kv heads and layers, per sequence.
+    tokens : sequence of int
+        Tokens that read them, summed over layers, per sequence.
     reads : sequence of (Selection or None)
         Per layer, None where it was dense. Empty but for passes that are observed.
     """
 
     proposals: Sequence[Proposals]
     positions: Sequence[int]
+    tokens: Sequence[int]
     reads: Sequence[Selection | None]
 
 
@@ -107,14 +168,8 @@ class Selector(Protocol):
     Selected pages are united per kv head.
     """
 
-    def select_active(
-        self, layer: int, q: Array, batch: Batch, count: int, *, masked_only: bool, follow: bool
-    ) -> ActiveTokens:
-        """The `count` tokens of each block whose queries changed most against the stored ones, ascending.
-
-        With `masked_only` only of the masked ones: all of them where there are fewer than `count`. With
-        `follow` all queries are stored.
-        """
+    def select_active(self, layer: int, q: Array, batch: Batch, rule: ActiveRule) -> ActiveTokens:
+        """The active tokens of each block."""
 
     def select_pages(
         self, layer: int, q: Array, active: ActiveTokens | None, batch: Batch, count: int
@@ -156,8 +211,8 @@ class Backend(Protocol):
     def run(self, batch: PassBatch, body: PassBody, observe: bool = False) -> PassOutput:
         """Run one pass; with `observe` its output has what each layer read."""
 
-    def on_host(self, selection: Selection, batch: PassBatch) -> list[tuple[np.ndarray, list[np.ndarray]]]:
-        """Per sequence the tokens that read, and each kv head's page ids, of the pass that was run last."""
+    def on_host(self, selection: Selection, batch: PassBatch) -> list[HostSelection]:
+        """What each sequence read, of the pass that was run last."""
 
     # -- transformer
 

@@ -14,8 +14,9 @@ from losart.measure.random_checkpoint import SIZES
 
 Group = argparse._ArgumentGroup
 ATTENTION_DETAILS = {
+    "change_threshold": "losa with --active auto: relative change of a query that recomputes its token (0.2)",
     "selector": "losa: what ranks pages for a query (quest)",
-    "drift": "losa: against which pass change is measured (previous)",
+    "drift": "losa: against which pass change is measured (auto)",
     "candidates": "losa: tokens that can be recomputed (all)",
     "page_size": "a multiple of 16 (16)",
     "dense_layers": "first layers that stay dense (0)",
@@ -65,7 +66,7 @@ def add_generation(command: argparse.ArgumentParser) -> None:
         "--active",
         type=active,
         metavar="N",
-        help="losa: recomputed tokens, or as 0.3 their fraction of the block (5)",
+        help="losa: recomputed tokens, their fraction of the block (0.3), or auto: those that changed (auto)",
     )
     add_attention_details(group)
 
@@ -90,7 +91,7 @@ def add_decoding(command: argparse.ArgumentParser, new_tokens: str = "128") -> G
 def add_attention_details(group: Group) -> None:
     """The attention's options but the method, its budget and its active tokens."""
     for name, text in ATTENTION_DETAILS.items():
-        kind: dict[str, Any] = {"type": int, "metavar": "N"}
+        kind: dict[str, Any] = {"type": float if name == "change_threshold" else int, "metavar": "N"}
         if name in CHOICES:
             kind = {"choices": CHOICES[name]}
         group.add_argument(f"--{name.replace('_', '-')}", help=text, **kind)
@@ -108,15 +109,17 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def active(text: str) -> int | float:
-    """A count of tokens, or a fraction of the block."""
+def active(text: str) -> int | float | str:
+    """A count of tokens, a fraction of the block, or "auto"."""
+    if text == "auto":
+        return text
     for number in (int, float):
         try:
             return number(text)
         except ValueError:
             pass
     raise argparse.ArgumentTypeError(
-        f"must be a count of tokens, such as 5, or a fraction of the block, such as 0.3, not {text!r}"
+        f"must be a count of tokens, such as 5, a fraction of the block, such as 0.3, or auto, not {text!r}"
     )
 
 

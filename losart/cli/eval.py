@@ -28,7 +28,7 @@ answers with each attention setting, and what each reads. Lists are separated by
 are measured."""
 EXAMPLE = (
     "example: losart eval path/to/SDAR-1.7B-Chat --tasks key,keys-4 --lengths 4096 "
-    "--attention dense,losa,quest --budgets 64,128 --active 3,5 --samples 100 --json eval.json"
+    "--attention dense,losa,quest --budgets 64,128 --active auto,5 --samples 100 --json eval.json"
 )
 SWEPT = ("attention", "seed", "active")  # of the evaluation, not of its generations
 
@@ -44,7 +44,10 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--budgets", type=listed(int), metavar="LIST", help="positions that a query selects (128)"
     )
     group.add_argument(
-        "--active", type=listed(active), metavar="LIST", help="losa: recomputed tokens, or fractions (5)"
+        "--active",
+        type=listed(active),
+        metavar="LIST",
+        help="losa: recomputed tokens, fractions, auto (auto)",
     )
     group.add_argument("--samples", type=int, metavar="N", help="questions in each cell (50)")
     group.add_argument("--seed", type=int, metavar="N", help="same seed, same questions (0)")

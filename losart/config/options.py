@@ -19,7 +19,7 @@ LARGEST_PAGE = 65536  # a chunk of the cache is 16 pages at least
 DEFAULT_BLOCK_LENGTH = 4  # of SDAR's released checkpoints, when the checkpoint does not say
 CHOICES = {
     "selector": ("quest", "anchor"),
-    "drift": ("previous", "refresh"),
+    "drift": ("auto", "previous", "refresh"),
     "candidates": ("all", "masked"),
     "first_pass": ("auto", "dense", "sparse"),
     "commit": ("dense", "sparse"),
@@ -38,15 +38,21 @@ class AttentionConfig:
         "sparsed" (arXiv 2509.24014).
     budget : int
         Prefix positions that each query selects, rounded up to whole pages.
-    active : int or float
-        losa: tokens of the block that are recomputed; an int counts them (no more than the block
-        has), a float is a fraction of the block, rounded up. 0 reuses every stored result.
+    active : "auto", int or float
+        losa: tokens of the block that are recomputed in a layer. "auto": those whose query has changed
+        by more than `change_threshold`, however many. An int counts those that changed most (no more
+        than the block has; 5 is the paper's), a float is a fraction of the block, rounded up. 0 reuses
+        every stored result.
+    change_threshold : float
+        losa with `active="auto"`: the squared change of a token's query over the query's own square,
+        both summed over heads and channels, above which the token is active.
     selector : {"quest", "anchor"}
         losa: what ranks the pages for an active query: QUEST's bound, or the attention mass that
         each page had in the dense first pass for the same token and query head.
-    drift : {"previous", "refresh"}
-        losa: a token's query change is measured against its query of the previous pass, or against
-        the query from which its stored result was computed.
+    drift : {"auto", "previous", "refresh"}
+        losa: a token's query change is measured against its query of the previous pass, as the paper
+        does, or against the query from which its stored result was computed, which bounds how stale the
+        result is. "auto" is "refresh" with `active="auto"`, else "previous".
     candidates : {"all", "masked"}
         losa: tokens that can be active: all, or those still masked only; of fewer masked ones than
         `active` says, all are active.
@@ -67,9 +73,10 @@ class AttentionConfig:
 
     method: str = "dense"
     budget: int = 256
-    active: int | float = 5
+    active: int | float | str = "auto"
+    change_threshold: float = 0.2
     selector: str = "quest"
-    drift: str = "previous"
+    drift: str = "auto"
     candidates: str = "all"
     page_size: int = 16
     dense_layers: int = 0
@@ -80,13 +87,15 @@ class AttentionConfig:
     def __post_init__(self) -> None:
         if not (is_int(self.budget) and self.budget > 0):
             raise OptionError(f"budget must be a positive number of positions, not {self.budget!r}")
-        whole = is_int(self.active) and self.active >= 0
+        counted = is_int(self.active) and self.active >= 0
         fraction = isinstance(self.active, float) and 0.0 <= self.active <= 1.0
-        if not (whole or fraction):
+        if not (self.active == "auto" or counted or fraction):
             raise OptionError(
-                f"active must be a count of tokens (int, 0 or more) or a fraction of the block "
-                f"(float, 0.0 to 1.0), not {self.active!r}"
+                f"active must be a count of tokens (int, 0 or more), a fraction of the block "
+                f"(float, 0.0 to 1.0) or 'auto', not {self.active!r}"
             )
+        if not (is_number(self.change_threshold) and self.change_threshold >= 0):
+            raise OptionError(f"change_threshold must be a number, 0 or more, not {self.change_threshold!r}")
         if not (
             is_int(self.page_size) and 0 < self.page_size <= LARGEST_PAGE and self.page_size % PAGE_UNIT == 0
         ):
@@ -106,7 +115,9 @@ class AttentionConfig:
         return -(-self.budget // self.page_size)
 
     def active_count(self, block_length: int) -> int:
-        """Tokens of a block of `block_length` that are active."""
+        """Tokens of a block of `block_length` that are active, at most."""
+        if isinstance(self.active, str):
+            return block_length
         if isinstance(self.active, float):
             # The product of an exact fraction can land a rounding above the whole number.
             return min(block_length, math.ceil(self.active * block_length - 1e-9))

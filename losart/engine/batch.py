@@ -115,15 +115,15 @@ class PassReads:
         Layers in which all tokens read the whole prefix, and the others.
     positions : int
         That sparse layers read, summed over them and kv heads.
-    active : int
-        Tokens that read in a sparse layer.
+    tokens : int
+        That read in sparse layers, summed over them.
     """
 
     sparse: bool
     dense_layers: int
     sparse_layers: int
     positions: int
-    active: int
+    tokens: int
 
 
 @dataclass(frozen=True, eq=False)

@@ -206,7 +206,7 @@ class ReadLog:
     def add(self, reads: PassReads, prefix_length: int, kv_heads: int) -> None:
         """Count a pass."""
         layers = reads.dense_layers + reads.sparse_layers
-        self._active.add(reads.sparse_layers * reads.active / self._block_length, reads.sparse_layers)
+        self._active.add(reads.tokens / self._block_length, reads.sparse_layers)
         if prefix_length:
             total = reads.dense_layers + reads.positions / (kv_heads * prefix_length)
             self._all.add(total, layers)

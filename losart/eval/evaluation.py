@@ -30,7 +30,7 @@ class EvalConfig:
     attention : tuple of str
     budgets : tuple of int
         For all methods but dense.
-    active : tuple of int or float
+    active : tuple of "auto", int or float
         For losa.
     samples : int
         Questions in each cell.
@@ -47,7 +47,7 @@ class EvalConfig:
     lengths: tuple[int, ...] = (1024, 4096)
     attention: tuple[str, ...] = ("dense", "losa", "quest", "sparsed")
     budgets: tuple[int, ...] = (128,)
-    active: tuple[int | float, ...] = (5,)
+    active: tuple[int | float | str, ...] = ("auto",)
     samples: int = 50
     seed: int = 0
     style: str = "auto"

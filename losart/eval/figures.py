@@ -17,7 +17,7 @@ class Figures:
     ----------
     attention : str
     budget : int or None
-    active : int, float or None
+    active : "auto", int, float or None
     samples : int
         Questions.
     sparse_density, density, active_fraction : float or None
@@ -30,7 +30,7 @@ class Figures:
 
     attention: str
     budget: int | None
-    active: int | float | None
+    active: int | float | str | None
     samples: int
     sparse_density: float | None
     density: float | None

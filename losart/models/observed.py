@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from losart.backends.base import Backend, Selection
+from losart.backends.base import Backend, HostSelection, Selection
 from losart.engine.batch import PassBatch, SequencePass
 from losart.observe.step import ObservedLayer
 
@@ -31,7 +31,7 @@ def observed_layers(
             layers.append([_dense(sequence, kv_heads) for sequence in batch.sequences])
         else:
             parts = zip(batch.sequences, backend.on_host(selection, batch), strict=True)
-            layers.append([_sparse(sequence, *read) for sequence, read in parts])
+            layers.append([_sparse(sequence, read) for sequence, read in parts])
     return list(zip(*layers, strict=True))
 
 
@@ -41,9 +41,10 @@ def _dense(sequence: SequencePass, kv_heads: int) -> ObservedLayer:
     return ObservedLayer(np.arange(len(sequence.ids)), (pages,) * kv_heads, density, dense=True)
 
 
-def _sparse(sequence: SequencePass, active: np.ndarray, lists: list[np.ndarray]) -> ObservedLayer:
+def _sparse(sequence: SequencePass, read: HostSelection) -> ObservedLayer:
     page_size, length = sequence.cache.page_size, sequence.prefix_length
     sizes = np.minimum(page_size, length - page_size * np.arange(sequence.pages))
-    positions = sum(int(sizes[ids].sum()) for ids in lists)
-    density = positions / (len(lists) * length) if length else None
-    return ObservedLayer(active.copy(), tuple(ids.copy() for ids in lists), density, dense=False)
+    positions = sum(int(sizes[ids].sum()) for ids in read.pages)
+    density = positions / (len(read.pages) * length) if length else None
+    pages = tuple(ids.copy() for ids in read.pages)
+    return ObservedLayer(read.tokens.copy(), pages, density, dense=False, change=read.change)

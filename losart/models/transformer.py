@@ -131,8 +131,9 @@ class Transformer:
         output = self.backend.run(batch, body, observe)
         if batch.kind is PassKind.PREFILL:
             return PassResult()
-        counted = zip(batch.sequences, output.positions, strict=True)
-        reads = [policy.reads(sequence, positions) for sequence, positions in counted]
+        reads = [
+            policy.reads(batch.kind, *read) for read in zip(output.positions, output.tokens, strict=True)
+        ]
         if not observe:
             return PassResult(output.proposals, reads)
         layers = observed_layers(output.reads, self.backend, batch, self.config.num_kv_heads)

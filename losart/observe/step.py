@@ -94,12 +94,16 @@ class ObservedLayer:
         None when the prefix is empty.
     dense : bool
         All tokens read all pages because the layer was dense.
+    change : float32 [block_length] or None
+        By how much each token's query had changed, where active tokens were selected by that: with
+        `active="auto"` relative to the query's square, and active are those above the threshold.
     """
 
     active: np.ndarray
     pages: tuple[np.ndarray, ...]
     density: float | None
     dense: bool
+    change: np.ndarray | None = None
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,9 @@ class TraceWriter:
 def _layer_line(layer: ObservedLayer) -> dict[str, Any]:
     everything = {"active": "all", "pages": "all"}
     lists = {"active": layer.active.tolist(), "pages": [pages.tolist() for pages in layer.pages]}
-    return (everything if layer.dense else lists) | {"density": layer.density}
+    # float32 in as few digits as it needs.
+    change = {} if layer.change is None else {"change": [float(str(x)) for x in layer.change]}
+    return (everything if layer.dense else lists) | {"density": layer.density} | change
 
 
 @dataclass(frozen=True)
@@ -185,7 +187,11 @@ def _layer(line: dict[str, Any], prefix_length: int, trace: Trace) -> ObservedLa
     arrays = tuple(np.asarray(ids, np.int64) for ids in lists)
     if any(ids.size and not 0 <= ids.min() <= ids.max() < pages for ids in arrays):
         raise ValueError(f"a page that is not among the {pages} of the prefix")
-    density = line["density"]
+    density, change = line["density"], line.get("change")  # traces of losart 0.1.0 have no change
     return ObservedLayer(
-        np.asarray(active, np.int64), arrays, None if density is None else float(density), dense
+        np.asarray(active, np.int64),
+        arrays,
+        None if density is None else float(density),
+        dense,
+        None if change is None else np.asarray(change, np.float32),
     )

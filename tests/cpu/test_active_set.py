@@ -11,7 +11,7 @@ from hypothesis.extra.numpy import arrays
 from kv import model_config
 from passes import block_batch
 
-from losart.backends.base import StoredResults
+from losart.backends.base import ActiveRule, StoredResults
 from losart.backends.cpu.active_set import query_change, select_active
 from losart.backends.cpu.backend import CpuBackend
 from losart.config.options import AttentionConfig
@@ -76,9 +76,44 @@ def test_of_candidates_the_largest_changes_are_active_and_of_few_all(change, dat
     slot.queries[0] = 0
     batch = block_batch(backend.new_cache(16), len(change), slot=slot, masked=np.flatnonzero(masked))
     selector = backend.selectors["auto"]
-    (active,) = selector.select_active(0, q, batch, count, masked_only=True, follow=False)
+    rule = ActiveRule(count, masked_only=True, follow=False)
+    (active,) = selector.select_active(0, q, batch, rule).tokens
     assert active.dtype == np.int32 and len(active) == min(count, masked.sum())
     np.testing.assert_array_equal(active, ref.select_active(query_change(q, np.zeros_like(q)), count, masked))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 64), st.integers(1, 9), st.sampled_from([1e-3, 0.3, 10.0]))
+def test_relative_change_is_over_the_previous_querys_square(tokens, heads, size):
+    rng = np.random.default_rng(tokens)
+    previous = (10 ** rng.uniform(-3, 3, (tokens, 1, 1)) * rng.standard_normal((tokens, heads, 16))).astype(
+        "f4"
+    )
+    q = (previous * (1 + size * rng.standard_normal((tokens, 1, 1)))).astype("f4")
+    change = query_change(q, previous, relative=True)
+    np.testing.assert_allclose(change, ref.query_change(q, previous, relative=True), rtol=1e-5)
+    # It does not depend on the queries' size.
+    np.testing.assert_allclose(change, query_change(8 * q, 8 * previous, relative=True), rtol=1e-6)
+
+
+def test_a_stored_query_of_zeros_makes_a_token_active():
+    q, previous = np.zeros((3, 2, 16), np.float32), np.zeros((3, 2, 16), np.float32)
+    q[1], previous[2] = 1, 1
+    change = query_change(q, previous, relative=True)
+    assert np.isnan(change[0]) and change[1] == np.inf and change[2] == 1
+    assert select_active(change, 3, 100.0).tolist() == [0, 1]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 20).flatmap(lambda n: arrays(np.float32, n, elements=changes)), st.data())
+def test_only_changes_above_the_threshold_are_active(change, data):
+    threshold = data.draw(st.sampled_from([0.0, 0.25, 0.5, 2.0]))
+    count = data.draw(st.integers(0, len(change)))
+    active = select_active(change, count, threshold)
+    assert active.dtype == np.int32
+    np.testing.assert_array_equal(active, ref.select_active(change, count, threshold=threshold))
+    everything = select_active(change, len(change), threshold)
+    np.testing.assert_array_equal(everything, np.flatnonzero(change > threshold))
 
 
 @pytest.mark.parametrize("count", [-1, 5])

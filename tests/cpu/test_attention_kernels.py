@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from kv import HELD_AS, LAYER, held, model_config, steady, table_of
 from passes import block_batch, write
 
+from losart.backends.base import ActiveTokens
 from losart.backends.cpu import attention_kernels as kernels
 from losart.backends.cpu.backend import CpuBackend, Weight
 from losart.config.precision import FORMATS, Precision
@@ -293,7 +294,7 @@ def digest() -> str:
     cache.advance(case.prefix)
     q, weight = case.q(2.0), np.random.default_rng(0).standard_normal((512, 512), np.float32)
     batch, selector = block_batch(cache, 16), backend.selectors["auto"]
-    selection = selector.select_pages(0, q, [np.arange(3, dtype=np.int32)], batch, 20)
+    selection = selector.select_pages(0, q, ActiveTokens([np.arange(3, dtype=np.int32)], None), batch, 20)
     (pages,) = selection.pages
     one, two = (
         Weight(matrices, FORMATS["float32"]) for matrices in ((weight,), (np.vstack([weight, weight]),))

@@ -38,6 +38,11 @@ CASES = [
         for active in (0, 1, 3, 8, 99, 0.0, 0.1, 0.5, 1.0)
         for commit in ("dense", "sparse")
     ),
+    *(
+        Case(block_length=16, options={"change_threshold": threshold, "budget": 32, **others}, seed=3)
+        for threshold in (0.0, 0.02, 0.08, 10.0)
+        for others in ({}, {"drift": "previous"}, {"candidates": "masked"}, {"selector": "anchor"})
+    ),
     *(Case(method, prefix=0, options={"commit": "sparse", "budget": 16}) for method in METHODS),
     *(
         Case(method, block_length=n, prefix=prefix, options={"budget": 32, "active": 1, "commit": "sparse"})
@@ -76,6 +81,17 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_policy_is_the_references(case):
     drive(case)
+
+
+def test_a_threshold_takes_tokens_by_how_much_they_changed():
+    """A third of the block changes by about 9% of its square, a third by 2%, a third not at all."""
+    counts = []
+    for threshold in (0.0, 0.05, 10.0):
+        options = {"change_threshold": threshold, "budget": 32, "drift": "previous"}
+        _, _, passes = drive(Case(block_length=12, options=options))
+        later = [len(record.active) for kind, records in passes if kind == "later" for record in records]
+        counts.append((min(later), max(later)))
+    assert counts == [(8, 8), (4, 4), (0, 0)]
 
 
 def test_no_active_token_reads_nothing_after_the_first_pass():

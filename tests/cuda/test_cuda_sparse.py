@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ from test_cuda_kernels import (
 )
 
 import losart
-from losart.backends.base import Selection, StoredResults
+from losart.backends.base import ActiveRule, ActiveTokens, Selection, StoredResults
 from losart.backends.cpu.backend import CpuBackend
 from losart.config.precision import Precision
 
@@ -82,11 +83,14 @@ class Case:
 
     def listed(self, selection: Selection) -> list[list[int]]:
         """Page ids of each kv head that the device has selected."""
-        ((_, lists),) = self.backend.on_host(selection, self.pass_batch)
-        return [ids.tolist() for ids in lists]
+        (found,) = self.backend.on_host(selection, self.pass_batch)
+        return [ids.tolist() for ids in found.pages]
 
-    def device(self, array: np.ndarray | None) -> Any:
-        return None if array is None else to_device(self.backend, array)
+    def device(self, array: np.ndarray) -> Any:
+        return to_device(self.backend, array)
+
+    def active(self, tokens: np.ndarray | None) -> ActiveTokens | None:
+        return None if tokens is None else ActiveTokens(self.device(tokens), None)
 
 
 def listed_by_cpu(selection: Selection) -> list[list[int]]:
@@ -129,9 +133,10 @@ def some_case(most: int = 2300) -> Any:
 @steady(60)
 @given(
     st.sampled_from([(2, 16), (9, 256)]),  # narrow, and more than a thread block loads at once
-    *(st.integers(1, 70), st.integers(0, 70), st.booleans(), st.booleans(), st.integers(0, 99)),
+    *(st.integers(1, 70), st.integers(0, 70), st.sampled_from([None, None, 0.0, 1e-4, 1e-3, 0.05])),
+    *(st.booleans(), st.booleans(), st.integers(0, 99)),
 )
-def test_active_tokens_are_those_of_the_cpu(sizes, tokens, count, masked_only, keep, seed):
+def test_active_tokens_are_those_of_the_cpu(sizes, tokens, count, threshold, masked_only, keep, seed):
     group, width = sizes
     rng = np.random.default_rng(seed)
     count = min(count, tokens)
@@ -148,19 +153,20 @@ def test_active_tokens_are_those_of_the_cpu(sizes, tokens, count, masked_only, k
     cache.reserve(tokens)
     stored = StoredResults(tokens, attention=True)
     slot, cpu_slot = backend.new_slot(stored), cpu.new_slot(stored)
-    options = {"masked_only": masked_only, "follow": False}
+    rule = ActiveRule(count, threshold, masked_only, follow=False)
     with backend.memory.stream:
         batch = place(backend, cache, tokens, masked=masked, slot=slot)
         backend.store_queries(0, to_device(backend, previous), None, batch)
-        for _ in range(2):  # the second time the counter is as the first has left it
-            options["follow"] = keep and _ == 1
-            active = backend.selectors["device"].select_active(
-                0, to_device(backend, q), batch, count, **options
-            )
+        for follow in (False, keep):  # the second time the counter is as the first has left it
+            rule = replace(rule, follow=follow)
+            active = backend.selectors["device"].select_active(0, to_device(backend, q), batch, rule)
     cpu_slot.queries[0] = previous
     cpu_batch = block_batch(cpu.new_cache(16), tokens, masked=masked, slot=cpu_slot)
-    (expected,) = cpu.selectors["auto"].select_active(0, q, cpu_batch, count, **options)
-    found, before = on_host(backend, active, stored_array(backend, slot, "queries"))
+    by_cpu = cpu.selectors["auto"].select_active(0, q, cpu_batch, rule)
+    (expected,), (expected_change,) = by_cpu.tokens, by_cpu.change
+    arrays = (active.tokens, active.change, stored_array(backend, slot, "queries"))
+    found, change, before = on_host(backend, *arrays)
+    np.testing.assert_allclose(change, expected_change, rtol=1e-6)
     assert found[: len(expected)].tolist() == expected.tolist()
     assert (found[len(expected) :] == -1).all()
     np.testing.assert_array_equal(before, q if keep else previous)
@@ -179,8 +185,8 @@ def test_selected_pages_are_those_of_the_cpu(dtype, shape, tokens, length, page_
     selector, cpu_selector = (backend.selectors["auto"] for backend in (case.backend, case.cpu))
     with case.backend.memory.stream:
         for _ in range(2):
-            selection = selector.select_pages(0, case.device(case.q), case.device(places), case.batch, count)
-    active = None if every else [chosen]
+            selection = selector.select_pages(0, case.device(case.q), case.active(places), case.batch, count)
+    active = None if every else ActiveTokens([chosen], None)
     expected = cpu_selector.select_pages(0, case.q, active, case.cpu_batch, count)
     assert case.listed(selection) == listed_by_cpu(expected)
 
@@ -205,7 +211,7 @@ def test_attention_over_listed_pages(dtype, shape, tokens, length, page_size, ca
     into = o.copy(), lse.copy()
     with backend.memory.stream:
         q = case.device(case.q)
-        selection = backend.selectors["auto"].select_pages(0, q, case.device(places), case.batch, count)
+        selection = backend.selectors["auto"].select_pages(0, q, case.active(places), case.batch, count)
         poison(case.backend)
         for array, values in zip(later, into, strict=True):
             array.set(values, stream=backend.memory.stream)
@@ -230,7 +236,9 @@ def test_attention_over_listed_pages(dtype, shape, tokens, length, page_size, ca
             np.testing.assert_array_equal(array, other)
     group = shape["group"]
     lists = case.listed(selection)
-    assert case.batch.buffers.fetch()[0] == (3 if every else 2) * sum(
+    positions, reading, _ = case.batch.buffers.fetch()
+    assert reading == (3 if every else 2) * len(chosen)
+    assert positions == (3 if every else 2) * sum(
         len(ref.positions_of_pages(np.array(ids, np.int32), page_size, length)) for ids in lists
     )
     for kv_head, ids in enumerate(lists):
@@ -261,7 +269,7 @@ def test_masses_and_their_top_pages(dtype, shape, tokens, length, page_size, car
         o, _ = backend.merge(prefix)
         backend.store_top_pages(0, masses, case.batch, count, summed=summed)
         selector = backend.selectors["auto"]
-        found = selector.select_stored_pages(0, case.device(places), case.batch)
+        found = selector.select_stored_pages(0, case.active(places), case.batch)
     (cpu_o, _), (expected,) = case.cpu.prefix_attention_and_masses(0, case.q, case.cpu_batch)
     assert_close(on_host(backend, o), cpu_o, TOLERANCE[dtype])
     units = page_size // 16
@@ -285,7 +293,7 @@ def test_masses_and_their_top_pages(dtype, shape, tokens, length, page_size, car
 # Whole models
 
 METHODS: list[dict[str, Any]] = [
-    {"attention": "losa"},
+    {"attention": "losa", "active": 5},
     {"attention": "losa", "active": 2, "commit": "sparse"},
     {"attention": "losa", "active": 0},
     {"attention": "losa", "active": 0, "drift": "refresh", "dense_layers": 1},
@@ -304,6 +312,10 @@ METHODS: list[dict[str, Any]] = [
     {"attention": "sparsed", "page_size": 48},
     {"attention": "losa", "first_pass": "sparse"},
     {"attention": "quest", "first_pass": "dense"},
+    {"attention": "losa"},
+    {"attention": "losa", "change_threshold": 0.0, "commit": "sparse"},
+    {"attention": "losa", "change_threshold": 0.02, "drift": "previous", "candidates": "masked"},
+    {"attention": "losa", "change_threshold": 0.05, "selector": "anchor", "dense_layers": 1},
 ]
 PROMPT = np.random.default_rng(0).integers(0, 300, 611).tolist()
 

@@ -140,7 +140,7 @@ def test_the_command_prints_and_writes_scores(tiny_checkpoint, longbench, capsys
     assert rows == [
         [dataset, *setting]
         for dataset in ("hotpotqa", "triviaqa", "average")
-        for setting in (["dense", "-", "-"], ["losa", "32", "5"])
+        for setting in (["dense", "-", "-"], ["losa", "32", "auto"])
     ]
     cells = json.loads(file.read_text())["cells"]
     assert [cell["samples"] for cell in cells] == [1, 1, 1, 1, 2, 2]

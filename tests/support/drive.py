@@ -175,8 +175,10 @@ def drive(case: Case) -> tuple[ReadLog, RecordingBackend, Passes]:
                 o, selection = policy.attend(backend, layer, q[layer].copy(), k[layer], v[layer], batch)
                 results.append(o)
                 selections.append(selection)
-            (positions,) = backend.run(batch, PassBody(lambda _, read=selections: (None, read))).positions
-            reads.add(policy.reads(batch.sequences[0], positions), cache.length, case.kv_heads)
+            output = backend.run(batch, PassBody(lambda _, read=selections: (None, read)))
+            reads.add(
+                policy.reads(batch.kind, *output.positions, *output.tokens), cache.length, case.kv_heads
+            )
             for layer, o in enumerate(results):
                 expected = references[layer].attend(
                     q[layer], k[layer], v[layer], k_prefix[layer], v_prefix[layer], kind, masked

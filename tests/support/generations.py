@@ -60,7 +60,7 @@ def cases() -> Iterator[tuple[str, dict[str, Any]]]:
         sparse = SPARSE if options else {}
         yield (
             name_of(options, length),
-            {"block_length": length, "remasking": "low_confidence_static"} | sparse | options,
+            {"block_length": length, "remasking": "low_confidence_static", "active": 5} | sparse | options,
         )
     for length, options in itertools.product(BLOCK_LENGTHS, OTHERS):
         yield name_of(options, length), {"block_length": length, **options}
@@ -78,7 +78,8 @@ def generations(model: losart.Model) -> dict[str, Any]:
             model.generate(PROMPT, **{"max_new_tokens": 36, "stop_token_ids": []} | options)
         )
     for length, method in itertools.product(BLOCK_LENGTHS, ({}, METHODS[1] | SPARSE)):
-        session = model.session(max_new_tokens=20, stop_token_ids=[], block_length=length, **method)
+        options = {"max_new_tokens": 20, "stop_token_ids": [], "block_length": length, "active": 5}
+        session = model.session(**options, **method)
         turns = [session.generate(PROMPT[:90])]
         turns.append(session.generate([*PROMPT[:90], *turns[0].token_ids, *PROMPT[200:230]]))
         turns.append(session.generate([*PROMPT[:70], *PROMPT[100:140]]))

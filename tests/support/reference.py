@@ -94,18 +94,27 @@ def sparse_attention(
 # LoSA's active set
 
 
-def query_change(q: ArrayLike, q_previous: ArrayLike) -> Floats:
-    """Change of each token, [T]: mean over heads and channels of the squared difference (LoSA)."""
-    return ((_float64(q) - _float64(q_previous)) ** 2).mean(axis=(1, 2))
+def query_change(q: ArrayLike, q_previous: ArrayLike, relative: bool = False) -> Floats:
+    """Change of each token, [T]: mean over heads and channels of the squared difference (LoSA).
+
+    With `relative` over the mean square of the previous query.
+    """
+    change = ((_float64(q) - _float64(q_previous)) ** 2).mean(axis=(1, 2))
+    return change / (_float64(q_previous) ** 2).mean(axis=(1, 2)) if relative else change
 
 
-def select_active(change: ArrayLike, count: int, candidates: ArrayLike | None = None) -> Indices:
+def select_active(
+    change: ArrayLike, count: int, candidates: ArrayLike | None = None, threshold: float | None = None
+) -> Indices:
     """The `count` tokens of largest change, sorted; of equal ones the earlier (LoSA).
 
-    With `candidates` only the tokens for which it is true, all of them if they are fewer.
+    With `candidates` only the tokens for which it is true, with `threshold` only those whose change is
+    above it: all of them if they are fewer.
     """
     change = _float64(change)
     among = np.arange(len(change)) if candidates is None else np.flatnonzero(candidates)
+    if threshold is not None:
+        among = among[change[among] > threshold]
     return among[_largest(change[among], count)]
 
 
@@ -218,15 +227,18 @@ class DensePolicy:
         self,
         budget: int = 512,
         page_size: int = 16,
-        active: int | float = 5,
+        active: int | float | str = "auto",
+        change_threshold: float = 0.2,
         commit: str = "dense",
         selector: str = "quest",
-        drift: str = "previous",
+        drift: str = "auto",
         candidates: str = "all",
         first_pass: str = "auto",
     ) -> None:
         self.budget, self.page_size, self.active, self.commit = budget, page_size, active, commit
-        self.selector, self.drift, self.candidates = selector, drift, candidates
+        self.change_threshold = change_threshold
+        self.selector, self.candidates = selector, candidates
+        self.drift = drift if drift != "auto" else "refresh" if active == "auto" else "previous"
         self.first_pass = first_pass
         self.passes: list[Pass] = []
         self.begin_block()
@@ -322,7 +334,8 @@ class LosaPolicy(DensePolicy):
     Three choices that go past the paper: pages by `selector` "anchor" are those of most mass in the
     first pass, for each query its own; by `drift` "refresh" change is measured against the query
     that the stored result belongs to; of `candidates` "masked" only masked tokens can be active.
-    With `first_pass` "sparse" the first pass is QUEST's for every token (an ablation of the paper).
+    With `first_pass` "sparse" the first pass is QUEST's for every token (an ablation of the paper). With
+    `active` "auto" all tokens are active whose relative change is above `change_threshold`.
     """
 
     def begin_block(self) -> None:
@@ -342,8 +355,10 @@ class LosaPolicy(DensePolicy):
                 self.mass = page_mass(q, k, self.page_size)
         else:
             candidates = self.masked if self.candidates == "masked" else None
-            count = active_count(self.active, q.shape[0])
-            active = select_active(query_change(q, self.q), count, candidates)
+            auto = self.active == "auto"
+            count = q.shape[0] if auto else active_count(self.active, q.shape[0])
+            threshold = self.change_threshold if auto else None
+            active = select_active(query_change(q, self.q, relative=auto), count, candidates, threshold)
             if self.selector == "quest":
                 pages = self._quest_pages(q[active], k)
             else:

@@ -66,7 +66,7 @@ class Scripted:
             self.prefilled.append(ids)
             return PassResult()
         self.passes.append((batch.kind, ids))
-        reads = [PassReads(False, 1, 0, 0, len(ids))]
+        reads = [PassReads(False, 1, 0, 0, 0)]
         if batch.kind is PassKind.COMMIT:
             assert not sequence.masked.size
             return PassResult(reads=reads)

@@ -10,7 +10,7 @@ import numpy as np
 
 import losart.backends.cpu.attention_kernels as kernels
 import losart.backends.cpu.skinny_linear as skinny_linear
-from losart.backends.base import PassBody, PassOutput, Selection, StoredResults
+from losart.backends.base import HostSelection, PassBody, PassOutput, Selection, StoredResults
 from losart.backends.cpu.convert import narrow, widen, widen_into
 from losart.backends.cpu.kv_index import PageTable
 from losart.backends.cpu.selector import Selector
@@ -120,20 +120,23 @@ class CpuBackend:
 
     def run(self, batch: PassBatch, body: PassBody, observe: bool = False) -> PassOutput:
         proposals, reads = body.launch(batch)
-        positions = np.zeros(len(batch.sequences), np.int64)
+        positions, tokens = np.zeros((2, len(batch.sequences)), np.int64)
+        every = [len(sequence.ids) for sequence in batch.sequences]
         for selection in reads:
             if selection is not None:
                 positions += [pages.positions for pages in selection.pages]
-        return PassOutput(proposals or (), positions.tolist(), reads if observe else ())
+                tokens += every if selection.tokens is None else list(map(len, selection.tokens))
+        return PassOutput(proposals or (), positions.tolist(), tokens.tolist(), reads if observe else ())
 
-    def on_host(self, selection: Selection, batch: PassBatch) -> list[tuple[np.ndarray, list[np.ndarray]]]:
-        tokens = selection.tokens or [_indices(rows) for _, rows in batch.rows()]
-        lists = [
-            [ids[:count] for ids, count in zip(pages.ids, pages.counts, strict=True)]
-            for pages in selection.pages
-        ]
-        first_rows = [rows.start for _, rows in batch.rows()]
-        return [(t - first, ids) for t, first, ids in zip(tokens, first_rows, lists, strict=True)]
+    def on_host(self, selection: Selection, batch: PassBatch) -> list[HostSelection]:
+        found = []
+        for index, (_, rows) in enumerate(batch.rows()):
+            tokens = _indices(rows) if selection.tokens is None else selection.tokens[index]
+            pages = selection.pages[index]
+            lists = [ids[:count] for ids, count in zip(pages.ids, pages.counts, strict=True)]
+            change = None if selection.change is None else selection.change[index]
+            found.append(HostSelection(tokens - rows.start, lists, change))
+        return found
 
     # -- transformer
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 import losart.backends.cpu.attention_kernels as kernels
-from losart.backends.base import Selection
+from losart.backends.base import ActiveRule, ActiveTokens, Selection
 from losart.backends.cpu.active_set import query_change, select_active
 from losart.backends.cpu.kv_index import positions_in, union_of_top_pages
 from losart.engine.batch import PassBatch, SequencePass
@@ -40,45 +40,49 @@ class PageList:
 class Selector:
     """Implements `losart.backends.base.Selector`: a list of rows, and a PageList, per sequence."""
 
-    def select_active(
-        self, layer: int, q: np.ndarray, batch: PassBatch, count: int, *, masked_only: bool, follow: bool
-    ) -> list[np.ndarray]:
-        active = []
+    def select_active(self, layer: int, q: np.ndarray, batch: PassBatch, rule: ActiveRule) -> ActiveTokens:
+        tokens, changes = [], []
         for sequence, rows in batch.rows():
             stored = sequence.slot.queries[layer]
-            change = query_change(q[rows], stored)
-            if follow:
+            change = query_change(q[rows], stored, rule.threshold is not None)
+            if rule.follow:
                 np.copyto(stored, q[rows])
-            chosen = most_changed(change, count, sequence.masked if masked_only else None)
-            active.append(chosen + np.int32(rows.start))
-        return active
+            tokens.append(active_tokens(change, rule, sequence.masked) + np.int32(rows.start))
+            changes.append(change)
+        return ActiveTokens(tokens, changes)
 
     def select_pages(
-        self, layer: int, q: np.ndarray, active: list[np.ndarray] | None, batch: PassBatch, count: int
+        self, layer: int, q: np.ndarray, active: ActiveTokens | None, batch: PassBatch, count: int
     ) -> Selection:
         lists = []
         for index, (sequence, rows) in enumerate(batch.rows()):
-            tokens = np.arange(rows.start, rows.stop, dtype=np.int32) if active is None else active[index]
+            every = np.arange(rows.start, rows.stop, dtype=np.int32)
+            tokens = every if active is None else active.tokens[index]
             table, length = sequence.cache.table, sequence.prefix_length
             lists.append(_top(kernels.bound_scores(table, layer, q, tokens, length), count, sequence))
-        return Selection(active, lists)
+        return _selection(active, lists)
 
-    def select_stored_pages(self, layer: int, active: list[np.ndarray] | None, batch: PassBatch) -> Selection:
+    def select_stored_pages(self, layer: int, active: ActiveTokens | None, batch: PassBatch) -> Selection:
         lists = []
         for index, (sequence, rows) in enumerate(batch.rows()):
             masses, count = sequence.slot.masses[layer]
             if active is not None:
-                masses = masses.take(active[index] - rows.start, axis=1)
+                masses = masses.take(active.tokens[index] - rows.start, axis=1)
             kv_heads, tokens, group, pages = masses.shape
             lists.append(_top(masses.reshape(kv_heads, tokens * group, pages), count, sequence))
-        return Selection(active, lists)
+        return _selection(active, lists)
 
 
-def most_changed(change: np.ndarray, count: int, candidates: np.ndarray | None) -> np.ndarray:
-    """The `count` tokens of largest change, ascending: of `candidates`, or all where it is None."""
-    if candidates is None:
-        return select_active(change, count)
-    return candidates[select_active(change[candidates], min(count, len(candidates)))]
+def active_tokens(change: np.ndarray, rule: ActiveRule, masked: np.ndarray) -> np.ndarray:
+    """The active tokens of a block by the change of its queries, ascending int32."""
+    threshold = -1.0 if rule.threshold is None else rule.threshold
+    if not rule.masked_only:
+        return select_active(change, min(rule.count, len(change)), threshold)
+    return masked[select_active(change[masked], min(rule.count, len(masked)), threshold)]
+
+
+def _selection(active: ActiveTokens | None, lists: list[PageList]) -> Selection:
+    return Selection(None, lists) if active is None else Selection(active.tokens, lists, active.change)
 
 
 def _top(scores: np.ndarray, count: int, sequence: SequencePass) -> PageList:

@@ -13,7 +13,14 @@ from typing import Any
 import cupy
 import numpy as np
 
-from losart.backends.base import PassBody, PassOutput, Selection, Selector, StoredResults
+from losart.backends.base import (
+    HostSelection,
+    PassBody,
+    PassOutput,
+    Selection,
+    Selector,
+    StoredResults,
+)
 from losart.backends.cuda.batch import DeviceBatch
 from losart.backends.cuda.host_selector import HostSelector
 from losart.backends.cuda.kernels import Kernels
@@ -112,13 +119,14 @@ class CudaBackend:
     def run(self, batch: PassBatch, body: PassBody, observe: bool = False) -> PassOutput:
         return self.runner.run(batch, body, observe)
 
-    def on_host(self, selection: Selection, batch: PassBatch) -> list[tuple[np.ndarray, list[np.ndarray]]]:
+    def on_host(self, selection: Selection, batch: PassBatch) -> list[HostSelection]:
         c, (sequence,), stream = self.config, batch.sequences, self.memory.stream
         tokens = None if selection.tokens is None else selection.tokens.get(stream=stream)
         if tokens is not None:
             tokens = tokens[tokens >= 0]
         lists = selection.pages.on_host(sequence.slot, tokens, c.num_kv_heads, c.group_size, stream)
-        return [(np.arange(batch.tokens) if tokens is None else tokens, lists)]
+        change = None if selection.change is None else selection.change.get(stream=stream)
+        return [HostSelection(np.arange(batch.tokens) if tokens is None else tokens, lists, change)]
 
     # -- transformer
 
@@ -231,7 +239,7 @@ class CudaBackend:
         parts = PrefixParts.empty(plan.parts, count, c.num_heads, c.head_dim)
         self.kernels.launch_plan(
             plan,
-            *(q, tokens, batch.cache_view(layer), pages.view, plan.capacity, batch.buffers.positions),
+            *(q, tokens, batch.cache_view(layer), pages.view, plan.capacity, batch.buffers.reads),
             *(parts.view, c.num_heads),
         )
         return parts

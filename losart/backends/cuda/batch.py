@@ -22,8 +22,10 @@ class BatchBuffers:
     tokens : int
     masked : int32 [tokens]
         Masked rows, as many as `masked_count` says.
-    masked_count, length, positions : int32 [1]
-        `length`: of the prefix. `positions`: what sparse attention has read in this pass.
+    masked_count, length : int32 [1]
+        `length`: of the prefix.
+    reads : int32 [2]
+        By sparse attention in this pass: positions, and tokens that read them, summed over layers.
     results : int32 [4, tokens]
         Of sampling.
     view : BatchView
@@ -33,14 +35,14 @@ class BatchBuffers:
 
     def __init__(self, tokens: int) -> None:
         self.tokens = tokens
-        words = cupy.zeros(8 * tokens + 5, np.int32)
-        # Positions are written from both sides: zeroed by the host, counted by the device.
-        self._from_host, self._to_host = words[: 4 * tokens + 5], words[4 * tokens + 4 :]
-        slot, uniforms, self.length, self.masked_count, ids, self.masked, self.positions = _fields(
+        words = cupy.zeros(8 * tokens + 6, np.int32)
+        # Reads are written from both sides: zeroed by the host, counted by the device.
+        self._from_host, self._to_host = words[: 4 * tokens + 6], words[4 * tokens + 4 :]
+        slot, uniforms, self.length, self.masked_count, ids, self.masked, self.reads = _fields(
             self._from_host, tokens
         )
-        self.results = self._to_host[1:].reshape(4, tokens)
-        pointers = (uniforms, slot, self.length, self.masked_count, ids, self.masked, self.positions)
+        self.results = self._to_host[2:].reshape(4, tokens)
+        pointers = (uniforms, slot, self.length, self.masked_count, ids, self.masked, self.reads)
         self.view = BatchView(*(array.data.ptr for array in pointers), tokens)
         self.cache_views: dict[tuple[int, int, int], CacheView] = {}
         self._words = np.zeros(self._from_host.shape, np.int32)
@@ -55,17 +57,17 @@ class BatchBuffers:
         masked[: len(sequence.masked)] = sequence.masked
         self._from_host.set(self._words, stream=stream)  # has read pageable memory when it returns
 
-    def fetch(self) -> tuple[int, np.ndarray]:
-        """Positions and results, when the current stream has reached this point."""
+    def fetch(self) -> tuple[int, int, np.ndarray]:
+        """Positions and tokens read, and results, when the current stream has reached this point."""
         words = self._to_host.get()
-        return int(words[0]), words[1:].reshape(self.results.shape)
+        return int(words[0]), int(words[1]), words[2:].reshape(self.results.shape)
 
 
 def _fields(words: Any, tokens: int) -> tuple[Any, ...]:
-    """Slot, uniforms, length, number of masked rows, ids, masked rows and positions."""
+    """Slot, uniforms, length, number of masked rows, ids, masked rows and reads."""
     wide, rest = words[: 2 + 2 * tokens], words[2 + 2 * tokens :]
     slot, uniforms = wide[:2].view(np.uint64), wide[2:].view(np.float64)
-    return slot, uniforms, rest[:1], rest[1:2], rest[2 : 2 + tokens], rest[2 + tokens : -1], rest[-1:]
+    return slot, uniforms, rest[:1], rest[1:2], rest[2 : 2 + tokens], rest[2 + tokens : -2], rest[-2:]
 
 
 class DeviceBatch:

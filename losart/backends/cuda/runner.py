@@ -32,7 +32,7 @@ class Launched:
     Attributes
     ----------
     proposes, counts : bool
-        Whether it proposes tokens, and counts the positions that sparse attention reads.
+        Whether it proposes tokens, and counts what sparse attention reads.
     reads : list of (Selection or None)
         Empty unless it is observed.
     graph : cupy.cuda.Graph, optional
@@ -104,7 +104,7 @@ class PassRunner:
         with memory.running("a piece of the prompt", memory.prefill_pool):
             body.launch(self.place(batch))
             memory.stream.synchronize()
-        return PassOutput((), (0,), ())
+        return PassOutput((), (0,), (0,), ())
 
     def _replay(self, batch: DeviceBatch, body: PassBody, observe: bool) -> Launched | None:
         """Replay a pass; None where it comes for the first time, or there is no memory to capture it."""
@@ -138,15 +138,15 @@ class PassRunner:
     def _output(self, batch: DeviceBatch, launched: Launched) -> PassOutput:
         """Fetch what the pass gives."""
         if not launched.proposes and not launched.counts:
-            return PassOutput((), (0,), launched.reads)
-        positions, results = batch.buffers.fetch()
+            return PassOutput((), (0,), (0,), launched.reads)
+        positions, reading, results = batch.buffers.fetch()
         if not launched.proposes:
-            return PassOutput((), (positions,), launched.reads)
+            return PassOutput((), (positions,), (reading,), launched.reads)
         tokens, confidence, entropy, finite = results[:, : len(batch.sequence.masked)]
         if not finite.all():
             raise NumericalError(NOT_FINITE)
         proposals = Proposals(tokens.astype(np.int64), confidence.view(np.float32), entropy.view(np.float32))
-        return PassOutput((proposals,), (positions,), launched.reads)
+        return PassOutput((proposals,), (positions,), (reading,), launched.reads)
 
 
 def _launch(batch: DeviceBatch, body: PassBody, observe: bool) -> Launched:

@@ -7,7 +7,7 @@ from typing import Any
 import cupy
 import numpy as np
 
-from losart.backends.base import Selection
+from losart.backends.base import ActiveRule, ActiveTokens, Selection
 from losart.backends.cuda.batch import DeviceBatch
 from losart.backends.cuda.kernels import Kernels
 from losart.backends.cuda.plans import scores_plan, top_pages_plan
@@ -21,7 +21,7 @@ class DeviceSelector:
     """Implements `losart.backends.base.Selector`.
 
     The host learns nothing of what is selected, so that a captured pass can be replayed: lists have room for
-    the most that there can be. Active tokens are int32 [count]; -1 follows the last.
+    the most that there can be. Active tokens are int32 [count of the rule]; -1 follows the last.
 
     Parameters
     ----------
@@ -34,45 +34,48 @@ class DeviceSelector:
         self._kernels = kernels
         self._done = cupy.zeros(1, np.uint32)  # query_change's counter, 0 between launches
 
-    def select_active(
-        self, layer: int, q: Any, batch: DeviceBatch, count: int, *, masked_only: bool, follow: bool
-    ) -> Any:
-        active = cupy.empty(count, np.int32)
+    def select_active(self, layer: int, q: Any, batch: DeviceBatch, rule: ActiveRule) -> ActiveTokens:
         # With a count of 0 too: the next kernel relies on one that waits (kernels_cu/common/overlap.cuh).
-        self.query_change(layer, q, batch, active, masked_only=masked_only, follow=follow)
-        return active
+        tokens = cupy.empty(rule.count, np.int32)
+        return ActiveTokens(tokens, self.query_change(layer, q, batch, rule, tokens))
 
     def select_pages(
-        self, layer: int, q: Any, active: Any | None, batch: DeviceBatch, count: int
+        self, layer: int, q: Any, active: ActiveTokens | None, batch: DeviceBatch, count: int
     ) -> Selection:
-        c, rows = self._config, (len(q) if active is None else len(active)) * self._config.group_size
+        tokens, change = (None, None) if active is None else (active.tokens, active.change)
+        c, rows = self._config, (len(q) if tokens is None else len(tokens)) * self._config.group_size
         if not rows:
-            return Selection(active, NO_PAGES)
+            return Selection(tokens, NO_PAGES, change)
         pages, words, count = batch.max_pages, batch.mark_words, min(count, batch.max_pages)
         marks = cupy.empty((c.num_kv_heads, words), np.uint32)
-        scores = self._page_scores(layer, q, active, batch, marks)
+        scores = self._page_scores(layer, q, tokens, batch, marks)
         self._kernels.launch_plan(
             top_pages_plan("mark_pages", rows, c.num_kv_heads, pages),
-            *(scores, pages, batch.cache_view(layer), active, c.group_size, count, marks, words),
+            *(scores, pages, batch.cache_view(layer), tokens, c.group_size, count, marks, words),
         )
-        return Selection(active, SelectedPages(min(pages, rows * count), marks))
+        return Selection(tokens, SelectedPages(min(pages, rows * count), marks), change)
 
-    def select_stored_pages(self, layer: int, active: Any | None, batch: DeviceBatch) -> Selection:
+    def select_stored_pages(self, layer: int, active: ActiveTokens | None, batch: DeviceBatch) -> Selection:
+        tokens, change = (None, None) if active is None else (active.tokens, active.change)
         _, rows, count = batch.stored_pages_shape
-        reading = rows if active is None else len(active) * self._config.group_size
+        reading = rows if tokens is None else len(tokens) * self._config.group_size
         if not reading:
-            return Selection(active, NO_PAGES)
+            return Selection(tokens, NO_PAGES, change)
         limit, top = min(batch.max_pages, reading * count), batch.stored("top_pages", layer)
-        return Selection(active, SelectedPages(limit, top=top, rows=rows, count=count))
+        return Selection(tokens, SelectedPages(limit, top=top, rows=rows, count=count), change)
 
-    def query_change(
-        self, layer: int, q: Any, batch: DeviceBatch, active: Any, *, masked_only: bool, follow: bool
-    ) -> Any:
-        """Change of each token's query, float32 [tokens]; the list `active` gets those that changed most."""
+    def query_change(self, layer: int, q: Any, batch: DeviceBatch, rule: ActiveRule, active: Any) -> Any:
+        """Change of each token's query, float32 [tokens]; the list `active` gets the active ones."""
         change, stored = cupy.empty(len(q), np.float32), batch.stored("queries", layer)
-        masked = (batch.buffers.masked, batch.buffers.masked_count) if masked_only else (None, None)
-        arguments = (q, stored, q[0].size, int(follow), *masked, change, self._done, active, len(active))
-        self._kernels.launch("query_change", (len(q),), QUERY_CHANGE_THREADS, *arguments)
+        relative = rule.threshold is not None
+        masked = (batch.buffers.masked, batch.buffers.masked_count) if rule.masked_only else (None, None)
+        self._kernels.launch(
+            "query_change",
+            (len(q),),
+            QUERY_CHANGE_THREADS,
+            *(q, stored, q[0].size, int(relative), int(rule.follow), *masked),
+            *(rule.threshold if relative else -1.0, change, self._done, active, len(active)),
+        )
         return change
 
     def top_pages(self, layer: int, q: Any, batch: DeviceBatch, count: int) -> Any:
