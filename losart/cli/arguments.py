@@ -14,7 +14,7 @@ from losart.measure.random_checkpoint import SIZES
 
 Group = argparse._ArgumentGroup
 ATTENTION_DETAILS = {
-    "change_threshold": "losa with --active auto: relative change of a query that recomputes its token (0.2)",
+    "change_threshold": "losa with --active auto: a query's relative change that recomputes its token (0.15)",
     "selector": "losa: what ranks pages for a query (quest)",
     "drift": "losa: against which pass change is measured (auto)",
     "candidates": "losa: tokens that can be recomputed (all)",

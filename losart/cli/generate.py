@@ -14,6 +14,7 @@ from losart.cli.answers import print_figures, print_json, print_steps
 from losart.cli.arguments import add_generation, add_model, generation_options
 from losart.cli.progress import Progress, load_model
 from losart.cli.watch import Watch
+from losart.config.options import AttentionConfig
 from losart.errors import PromptError
 from losart.loaders import Tokenizer
 from losart.observe.step import Observer, Step
@@ -71,7 +72,7 @@ def run(args: argparse.Namespace) -> None:
             trace = stack.enter_context(TraceWriter(args.trace, session, args.model or "small_checkpoint"))
             observers.append(trace)
         if args.watch:
-            passes = stack.enter_context(_watch(model.tokenizer, session.options.attention.page_size))
+            passes = stack.enter_context(_watch(model.tokenizer, session.options.attention))
             observers.append(passes)
             result = passes.follow(steps)
         else:
@@ -84,7 +85,7 @@ def run(args: argparse.Namespace) -> None:
         print_figures(result)
 
 
-def _watch(tokenizer: Tokenizer | None, page_size: int) -> Watch:
+def _watch(tokenizer: Tokenizer | None, attention: AttentionConfig) -> Watch:
     """What shows passes here: a block redrawn in place by rich, on a terminal that can do so, else lines."""
     if sys.stdout.isatty() and os.environ.get("TERM") != "dumb":
         try:
@@ -93,8 +94,8 @@ def _watch(tokenizer: Tokenizer | None, page_size: int) -> Watch:
             message = "rich is not installed, so passes are plain lines: pip install 'losart[watch]'"
             print(f"losart: {message}", file=sys.stderr)
         else:
-            return LiveWatch(tokenizer, page_size)
-    return Watch(tokenizer, page_size)
+            return LiveWatch(tokenizer, attention)
+    return Watch(tokenizer, attention)
 
 
 def _warn_of_unknown_words(model: Model, text: str) -> None:

@@ -10,7 +10,8 @@ from losart.observe.plot import KINDS, draw
 from losart.observe.trace import read_trace
 
 HELP = "draw a trace of `losart generate --trace`"
-DESCRIPTION = """Draw a trace: density by pass and layer, and which pages of the prefix were read by pass.
+DESCRIPTION = """Draw a trace: density by pass and layer, which pages of the prefix were read by pass, and
+with --kind active which tokens were active in which layer, and why.
 Needs matplotlib: pip install 'losart[plot]'."""
 EXAMPLE = "example: losart plot run.jsonl -o run.png --kind pages --layer 12"
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
+
+from losart.config.options import AttentionConfig
 from losart.engine.engine import Stream
 from losart.loaders import Tokenizer
 from losart.observe.step import GenerationResult, Step
@@ -16,25 +19,29 @@ class Watch:
     ----------
     tokenizer : Tokenizer or None
         None: tokens are shown as their ids.
-    page_size : int
-        Of the KV cache.
+    attention : AttentionConfig
+        Of the generation.
     """
 
-    def __init__(self, tokenizer: Tokenizer | None, page_size: int) -> None:
+    def __init__(self, tokenizer: Tokenizer | None, attention: AttentionConfig) -> None:
         self._tokenizer = tokenizer
-        self._page_size = page_size
+        self._attention = attention
         self.text = ""  # generated before the pass that is shown
 
     def __call__(self, step: Step) -> None:
         """Show one pass."""
         fixed = " ".join(map(str, step.fixed)) or "-"
         active = " ".join(map(str, active_layers(step)))
-        block = " ".join(self.words(step))
-        print(
-            f"{self.summary(step)}; fixed: {fixed}; active, of {len(step.layers)} layers: {active}; "
-            f"block: {block}",
-            flush=True,
-        )
+        parts = [self.summary(step), f"fixed: {fixed}", f"active, of {len(step.layers)} layers: {active}"]
+        if changes := largest_changes(step):
+            parts.append(f"{self.of_changes()}: {' '.join(map(shown, changes))}")
+        print("; ".join([*parts, f"block: {' '.join(self.words(step))}"]), flush=True)
+
+    def of_changes(self) -> str:
+        """What `largest_changes` are."""
+        attention = self._attention
+        above = f", active above {attention.change_threshold:g}" if attention.active == "auto" else ""
+        return f"largest change of the query{above}"
 
     def follow(self, stream: Stream) -> GenerationResult:
         """Run a stream to its end while its passes are shown; then print its text."""
@@ -56,7 +63,7 @@ class Watch:
     def summary(self, step: Step) -> str:
         """Kind of a pass, and what it read as means over layers and kv heads."""
         counts = [len(pages) for layer in step.layers for pages in layer.pages]
-        prefix_pages = -(-step.block_start // self._page_size)
+        prefix_pages = -(-step.block_start // self._attention.page_size)
         density = "no prefix" if step.density is None else f"density {step.density:.1%}"
         return (
             f"block at {step.block_start}, {step.kind} pass: {step.block.count(None)} of {len(step.block)} "
@@ -70,6 +77,17 @@ class Watch:
     def _word(self, token: int) -> str:
         text = self._tokenizer.decode([token], skip_special=False) if self._tokenizer else ""
         return repr(text) if text else str(token)
+
+
+def largest_changes(step: Step) -> list[float]:
+    """The largest change of each token's query in any layer; empty where none was measured."""
+    changes = [layer.change for layer in step.layers if layer.change is not None]
+    return np.max(changes, axis=0).tolist() if changes else []
+
+
+def shown(change: float) -> str:
+    """A change in two digits."""
+    return f"{change:.2g}"
 
 
 def active_layers(step: Step) -> list[int]:

@@ -7,7 +7,8 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from losart.cli.watch import Watch, active_layers
+from losart.cli.watch import Watch, active_layers, largest_changes, shown
+from losart.config.options import AttentionConfig
 from losart.loaders import Tokenizer
 from losart.observe.step import Step
 
@@ -24,8 +25,8 @@ LEGEND = (
 class LiveWatch(Watch):
     """An observer that redraws the block after each pass, below the end of the text so far."""
 
-    def __init__(self, tokenizer: Tokenizer | None, page_size: int) -> None:
-        super().__init__(tokenizer, page_size)
+    def __init__(self, tokenizer: Tokenizer | None, attention: AttentionConfig) -> None:
+        super().__init__(tokenizer, attention)
         self._live = Live(console=Console(), auto_refresh=False)
 
     def __call__(self, step: Step) -> None:
@@ -42,13 +43,15 @@ class LiveWatch(Watch):
         self._live.stop()  # what was interrupted leaves its last drawing
 
     def _drawing(self, step: Step) -> Group:
-        layers = len(step.layers)
+        layers, changes = len(step.layers), largest_changes(step)
         cells = []
         rows = zip(step.block, self.words(step), active_layers(step), strict=True)
         for index, (token, word, active) in enumerate(rows):
             style = "dim" if token is None else "bold green" if index in step.fixed else ""
             count = (f"{active}/{layers}", "cyan" if active else "dim")
-            cells.append(Text.assemble((word, style), "\n", count))
+            change = f"\n{shown(changes[index])}" if changes else "\n"
+            cells.append(Text.assemble((word, style), "\n", count, (change, "dim")))
         text = Text(self.text[-TEXT_LINES * self._live.console.width :])
         summary = Text(self.summary(step), "bold")
-        return Group(text, summary, Columns(cells, equal=True), Text.assemble(*LEGEND))
+        legend = Text.assemble(*LEGEND, f", and the {self.of_changes()}" if changes else "")
+        return Group(text, summary, Columns(cells, equal=True), legend)

@@ -74,7 +74,7 @@ class AttentionConfig:
     method: str = "dense"
     budget: int = 256
     active: int | float | str = "auto"
-    change_threshold: float = 0.2
+    change_threshold: float = 0.15
     selector: str = "quest"
     drift: str = "auto"
     candidates: str = "all"

@@ -1,4 +1,4 @@
-"""Pictures of a trace: density by pass and layer, and the pages that were read by pass."""
+"""Pictures of a trace: density by pass and layer, the pages that were read, the tokens that were active."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from losart.errors import LosartError, OptionError, TraceError
 from losart.observe.trace import Trace
 
 TITLE_WIDTH = 90  # characters that fit over the panels
-KINDS = ("both", "density", "pages")
+KINDS = ("both", "density", "pages", "active")
 SPARSE_OPTIONS = ("budget", "page_size", "dense_layers", "first_pass", "commit")
-LOSA_OPTIONS = ("active", "selector", "drift", "candidates")
+LOSA_OPTIONS = ("active", "change_threshold", "selector", "drift", "candidates")
+CLIP = 4  # powers of two around the threshold that are told apart
 
 
 def density_map(trace: Trace) -> np.ndarray:
@@ -42,13 +43,34 @@ def page_map(trace: Trace, layer: int | None = None) -> np.ndarray:
     return shares
 
 
+def active_map(trace: Trace) -> np.ndarray:
+    """Which tokens were active, and how far they were from the threshold: float [layers * tokens, passes].
+
+    Positive: active. The logarithm to base 2 of the change over the threshold, infinite where no change was
+    measured or the threshold is none.
+    """
+    attention = trace.options["attention"]
+    threshold = attention["change_threshold"] if attention["active"] == "auto" else 0.0
+    columns = []
+    for step in trace.passes:
+        for layer in step.layers:
+            active = np.isin(np.arange(trace.block_length), layer.active)
+            column = np.where(active, np.inf, -np.inf)
+            if layer.change is not None and threshold:
+                with np.errstate(divide="ignore"):
+                    column = np.log2(layer.change / threshold)
+            columns.append(np.where(active, np.maximum(column, 0.0), np.minimum(column, 0.0)))
+    return np.array(columns, np.float64).reshape(len(trace.passes), -1).T
+
+
 def draw(trace: Trace, kind: str = "both", layer: int | None = None) -> Any:
     """Draw a trace.
 
     Parameters
     ----------
     trace : Trace
-    kind : {"both", "density", "pages"}
+    kind : {"both", "density", "pages", "active"}
+        "both" is density and pages.
     layer : int, optional
         Whose pages are shown; default: the mean over all layers.
 
@@ -73,7 +95,7 @@ def draw(trace: Trace, kind: str = "both", layer: int | None = None) -> Any:
         raise OptionError(f"layer must be 0 to {trace.layers - 1}, not {layer}")
     if not any(step.block_start for step in trace.passes):
         raise TraceError("the trace has no pass over a prefix, so there is nothing to draw")
-    panels = KINDS[1:] if kind == "both" else (kind,)
+    panels = ("density", "pages") if kind == "both" else (kind,)
     figure = Figure(figsize=(8, 0.8 + 3.6 * len(panels)), layout="constrained", dpi=150)
     figure.suptitle(_title(trace), fontsize=9, parse_math=False)
     for axes, panel in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels, strict=True):
@@ -93,16 +115,25 @@ def _title(trace: Trace) -> str:
 
 
 def _draw_panel(figure: Any, axes: Any, trace: Trace, panel: str, layer: int | None) -> None:
+    limits, colours = (0, 1), None
     if panel == "density":
         values, origin, line, unit = density_map(trace), "lower", axes.axvline, "density"
         axes.set(xlabel="pass (lines: a new block begins)", ylabel="layer", title="share of the prefix read")
+    elif panel == "active":
+        values, origin, line = active_map(trace).clip(-CLIP, CLIP), "upper", axes.axvline
+        limits = (-CLIP, CLIP)
+        colours, unit = "RdBu_r", "change over the threshold, log2; red: active"
+        axes.set(xlabel="pass (lines: a new block begins)", title="active tokens")
+        axes.set_ylabel(f"layer * {trace.block_length} + token of the block")
     else:
         values, origin, line = page_map(trace, layer), "upper", axes.axhline
         unit = "share of kv heads that read"
         of = "mean over the layers" if layer is None else f"layer {layer}"
         axes.set(ylabel="pass", title=f"pages read, {of}")
         axes.set_xlabel(f"page of the prefix ({trace.page_size} positions each)")
-    image = axes.imshow(values, aspect="auto", interpolation="nearest", origin=origin, vmin=0, vmax=1)
+    image = axes.imshow(
+        values, colours, aspect="auto", interpolation="nearest", origin=origin, vmin=limits[0], vmax=limits[1]
+    )
     for index in _block_starts(trace):
         line(index - 0.5, color="white", linewidth=0.5)
     for axis in (axes.xaxis, axes.yaxis):

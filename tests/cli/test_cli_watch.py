@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import losart
@@ -86,6 +87,26 @@ def test_a_line_for_each_pass_and_the_text(tiny_checkpoint, observed, capsys):
         assert line.endswith(f"; block: {' '.join(words)}")
 
 
+def test_a_line_says_why_tokens_were_active(tiny_checkpoint, capsys):
+    arguments = [*SHORT[: SHORT.index("--active")], "--budget", "16", "--change-threshold", "0.05"]
+    passes: list[losart.Step] = []
+    options = {key: value for key, value in OPTIONS.items() if key != "active"} | {"change_threshold": 0.05}
+    losart.load(tiny_checkpoint, device="cpu").generate(PROMPT, observer=passes.append, **options)
+    assert main(["generate", str(tiny_checkpoint), *arguments]) == 0
+    lines = capsys.readouterr().out.split("\n", len(passes))[:-1]
+    assert {seen.kind for seen in passes} == {"first", "later", "commit"}
+    for line, seen in zip(lines, passes, strict=True):
+        found = re.search(
+            r"; largest change of the query, active above 0.05: (\S+ \S+ \S+ \S+); block: ", line
+        )
+        assert bool(found) == (seen.kind == "later")
+        if found:
+            largest = np.max([layer.change for layer in seen.layers], axis=0)
+            assert found[1].split() == [f"{change:.2g}" for change in largest]
+            active = [int(count) for count in re.search(r"layers: ([\d ]+);", line)[1].split()]
+            assert [count > 0 for count in active] == (largest > 0.05).tolist()
+
+
 def test_watching_goes_with_a_trace(tiny_checkpoint, observed, tmp_path, capsys):
     file = tmp_path / "run.jsonl"
     assert main(["generate", str(tiny_checkpoint), *SHORT, "--trace", str(file)]) == 0
@@ -97,7 +118,9 @@ def test_a_checkpoint_without_a_tokenizer_shows_ids(make_checkpoint):
     model = losart.load(make_checkpoint(tokenizer=False), device="cpu")
     passes: list[losart.Step] = []
     result = model.generate([1, 2, 3, 4], observer=passes.append, max_new_tokens=4, stop_token_ids=[])
-    assert Watch(None, 16).words(passes[-1]) == [str(token) for token in result.token_ids]
+    assert Watch(None, losart.AttentionConfig()).words(passes[-1]) == [
+        str(token) for token in result.token_ids
+    ]
 
 
 def test_not_together_with_json(capsys):

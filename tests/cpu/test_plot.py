@@ -13,7 +13,7 @@ import pytest
 
 import losart
 from losart.cli import main
-from losart.observe.plot import density_map, draw, page_map
+from losart.observe.plot import active_map, density_map, draw, page_map
 
 PROMPT = np.random.default_rng(0).integers(0, 256, 75).tolist()
 needs_matplotlib = pytest.mark.skipif(
@@ -57,10 +57,35 @@ def test_the_page_map_has_a_share_of_heads_for_each_page(run):
             assert row[page] == np.mean([page in ids for ids in observed.layers[2].pages])
 
 
+def test_the_active_map_says_who_was_active_and_how_clearly(run, tiny_checkpoint, tmp_path):
+    counted = active_map(losart.read_trace(run[0]))
+    assert set(counted.ravel()) == {-np.inf, np.inf}
+    file = tmp_path / "auto.jsonl"
+    session = losart.load(tiny_checkpoint, device="cpu").session(
+        max_new_tokens=16, block_length=8, stop_token_ids=[], attention="losa", budget=16, dense_layers=1
+    )
+    with losart.TraceWriter(file, session) as trace:
+        session.generate(PROMPT, observer=trace)
+    trace = losart.read_trace(file)
+    found = active_map(trace)
+    assert found.shape == (4 * 8, len(trace.passes))
+    for column, step in zip(found.T, trace.passes, strict=True):
+        for of_layer, layer in zip(column.reshape(4, 8), step.layers, strict=True):
+            assert np.flatnonzero(of_layer > 0).tolist() == layer.active.tolist()
+            assert (layer.change is None) == (step.kind != "later" or layer.dense)
+            if layer.change is not None:
+                np.testing.assert_allclose(0.15 * 2.0**of_layer, layer.change, rtol=1e-5)
+
+
 @needs_matplotlib
 @pytest.mark.parametrize(
     ("arguments", "panels"),
-    [([], 2), (["--kind", "density"], 1), (["--kind", "pages", "--layer", "3"], 1)],
+    [
+        ([], 2),
+        (["--kind", "density"], 1),
+        (["--kind", "pages", "--layer", "3"], 1),
+        (["--kind", "active"], 1),
+    ],
 )
 def test_writes_a_picture(run, tmp_path, capsys, arguments, panels):
     output = tmp_path / "out.png"
@@ -91,7 +116,7 @@ def test_labels_and_title(run):
 @needs_matplotlib
 def test_a_trace_of_an_earlier_version_is_drawn():
     trace = losart.read_trace(Path(__file__).with_name("trace_format_1.jsonl"))
-    assert [len(draw(trace, kind).axes) for kind in ("density", "both")] == [2, 4]
+    assert [len(draw(trace, kind).axes) for kind in ("density", "both", "active")] == [2, 4, 2]
 
 
 @needs_matplotlib

@@ -96,6 +96,18 @@ def test_active_tokens(model):
             assert len(active) == (3 if observed.kind == "later" else 8)
 
 
+def test_active_tokens_are_those_that_changed(model):
+    counts = set()
+    for observed in observe(model, attention="losa", change_threshold=0.05, dense_layers=1)[0]:
+        for index, layer in enumerate(observed.layers):
+            assert (layer.change is None) == (index == 0 or observed.kind != "later")
+            if layer.change is not None:
+                assert layer.change.dtype == np.float32
+                assert layer.active.tolist() == np.flatnonzero(layer.change > np.float32(0.05)).tolist()
+                counts.add(len(layer.active))
+    assert len(counts) > 2
+
+
 def test_active_tokens_are_candidates(model):
     masked = set(range(8))
     for observed in observe(model, attention="losa", active=5, candidates="masked")[0]:
@@ -177,7 +189,7 @@ def test_a_trace_is_written_as_by_the_version_before(tmp_path):
             writer(step)
         writer.finish(losart.GenerationResult(**trace.result | {"stats": stats}))
     before = WRITTEN_BEFORE.read_text().replace('"losart":"0.1.0"', f'"losart":"{losart.__version__}"')
-    before = before.replace('"active":2,', '"active":2,"change_threshold":0.2,')  # an option that came later
+    before = before.replace('"active":2,', '"active":2,"change_threshold":0.15,')  # an option that came later
     assert file.read_text() == before
 
 

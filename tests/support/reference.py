@@ -228,7 +228,7 @@ class DensePolicy:
         budget: int = 512,
         page_size: int = 16,
         active: int | float | str = "auto",
-        change_threshold: float = 0.2,
+        change_threshold: float = 0.15,
         commit: str = "dense",
         selector: str = "quest",
         drift: str = "auto",
