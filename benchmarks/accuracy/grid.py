@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,32 +11,26 @@ from losart.eval import TASKS
 
 Setting = dict[str, Any]  # options of `Model.generate`; one that has its default is left out
 
-LENGTHS = (8192, 4096)
+LENGTHS = (4096, 8192, 16384)
 CORE = ("keys-4", "chain-2", "values", "chains-2")  # those on which methods differ
 BLOCK = 16
 
-BUDGETS = (64, 256, 1024, 128, 512, 32, 16)  # the most informative first
-BUDGET = 256
-SHARED: Setting = {"remasking": "low_confidence_static", "denoising_steps": 8}  # two tokens per pass
-DENSE = SHARED | {"attention": "dense"}
-QUEST = SHARED | {"attention": "quest", "budget": BUDGET}
-SPARSED = SHARED | {"attention": "sparsed", "budget": BUDGET}
-LOSA = SHARED | {"attention": "losa", "budget": BUDGET, "active": 5}
-ANCHOR = LOSA | {"selector": "anchor"}
-SPARSE_METHODS = (LOSA, QUEST, SPARSED, ANCHOR)
-FEW: Setting = {"block_length": 4, "denoising_steps": 2}  # two tokens per pass, as in blocks of 16
-
-BEYOND_THE_PAPER: tuple[Setting, ...] = (
-    {"selector": "anchor"},
-    {"drift": "refresh"},
-    {"candidates": "masked"},
-)
-
-
-def together(options: Sequence[Setting]) -> list[Setting]:
-    """Each of the options alone, any two of them, ..., and all."""
-    chosen = (some for count in range(len(options)) for some in itertools.combinations(options, count + 1))
-    return [dict(item for option in some for item in option.items()) for some in chosen]
+BUDGETS = (16, 32, 64, 128, 256, 512, 1024)
+DENSE: Setting = {"attention": "dense"}
+LOSA: Setting = {"attention": "losa"}
+PAPER = LOSA | {"active": 5}
+QUEST: Setting = {"attention": "quest"}
+SPARSED: Setting = {"attention": "sparsed"}
+STATIC: Setting = {"remasking": "low_confidence_static"}
+TWO = STATIC | {"denoising_steps": BLOCK // 2}  # tokens fixed per pass
+REMASKING: dict[str, tuple[str, Setting]] = {
+    "dynamic": ("Dynamic remasking, confidence above 0.85 (the default)", {}),
+    "dynamic-0.6": ("Dynamic remasking, confidence above 0.6", {"confidence_threshold": 0.6}),
+    "static-1": ("Static remasking, one token per pass", STATIC | {"denoising_steps": BLOCK}),
+    "static-2": ("Static remasking, two tokens per pass", TWO),
+    "static-4": ("Static remasking, four tokens per pass", STATIC | {"denoising_steps": BLOCK // 4}),
+}
+FEW: Setting = {"block_length": 4}
 
 
 def vary(methods: Sequence[Setting], *changes: Setting) -> list[Setting]:
@@ -64,50 +57,64 @@ class Group:
 
 
 GROUPS = {
+    **{
+        name: Group(
+            title,
+            "LoSA by its defaults and with the paper's five active tokens.",
+            [
+                DENSE | remasking,
+                *vary(
+                    [LOSA, PAPER, QUEST, SPARSED], *(remasking | {"budget": budget} for budget in (64, 128))
+                ),
+            ],
+            tuple(TASKS),
+        )
+        for name, (title, remasking) in REMASKING.items()
+    },
     "budgets": Group(
         "Budgets",
-        "LoSA with 5 active tokens; beside it LoSA with `selector=anchor`.",
-        [DENSE, *vary(SPARSE_METHODS, *({"budget": budget} for budget in BUDGETS))],
+        "Dynamic remasking.",
+        [DENSE, *vary([LOSA, PAPER, QUEST, SPARSED], *({"budget": budget} for budget in BUDGETS))],
     ),
-    "tasks": Group(
-        "All tasks",
-        "Budget 64.",
-        [
-            DENSE,
-            *vary([LOSA, QUEST, SPARSED, ANCHOR, ANCHOR | {"candidates": "masked"}], {"budget": 64}),
-        ],
-        tuple(TASKS),
-    ),
-    "options": Group(
-        "Options beyond the paper",
-        "LoSA with 5 active tokens: `selector`, `drift` and `candidates`, alone and together.",
-        [
-            setting
-            for budget in (64, BUDGET)
-            for setting in vary([LOSA | {"budget": budget}], {}, *together(BEYOND_THE_PAPER))
-        ],
+    "budgets-static": Group(
+        "Budgets, static remasking",
+        "Two tokens per pass.",
+        [DENSE | TWO, *vary([LOSA, PAPER, QUEST], *(TWO | {"budget": budget} for budget in BUDGETS))],
     ),
     "active": Group(
         "Active tokens",
-        f"Budget {BUDGET}.",
-        vary([LOSA, ANCHOR], *({"active": count} for count in (1, 3, 5, 8))),
+        "Budget 64: thresholds of the relative change, and counts.",
+        vary(
+            [
+                *vary([LOSA], *({"change_threshold": threshold} for threshold in (0.05, 0.1, 0.2, 0.3))),
+                *vary([LOSA], *({"active": count} for count in (3, 5, 8, 12))),
+                LOSA,
+            ],
+            *({"budget": 64} | remasking for _, remasking in REMASKING.values()),
+        ),
     ),
-    "tokens": Group(
-        "Tokens fixed in a pass",
-        f"Budget {BUDGET}; 16, 8 and 4 passes over a block.",
-        vary([DENSE, *SPARSE_METHODS], *({"denoising_steps": BLOCK // tokens} for tokens in (1, 2, 4))),
+    "options": Group(
+        "Options",
+        "Budget 64: what change is measured against, which tokens can be active, and what ranks pages.",
+        vary(
+            [
+                *vary([LOSA], {}, {"drift": "previous"}, {"candidates": "masked"}, {"selector": "anchor"}),
+                *vary([PAPER], {}, {"drift": "refresh"}, {"candidates": "masked"}, {"selector": "anchor"}),
+            ],
+            *({"budget": 64} | REMASKING[name][1] for name in ("dynamic", "static-1", "static-2")),
+        ),
     ),
     "commit": Group(
         "Commit",
         "The pass that writes a block's keys and values, dense and sparse. Blocks of 4 tokens, so that an "
-        "answer takes several and later hops begin from what was committed; LoSA with 2 active tokens.",
+        "answer takes several and later hops begin from what was committed.",
         [
             DENSE | FEW,
             *vary(
-                [LOSA | {"active": 2}, QUEST, SPARSED, ANCHOR | {"active": 2}],
+                [LOSA, QUEST],
                 *(
                     FEW | {"budget": budget} | commit
-                    for budget in (32, BUDGET)
+                    for budget in (32, 256)
                     for commit in ({}, {"commit": "sparse"})
                 ),
             ),
@@ -120,7 +127,7 @@ GROUPS = {
         vary(
             [LOSA, LOSA | {"first_pass": "sparse"}, QUEST, QUEST | {"first_pass": "dense"}],
             {"budget": 64},
-            {"budget": BUDGET},
+            {"budget": 64} | TWO,
         ),
     ),
 }
@@ -146,12 +153,11 @@ def cell_key(task: str, length: int, setting: Mapping[str, Any]) -> str:
 
 
 def label(setting: Setting) -> str:
-    """A setting in words, without what all settings share."""
-    tokens = setting.get("block_length", BLOCK) // setting["denoising_steps"]
+    """A setting in words."""
     words = [str(setting["attention"])]
-    words += [f"{name} {value}" for name, value in setting.items() if name not in {*SHARED, "attention"}]
-    if tokens != BLOCK // SHARED["denoising_steps"]:
-        words.append(f"tokens a pass {tokens}")
+    if setting.get("remasking") == STATIC["remasking"]:
+        words.append(f"static, {setting.get('block_length', BLOCK) // setting['denoising_steps']} a pass")
+    words += [f"{name} {value}" for name, value in setting.items() if name not in {"attention", *TWO}]
     return ", ".join(words)
 
 

@@ -19,8 +19,8 @@ def _figure(width: float, height: float) -> Any:
 
 def _method(setting: dict[str, Any]) -> str:
     """What a setting is but for its budget."""
-    anchor = ", anchor" if setting.get("selector") == "anchor" else ""
-    return f"{setting['attention']}{anchor}"
+    active = f", {setting['active']} active" if "active" in setting else ""
+    return f"{setting['attention']}{active}"
 
 
 def draw_accuracy(

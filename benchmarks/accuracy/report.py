@@ -45,7 +45,7 @@ def markdown(report: dict[str, Any]) -> str:
     parts = [
         "# Accuracy of attention methods\n\n"
         f"{report['samples']} questions per cell, answered by the checkpoint that comes with losart, in "
-        f"blocks of {BLOCK}, greedily, with two tokens fixed per pass unless stated otherwise. Percent "
+        f"blocks of {BLOCK}, greedily, with dynamic remasking unless stated otherwise. Percent "
         "answered right, with 95% intervals (Wilson); density of the passes that are read sparsely, and of "
         f"all, means over the tasks shown.\n\n{report['device_name']}, {report['dtype']}, commit {commits}: "
         f"`{report['command']}`\n"

@@ -9,6 +9,7 @@ The file is rewritten after each cell; the same command resumes where it was cut
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import signal
@@ -28,11 +29,14 @@ from losart.cli.arguments import listed, positive
 from losart.cli.eval_report import JsonReport
 from losart.cli.progress import Progress
 from losart.errors import DataError, LosartError, OptionError
-from losart.eval import TASKS, Cell, EvalConfig, evaluate
+from losart.eval import TASKS, Cell, EvalConfig
+from losart.eval.evaluation import measure
 from losart.measure.environment import environment
 
-SWEPT = {"attention": "attention", "budget": "budgets", "active": "active"}  # options to EvalConfig's fields
-PACE = 25.0  # questions a second and process: 8K, eight processes on one H200
+STYLE = "symbols"
+TOGETHER = (
+    12  # settings that share a process's KV cache, so that a document is prefilled once for all of them
+)
 
 
 @dataclass(frozen=True)
@@ -56,15 +60,26 @@ def device_facts(device: str) -> dict[str, str]:
     return {"device": model.device, "device_name": machine["name"], "dtype": model.dtype}
 
 
-def measure(asked: Asked, device: str, samples: int, seed: int) -> Cell:
-    """Ask the questions of one cell."""
-    options = dict(asked.setting)
-    swept: dict[str, Any] = {SWEPT[name]: (options.pop(name),) for name in asked.setting.keys() & SWEPT}
-    config = EvalConfig(
-        tasks=(asked.task,), lengths=(asked.length,), samples=samples, seed=seed, options=options, **swept
-    )
-    [cell] = evaluate(model_of(device), config)
-    return cell
+def jobs(wanted: Sequence[Asked]) -> Iterator[tuple[Asked, ...]]:
+    """Cells of one task and length whose generations can share a session, in the order in which they come."""
+
+    def session(asked: Asked) -> tuple[str, int, int | None]:
+        return asked.task, asked.length, asked.setting.get("block_length")
+
+    groups: dict[Any, list[Asked]] = {}
+    for asked in wanted:
+        groups.setdefault(session(asked), []).append(asked)
+    for group in groups.values():
+        left = iter(group)
+        while job := tuple(itertools.islice(left, TOGETHER)):
+            yield job
+
+
+def ask(job: Sequence[Asked], device: str, samples: int, seed: int) -> list[Cell]:
+    """Ask the questions of some cells of one task and length."""
+    task, length = job[0].task, job[0].length
+    config = EvalConfig((task,), (length,), samples=samples, seed=seed)
+    return measure(model_of(device), task, length, [asked.setting for asked in job], config, STYLE)
 
 
 class Study:
@@ -105,7 +120,8 @@ class Study:
             report = JsonReport(str(self._file), facts, done=done)
             known = {cell_key(cell.task, cell.length, cell.setting) for cell in done}
             left = [asked for asked in wanted if asked.key not in known]
-            print(self._plan(len(wanted), len(left)), flush=True)
+            questions = len(left) * self._options["samples"]
+            print(f"{len(wanted)} cells, {len(left)} of them to measure: {questions:,} questions", flush=True)
             with Progress("measuring", "cells") as progress:
                 for count, cell in enumerate(self._measured(pool, left), 1):
                     report.add(cell)
@@ -117,20 +133,13 @@ class Study:
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _plan(self, wanted: int, left: int) -> str:
-        questions = left * self._options["samples"]
-        minutes = questions / (PACE * self._jobs) / 60
-        return (
-            f"{wanted} cells, {left} of them to measure: {questions:,} questions, {minutes:.1f} minutes at "
-            f"{PACE:.0f} questions a second in each of {self._jobs} processes"
-        )
-
     def _measured(self, pool: ProcessPoolExecutor, left: Sequence[Asked]) -> Iterator[StudyCell]:
         """Cells as they come."""
         at = commit()
-        futures = {pool.submit(measure, asked, **self._options): asked for asked in left}
+        futures = {pool.submit(ask, job, **self._options): job for job in jobs(left)}
         for future in as_completed(futures):
-            yield StudyCell(**asdict(future.result()), setting=futures[future].setting, commit=at)
+            for asked, cell in zip(futures[future], future.result(), strict=True):
+                yield StudyCell(**asdict(cell), setting=asked.setting, commit=at)
 
 
 def read_study(file: Path, facts: dict[str, Any]) -> list[StudyCell]:
@@ -175,7 +184,9 @@ def main() -> int:
     parser.add_argument("--samples", type=positive, default=400, metavar="N", help="questions per cell (400)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="(0)")
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS), metavar="NAME")
-    parser.add_argument("--lengths", type=listed(int), default=LENGTHS, metavar="LIST", help="(8192,4096)")
+    parser.add_argument(
+        "--lengths", type=listed(int), default=LENGTHS, metavar="LIST", help="(4096,8192,16384)"
+    )
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=(), metavar="NAME", help="only these")
     args = parser.parse_args()
     try:

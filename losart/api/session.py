@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from losart.config.options import generation_config
+from losart.config.options import GenerationConfig, generation_config
 from losart.engine.engine import Engine, Stream
 from losart.engine.kv_cache import PagedKVCache
 from losart.engine.sequence import Sequence
-from losart.errors import PromptError
+from losart.errors import OptionError, PromptError
 from losart.loaders.chat_template import ChatTemplate
 from losart.loaders.tokenizer import Prompt, Tokenizer, prompt_ids
 from losart.observe.step import GenerationResult, Observer, Progress, Step
@@ -49,12 +49,14 @@ class Session:
     ) -> None:
         self.model_config = engine.runner.config
         self.options = generation_config(self.model_config, options)
+        self._given = options
         self._engine = engine
         self._tokenizer = tokenizer
         self._chat_template = chat_template
         self._decode = tokenizer.decode if tokenizer else None
         engine.check(self.options, self._decode)
         self._streams = 0  # begun so far: only the last one may be resumed
+        self._prompt: tuple[Any, list[int]] = (None, [])  # the last one, and its token ids: text is long
         self._forget()
 
     def _forget(self) -> None:
@@ -62,42 +64,77 @@ class Session:
         self._sequence: Sequence | None = None  # whose tokens the cache holds
 
     def generate(
-        self, prompt: Prompt, *, progress: Progress | None = None, observer: Observer | None = None
+        self,
+        prompt: Prompt,
+        *,
+        progress: Progress | None = None,
+        observer: Observer | None = None,
+        **options: Any,
     ) -> GenerationResult:
         """Generate from one prompt, which has all that came before in it.
+
+        Parameters
+        ----------
+        prompt, progress, observer
+            As of :meth:`losart.Model.generate`.
+        **options
+            For this generation alone, in place of the session's.
 
         Raises
         ------
         PromptError
             The prompt is empty, too long, out of the vocabulary, or cannot be tokenized.
+        OptionError
+            An option is unknown or out of range, or is `block_length` or `page_size` and not the session's:
+            what the cache holds depends on these.
         """
-        return self.stream(prompt, progress=progress, observer=observer).result()
+        return self.stream(prompt, progress=progress, observer=observer, **options).result()
 
     def stream(
-        self, prompt: Prompt, *, progress: Progress | None = None, observer: Observer | None = None
+        self,
+        prompt: Prompt,
+        *,
+        progress: Progress | None = None,
+        observer: Observer | None = None,
+        **options: Any,
     ) -> Stream:
         """As `generate`, giving a `Step` after each denoising pass.
 
         Errors of the prompt are raised at once. A stream may be left before its end; it cannot be
         resumed when the session has begun another.
         """
-        ids = prompt_ids(prompt, self.model_config, self._tokenizer, self._chat_template)
+        changed = self._changed(options) if options else self.options
+        if not (isinstance(prompt, str) and prompt == self._prompt[0]):
+            ids = prompt_ids(prompt, self.model_config, self._tokenizer, self._chat_template)
+            self._prompt = (prompt, ids)
+        ids = self._prompt[1]
         if self._cache is None:
-            self._cache = self._engine.new_cache(ids, self.options)
+            self._cache = self._engine.new_cache(ids, changed)
         self._streams += 1
-        return Stream(self._steps(self._streams, ids, self._cache, observer, progress))
+        return Stream(self._steps(self._streams, ids, changed, self._cache, observer, progress))
+
+    def _changed(self, options: dict[str, Any]) -> GenerationConfig:
+        """The session's options with some others."""
+        changed = generation_config(self.model_config, self._given | options)
+        for name in ("block_length", "page_size"):
+            own, other = (vars(one) | vars(one.attention) for one in (self.options, changed))
+            if own[name] != other[name]:
+                raise OptionError(f"{name} must be the session's, {own[name]}, not {other[name]}")
+        self._engine.check(changed, self._decode)
+        return changed
 
     def _steps(
         self,
         number: int,
         ids: list[int],
+        options: GenerationConfig,
         cache: PagedKVCache,
         observer: Observer | None,
         progress: Progress | None,
     ) -> Iterator[Step]:
         self._check_last(number)
         self._rewind(cache, ids)
-        self._sequence = self._engine.sequence(ids, self.options, cache, self._decode)
+        self._sequence = self._engine.sequence(ids, options, cache, self._decode)
         try:
             for step in self._engine.steps(self._sequence, observer, progress):
                 yield step
@@ -125,5 +162,7 @@ class Session:
 
 def _common(a: list[int], b: list[int]) -> int:
     """How many ids two sequences begin with in common."""
-    pairs = zip(a, b, strict=False)
-    return next((index for index, (one, other) in enumerate(pairs) if one != other), min(len(a), len(b)))
+    shorter = min(len(a), len(b))
+    if a[:shorter] == b[:shorter]:
+        return shorter
+    return next(index for index in range(shorter) if a[index] != b[index])

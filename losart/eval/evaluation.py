@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -101,8 +101,8 @@ class Cell(Figures):
     accuracy, low, high : float
         Share of right answers and its 95% interval (Wilson).
     prefilled_tokens : int
-        Prompt tokens that went through the model; what a prompt has in common with the one before it
-        is counted once.
+        Prompt tokens that went through the model for this setting: the first one's, since the others find
+        the prompt in the KV cache, and of prompts that share a document only what they do not share.
     """
 
     task: str
@@ -128,7 +128,7 @@ def evaluate(
     model : losart.Model
     config : EvalConfig, optional
     on_cell : callable, optional
-        Called with each cell's figures once it is measured.
+        Called with each cell's figures, once all settings have been asked its questions.
     progress : callable, optional
         Called after each question with questions done and in all.
 
@@ -141,22 +141,58 @@ def evaluate(
     """
     config = EvalConfig() if config is None else config
     style = check_config(model, config)
-    shared = config.shared_options(ANSWER_TOKENS[style])
-    grid = list(itertools.product(config.lengths, config.tasks, config.settings))
+    grid = list(itertools.product(config.lengths, config.tasks))
+    total = len(grid) * len(config.settings) * config.samples
+    done = itertools.count(1)
+
+    def answered() -> None:
+        if progress is not None:
+            progress(next(done), total)
+
     cells: list[Cell] = []
-    for length, name, setting in grid:
-        session = model.session(**shared, **setting)  # prefills a document once
-        right, stats = 0, []
-        for question in make_questions(model, TASKS[name], length, config.samples, config.seed, style):
-            result = session.generate(question.prompt)
-            right += question.is_right(result.text)
-            stats.append(result.stats)
-            if progress is not None:
-                progress(len(cells) * config.samples + len(stats), len(grid) * config.samples)
-        cells.append(_cell(name, length, setting, right, stats))
-        if on_cell is not None:
-            on_cell(cells[-1])
+    for length, task in grid:
+        for cell in measure(model, task, length, config.settings, config, style, answered):
+            cells.append(cell)
+            if on_cell is not None:
+                on_cell(cell)
     return cells
+
+
+def measure(
+    model: Any,
+    task: str,
+    length: int,
+    settings: Sequence[Mapping[str, Any]],
+    config: EvalConfig,
+    style: str,
+    answered: Callable[[], None] = lambda: None,
+) -> list[Cell]:
+    """Ask the questions of one task and length with several settings, which share the KV cache.
+
+    Parameters
+    ----------
+    model : losart.Model
+    task : str
+    length : int
+    settings : sequence of mapping
+        Options of `Model.generate` beside the configuration's own; they agree in what a session's
+        generations must agree in.
+    config : EvalConfig
+        Its number of questions, seed and options.
+    style : {"symbols", "english"}
+    answered : callable
+        Called after each question.
+    """
+    shared = config.shared_options(ANSWER_TOKENS[style])
+    session = model.session(**shared, **settings[0])
+    answers: list[list[tuple[bool, Stats]]] = [[] for _ in settings]
+    for question in make_questions(model, TASKS[task], length, config.samples, config.seed, style):
+        for setting, given in zip(settings, answers, strict=True):
+            result = session.generate(question.prompt, **setting)
+            given.append((question.is_right(result.text), result.stats))
+            answered()
+    parts = zip(settings, answers, strict=True)
+    return [_cell(task, length, setting, given) for setting, given in parts]
 
 
 def check_config(model: Any, config: EvalConfig) -> str:
@@ -181,7 +217,8 @@ def check_config(model: Any, config: EvalConfig) -> str:
     return style
 
 
-def _cell(task: str, length: int, setting: Mapping[str, Any], right: int, stats: list[Stats]) -> Cell:
+def _cell(task: str, length: int, setting: Mapping[str, Any], answers: Sequence[tuple[bool, Stats]]) -> Cell:
+    right, stats = sum(one for one, _ in answers), [one for _, one in answers]
     low, high = wilson_interval(right, len(stats))
     return Cell(
         **figures(setting, stats),

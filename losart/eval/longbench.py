@@ -86,17 +86,19 @@ def evaluate_longbench(
     done, total = 0, len(settings) * sum(len(one.items) for one in sets)
     scores: list[Score] = []
     for one, shared, room in zip(sets, options, rooms, strict=True):
-        for setting in settings:
-            marks: list[float] = []
-            stats: list[Stats] = []
-            for item in one.items:
-                result = model.generate(make_prompt(model, one.name, item.prompt, room), **shared, **setting)
-                marks.append(best_f1(one.name, result.text, item.answers))
-                stats.append(result.stats)
+        answers: list[list[tuple[float, Stats]]] = [[] for _ in settings]
+        session = model.session(**shared, **settings[0])  # prefills a prompt once, for all settings
+        for item in one.items:
+            prompt = make_prompt(model, one.name, item.prompt, room)
+            for setting, given in zip(settings, answers, strict=True):
+                result = session.generate(prompt, **setting)
+                given.append((best_f1(one.name, result.text, item.answers), result.stats))
                 done += 1
                 if progress is not None:
                     progress(done, total)
-            f1 = 100 * sum(marks) / len(marks)
+        for setting, given in zip(settings, answers, strict=True):
+            f1 = 100 * sum(mark for mark, _ in given) / len(given)
+            stats = [one_stats for _, one_stats in given]
             scores.append(Score(**figures(setting, stats), dataset=one.name, f1=f1))
             if on_score is not None:
                 on_score(scores[-1])

@@ -52,16 +52,17 @@ def test_an_interrupt_leaves_the_cells_that_were_done(tiny_checkpoint, tmp_path,
 
     def interrupted(self, *args, **options):
         calls.append(options)
-        if len(calls) == 2:
+        if len(calls) == 4:
             raise KeyboardInterrupt
         return generate(self, *args, **options)
 
     monkeypatch.setattr(Session, "generate", interrupted)
     file = tmp_path / "eval.json"
-    arguments = ["--tasks", "key", "--attention", "dense,quest", "--json", str(file)]
+    arguments = ["--tasks", "key,last", "--attention", "dense,quest", "--json", str(file)]
     assert main(["eval", str(tiny_checkpoint), *SMALL, *arguments]) == 130
     assert "losart: interrupted" in capsys.readouterr().err
-    assert [cell["attention"] for cell in json.loads(file.read_text())["cells"]] == ["dense"]
+    cells = json.loads(file.read_text())["cells"]
+    assert [(cell["task"], cell["attention"]) for cell in cells] == [("key", "dense"), ("key", "quest")]
 
 
 @pytest.mark.parametrize(

@@ -126,6 +126,59 @@ def test_the_same_prompt_again_is_prefilled_no_more(models):
     assert shorter.token_ids == model.generate(prompt[:32], max_new_tokens=9, stop_token_ids=[]).token_ids
 
 
+def test_options_of_one_generation(models):
+    """The prompt is prefilled once for all of them, and the session's own options stay."""
+    model, prompt = models["float32"], FIRST[:96]
+    options = {"max_new_tokens": 20, "stop_token_ids": [], "block_length": 4}
+    others = [
+        LOSA,
+        {"attention": "quest", "budget": 16},
+        {"temperature": 1.0, "seed": 5},
+        {"max_new_tokens": 3},
+    ]
+    session = model.session(**options)
+    dense = session.generate(prompt)
+    for changed in (*others, {}):
+        found = session.generate(prompt, **changed)
+        assert found.token_ids == model.generate(prompt, **(options | changed)).token_ids
+        assert (found.stats.reused_tokens, found.stats.prefilled_tokens) == (96, 0)
+    assert found.token_ids == dense.token_ids and found.stats.density == 1.0
+    assert session.options == generation_config(model.config, options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"block_length": 8}, "block_length must be the session's, 4, not 8"),
+        ({"page_size": 32}, "page_size must be the session's, 16, not 32"),
+        ({"budget": 0}, "budget must be"),
+        ({"attention": "mage"}, "attention must be one of"),
+    ],
+)
+def test_options_that_one_generation_cannot_have(models, options, message):
+    session = models["float32"].session(block_length=4, max_new_tokens=4, stop_token_ids=[])
+    with pytest.raises(OptionError, match=message):
+        session.generate(FIRST[:32], **options)
+    assert session.generate(FIRST[:32]).token_ids
+
+
+def test_a_prompt_that_is_text_again_is_not_taken_for_another(models):
+    model = models["float32"]
+    session = model.session(max_new_tokens=4, stop_token_ids=[])
+    for text in ("one two", "one two", "one too", ["one two", 1][:0] or "one two"):
+        assert (
+            session.generate(text).token_ids
+            == model.generate(text, max_new_tokens=4, stop_token_ids=[]).token_ids
+        )
+    messages = FIRST[:8]
+    session.generate(messages)
+    messages[0] += 1  # the same list, with something else in it
+    assert (
+        session.generate(messages).token_ids
+        == model.generate(messages, max_new_tokens=4, stop_token_ids=[]).token_ids
+    )
+
+
 def test_prompts_of_several_pieces(models):
     """Prefill goes by 512 tokens, from wherever it begins: here from page 43, at 688."""
     model = models["float32"]

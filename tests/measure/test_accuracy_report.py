@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from benchmarks.accuracy import report as accuracy_report
-from benchmarks.accuracy.grid import DENSE, LOSA, QUEST, SPARSED, label
+from benchmarks.accuracy.grid import DENSE, PAPER, QUEST, SPARSED, TWO, label
 
 
 def cell(setting, task, accuracy, sparse):
@@ -20,9 +20,9 @@ def cell(setting, task, accuracy, sparse):
 def study(tmp_path):
     cells = [
         cell(DENSE, "values", 0.9, None),
-        cell(LOSA, "values", 0.5, 0.02),
-        cell(LOSA, "keys-4", 0.25, 0.04),
-        cell(QUEST | {"denoising_steps": 4}, "values", 0.125, 0.05),
+        cell(PAPER | {"budget": 256}, "values", 0.5, 0.02),
+        cell(PAPER | {"budget": 256}, "keys-4", 0.25, 0.04),
+        cell(QUEST | TWO | {"budget": 64}, "values", 0.125, 0.05),
     ]
     facts = {"samples": 400, "device_name": "a card", "dtype": "bfloat16", "command": "python x"}
     file = tmp_path / "study.json"
@@ -38,14 +38,16 @@ def report(monkeypatch, *arguments):
 def test_tables_say_what_was_measured_and_leave_open_what_was_not(study):
     text = accuracy_report.markdown(json.loads(study.read_text()))
     assert "a card, bfloat16, commit abc: `python x`" in text
-    budgets, *_, tokens = [part for part in text.split("## ") if part.startswith(("Budgets", "Tokens"))]
+    budgets, static = (
+        next(part for part in text.split("## ") if part.startswith(title)) for title in ("Budgets,", "Static")
+    )
     lines = [line for line in budgets.splitlines() if line.startswith("|")]
     assert lines[0] == "| setting | `keys-4` | `chain-2` | `values` | `chains-2` | sparse | density |"
     assert lines[2:] == [
         "| dense |  |  | 90.0 (80.0 - 100.0) |  | - | 50.0% |",
-        "| losa, budget 256, active 5 | 25.0 (15.0 - 35.0) |  | 50.0 (40.0 - 60.0) |  | 3.0% | 50.0% |",
+        "| losa, active 5, budget 256 | 25.0 (15.0 - 35.0) |  | 50.0 (40.0 - 60.0) |  | 3.0% | 50.0% |",
     ]
-    assert "| quest, budget 256, tokens a pass 4 |" in tokens
+    assert "| quest, static, 2 a pass, budget 64 |" in static
     assert label(SPARSED) not in text
 
 

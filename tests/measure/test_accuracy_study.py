@@ -31,10 +31,13 @@ def test_no_cell_is_measured_twice(config):
     }
 
 
-def test_options_stand_alone_and_together():
-    options = accuracy_grid.together([{"a": 1}, {"b": 2}, {"c": 3}])
-    assert len(options) == 7
-    assert options[0] == {"a": 1} and options[4] == {"a": 1, "c": 3} and len(options[-1]) == 3
+def test_a_job_is_of_one_task_and_length_and_block_length():
+    wanted = accuracy_grid.cells()
+    jobs = list(accuracy_study.jobs(wanted))
+    assert sorted(asked.key for job in jobs for asked in job) == sorted(asked.key for asked in wanted)
+    for job in jobs:
+        assert 0 < len(job) <= accuracy_study.TOGETHER
+        assert len({(one.task, one.length, one.setting.get("block_length")) for one in job}) == 1
 
 
 def study(file, samples=2):
@@ -43,11 +46,11 @@ def study(file, samples=2):
 
 def test_a_study_resumes_where_it_was_cut_short(tmp_path, capsys):
     file = tmp_path / "study.json"
-    wanted = accuracy_grid.cells(["first"], [256], ["keys-4"])
+    wanted = accuracy_grid.cells(["static-2"], [256], ["keys-4"])
     study(file).run(wanted[:3])
     first = json.loads(file.read_text())
     assert (first["device"], first["samples"], first["seed"]) == ("cpu", 2, 3)
-    assert {cell["attention"] for cell in first["cells"]} == {"losa", "quest"}
+    assert [cell["attention"] for cell in first["cells"]] == ["dense", "losa", "losa"]
     capsys.readouterr()
     study(file).run(wanted[:5])
     assert "5 cells, 2 of them to measure: 4 questions" in capsys.readouterr().out
@@ -56,7 +59,7 @@ def test_a_study_resumes_where_it_was_cut_short(tmp_path, capsys):
     keys = {accuracy_grid.cell_key(cell["task"], cell["length"], cell["setting"]) for cell in cells}
     assert keys == {asked.key for asked in wanted[:5]}
     assert all(
-        (cell["budget"], cell["active"]) == (cell["setting"]["budget"], cell["setting"].get("active"))
+        (cell["budget"], cell["active"]) == (cell["setting"].get("budget"), cell["setting"].get("active"))
         and cell["passes_per_question"] == 8
         for cell in cells
     )

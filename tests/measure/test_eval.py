@@ -29,7 +29,7 @@ class Oracle:
         self.asked = []
 
     def session(self, **options):
-        return SimpleNamespace(generate=lambda prompt: self.answer(prompt, options))
+        return SimpleNamespace(generate=lambda prompt, **others: self.answer(prompt, options | others))
 
     def answer(self, prompt, options):
         self.asked.append((prompt, options))
@@ -135,10 +135,11 @@ def test_every_setting_gets_the_same_questions(symbol_tokenizer):
     config = EvalConfig(("key",), (256,), ("dense", "quest"), samples=3)
     evaluate(oracle, config, progress=lambda *counts: progress.append(counts))
     prompts = [prompt for prompt, _ in oracle.asked]
-    assert prompts[:3] == prompts[3:] and len(set(prompts)) == 3
+    assert prompts[::2] == prompts[1::2] and len(set(prompts)) == 3
+    assert [options["attention"] for _, options in oracle.asked] == ["dense", "quest"] * 3
     assert progress == [(done, 6) for done in range(1, 7)]
     evaluate(oracle, EvalConfig(("key",), (256,), ("dense",), samples=2))
-    assert [prompt for prompt, _ in oracle.asked][6:] == prompts[:2]
+    assert [prompt for prompt, _ in oracle.asked][6:] == prompts[:3:2]
 
 
 def test_a_random_model_answers_nothing_and_the_same_again(model):

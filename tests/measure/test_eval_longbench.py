@@ -53,7 +53,7 @@ class Fake:
         self.asked = []
 
     def session(self, **options):
-        pass
+        return SimpleNamespace(generate=lambda prompt, **others: self.generate(prompt, **options | others))
 
     def generate(self, prompt, **options):
         self.asked.append((prompt, options))
