@@ -105,6 +105,9 @@ class Selection:
     change: Any = None
 
 
+Reads = Sequence["Selection | None"]  # of a layer, by each part of the batch; None: dense
+
+
 @dataclass(frozen=True, eq=False)
 class HostSelection:
     """A selection of one sequence on the host.
@@ -130,19 +133,19 @@ class PassOutput:
     Attributes
     ----------
     proposals : sequence of Proposals
-        One per sequence; none of a pass that proposes nothing.
+        One per sequence that is denoised.
     positions : sequence of int
         Prefix positions that sparse attention read, summed over kv heads and layers, per sequence.
     tokens : sequence of int
         Tokens that read them, summed over layers, per sequence.
-    reads : sequence of (Selection or None)
-        Per layer, None where it was dense. Empty but for passes that are observed.
+    reads : sequence of Reads
+        Per layer. Empty but for passes that are observed.
     """
 
     proposals: Sequence[Proposals]
     positions: Sequence[int]
     tokens: Sequence[int]
-    reads: Sequence[Selection | None]
+    reads: Sequence[Reads]
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,13 +155,14 @@ class PassBody:
     Attributes
     ----------
     launch : callable
-        The batch to what the pass proposes (`propose`, or None) and what each layer read.
+        The batch to what the pass proposes (`propose`, or None), and what each of its parts read in each
+        layer.
     key : hashable
         Passes of equal keys, numbers of rows and page sizes launch the same operations: one may be
         replayed for another. None: the pass is run by itself.
     """
 
-    launch: Callable[[Batch], tuple[Any, list[Selection | None]]]
+    launch: Callable[[Batch], tuple[Any, list[Reads]]]
     key: Hashable = None
 
 
@@ -187,6 +191,7 @@ class Backend(Protocol):
     config: ModelConfig
     precision: Precision
     prefill_tokens: int  # of a prompt that go through the model at a time
+    commits_ride: bool  # whether a pass can have a commit, and the first pass over the block after it
 
     @property
     def selectors(self) -> Mapping[str, Selector]:
@@ -241,6 +246,9 @@ class Backend(Protocol):
 
     def write_kv(self, layer: int, k: Array, v: Array, batch: Batch) -> None:
         """Keys and values of the rows into the cache, after each sequence's prefix."""
+
+    def concatenate(self, arrays: Sequence[Array]) -> Array:
+        """Rows of several arrays, one after the other."""
 
     # -- attention
 

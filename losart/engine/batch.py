@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -70,7 +71,8 @@ class SequencePass:
 class PassBatch:
     """Rows of one or more sequences that go through the model together.
 
-    Its sequences agree in their kind of pass, block length and attention options.
+    Its sequences agree in block length and attention options, and in their kind of pass, but for a commit
+    and the first pass over the same sequence's next block, which follows it and sees what it writes.
 
     Attributes
     ----------
@@ -82,8 +84,13 @@ class PassBatch:
 
     @property
     def kind(self) -> PassKind:
-        """What the pass is for."""
+        """What the pass is for: its first rows."""
         return self.sequences[0].kind
+
+    @property
+    def denoises(self) -> bool:
+        """Whether some rows are proposed tokens for."""
+        return any(sequence.kind.denoises for sequence in self.sequences)
 
     @property
     def options(self) -> GenerationConfig:
@@ -101,6 +108,14 @@ class PassBatch:
         for sequence in self.sequences:
             yield sequence, slice(first, first + len(sequence.ids))
             first += len(sequence.ids)
+
+    def parts(self) -> list[tuple[PassBatch, slice]]:
+        """Consecutive sequences of one kind of pass, with their rows."""
+        parts = []
+        for _, group in itertools.groupby(self.rows(), lambda row: row[0].kind):
+            sequences, rows = zip(*group, strict=True)
+            parts.append((PassBatch(sequences), slice(rows[0].start, rows[-1].stop)))
+        return parts
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,10 @@ class Runner(Protocol):
     def prefill_tokens(self) -> int:
         """Tokens of a prompt that go through the model at a time, about."""
 
+    @property
+    def commits_ride(self) -> bool:
+        """Whether a pass can commit a block and begin the next one."""
+
     def check(self, options: GenerationConfig) -> None:
         """Raise OptionError where the options do not go together."""
 
@@ -146,14 +150,15 @@ class Engine:
         """The prompt as a sequence that goes on after what the cache holds of it."""
         limit = min(options.max_new_tokens, self.runner.config.max_positions - len(prompt))
         output = Output(limit, options.stop_token_ids, options.stop, decode)
-        return Sequence(prompt, options, output, cache, self.runner.prefill_tokens)
+        runner = self.runner
+        return Sequence(prompt, options, output, cache, runner.prefill_tokens, runner.commits_ride)
 
     def steps(
         self, sequence: Sequence, observer: Observer | None = None, progress: Progress | None = None
     ) -> Iterator[Step]:
         """Run a sequence to its end: a step per denoising pass.
 
-        A finished block is committed before its last step is given.
+        A finished block is committed before its last step is given, or in the next pass.
         """
         sequence.slot = self.runner.new_slot(sequence.options)
         try:
@@ -161,7 +166,8 @@ class Engine:
             while not sequence.finished:
                 began = time.perf_counter()
                 step = self._run(sequence, observer)
-                if not sequence.finished and sequence.next_kind is PassKind.COMMIT:
+                commits = sequence.next_kind is PassKind.COMMIT and not sequence.commits_ride
+                if commits and not sequence.finished:
                     self._run(sequence, observer)
                 sequence.decode_seconds += time.perf_counter() - began
                 assert step is not None
@@ -180,13 +186,14 @@ class Engine:
         sequence.prefill_seconds += time.perf_counter() - began
 
     def _run(self, sequence: Sequence, observer: Observer | None = None) -> Step | None:
-        """Run the pass that a sequence wants next."""
-        request = sequence.next_pass()
-        sequence.cache.reserve(request.prefix_length + len(request.ids))
-        result = self.runner.forward(PassBatch((request,)), observer is not None)
-        step = sequence.apply(*result.proposals)
-        for reads in result.reads:
+        """Run the pass that a sequence wants next; returns its last step."""
+        requests = sequence.next_pass()
+        sequence.cache.reserve(requests[-1].prefix_length + len(requests[-1].ids))
+        result = self.runner.forward(PassBatch(requests), observer is not None)
+        steps = sequence.apply(result.proposals)
+        for request, reads in zip(requests, result.reads, strict=False):  # prefill has none
             sequence.reads.add(reads, request.prefix_length, self.runner.config.num_kv_heads)
-        if observer is not None and step is not None:
-            observer(replace(step, layers=result.layers[0]))
-        return step
+        if observer is not None:
+            for step, layers in zip(steps, result.layers, strict=True):
+                observer(replace(step, layers=layers))
+        return steps[-1] if steps else None

@@ -32,6 +32,8 @@ class Sequence:
         Holds the first of the prompt's blocks: none, or whole blocks.
     prefill_tokens : int
         Of the prompt that go through the model at a time, about.
+    commits_ride : bool
+        Whether a finished block is committed in the same pass as the next block is first denoised.
 
     Attributes
     ----------
@@ -55,6 +57,7 @@ class Sequence:
         output: Output,
         cache: PagedKVCache,
         prefill_tokens: int,
+        commits_ride: bool = False,
     ) -> None:
         length = options.block_length
         self.options = options
@@ -65,8 +68,10 @@ class Sequence:
         self.reused = cache.length
         self.prefill_end = len(self.ids) // length * length
         self.pending = False
+        self.commits_ride = commits_ride
         self.denoising_passes = 0
         self.commit_passes = 0
+        self.rides = 0  # commits in one forward pass with what follows them
         self.prefill_seconds = 0.0
         self.decode_seconds = 0.0
         self.reads = ReadLog(block_length=length)
@@ -100,49 +105,59 @@ class Sequence:
             return PassKind.COMMIT
         return PassKind.LATER if self._passes else PassKind.FIRST
 
-    def next_pass(self) -> SequencePass:
-        """The pass that the sequence wants next; `apply` takes its result."""
+    def next_pass(self) -> tuple[SequencePass, ...]:
+        """The pass that the sequence wants next; `apply` takes its result.
+
+        Two, where the first pass over the next block rides with the commit of the block before it.
+        """
         self.pending = True
         kind, start = self.next_kind, self.cache.length
         if kind is PassKind.PREFILL:
-            piece = self.ids[start : min(start + self._prefill_step, self.prefill_end)]
-            return SequencePass(kind, np.array(piece, np.int64), start, self.options, self.cache, self.slot)
-        if kind is PassKind.COMMIT:
-            return SequencePass(kind, self._block.copy(), start, self.options, self.cache, self.slot)
-        return SequencePass(
-            *(kind, self._block.copy(), start, self.options, self.cache, self.slot),
-            masked=self._masked,
-            # One number per position and pass, so that a draw does not depend on what else is masked.
-            uniforms=self._rng.random(len(self._block)),
-        )
+            piece = np.array(self.ids[start : min(start + self._prefill_step, self.prefill_end)], np.int64)
+            return (SequencePass(kind, piece, start, self.options, self.cache, self.slot),)
+        if kind is not PassKind.COMMIT:
+            return (self._denoising(kind, self._block.copy(), self._masked, start),)
+        commit = SequencePass(kind, self._block.copy(), start, self.options, self.cache, self.slot)
+        if not self.commits_ride:
+            return (commit,)
+        block = np.full_like(self._block, self.options.mask_token_id)
+        masked = np.arange(len(block), dtype=np.int32)
+        return commit, self._denoising(PassKind.FIRST, block, masked, start + len(block))
 
-    def apply(self, proposals: Proposals | None = None) -> Step | None:
+    def _denoising(self, kind: PassKind, block: np.ndarray, masked: np.ndarray, start: int) -> SequencePass:
+        # One number per position and pass, so that a draw does not depend on what else is masked.
+        uniforms = self._rng.random(len(block))
+        options = self.options, self.cache, self.slot
+        return SequencePass(kind, block, start, *options, masked=masked, uniforms=uniforms)
+
+    def apply(self, proposals: Ids[Proposals] = ()) -> list[Step]:
         """Take a pass's result.
 
         Parameters
         ----------
-        proposals : Proposals, optional
-            Of a denoising pass, for its masked rows.
+        proposals : sequence of Proposals
+            One for each of `next_pass` that denoises, for its masked rows.
 
         Returns
         -------
-        Step, or None for a piece of the prompt
+        list of Step
+            One for each of `next_pass`; none for a piece of the prompt.
         """
-        kind, start = self.next_kind, self.cache.length
+        kind, start, steps = self.next_kind, self.cache.length, []
         if kind is PassKind.PREFILL:
             self.cache.advance(min(self._prefill_step, self.prefill_end - start))
-            step = None
         elif kind is PassKind.COMMIT:
             self.ids[start:] = self._block.tolist()
             self.cache.advance(len(self._block))
             self.commit_passes += 1
-            step = self._step(kind, start, [])
+            self.rides += len(proposals)
+            steps.append(self._step(kind, start, []))
             self._begin_block()
-        else:
-            assert proposals is not None
-            step = self._step(kind, start, self._fix(proposals))
+        for of_pass in proposals:
+            kind, start = self.next_kind, self.cache.length
+            steps.append(self._step(kind, start, self._fix(of_pass)))
         self.pending = False
-        return step
+        return steps
 
     def _fix(self, proposals: Proposals) -> list[int]:
         """Fix proposals as the remasking strategy says; the last pass that is allowed fixes all."""
@@ -183,6 +198,7 @@ class Sequence:
             active_fraction=reads.active_fraction,
             sparse_density=reads.sparse_density,
             density=reads.density,
+            rides=self.rides,
         )
         return GenerationResult(output.text, list(output.tokens), output.finish_reason, stats)
 

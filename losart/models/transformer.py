@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from losart.attention import AttentionPolicy, make_policy
-from losart.backends.base import Array, Backend, Batch, PassBody, Selection, Slot, Weight
+from losart.backends.base import Array, Backend, Batch, PassBody, Reads, Selection, Slot, Weight
 from losart.config.model import ModelConfig
 from losart.config.options import AttentionConfig, GenerationConfig
 from losart.engine.batch import PassBatch, PassKind, PassResult
@@ -92,6 +92,11 @@ class Transformer:
         """Tokens of a prompt that go through the model at a time, about."""
         return self.backend.prefill_tokens
 
+    @property
+    def commits_ride(self) -> bool:
+        """Whether a pass can commit a block and begin the next one."""
+        return self.backend.commits_ride
+
     def policy(self, options: GenerationConfig) -> AttentionPolicy:
         """The attention policy of these options.
 
@@ -131,9 +136,8 @@ class Transformer:
         output = self.backend.run(batch, body, observe)
         if batch.kind is PassKind.PREFILL:
             return PassResult()
-        reads = [
-            policy.reads(batch.kind, *read) for read in zip(output.positions, output.tokens, strict=True)
-        ]
+        counted = zip(batch.sequences, output.positions, output.tokens, strict=True)
+        reads = [policy.reads(sequence.kind, *read) for sequence, *read in counted]
         if not observe:
             return PassResult(output.proposals, reads)
         layers = observed_layers(output.reads, self.backend, batch, self.config.num_kv_heads)
@@ -142,32 +146,45 @@ class Transformer:
     def _key(self, policy: AttentionPolicy, batch: PassBatch) -> Hashable:
         """What passes that launch the same operations have in common; None: it is not replayed."""
         of_policy = policy.key(batch.kind)
-        if batch.kind is PassKind.PREFILL or of_policy is None:
+        if batch.kind is PassKind.PREFILL or batch.kind is not batch.sequences[-1].kind or of_policy is None:
             return None
         kind = batch.kind
         if policy.always_dense and kind is PassKind.LATER:
             kind = PassKind.FIRST
         return kind, of_policy, batch.options.sampling if kind.denoises else None
 
-    def _pass(self, policy: AttentionPolicy, batch: Batch) -> tuple[Any, list[Selection | None]]:
-        backend, kind = self.backend, batch.kind
-        linear = backend.prefill_linear if kind is PassKind.PREFILL else backend.linear
+    def _pass(self, policy: AttentionPolicy, batch: Batch) -> tuple[Any, list[Reads]]:
+        backend, parts, prefills = self.backend, batch.parts(), batch.kind is PassKind.PREFILL
+        linear = backend.prefill_linear if prefills else backend.linear
         x, delta = backend.embed(self.embedding, batch), None
-        reads: list[Selection | None] = []
+        reads: list[Reads] = []
         for index, layer in enumerate(self.layers):
             x, h = backend.add_rms_norm(x, delta, layer.input_norm)
             qkv = linear(h, layer.qkv, layer.qkv_bias)
             q, k, v = backend.split_heads(qkv, layer.q_norm, layer.k_norm, batch)
-            if kind is PassKind.PREFILL:
+            if prefills:
                 backend.write_kv(index, k, v, batch)
                 o = backend.causal_attention(index, q, batch)
+            elif len(parts) == 1:
+                o, selection = self._attend(policy, index, q, k, v, batch)
+                reads.append((selection,))
             else:
-                o, selection = policy.attend(backend, index, q, k, v, batch)
-                reads.append(selection)
-            if kind is PassKind.COMMIT:
-                backend.write_kv(index, k, v, batch)
+                # In turn: the first pass over a block sees what the commit before it writes.
+                attended = [
+                    self._attend(policy, index, q[rows], k[rows], v[rows], part) for part, rows in parts
+                ]
+                o = backend.concatenate([of_part for of_part, _ in attended])
+                reads.append([selection for _, selection in attended])
             delta = linear(o.reshape(len(o), -1), layer.o, layer.o_bias)
             x, h = backend.add_rms_norm(x, delta, layer.post_norm)
             delta = linear(backend.silu_gate(linear(h, layer.gate_up)), layer.down)
         _, hidden = backend.add_rms_norm(x, delta, self.final_norm)
-        return (backend.propose(hidden, self.head, batch) if kind.denoises else None), reads
+        return (backend.propose(hidden, self.head, batch) if batch.denoises else None), reads
+
+    def _attend(
+        self, policy: AttentionPolicy, layer: int, q: Array, k: Array, v: Array, batch: Batch
+    ) -> tuple[Array, Selection | None]:
+        attended = policy.attend(self.backend, layer, q, k, v, batch)
+        if batch.kind is PassKind.COMMIT:
+            self.backend.write_kv(layer, k, v, batch)
+        return attended

@@ -19,7 +19,7 @@ class Stats:
         Of the prompt: those whose keys and values a session held already, and those that went
         through the model. Less than a block is left, which is decoded with the first new tokens.
     denoising_passes, commit_passes : int
-        Forward passes over a block; those of prefill are not among them.
+        Passes over a block; those of prefill are not among them.
     prefill_seconds, decode_seconds : float
     active_fraction : float or None
         Mean share of a block's tokens recomputed in sparse prefix attention.
@@ -28,6 +28,8 @@ class Stats:
         the attention method reads sparsely (arXiv 2604.12056); None without such a pass.
     density : float or None
         The same over all passes; None when the prefix was always empty.
+    rides : int
+        Commit passes that shared a forward pass with the first denoising pass over the next block.
     """
 
     prompt_tokens: int
@@ -41,11 +43,12 @@ class Stats:
     active_fraction: float | None
     sparse_density: float | None
     density: float | None
+    rides: int = 0
 
     @property
     def forward_passes(self) -> int:
-        """Denoising and commit passes."""
-        return self.denoising_passes + self.commit_passes
+        """Denoising and commit passes, those that ride together counted once."""
+        return self.denoising_passes + self.commit_passes - self.rides
 
     @property
     def tokens_per_second(self) -> float:

@@ -77,7 +77,7 @@ def test_an_answer_that_is_left_stays_as_far_as_it_came(make_talker):
     assert chat.messages[1]["content"] == step.text
     answer = chat.say("Go on.")
     assert answer.token_ids == model.generate(chat.messages[:-1], max_new_tokens=60).token_ids
-    assert answer.stats.reused_tokens > 40
+    assert answer.stats.reused_tokens >= 40  # all but the last finished block, which was not committed yet
 
 
 def test_a_question_that_is_left_without_an_answer_is_not_kept(make_talker):

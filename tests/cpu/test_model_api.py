@@ -94,7 +94,7 @@ def test_stats(model, attention):
     ).stats
     assert (stats.prompt_tokens, stats.new_tokens) == (202, 15)
     # 202 = 25 blocks of 8 and 2: blocks with 6, 8 and 1 new tokens, one token a pass.
-    assert (stats.denoising_passes, stats.commit_passes, stats.forward_passes) == (15, 2, 17)
+    assert (stats.denoising_passes, stats.commit_passes, stats.rides, stats.forward_passes) == (15, 2, 2, 15)
     assert stats.prefill_seconds > 0
     assert stats.tokens_per_second == pytest.approx(15 / stats.decode_seconds)
     if attention == "dense":

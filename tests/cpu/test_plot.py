@@ -40,7 +40,7 @@ def test_the_density_map_is_the_traces(run):
     file, result = run
     trace = losart.read_trace(file)
     densities = density_map(trace)
-    assert densities.shape == (4, result.stats.forward_passes)
+    assert densities.shape == (4, result.stats.denoising_passes + result.stats.commit_passes)
     assert densities.mean() == pytest.approx(result.stats.density)
     assert (densities[0] == 1).all()
 

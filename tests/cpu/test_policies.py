@@ -206,7 +206,7 @@ def test_no_active_token_reads_only_in_first_passes(model):
     assert stats.sparse_density == stats.active_fraction == 0.0
     # 75 tokens are prefilled to 64; 16 passes less 11 known positions, then 16 and 16 (at most 11 of them).
     assert stats.denoising_passes == 5 + 16 + 11
-    assert stats.density == pytest.approx(3 / stats.forward_passes)
+    assert stats.density == pytest.approx(3 / (stats.denoising_passes + stats.commit_passes))
 
 
 def test_statistics_count_a_first_pass_as_it_is_read(model):

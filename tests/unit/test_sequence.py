@@ -43,6 +43,7 @@ class Scripted:
 
     logits: np.ndarray | None = None
     prefill_tokens: int = PREFILL_TOKENS
+    commits_ride: bool = False
     prefilled: list[list[int]] = field(default_factory=list)
     passes: list[tuple[PassKind, list[int]]] = field(default_factory=list)
     config: Any = MODEL
@@ -57,8 +58,18 @@ class Scripted:
         pass
 
     def forward(self, batch: PassBatch, observe: bool = False) -> PassResult:
-        (sequence,) = batch.sequences
+        sequence = batch.sequences[-1]
         ids, cache, config = sequence.ids.tolist(), sequence.cache, sequence.options
+        if len(batch.sequences) > 1:
+            (commit, _), length = batch.sequences, cache.length
+            assert self.commits_ride
+            assert (commit.kind, sequence.kind) == (PassKind.COMMIT, PassKind.FIRST)
+            assert commit.prefix_length == length and sequence.prefix_length == length + len(commit.ids)
+            committed = self.forward(PassBatch((commit,)))
+            cache.length += len(commit.ids)  # as if it were taken into the prefix
+            first = self.forward(PassBatch((sequence,)))
+            cache.length = length
+            return PassResult(first.proposals, [*committed.reads, *first.reads])
         assert sequence.prefix_length == cache.length
         assert cache.reserved >= cache.length + len(ids)
         if batch.kind is PassKind.PREFILL:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,6 +72,7 @@ class CpuBackend:
 
     name = "cpu"
     prefill_tokens = 512
+    commits_ride = True
 
     def __init__(self, config: ModelConfig, precision: Precision) -> None:
         if config.head_dim % kernels.SLAB_POSITIONS:
@@ -120,13 +121,18 @@ class CpuBackend:
 
     def run(self, batch: PassBatch, body: PassBody, observe: bool = False) -> PassOutput:
         proposals, reads = body.launch(batch)
-        positions, tokens = np.zeros((2, len(batch.sequences)), np.int64)
-        every = [len(sequence.ids) for sequence in batch.sequences]
-        for selection in reads:
-            if selection is not None:
-                positions += [pages.positions for pages in selection.pages]
-                tokens += every if selection.tokens is None else list(map(len, selection.tokens))
-        return PassOutput(proposals or (), positions.tolist(), tokens.tolist(), reads if observe else ())
+        positions: list[int] = []
+        tokens: list[int] = []
+        for (part, _), of_layers in zip(batch.parts(), zip(*reads, strict=True), strict=False):
+            every = [len(sequence.ids) for sequence in part.sequences]
+            of_part = np.zeros((2, len(every)), np.int64)
+            for selection in of_layers:
+                if selection is not None:
+                    reading = every if selection.tokens is None else list(map(len, selection.tokens))
+                    of_part += [[pages.positions for pages in selection.pages], reading]
+            positions += of_part[0].tolist()
+            tokens += of_part[1].tolist()
+        return PassOutput(proposals or (), positions, tokens, reads if observe else ())
 
     def on_host(self, selection: Selection, batch: PassBatch) -> list[HostSelection]:
         found = []
@@ -208,6 +214,9 @@ class CpuBackend:
             np.divide(gate, y, out=y)
             y *= up
         return y
+
+    def concatenate(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
+        return np.concatenate(arrays)
 
     def write_kv(self, layer: int, k: np.ndarray, v: np.ndarray, batch: PassBatch) -> None:
         for sequence, rows in batch.rows():
@@ -325,6 +334,8 @@ class CpuBackend:
         logits = self.linear(hidden[np.concatenate(masked)], head)
         proposals, first = [], 0
         for sequence in batch.sequences:
+            if not sequence.kind.denoises:
+                continue
             of_sequence, options = logits[first : first + len(sequence.masked)], sequence.options
             of_sequence[:, options.mask_token_id] = -np.inf
             proposals.append(

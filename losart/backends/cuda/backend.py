@@ -6,6 +6,7 @@ selected, unless it selects itself (host_selector.py), so that a captured pass c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from ctypes import c_double
 from dataclasses import replace
 from typing import Any
@@ -65,6 +66,7 @@ class CudaBackend:
 
     name = "cuda"
     prefill_tokens = 2048
+    commits_ride = False
 
     def __init__(self, config: ModelConfig, precision: Precision) -> None:
         for name, unit in (("hidden_size", 4), ("intermediate_size", 4), ("head_dim", 8)):
@@ -192,6 +194,9 @@ class CudaBackend:
         y, grid = self._activations((tokens, ffn)), (-(-ffn // (4 * cu.SILU_THREADS)), tokens)
         self.kernels.launch("silu_gate", grid, cu.SILU_THREADS, gate_up.view, y, ffn)
         return y
+
+    def concatenate(self, arrays: Sequence[Any]) -> Any:
+        return cupy.concatenate(arrays)
 
     def write_kv(self, layer: int, k: Any, v: Any, batch: DeviceBatch) -> None:
         c, tokens = self.config, len(k)

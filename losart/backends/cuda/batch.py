@@ -112,6 +112,15 @@ class DeviceBatch:
         return -(-self.max_pages // 32)
 
     @property
+    def denoises(self) -> bool:
+        """Whether some rows are proposed tokens for."""
+        return self.kind.denoises
+
+    def parts(self) -> list[tuple[DeviceBatch, slice]]:
+        """It has one kind of pass."""
+        return [(self, slice(self.tokens))]
+
+    @property
     def slot(self) -> Slot:
         """The sequence's stored results."""
         return self.sequence.slot

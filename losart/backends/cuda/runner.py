@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from losart.backends.base import PassBody, PassOutput, Selection
+from losart.backends.base import PassBody, PassOutput, Reads
 from losart.backends.cuda.batch import BatchBuffers, DeviceBatch
 from losart.backends.cuda.memory import DeviceMemory
 from losart.backends.cuda.pages import PagesInPlace
@@ -33,7 +33,7 @@ class Launched:
     ----------
     proposes, counts : bool
         Whether it proposes tokens, and counts what sparse attention reads.
-    reads : list of (Selection or None)
+    reads : list of Reads
         Empty unless it is observed.
     graph : cupy.cuda.Graph, optional
         Replays it.
@@ -41,7 +41,7 @@ class Launched:
 
     proposes: bool
     counts: bool
-    reads: list[Selection | None]
+    reads: list[Reads]
     graph: Any = None
 
 
@@ -152,5 +152,5 @@ class PassRunner:
 def _launch(batch: DeviceBatch, body: PassBody, observe: bool) -> Launched:
     """Launch a pass's kernels one by one."""
     proposals, reads = body.launch(batch)
-    counts = any(read is not None for read in reads)
+    counts = any(selection is not None for of_layer in reads for selection in of_layer)
     return Launched(proposals is not None, counts, reads if observe else [])
