@@ -97,7 +97,9 @@ class Model:
             Default: the checkpoint's.
         attention : str, default "dense"
             How denoising passes read the prefix: "dense", "losa", "quest" or "sparsed".
-        budget, active, selector, drift, candidates, page_size, dense_layers, first_pass, commit, planner
+        budget, active, change_threshold, selector, drift, candidates, page_size, dense_layers
+            Of the attention method: see :class:`losart.AttentionConfig`.
+        first_pass, commit, planner
             Of the attention method: see :class:`losart.AttentionConfig`.
 
         Returns

@@ -14,6 +14,8 @@ from losart.loaders.chat_template import ChatTemplate
 from losart.loaders.tokenizer import Prompt, Tokenizer, prompt_ids
 from losart.observe.step import GenerationResult, Observer, Progress, Step
 
+OF_THE_CACHE = ("block_length", "page_size")  # options that all generations of a session share
+
 
 class Session:
     """Generations that keep the KV cache from one to the next. Made by :meth:`losart.Model.session`.
@@ -78,15 +80,15 @@ class Session:
         prompt, progress, observer
             As of :meth:`losart.Model.generate`.
         **options
-            For this generation alone, in place of the session's.
+            For this generation alone, in place of the session's. What an answer's finished blocks left in
+            the cache is used by later prompts whatever their options.
 
         Raises
         ------
         PromptError
             The prompt is empty, too long, out of the vocabulary, or cannot be tokenized.
         OptionError
-            An option is unknown or out of range, or is `block_length` or `page_size` and not the session's:
-            what the cache holds depends on these.
+            An option is unknown or out of range, or is `block_length` or `page_size` and not the session's.
         """
         return self.stream(prompt, progress=progress, observer=observer, **options).result()
 
@@ -116,7 +118,7 @@ class Session:
     def _changed(self, options: dict[str, Any]) -> GenerationConfig:
         """The session's options with some others."""
         changed = generation_config(self.model_config, self._given | options)
-        for name in ("block_length", "page_size"):
+        for name in OF_THE_CACHE:
             own, other = (vars(one) | vars(one.attention) for one in (self.options, changed))
             if own[name] != other[name]:
                 raise OptionError(f"{name} must be the session's, {own[name]}, not {other[name]}")

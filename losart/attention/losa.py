@@ -32,7 +32,7 @@ class LosaPolicy(AttentionPolicy):
             )
         self._rule = ActiveRule(
             config.active_count(self.block_length),
-            config.change_threshold if config.active == "auto" else None,
+            float(config.change_threshold) if config.active == "auto" else None,
             config.candidates == "masked",
             config.drift == "previous" or (config.drift == "auto" and config.active != "auto"),
         )

@@ -34,6 +34,8 @@ def print_figures(result: GenerationResult) -> None:
 
 
 def _table(stats: Stats, finish_reason: str) -> str:
+    passes = f"{stats.denoising_passes} denoising, {stats.commit_passes} commit"
+    together = f", {stats.rides} of each together" if stats.rides else ""
     rows = [
         (
             "prompt tokens",
@@ -42,7 +44,7 @@ def _table(stats: Stats, finish_reason: str) -> str:
         ),
         ("new tokens", f"{stats.new_tokens} in {stats.decode_seconds:.2f} s ({finish_reason})"),
         ("tokens per second", f"{stats.tokens_per_second:.1f}"),
-        ("forward passes", f"{stats.denoising_passes} denoising, {stats.commit_passes} commit"),
+        ("forward passes", passes + together),
         ("active fraction", share(stats.active_fraction)),
         ("density", f"{share(stats.sparse_density)} in sparse passes, {share(stats.density)} in all"),
     ]

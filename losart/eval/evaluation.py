@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from losart.api.session import OF_THE_CACHE
 from losart.config.checks import is_int
 from losart.errors import OptionError
 from losart.eval.figures import Figures, figures
@@ -184,7 +185,10 @@ def measure(
         Called after each question.
     """
     shared = config.shared_options(ANSWER_TOKENS[style])
-    session = model.session(**shared, **settings[0])
+    # Without the first setting's other options, which would be the defaults of all other settings.
+    session = model.session(
+        **shared | {name: settings[0][name] for name in OF_THE_CACHE if name in settings[0]}
+    )
     answers: list[list[tuple[bool, Stats]]] = [[] for _ in settings]
     for question in make_questions(model, TASKS[task], length, config.samples, config.seed, style):
         for setting, given in zip(settings, answers, strict=True):

@@ -87,7 +87,7 @@ def evaluate_longbench(
     scores: list[Score] = []
     for one, shared, room in zip(sets, options, rooms, strict=True):
         answers: list[list[tuple[float, Stats]]] = [[] for _ in settings]
-        session = model.session(**shared, **settings[0])  # prefills a prompt once, for all settings
+        session = model.session(**shared)  # prefills a prompt once, for all settings
         for item in one.items:
             prompt = make_prompt(model, one.name, item.prompt, room)
             for setting, given in zip(settings, answers, strict=True):

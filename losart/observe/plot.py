@@ -122,7 +122,8 @@ def _draw_panel(figure: Any, axes: Any, trace: Trace, panel: str, layer: int | N
     elif panel == "active":
         values, origin, line = active_map(trace).clip(-CLIP, CLIP), "upper", axes.axvline
         limits = (-CLIP, CLIP)
-        colours, unit = "RdBu_r", "change over the threshold, log2; red: active"
+        measured = "change over the threshold, log2; " if np.isfinite(active_map(trace)).any() else ""
+        colours, unit = "RdBu_r", f"{measured}red: active"
         axes.set(xlabel="pass (lines: a new block begins)", title="active tokens")
         axes.set_ylabel(f"layer * {trace.block_length} + token of the block")
     else:

@@ -44,7 +44,7 @@ class TraceWriter:
     file : path
         Is overwritten.
     session : Session
-        Whose passes are written.
+        Whose passes are written, and whose own options, not those of one generation.
     name : str
         Of the model, for titles.
 

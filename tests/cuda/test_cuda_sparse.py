@@ -313,7 +313,8 @@ METHODS: list[dict[str, Any]] = [
     {"attention": "losa", "first_pass": "sparse"},
     {"attention": "quest", "first_pass": "dense"},
     {"attention": "losa"},
-    {"attention": "losa", "change_threshold": 0.0, "commit": "sparse"},
+    {"attention": "losa", "change_threshold": 0, "commit": "sparse"},
+    {"attention": "losa", "change_threshold": 1},
     {"attention": "losa", "change_threshold": 0.02, "drift": "previous", "candidates": "masked"},
     {"attention": "losa", "change_threshold": 0.05, "selector": "anchor", "dense_layers": 1},
 ]

@@ -4,6 +4,7 @@ import itertools
 import math
 import re
 from types import SimpleNamespace
+from typing import Any
 
 import english_solver
 import numpy as np
@@ -14,7 +15,7 @@ import losart
 from losart.errors import OptionError
 from losart.eval import TASKS, EvalConfig, evaluate
 from losart.eval.english import make_text, numbers
-from losart.eval.evaluation import wilson_interval
+from losart.eval.evaluation import measure, wilson_interval
 from losart.eval.questions import find_style, make_questions
 from losart.eval.vocabulary import write_tokenizer
 from losart.loaders.tokenizer import read_tokenizer
@@ -149,6 +150,29 @@ def test_a_random_model_answers_nothing_and_the_same_again(model):
     assert one[0].density == 1.0 and one[0].sparse_density is None and one[1].sparse_density < 1.0
     for cell, same in zip(one, two, strict=True):
         assert cell.sparse_density == same.sparse_density and cell.right == same.right
+
+
+def test_settings_that_share_a_session_do_not_share_options(model):
+    """What a setting leaves out has the default, not what the first one says."""
+    config = EvalConfig(("key",), (1500,), samples=1, options={"max_new_tokens": 24})
+    settings: list[dict[str, Any]] = [
+        {
+            "attention": "losa",
+            "active": 2,
+            "budget": 32,
+            "denoising_steps": 2,
+            "block_length": 8,
+        },
+        {"attention": "losa", "block_length": 8},
+        {"attention": "dense", "block_length": 8},
+    ]
+    together = measure(model, "key", 1500, settings, config, "english")
+    alone = [measure(model, "key", 1500, [setting], config, "english")[0] for setting in settings]
+    for one, other in zip(together, alone, strict=True):
+        for name in ("sparse_density", "density", "active_fraction", "passes_per_question", "right"):
+            assert getattr(one, name) == getattr(other, name)
+    assert together[0].passes_per_question < together[1].passes_per_question
+    assert together[0].sparse_density != together[1].sparse_density is not None
 
 
 def test_the_grid_leaves_out_what_a_method_has_not():
