@@ -38,7 +38,7 @@ from losart.measure.environment import environment
 
 
 @dataclass(frozen=True)
-class ActiveRule:
+class TokenRule:
     """Which tokens are active in a layer.
 
     Attributes
@@ -89,14 +89,14 @@ class PageRule:
     exact: bool = False
 
 
-DEFAULT = ActiveRule(0.15)
-RULES: dict[str, tuple[ActiveRule, PageRule | None]] = {
-    **{f"prev>{x}": (ActiveRule(x, follow=True), None) for x in (0.03, 0.1, 0.15, 0.2, 0.3)},
-    **{f"stored>{x}": (ActiveRule(x), None) for x in (0.03, 0.1, 0.15, 0.2, 0.3)},
-    **{f"mass>{x}": (ActiveRule(x, heads="mass"), None) for x in (0.01, 0.03, 0.1)},
-    **{f"max>{x}": (ActiveRule(x, heads="max"), None) for x in (0.2, 0.5)},
-    "layers>0.1": (ActiveRule(0.1, layers=True), None),
-    "most8>0.1": (ActiveRule(0.1, most=8), None),
+DEFAULT = TokenRule(0.15)
+RULES: dict[str, tuple[TokenRule, PageRule | None]] = {
+    **{f"prev>{x}": (TokenRule(x, follow=True), None) for x in (0.03, 0.1, 0.15, 0.2, 0.3)},
+    **{f"stored>{x}": (TokenRule(x), None) for x in (0.03, 0.1, 0.15, 0.2, 0.3)},
+    **{f"mass>{x}": (TokenRule(x, heads="mass"), None) for x in (0.01, 0.03, 0.1)},
+    **{f"max>{x}": (TokenRule(x, heads="max"), None) for x in (0.2, 0.5)},
+    "layers>0.1": (TokenRule(0.1, layers=True), None),
+    "most8>0.1": (TokenRule(0.1, most=8), None),
     **{f"bound{n}": (DEFAULT, PageRule(n)) for n in (1, 2, 4, 8)},
     **{f"look{n}of{c}": (DEFAULT, PageRule(n, c, exact=True)) for c in (16, 64) for n in (1, 2, 4)},
     **{f"exact{n}": (DEFAULT, PageRule(n, exact=True)) for n in (1, 2, 4)},
@@ -114,7 +114,7 @@ BUILT: dict[str, dict[str, Any]] = {
 class TriedPolicy(LosaPolicy):
     """LoSA with other rules, for one sequence on the CPU."""
 
-    active_rule: ActiveRule
+    active_rule: TokenRule
     page_rule: PageRule | None
 
     def __init__(self, *args: Any) -> None:

@@ -34,9 +34,7 @@ from losart.eval.evaluation import measure
 from losart.measure.environment import environment
 
 STYLE = "symbols"
-TOGETHER = (
-    12  # settings that share a process's KV cache, so that a document is prefilled once for all of them
-)
+TOGETHER = 12  # settings that share a KV cache: a document is prefilled once for all of them
 
 
 @dataclass(frozen=True)

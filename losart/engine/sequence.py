@@ -71,7 +71,6 @@ class Sequence:
         self.commits_ride = commits_ride
         self.denoising_passes = 0
         self.commit_passes = 0
-        self.rides = 0  # commits in one forward pass with what follows them
         self.prefill_seconds = 0.0
         self.decode_seconds = 0.0
         self.reads = ReadLog(block_length=length)
@@ -150,7 +149,6 @@ class Sequence:
             self.ids[start:] = self._block.tolist()
             self.cache.advance(len(self._block))
             self.commit_passes += 1
-            self.rides += len(proposals)
             steps.append(self._step(kind, start, []))
             self._begin_block()
         for of_pass in proposals:
@@ -198,7 +196,7 @@ class Sequence:
             active_fraction=reads.active_fraction,
             sparse_density=reads.sparse_density,
             density=reads.density,
-            rides=self.rides,
+            rides=self.commit_passes if self.commits_ride else 0,
         )
         return GenerationResult(output.text, list(output.tokens), output.finish_reason, stats)
 

@@ -120,9 +120,9 @@ def _draw_panel(figure: Any, axes: Any, trace: Trace, panel: str, layer: int | N
         values, origin, line, unit = density_map(trace), "lower", axes.axvline, "density"
         axes.set(xlabel="pass (lines: a new block begins)", ylabel="layer", title="share of the prefix read")
     elif panel == "active":
-        values, origin, line = active_map(trace).clip(-CLIP, CLIP), "upper", axes.axvline
-        limits = (-CLIP, CLIP)
-        measured = "change over the threshold, log2; " if np.isfinite(active_map(trace)).any() else ""
+        active, limits = active_map(trace), (-CLIP, CLIP)
+        values, origin, line = active.clip(*limits), "upper", axes.axvline
+        measured = "change over the threshold, log2; " if np.isfinite(active).any() else ""
         colours, unit = "RdBu_r", f"{measured}red: active"
         axes.set(xlabel="pass (lines: a new block begins)", title="active tokens")
         axes.set_ylabel(f"layer * {trace.block_length} + token of the block")
