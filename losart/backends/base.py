@@ -6,7 +6,7 @@ backend made of one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Container, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -191,7 +191,7 @@ class Backend(Protocol):
     config: ModelConfig
     precision: Precision
     prefill_tokens: int  # of a prompt that go through the model at a time
-    commits_ride: bool  # whether a pass can have a commit, and the first pass over the block after it
+    riding_blocks: Container[int]  # lengths of blocks whose commit rides, and gives what its own pass does
 
     @property
     def selectors(self) -> Mapping[str, Selector]:

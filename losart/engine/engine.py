@@ -28,9 +28,8 @@ class Runner(Protocol):
     def prefill_tokens(self) -> int:
         """Tokens of a prompt that go through the model at a time, about."""
 
-    @property
-    def commits_ride(self) -> bool:
-        """Whether a pass can commit a block and begin the next one."""
+    def commits_ride(self, options: GenerationConfig) -> bool:
+        """Whether a pass commits a block and begins the next one."""
 
     def check(self, options: GenerationConfig) -> None:
         """Raise OptionError where the options do not go together."""
@@ -151,7 +150,7 @@ class Engine:
         limit = min(options.max_new_tokens, self.runner.config.max_positions - len(prompt))
         output = Output(limit, options.stop_token_ids, options.stop, decode)
         runner = self.runner
-        return Sequence(prompt, options, output, cache, runner.prefill_tokens, runner.commits_ride)
+        return Sequence(prompt, options, output, cache, runner.prefill_tokens, runner.commits_ride(options))
 
     def steps(
         self, sequence: Sequence, observer: Observer | None = None, progress: Progress | None = None

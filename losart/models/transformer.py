@@ -92,10 +92,9 @@ class Transformer:
         """Tokens of a prompt that go through the model at a time, about."""
         return self.backend.prefill_tokens
 
-    @property
-    def commits_ride(self) -> bool:
-        """Whether a pass can commit a block and begin the next one."""
-        return self.backend.commits_ride
+    def commits_ride(self, options: GenerationConfig) -> bool:
+        """Whether a pass commits a block and begins the next one."""
+        return options.block_length in self.backend.riding_blocks
 
     def policy(self, options: GenerationConfig) -> AttentionPolicy:
         """The attention policy of these options.

@@ -71,8 +71,7 @@ def apply(sequences: list[Sequence], result: PassResult) -> None:
 @pytest.mark.parametrize("method", METHODS, ids=str)
 def test_sequences_do_not_see_each_other(tiny_checkpoint, method, rides):
     model = losart.load(tiny_checkpoint, "cpu")
-    # One token per pass: all sequences commit in the same pass, as a batch of one kind wants it. Sums of a
-    # matmul's last rows are rounded otherwise where rows are no multiple of 4.
+    # One token per pass: all sequences commit in the same pass, as a batch of one kind wants it.
     length = 4 if rides else 5
     options = {"remasking": "sequential", "block_length": length, "budget": 32, "rides": rides, **method}
     prompts = [prompt[: len(prompt) // length * length] for prompt in PROMPTS]
@@ -82,7 +81,7 @@ def test_sequences_do_not_see_each_other(tiny_checkpoint, method, rides):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("block_length", [1, 4, 16])
+@pytest.mark.parametrize("block_length", [1, 4, 11, 16, 32])
 @pytest.mark.parametrize("method", [*METHODS, {"attention": "losa", "commit": "sparse"}], ids=str)
 def test_a_commit_that_rides_changes_nothing(tiny_checkpoint, method, block_length, dtype, monkeypatch):
     """The same steps, reads and tokens as in two passes."""
@@ -97,7 +96,7 @@ def test_a_commit_that_rides_changes_nothing(tiny_checkpoint, method, block_leng
     options |= {"temperature": 0.7, "seed": 1}
     found: list[Any] = []
     for rides in (True, False):
-        monkeypatch.setattr(model._engine.runner.backend, "commits_ride", rides)
+        monkeypatch.setattr(model._engine.runner.backend, "riding_blocks", [block_length] if rides else [])
         steps: list[losart.Step] = []
         result = model.generate(PROMPTS[1], observer=steps.append, **options)
         assert result.stats.rides == (result.stats.commit_passes if rides else 0)

@@ -43,13 +43,16 @@ class Scripted:
 
     logits: np.ndarray | None = None
     prefill_tokens: int = PREFILL_TOKENS
-    commits_ride: bool = False
+    rides: bool = False
     prefilled: list[list[int]] = field(default_factory=list)
     passes: list[tuple[PassKind, list[int]]] = field(default_factory=list)
     config: Any = MODEL
 
     def check(self, options: GenerationConfig) -> None:
         pass
+
+    def commits_ride(self, options: GenerationConfig) -> bool:
+        return self.rides
 
     def new_cache(self, options: GenerationConfig, expected: int) -> Cache:
         return Cache()
@@ -62,7 +65,7 @@ class Scripted:
         ids, cache, config = sequence.ids.tolist(), sequence.cache, sequence.options
         if len(batch.sequences) > 1:
             (commit, _), length = batch.sequences, cache.length
-            assert self.commits_ride
+            assert self.rides
             assert (commit.kind, sequence.kind) == (PassKind.COMMIT, PassKind.FIRST)
             assert commit.prefix_length == length and sequence.prefix_length == length + len(commit.ids)
             committed = self.forward(PassBatch((commit,)))

@@ -28,6 +28,7 @@ cdef enum:
     FEW = 8              # tokens that row_products takes
     WORTH_THREADS = 1 << 20   # multiply-adds
 
+FEW_TOKENS = FEW
 
 cdef int multiply_slabs(const char *weight, int width, Py_ssize_t rows, Py_ssize_t inner, const float *slabs,
                         Py_ssize_t tokens, float *out, Py_ssize_t out_stride) noexcept nogil:

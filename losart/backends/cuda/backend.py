@@ -6,7 +6,7 @@ selected, unless it selects itself (host_selector.py), so that a captured pass c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from ctypes import c_double
 from dataclasses import replace
 from typing import Any
@@ -66,7 +66,7 @@ class CudaBackend:
 
     name = "cuda"
     prefill_tokens = 2048
-    commits_ride = False
+    riding_blocks: Container[int] = ()
 
     def __init__(self, config: ModelConfig, precision: Precision) -> None:
         for name, unit in (("hidden_size", 4), ("intermediate_size", 4), ("head_dim", 8)):
