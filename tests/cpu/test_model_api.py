@@ -85,16 +85,16 @@ def test_stats(model, attention):
     stats = model.generate(
         prompt,
         max_new_tokens=15,
-        block_length=8,
+        block_length=4,
         remasking="sequential",
         stop_token_ids=[],
         attention=attention,
         budget=32,
-        active=2,
+        active=1,
     ).stats
     assert (stats.prompt_tokens, stats.new_tokens) == (202, 15)
-    # 202 = 25 blocks of 8 and 2: blocks with 6, 8 and 1 new tokens, one token a pass.
-    assert (stats.denoising_passes, stats.commit_passes, stats.rides, stats.forward_passes) == (15, 2, 2, 15)
+    # 202 = 50 blocks of 4 and 2: blocks with 2, 4, 4, 4 and 1 new tokens, one token a pass.
+    assert (stats.denoising_passes, stats.commit_passes, stats.rides, stats.forward_passes) == (15, 4, 4, 15)
     assert stats.prefill_seconds > 0
     assert stats.tokens_per_second == pytest.approx(15 / stats.decode_seconds)
     if attention == "dense":
