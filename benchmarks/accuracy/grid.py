@@ -104,6 +104,23 @@ GROUPS = {
             *({"budget": 64} | REMASKING[name][1] for name in ("dynamic", "static-1", "static-2")),
         ),
     ),
+    "masked": Group(
+        "Only masked tokens active",
+        "A token that was just fixed changed most, and may not have to look again.",
+        vary(
+            [
+                LOSA,
+                LOSA | {"candidates": "masked"},
+                LOSA | {"candidates": "masked", "change_threshold": 0.05},
+            ],
+            *(
+                {"budget": budget} | remasking
+                for _, remasking in REMASKING.values()
+                for budget in (64, 128, 256)
+            ),
+        ),
+        (*CORE, "chain-3"),
+    ),
     "commit": Group(
         "Commit",
         "The pass that writes a block's keys and values, dense and sparse. Blocks of 4 tokens, so that an "
