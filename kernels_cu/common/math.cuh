@@ -41,7 +41,11 @@ __device__ __forceinline__ void accumulate(float4 &sum, float4 x, float weight)
     sum.x += x.x * weight, sum.y += x.y * weight, sum.z += x.z * weight, sum.w += x.w * weight;
 }
 
-__device__ __forceinline__ float dot(float4 a, float4 b) { return a.x * b.x + a.y * b.y + a.z * b.z + a.w * b.w; }
+/* Which product is rounded before it is added must be said: the compiler would choose it anew in each kernel. */
+__device__ __forceinline__ float dot(float4 a, float4 b)
+{
+    return fmaf(a.w, b.w, fmaf(a.z, b.z, fmaf(a.x, b.x, a.y * b.y)));
+}
 
 template <class T> __device__ __forceinline__ void store4(T *to, float4 x)
 {
