@@ -77,7 +77,6 @@ FILES = {
     "merge_parts": KernelFile("attention", ("attention/parts.cuh",)),
     "block_attention": KernelFile("attention", ("attention/parts.cuh",)),
     "query_change": KernelFile("selection"),
-    "store_tokens": KernelFile("selection"),
     "page_scores": KernelFile("selection", (*CACHE, "selection/bounds.cuh")),
     # On capability 10.0, with 3 tiles of rows and head_dim 128, 4 bytes spill.
     "page_scores_tensor": KernelFile("selection", (*TENSOR_CACHE, "selection/bounds.cuh"), spills=True),

@@ -52,7 +52,6 @@ SCORES_ROW_TILE = 8  # rows in one tile of page_scores_tensor
 TOP_PAGES_THREADS = 512
 TOP_PAGES_MAX_KEYS = 16  # per thread, in registers
 QUERY_CHANGE_THREADS = 256
-STORE_TOKENS_THREADS = 256
 
 # sampling/
 SLICE_THREADS = 256

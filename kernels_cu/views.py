@@ -23,7 +23,7 @@ class CacheView(ctypes.Structure):
 class BatchView(ctypes.Structure):
     """The pass's inputs, where the host has copied them, and what it counts."""
 
-    _fields_ = _fields("uniforms slot length masked_count ids masked reads", "tokens")
+    _fields_ = _fields("uniforms slot length masked_count ids masked reads", "tokens sequence_tokens")
 
 
 class WeightView(ctypes.Structure):

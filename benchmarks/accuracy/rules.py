@@ -150,10 +150,8 @@ class TriedPolicy(LosaPolicy):
         else:
             pages = self._pages(layer, q, tokens, sequence, self.page_rule)
             selection = Selection(selected.tokens, [pages], selected.change)
-        prefix = backend.refresh_prefix_attention(layer, q, selection, batch)
-        if not rule.follow:
-            backend.store_queries(layer, q, selection.tokens, batch)
-        return prefix, selection
+        stores = not rule.follow
+        return backend.refresh_prefix_attention(layer, q, selection, batch, store_queries=stores), selection
 
     def _pages(
         self, layer: int, q: np.ndarray, tokens: np.ndarray, sequence: SequencePass, rule: PageRule

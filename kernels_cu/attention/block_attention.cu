@@ -1,10 +1,11 @@
-/* Attention of a block's tokens over the block's own keys and values, k and v [tokens, kv_heads, head_dim], all to all,
+/* Attention of blocks' tokens over their block's own keys and values, k and v [tokens, kv_heads, head_dim], all to all,
  * merged with the parts of attention over the prefix. q [tokens, heads, head_dim]; o alike, narrowed for the matmul
- * that follows; head_dim is a multiple of 4.
+ * that follows; head_dim is a multiple of 4. A block is the tokens of one sequence.
  *
- * Without stored_o the parts are of all tokens. With stored_o [tokens, heads, head_dim] and stored_lse [tokens, heads],
- * of one slot, they are of the tokens fresh [fresh_count] (null: all; negative: none), whose merged results are stored;
- * results of the other tokens are read from there.
+ * Where stored_o has no slot for a block, the parts are of all its tokens. With stored_o [block, heads, head_dim] and
+ * stored_lse [block, heads] they are of the tokens fresh [fresh_count] (null: all; negative: none), whose merged results
+ * are stored, and with stored_q their queries; results of the other tokens are read from there. `fresh` is for a pass
+ * of one block.
  *
  * Before the wait it reads q, k, v and `fresh`: the previous kernel is prefix attention or one that follows it, which
  * has waited for them. While that runs, an SM has room for one thread block of this kernel: with one warp per row, few
@@ -17,18 +18,19 @@
 
 extern "C" __global__ void __launch_bounds__(WARP_ROWS_THREADS, 4)
     block_attention(const float *q, const float *k, const float *v, PartsView parts, const int *fresh, int fresh_count,
-                    StoredView stored_o, StoredView stored_lse, Activation *o, BatchView batch, int heads, int kv_heads,
-                    int head_dim)
+                    StoredView stored_q, StoredView stored_o, StoredView stored_lse, Activation *o, BatchView batch,
+                    int heads, int kv_heads, int head_dim)
 {
     extern __shared__ float weights_of_warps[];
     let_next_start();
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, head = blockIdx.y * WARP_ROWS + warp;
-    int tokens = batch.tokens, token = blockIdx.x;
+    int tokens = batch.sequence_tokens, token = blockIdx.x, block = token / tokens;
     if (head >= heads) return;
-    u64 slot = stored_o.address(); /* long before it is needed */
+    u64 slot = stored_o.slot ? stored_o.slot[block] : 0; /* long before it is needed */
     float *weights = weights_of_warps + warp * tokens;
     size_t row = (size_t)token * heads + head, stride = (size_t)kv_heads * head_dim;
-    k += head / (heads / kv_heads) * head_dim, v += head / (heads / kv_heads) * head_dim;
+    size_t kv_head = block * tokens * stride + head / (heads / kv_heads) * head_dim;
+    k += kv_head, v += kv_head;
     auto piece_of = [&](const float *rows, int index, int piece) {
         return ((const float4 *)(rows + min(index, tokens - 1) * stride))[piece];
     };
@@ -57,7 +59,7 @@ extern "C" __global__ void __launch_bounds__(WARP_ROWS_THREADS, 4)
 
     /* The token's index among those of the parts, -1 if it is not one of them. */
     int part_token = token;
-    if (stored_o.slot && (fresh || !parts.tokens)) {
+    if (slot && (fresh || !parts.tokens)) {
         int index = -1;
         for (int i = lane; i < fresh_count; i += WARP)
             if (fresh[i] == token) index = i;
@@ -77,12 +79,17 @@ extern "C" __global__ void __launch_bounds__(WARP_ROWS_THREADS, 4)
         }
         if (start == 0) wait_for_previous();
         float *kept_o = stored_o.at<float>(slot), *kept_lse = stored_lse.at<float>(slot);
+        size_t kept_row = row - (size_t)block * tokens * heads;
         RowResult prefix;
         if (part_token >= 0) {
             prefix = merge_row(parts, (size_t)part_token * heads + head, (size_t)parts.tokens * heads, piece, head_dim);
-            if (stored_o.slot && start + lane < pieces) store_merged(kept_o, kept_lse, row, piece, head_dim, prefix);
+            if (slot && start + lane < pieces) {
+                store_merged(kept_o, kept_lse, kept_row, piece, head_dim, prefix);
+                float4 *query = (float4 *)(stored_q.at<float>(slot) + kept_row * head_dim);
+                if (stored_q.slot) query[piece] = ((const float4 *)(q + row * head_dim))[piece];
+            }
         } else {
-            prefix = {kept_lse[row], 1, ((const float4 *)(kept_o + row * head_dim))[piece]};
+            prefix = {kept_lse[kept_row], 1, ((const float4 *)(kept_o + kept_row * head_dim))[piece]};
         }
         /* Over an empty prefix the maximum is -inf. */
         float both = fmaxf(top, prefix.top), mine = expf(top - both), theirs = expf(prefix.top - both);

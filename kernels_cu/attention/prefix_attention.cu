@@ -1,24 +1,26 @@
-/* Attention of a block's queries q [tokens, heads, head_dim] over the paged prefix, split over the prefix.
+/* Attention of queries q [tokens, heads, head_dim], of so many sequences one after the other, over the paged prefix of
+ * each, split over the prefix.
  *
- * Part s of S has the s-th S-th of the prefix's tiles of PLAIN_TILE positions, as long as the prefix is when the kernel
+ * Part s of S has the s-th S-th of the longest prefix's tiles of PLAIN_TILE positions, as long as it is when the kernel
  * runs.
  *
  * Grid: (kv_heads, parts, rows / PLAIN_ROWS). Must read keys and values once: 2 * kv_heads * length * head_dim. */
 extern "C" __global__ void __launch_bounds__(PLAIN_THREADS)
-    prefix_attention(const float *q, CacheView cache, PartsView parts, int heads)
+    prefix_attention(const float *q, CacheView cache, PartsView parts, int heads, int sequences)
 {
     wait_for_previous();
     let_next_start();
     extern __shared__ float shared[];
     __shared__ int limit[PLAIN_ROWS];
-    int kv_head = blockIdx.x, part = blockIdx.y, dim = cache.head_dim, length = *cache.length;
+    int kv_head = blockIdx.x, part = blockIdx.y, dim = cache.head_dim;
     QueryRows rows(blockIdx.z * PLAIN_ROWS, parts.tokens, kv_head, heads, cache);
-    TileRange tiles = tiles_of_part((length + WARP - 1) / WARP, part, gridDim.y);
-    if (threadIdx.x < PLAIN_ROWS) limit[threadIdx.x] = length;
+    Prefixes prefixes(cache, rows, sequences);
+    TileRange tiles = tiles_of_part((prefixes.all + WARP - 1) / WARP, part, gridDim.y);
+    if (threadIdx.x < PLAIN_ROWS) limit[threadIdx.x] = prefixes.limit(rows.first + threadIdx.x);
     load_queries(shared, q, nullptr, rows, dim);
     __syncthreads();
     PlainRows state;
-    attend(state, shared, limit, tiles.first * WARP, min(length, tiles.last * WARP), cache, WholePrefix(), kv_head,
+    attend(state, shared, limit, tiles.first * WARP, min(prefixes.all, tiles.last * WARP), cache, WholePrefix(), kv_head,
            shared + PLAIN_ROWS * dim);
     write_part(state, parts, part, rows, dim);
 }

@@ -4,24 +4,25 @@
  * Grid: (kv_heads, parts, rows / BLOCK_ROWS). Since up to 128 rows of a kv head are in one thread block, keys and
  * values are read once: 2 * kv_heads * length * head_dim, which must be read. */
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-    prefix_attention_hopper(const float *q, CacheView cache, PartsView parts, int heads)
+    prefix_attention_hopper(const float *q, CacheView cache, PartsView parts, int heads, int sequences)
 {
     extern __shared__ __align__(SHARED_ALIGNMENT) float shared[];
     Stages stages = {shared_address(shared)};
-    int kv_head = blockIdx.x, part = blockIdx.y, length = *cache.length;
+    int kv_head = blockIdx.x, part = blockIdx.y;
     QueryRows rows(blockIdx.z * BLOCK_ROWS, parts.tokens, kv_head, heads, cache);
-    TileRange tiles = tiles_of_part((length + TILE - 1) / TILE, part, gridDim.y);
+    Prefixes prefixes(cache, rows, sequences);
+    TileRange tiles = tiles_of_part((prefixes.all + TILE - 1) / TILE, part, gridDim.y);
     prepare(stages);
     if (threadIdx.x >= COMPUTE_THREADS) {
-        /* The prefix was complete before the pass began. */
+        if (!prefixes.committed(tiles.last * TILE)) wait_for_previous();
         copy_tiles(stages, cache, kv_head, tiles.first, tiles.last);
     } else {
         FragmentRows state;
         wait_for_previous();
         let_next_start();
         load_queries(state, stages, q, rows);
-        state.limit[0] = state.limit[1] = length;
-        attend(state, stages, tiles.first, tiles.last, length / TILE);
+        state.limit[0] = prefixes.limit(state.row[0]), state.limit[1] = prefixes.limit(state.row[1]);
+        attend(state, stages, tiles.first, tiles.last, prefixes.first / TILE);
 
         named_barrier(1, COMPUTE_THREADS);
         int thread = threadIdx.x % WARPGROUP;

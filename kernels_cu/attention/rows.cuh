@@ -24,6 +24,24 @@ struct QueryRows {
     }
 };
 
+/* How much of one cache a pass's rows see: the sequences' prefixes, ascending, the last of which has all. What is beyond
+ * the first is written in this pass, by a kernel before. */
+struct Prefixes {
+    const int *lengths;
+    int sequence_rows, last_row, first, all;
+
+    __device__ __forceinline__ Prefixes(const CacheView &cache, const QueryRows &rows, int sequences)
+        : lengths(cache.length), sequence_rows(rows.count / sequences), last_row(rows.count - 1), first(lengths[0]),
+          all(lengths[sequences - 1])
+    {
+    }
+
+    __device__ __forceinline__ int limit(int row) const { return lengths[min(row, last_row) / sequence_rows]; }
+
+    /* Whether positions before `end` were in the cache before the pass began. */
+    __device__ __forceinline__ bool committed(int end) const { return min(end, all) <= first; }
+};
+
 /* Positions by their index: those of the whole prefix, or of listed pages one after the other. */
 struct WholePrefix {
     __device__ __forceinline__ int operator()(int index) const { return index; }

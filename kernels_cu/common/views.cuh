@@ -2,8 +2,9 @@
  * agree. Member functions are defined in the headers of the folders that use them. */
 using u64 = unsigned long long;
 
-/* A layer of a KV cache: addresses of chunks, and how many positions are committed. Both lie in device memory, so that
- * a captured pass sees the cache as it is when it runs. cache/layout.cuh has the layout of chunks. */
+/* A layer of a KV cache: addresses of chunks, and how many positions are committed, or several lengths where sequences
+ * of a pass see more or less of it. Both lie in device memory, so that a captured pass sees the cache as it is when it
+ * runs. cache/layout.cuh has the layout of chunks. */
 struct CacheView {
     const u64 *kv_chunks, *bound_chunks;
     const int *length;
@@ -18,12 +19,13 @@ struct CacheView {
 
 /* What the host copies to the device before a pass, and the counts that the device returns. */
 struct BatchView {
-    const double *uniforms; /* [tokens], in [0, 1) */
-    const u64 *slot;        /* address of the sequence's stored results */
-    const int *length, *masked_count;
-    const int *ids, *masked; /* [tokens] */
-    int *reads;              /* [2], by sparse attention: positions, and tokens that read them */
-    int tokens;
+    const double *uniforms;   /* [sequence_tokens], in [0, 1) */
+    const u64 *slot;          /* [sequences], addresses of stored results; 0: none */
+    const int *length;        /* [sequences] */
+    const int *masked_count;  /* uniforms and masked rows are the last sequence's */
+    const int *ids, *masked;  /* [tokens], [sequence_tokens] */
+    int *reads;               /* [2], by sparse attention: positions, and tokens that read them */
+    int tokens, sequence_tokens; /* rows in all, and of each sequence */
 };
 
 /* A matrix [rows, inner]. */

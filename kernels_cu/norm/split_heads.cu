@@ -1,6 +1,6 @@
 /* From the joined projections qkv [tokens, (heads + 2 * kv_heads) * head_dim] to q [tokens, heads, head_dim] and k and
  * v [tokens, kv_heads, head_dim]: q and k are RMS-normed per head with a gain [head_dim], then rotated to the position
- * length + token. Channels d and d + head_dim / 2 form a rotated pair.
+ * length + token of its sequence. Channels d and d + head_dim / 2 form a rotated pair.
  *
  * One warp per head of a token; a lane holds 4 channels, or 8 where head_dim is above 128. head_dim is a multiple of 8,
  * LARGEST_HEAD_DIM at most. `frequencies` [head_dim / 2] are half turns per position in double: the angle of a float
@@ -28,7 +28,9 @@ extern "C" __global__ void __launch_bounds__(WARP_ROWS_THREADS)
                 BatchView batch, float *q, float *k, float *v, int heads, int kv_heads, int head_dim, float eps)
 {
     let_next_start();
-    int token = blockIdx.x, head = blockIdx.y * WARP_ROWS + threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    int token = blockIdx.x, sequence = token / batch.sequence_tokens;
+    int position = batch.length[sequence] + token % batch.sequence_tokens;
+    int head = blockIdx.y * WARP_ROWS + threadIdx.x / WARP, lane = threadIdx.x % WARP;
     if (head >= heads + 2 * kv_heads) return;
     bool is_q = head < heads, is_v = head >= heads + kv_heads;
     int pieces = head_dim / 4, half = pieces / 2;
@@ -40,7 +42,7 @@ extern "C" __global__ void __launch_bounds__(WARP_ROWS_THREADS)
         float sines[4], cosines[4];
 #pragma unroll
         for (int j = 0; j < 4; j++) {
-            double angle = (double)(*batch.length + token) * frequencies[piece % half * 4 + j];
+            double angle = (double)position * frequencies[piece % half * 4 + j];
             sincospif((float)(angle - 2 * rint(angle / 2)), &sines[j], &cosines[j]);
             sines[j] *= piece < half ? -rope_factor : rope_factor, cosines[j] *= rope_factor;
         }

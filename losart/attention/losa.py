@@ -44,6 +44,10 @@ class LosaPolicy(AttentionPolicy):
         pages, rows = self.config.pages_per_query, self.block_length * self.model.group_size
         return StoredResults(self.block_length, attention=True, top_pages=pages, top_pages_rows=rows)
 
+    @property
+    def commits_ride(self) -> bool:
+        return super().commits_ride and self.config.selector == "quest"  # "anchor" takes masses too
+
     def prefix(self, backend: Any, layer: int, q: Any, batch: Any) -> tuple[Prefix, Selection | None]:
         if batch.kind is PassKind.FIRST:
             return self._fill(backend, layer, q, batch)
@@ -69,7 +73,5 @@ class LosaPolicy(AttentionPolicy):
             selection = selector.select_pages(layer, q, active, batch, config.pages_per_query)
         else:
             selection = selector.select_stored_pages(layer, active, batch)
-        prefix = backend.refresh_prefix_attention(layer, q, selection, batch)
-        if not self._rule.follow:
-            backend.store_queries(layer, q, selection.tokens, batch)
-        return prefix, selection
+        stores = not self._rule.follow
+        return backend.refresh_prefix_attention(layer, q, selection, batch, store_queries=stores), selection

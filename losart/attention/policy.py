@@ -41,6 +41,11 @@ class AttentionPolicy:
         """What passes over a block store for later ones."""
         return None
 
+    @property
+    def commits_ride(self) -> bool:
+        """Whether a commit can ride with the first pass over the next block: both are dense."""
+        return self.is_dense(PassKind.COMMIT) and self.is_dense(PassKind.FIRST)
+
     def attend(
         self, backend: Any, layer: int, q: Any, k: Any, v: Any, batch: Any
     ) -> tuple[Any, Selection | None]:

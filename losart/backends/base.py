@@ -105,9 +105,6 @@ class Selection:
     change: Any = None
 
 
-Reads = Sequence["Selection | None"]  # of a layer, by each part of the batch; None: dense
-
-
 @dataclass(frozen=True, eq=False)
 class HostSelection:
     """A selection of one sequence on the host.
@@ -138,14 +135,14 @@ class PassOutput:
         Prefix positions that sparse attention read, summed over kv heads and layers, per sequence.
     tokens : sequence of int
         Tokens that read them, summed over layers, per sequence.
-    reads : sequence of Reads
-        Per layer. Empty but for passes that are observed.
+    reads : sequence of Selection or None
+        Per layer; None: dense. Empty but for passes that are observed.
     """
 
     proposals: Sequence[Proposals]
     positions: Sequence[int]
     tokens: Sequence[int]
-    reads: Sequence[Reads]
+    reads: Sequence[Selection | None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,14 +152,13 @@ class PassBody:
     Attributes
     ----------
     launch : callable
-        The batch to what the pass proposes (`propose`, or None), and what each of its parts read in each
-        layer.
+        The batch to what the pass proposes (`propose`, or None), and what it read in each layer.
     key : hashable
         Passes of equal keys, numbers of rows and page sizes launch the same operations: one may be
         replayed for another. None: the pass is run by itself.
     """
 
-    launch: Callable[[Batch], tuple[Any, list[Reads]]]
+    launch: Callable[[Batch], tuple[Any, list[Selection | None]]]
     key: Hashable = None
 
 
@@ -191,7 +187,7 @@ class Backend(Protocol):
     config: ModelConfig
     precision: Precision
     prefill_tokens: int  # of a prompt that go through the model at a time
-    riding_blocks: Container[int]  # lengths of blocks whose commit rides, and gives what its own pass does
+    riding_blocks: Container[int]  # lengths of blocks whose commits may ride
 
     @property
     def selectors(self) -> Mapping[str, Selector]:
@@ -245,10 +241,7 @@ class Backend(Protocol):
         """silu(gate) * up from the joined projections [tokens, 2 * ffn]."""
 
     def write_kv(self, layer: int, k: Array, v: Array, batch: Batch) -> None:
-        """Keys and values of the rows into the cache, after each sequence's prefix."""
-
-    def concatenate(self, arrays: Sequence[Array]) -> Array:
-        """Rows of several arrays, one after the other."""
+        """Keys and values of the rows that are not denoised into the cache, after each sequence's prefix."""
 
     # -- attention
 
@@ -259,7 +252,7 @@ class Backend(Protocol):
         """
 
     def prefix_attention(self, layer: int, q: Array, batch: Batch) -> Prefix:
-        """Dense attention over the prefix."""
+        """Dense attention over each sequence's prefix, to which what a commit has just written belongs."""
 
     def prefix_attention_and_masses(self, layer: int, q: Array, batch: Batch) -> tuple[Prefix, Array]:
         """As `prefix_attention`, and each page's probability mass, for `store_top_pages`."""
@@ -267,10 +260,13 @@ class Backend(Protocol):
     def sparse_prefix_attention(self, layer: int, q: Array, selection: Selection, batch: Batch) -> Prefix:
         """Attention of all tokens over selected pages."""
 
-    def refresh_prefix_attention(self, layer: int, q: Array, selection: Selection, batch: Batch) -> Prefix:
+    def refresh_prefix_attention(
+        self, layer: int, q: Array, selection: Selection, batch: Batch, *, store_queries: bool
+    ) -> Prefix:
         """Attention of the selected tokens over selected pages, and the stored results of the others.
 
-        The new results are stored, by the `block_attention` that is given them at the latest.
+        The new results, and with `store_queries` the queries that they are of, are stored, by the
+        `block_attention` that is given them at the latest.
         """
 
     def block_attention(self, q: Array, k: Array, v: Array, prefix: Prefix, batch: Batch) -> Array:
@@ -279,13 +275,10 @@ class Backend(Protocol):
     # -- stored results
 
     def store_attention(self, layer: int, q: Array, prefix: Prefix, batch: Batch) -> Prefix:
-        """Store all tokens' queries and results of attention over the prefix.
+        """Store queries and results of attention over the prefix, of all rows that have a slot.
 
-        Returns the results; they are stored by the `block_attention` that is given them at the latest.
+        Returns the results; all is stored by the `block_attention` that is given them at the latest.
         """
-
-    def store_queries(self, layer: int, q: Array, tokens: Array, batch: Batch) -> None:
-        """Store the queries of some tokens, those of a `Selection`."""
 
     def store_top_pages(self, layer: int, masses: Array, batch: Batch, count: int, *, summed: bool) -> None:
         """Store the `count` pages of highest mass per query, with `summed` per query head for the block."""

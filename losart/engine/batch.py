@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -45,7 +44,8 @@ class SequencePass:
     cache : PagedKVCache
         The prefix; prefill and commit write the rows' keys and values after it.
     slot : optional
-        The backend's, for results that a pass over the block stores for later ones.
+        The backend's, for results that a pass over the block stores for later ones. A commit that rides has
+        none.
     masked : int32 [any]
         Rows that are masked, ascending; none but in denoising passes.
     uniforms : float64 [tokens]
@@ -71,8 +71,8 @@ class SequencePass:
 class PassBatch:
     """Rows of one or more sequences that go through the model together.
 
-    Its sequences agree in block length and attention options, and in their kind of pass, but for a commit
-    and the first pass over the same sequence's next block, which follows it and sees what it writes.
+    Its sequences agree in block length and attention options, and in their kind of pass; or each commit
+    rides with the first pass over the same sequence's next block, which follows it and sees what it writes.
 
     Attributes
     ----------
@@ -84,13 +84,13 @@ class PassBatch:
 
     @property
     def kind(self) -> PassKind:
-        """What the pass is for: its first rows."""
-        return self.sequences[0].kind
+        """What the pass is for: commits that ride aside."""
+        return self.sequences[-1].kind
 
     @property
-    def denoises(self) -> bool:
-        """Whether some rows are proposed tokens for."""
-        return any(sequence.kind.denoises for sequence in self.sequences)
+    def rides(self) -> bool:
+        """Whether commits ride."""
+        return self.sequences[0].kind is not self.kind
 
     @property
     def options(self) -> GenerationConfig:
@@ -108,14 +108,6 @@ class PassBatch:
         for sequence in self.sequences:
             yield sequence, slice(first, first + len(sequence.ids))
             first += len(sequence.ids)
-
-    def parts(self) -> list[tuple[PassBatch, slice]]:
-        """Consecutive sequences of one kind of pass, with their rows."""
-        parts = []
-        for _, group in itertools.groupby(self.rows(), lambda row: row[0].kind):
-            sequences, rows = zip(*group, strict=True)
-            parts.append((PassBatch(sequences), slice(rows[0].start, rows[-1].stop)))
-        return parts
 
 
 @dataclass(frozen=True)

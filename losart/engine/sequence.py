@@ -116,9 +116,10 @@ class Sequence:
             return (SequencePass(kind, piece, start, self.options, self.cache, self.slot),)
         if kind is not PassKind.COMMIT:
             return (self._denoising(kind, self._block.copy(), self._masked, start),)
-        commit = SequencePass(kind, self._block.copy(), start, self.options, self.cache, self.slot)
+        ids, where = self._block.copy(), (start, self.options, self.cache)
         if not self.commits_ride:
-            return (commit,)
+            return (SequencePass(kind, ids, *where, self.slot),)
+        commit = SequencePass(kind, ids, *where)
         block = np.full_like(self._block, self.options.mask_token_id)
         masked = np.arange(len(block), dtype=np.int32)
         return commit, self._denoising(PassKind.FIRST, block, masked, start + len(block))

@@ -6,19 +6,19 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from losart.backends.base import Backend, HostSelection, Reads
+from losart.backends.base import Backend, HostSelection, Selection
 from losart.engine.batch import PassBatch, SequencePass
 from losart.observe.step import ObservedLayer
 
 
 def observed_layers(
-    reads: Sequence[Reads], backend: Backend, batch: PassBatch, kv_heads: int
+    reads: Sequence[Selection | None], backend: Backend, batch: PassBatch, kv_heads: int
 ) -> list[tuple[ObservedLayer, ...]]:
     """Per sequence, its layers.
 
     Parameters
     ----------
-    reads : sequence of Reads
+    reads : sequence of Selection or None
         Per layer, of the pass that was run last.
     backend : Backend
         Whose arrays they are.
@@ -26,15 +26,12 @@ def observed_layers(
     kv_heads : int
     """
     layers = []
-    for of_layer in reads:
-        seen: list[ObservedLayer] = []
-        for (part, _), selection in zip(batch.parts(), of_layer, strict=True):
-            if selection is None:
-                seen += [_dense(sequence, kv_heads) for sequence in part.sequences]
-            else:
-                found = zip(part.sequences, backend.on_host(selection, part), strict=True)
-                seen += [_sparse(sequence, read) for sequence, read in found]
-        layers.append(seen)
+    for selection in reads:
+        if selection is None:
+            layers.append([_dense(sequence, kv_heads) for sequence in batch.sequences])
+        else:
+            found = zip(batch.sequences, backend.on_host(selection, batch), strict=True)
+            layers.append([_sparse(sequence, read) for sequence, read in found])
     return list(zip(*layers, strict=True))
 
 

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from losart.attention import AttentionPolicy, make_policy
-from losart.backends.base import Array, Backend, Batch, PassBody, Reads, Selection, Slot, Weight
+from losart.backends.base import Array, Backend, Batch, PassBody, Selection, Slot, Weight
 from losart.config.model import ModelConfig
 from losart.config.options import AttentionConfig, GenerationConfig
 from losart.engine.batch import PassBatch, PassKind, PassResult
@@ -94,7 +94,7 @@ class Transformer:
 
     def commits_ride(self, options: GenerationConfig) -> bool:
         """Whether a pass commits a block and begins the next one."""
-        return options.block_length in self.backend.riding_blocks
+        return self.policy(options).commits_ride and options.block_length in self.backend.riding_blocks
 
     def policy(self, options: GenerationConfig) -> AttentionPolicy:
         """The attention policy of these options.
@@ -145,45 +145,33 @@ class Transformer:
     def _key(self, policy: AttentionPolicy, batch: PassBatch) -> Hashable:
         """What passes that launch the same operations have in common; None: it is not replayed."""
         of_policy = policy.key(batch.kind)
-        if batch.kind is PassKind.PREFILL or batch.kind is not batch.sequences[-1].kind or of_policy is None:
-            return None
         kind = batch.kind
+        if kind is PassKind.PREFILL or of_policy is None:
+            return None
         if policy.always_dense and kind is PassKind.LATER:
             kind = PassKind.FIRST
         return kind, of_policy, batch.options.sampling if kind.denoises else None
 
-    def _pass(self, policy: AttentionPolicy, batch: Batch) -> tuple[Any, list[Reads]]:
-        backend, parts, prefills = self.backend, batch.parts(), batch.kind is PassKind.PREFILL
+    def _pass(self, policy: AttentionPolicy, batch: Batch) -> tuple[Any, list[Selection | None]]:
+        backend, prefills = self.backend, batch.kind is PassKind.PREFILL
         linear = backend.prefill_linear if prefills else backend.linear
         x, delta = backend.embed(self.embedding, batch), None
-        reads: list[Reads] = []
+        reads: list[Selection | None] = []
         for index, layer in enumerate(self.layers):
             x, h = backend.add_rms_norm(x, delta, layer.input_norm)
             qkv = linear(h, layer.qkv, layer.qkv_bias)
             q, k, v = backend.split_heads(qkv, layer.q_norm, layer.k_norm, batch)
-            if prefills:
+            if prefills or batch.rides:
                 backend.write_kv(index, k, v, batch)
+            if prefills:
                 o = backend.causal_attention(index, q, batch)
-            elif len(parts) == 1:
-                o, selection = self._attend(policy, index, q, k, v, batch)
-                reads.append((selection,))
             else:
-                # In turn: the first pass over a block sees what the commit before it writes.
-                attended = [
-                    self._attend(policy, index, q[rows], k[rows], v[rows], part) for part, rows in parts
-                ]
-                o = backend.concatenate([of_part for of_part, _ in attended])
-                reads.append([selection for _, selection in attended])
+                o, selection = policy.attend(backend, index, q, k, v, batch)
+                reads.append(selection)
+            if batch.kind is PassKind.COMMIT:  # after pages are selected by the bounds of those before it
+                backend.write_kv(index, k, v, batch)
             delta = linear(o.reshape(len(o), -1), layer.o, layer.o_bias)
             x, h = backend.add_rms_norm(x, delta, layer.post_norm)
             delta = linear(backend.silu_gate(linear(h, layer.gate_up)), layer.down)
         _, hidden = backend.add_rms_norm(x, delta, self.final_norm)
-        return (backend.propose(hidden, self.head, batch) if batch.denoises else None), reads
-
-    def _attend(
-        self, policy: AttentionPolicy, layer: int, q: Array, k: Array, v: Array, batch: Batch
-    ) -> tuple[Array, Selection | None]:
-        attended = policy.attend(self.backend, layer, q, k, v, batch)
-        if batch.kind is PassKind.COMMIT:
-            self.backend.write_kv(layer, k, v, batch)
-        return attended
+        return (backend.propose(hidden, self.head, batch) if batch.kind.denoises else None), reads

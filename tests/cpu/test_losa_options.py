@@ -144,9 +144,9 @@ def test_a_fixed_position_is_never_active(model, monkeypatch):
     recomputed: list[set[int]] = []
     refresh_prefix_attention = backend.refresh_prefix_attention
 
-    def spy(layer, q, selection, batch):
+    def spy(layer, q, selection, batch, **stores):
         recomputed.append(set(selection.tokens[0].tolist()))
-        return refresh_prefix_attention(layer, q, selection, batch)
+        return refresh_prefix_attention(layer, q, selection, batch, **stores)
 
     monkeypatch.setattr(backend, "refresh_prefix_attention", spy)
     options = {"attention": "losa", "candidates": "masked", "commit": "sparse", "budget": 32}

@@ -117,6 +117,36 @@ def test_greedy_tokens_are_those_of_the_cpu(tiny_checkpoint, options, length):
     assert found.stats.density == (1.0 if length > 3 or found.stats.commit_passes else None)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("block_length", [1, 4, 16])
+@pytest.mark.parametrize(
+    "method", [{}, {"attention": "losa"}, {"attention": "losa", "active": 3}, {"attention": "quest"}], ids=str
+)
+def test_a_commit_that_rides_changes_nothing(tiny_checkpoint, method, block_length, dtype, monkeypatch):
+    model = losart.load(tiny_checkpoint, "cuda", dtype)
+    options = {
+        "max_new_tokens": 50,
+        "stop_token_ids": [],
+        "block_length": block_length,
+        "budget": 64,
+        **method,
+    }
+    found = []
+    for rides in ([], [block_length]):
+        monkeypatch.setattr(model._engine.runner.backend, "riding_blocks", rides)
+        for _ in range(2):  # launched one by one, and replayed
+            steps = []
+            result = model.generate(PROMPT, observer=steps.append, **options)
+            assert result.stats.rides == (
+                result.stats.commit_passes if rides and method != {"attention": "quest"} else 0
+            )
+            kinds = [(step.kind, step.block_start, step.block, step.fixed) for step in steps]
+            found.append((kinds, result.token_ids, result.stats.density))
+    assert found[0] == found[1] and found[2] == found[3]
+    if dtype == "float32":
+        assert found[0] == found[2]
+
+
 @pytest.mark.parametrize("options", [{"top_k": 7}, {"top_p": 0.6}, {"top_k": 40, "top_p": 0.8}, {}])
 def test_samples_are_those_of_the_cpu(tiny_checkpoint, options):
     options = {"temperature": 1.3, "seed": 5, "max_new_tokens": 64, "stop_token_ids": [], **options}
@@ -144,7 +174,9 @@ def test_a_growing_prefix_needs_no_new_capture(tiny_checkpoint):
     options = {"max_new_tokens": 32, "stop_token_ids": [], "block_length": 8}
     model.generate(PROMPT[:20], **options)
     captured = dict(passes)
-    assert {key[0][0] for key in captured} == {PassKind.FIRST, PassKind.COMMIT} and all(captured.values())
+    # Passes over a block alone, and with the commit of the block before it.
+    found = {(kind, tokens) for (kind, *_), _, tokens, *_ in captured}
+    assert found == {(PassKind.FIRST, 8), (PassKind.FIRST, 16)} and all(captured.values())
     model.generate(PROMPT * 4, **options)
     assert passes == captured
 

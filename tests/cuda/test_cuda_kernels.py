@@ -7,18 +7,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import reference as ref
-from cuda_arrays import matmul_array, on_host
+from cuda_arrays import matmul_array, on_host, stored_array
 from hypothesis import example, given
 from hypothesis import strategies as st
 from kv import held, model_config, steady
 from passes import block_batch, options_of
 
-from losart.backends.base import PassBody
+from losart.backends.base import PassBody, StoredResults
 from losart.backends.cpu.convert import narrow, widen
 from losart.backends.cuda.matmul_plans import hopper_matmul_plans
 from losart.config.options import generation_config
 from losart.config.precision import FORMATS, Precision
 from losart.config.rope import inverse_frequencies
+from losart.engine.batch import PassBatch, PassKind
 from losart.engine.sampling import propose
 
 pytestmark = pytest.mark.gpu
@@ -339,6 +340,53 @@ def test_prefix_and_block_attention(dtype, shape, tokens, length, page_size, car
 @given(
     st.sampled_from(DTYPES),
     shapes(),
+    st.sampled_from([1, 3, 4, 16, 32]),
+    st.one_of(st.integers(0, 300), st.integers(900, 2300)),
+    st.sampled_from([16, 48]),
+    cards(),
+)
+@example("bfloat16", {"kv_heads": 8, "group": 4, "width": 128}, 16, 4096, 16, {})
+@example("bfloat16", {"kv_heads": 8, "group": 2, "width": 64}, 16, 2040, 16, {})
+@example("float16", {"kv_heads": 2, "group": 8, "width": 128}, 16, 0, 16, {})
+def test_a_first_pass_sees_what_the_commit_that_rides_with_it_writes(
+    dtype, shape, block_length, length, page_size, card
+):
+    rng = np.random.default_rng(block_length + length)
+    backend = new_backend(dtype, card, layers=2, **shape)
+    kv_shape, rows = (shape["kv_heads"], shape["width"]), 2 * block_length
+    prefix = [rng.standard_normal((length, *kv_shape), np.float32) for _ in range(2)]
+    fresh = [rng.standard_normal((rows, *kv_shape), np.float32) for _ in range(2)]
+    q = 2 * rng.standard_normal((rows, shape["kv_heads"] * shape["group"], shape["width"]), np.float32)
+    cache = filled_cache(backend, *prefix, page_size, random_pieces(rng, length))
+    cache.reserve(length + rows)
+    slot = backend.new_slot(StoredResults(block_length, attention=True))
+    (commit,) = block_batch(cache, block_length, PassKind.COMMIT).sequences
+    (first,) = block_batch(cache, block_length, PassKind.FIRST, slot=slot).sequences
+    ride = PassBatch((commit, replace(first, prefix_length=length + block_length)))
+    poison(backend)
+    with backend.memory.stream:
+        batch = backend.runner.place(ride)
+        on_device, *block = (to_device(backend, x) for x in (q, *fresh))
+        backend.write_kv(0, *block, batch)
+        parts = backend.prefix_attention(0, on_device, batch)
+        parts = backend.store_attention(0, on_device, parts, batch)
+        found = backend.block_attention(on_device, *block, parts, batch)
+    stored = on_host(backend, *(stored_array(backend, slot, name) for name in ("queries", "o", "lse")))
+    k, v = (held(np.concatenate(both), dtype) for both in zip(prefix, fresh, strict=True))
+    for index in range(2):
+        own, seen = slice(index * block_length, (index + 1) * block_length), length + index * block_length
+        of_prefix = ref.softmax_attention(q[own], k[:seen], v[:seen])
+        expected = ref.merge(*of_prefix, *ref.softmax_attention(q[own], fresh[0][own], fresh[1][own]))
+        assert_close(widened(on_host(backend, found[own]), dtype), expected, TOLERANCE[dtype])
+    np.testing.assert_array_equal(stored[0], q[own])
+    assert_close(stored[1], of_prefix[0], TOLERANCE[dtype])
+    np.testing.assert_allclose(stored[2], of_prefix[1], atol=2 * TOLERANCE[dtype], rtol=1e-5)
+
+
+@steady(60)
+@given(
+    st.sampled_from(DTYPES),
+    shapes(),
     st.sampled_from([1, 4, 5, 16, 32]),
     st.integers(0, 60),
     st.integers(1, 60),
@@ -427,7 +475,10 @@ def test_sampling_is_that_of_the_cpu(options, tokens, vocab):
     cache = backend.new_cache(16)
     cache.reserve(1)
     batch = block_batch(cache, tokens, masked=rows, uniforms=uniforms, options=config)
-    (found,) = backend.run(batch, PassBody(lambda batch: (backend.propose(None, None, batch), []))).proposals
+    hidden = np.empty((tokens, 0))
+    (found,) = backend.run(
+        batch, PassBody(lambda batch: (backend.propose(hidden, None, batch), []))
+    ).proposals
     logits = matmul_array(backend, matmul).astype(np.float32)
     logits[:, 7] = -np.inf
     expected = propose(

@@ -156,7 +156,7 @@ def test_active_tokens_are_those_of_the_cpu(sizes, tokens, count, threshold, mas
     rule = ActiveRule(count, threshold, masked_only, follow=False)
     with backend.memory.stream:
         batch = place(backend, cache, tokens, masked=masked, slot=slot)
-        backend.store_queries(0, to_device(backend, previous), None, batch)
+        stored_array(backend, slot, "queries").set(previous, stream=backend.memory.stream)
         for follow in (False, keep):  # the second time the counter is as the first has left it
             rule = replace(rule, follow=follow)
             active = backend.selectors["device"].select_active(0, to_device(backend, q), batch, rule)
@@ -209,13 +209,19 @@ def test_attention_over_listed_pages(dtype, shape, tokens, length, page_size, ca
     case.place(slot)
     later = [stored_array(backend, slot, name) for name in ("o", "lse")]
     into = o.copy(), lse.copy()
+    stores = bool(count % 2)
+    kept_queries, before = stored_array(backend, slot, "queries"), simple(rng, *case.q.shape)
     with backend.memory.stream:
         q = case.device(case.q)
         selection = backend.selectors["auto"].select_pages(0, q, case.active(places), case.batch, count)
         poison(case.backend)
         for array, values in zip(later, into, strict=True):
             array.set(values, stream=backend.memory.stream)
-        at_once, refreshed = (backend.refresh_prefix_attention(0, q, selection, case.batch) for _ in range(2))
+        kept_queries.set(before, stream=backend.memory.stream)
+        at_once, refreshed = (
+            backend.refresh_prefix_attention(0, q, selection, case.batch, store_queries=stores)
+            for _ in range(2)
+        )
         for array, merged in zip(into, on_host(backend, *backend.merge(at_once)), strict=True):
             array[chosen] = merged[: len(chosen)]
         parts = PrefixParts(*(case.device(x[None]) for x in (*into, np.ones_like(lse))))
@@ -225,6 +231,9 @@ def test_attention_over_listed_pages(dtype, shape, tokens, length, page_size, ca
         )
         if every:
             loose = backend.merge(backend.sparse_prefix_attention(0, q, selection, case.batch))
+    queries, fresh = on_host(backend, kept_queries), chosen if stores else []
+    before[fresh] = case.q[fresh]
+    np.testing.assert_array_equal(queries, before)
     # Merged within attention over the block: the same results are stored, and it sees them.
     for kept, merged in zip(on_host(backend, *later), into, strict=True):
         np.testing.assert_array_equal(kept, merged)

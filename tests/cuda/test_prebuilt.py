@@ -111,7 +111,7 @@ def test_a_kernel_is_taken_prebuilt_and_only_else_compiled(folder, fake_compiler
     make = losart.kernels_cu._kernel.__wrapped__
     make(0, "embedding", BFLOAT16, ())
     make(0, "embedding", FLOAT16, ())
-    make(0, "store_tokens", BFLOAT16, ())
+    make(0, "query_change", BFLOAT16, ())
     assert loaded == [ELF + repr((*EMBEDDING, "sm_90a")).encode(), b"compiled", b"compiled"]
 
 
@@ -194,7 +194,7 @@ def test_prebuilt_kernels_are_the_compilers(folder):
         folder,
         ["sm_80", "sm_90a"],
         ["bfloat16"],
-        ["embedding", "store_tokens"],
+        ["embedding", "query_change"],
         progress=lambda *counts: done.append(counts),
     )
     assert archives == {folder / "sm_80.tar.xz": 2, folder / "sm_90a.tar.xz": 2}

@@ -59,9 +59,9 @@ class RecordingBackend(CpuBackend):
         self._note_sparse(range(len(q)), selection, batch)
         return super().sparse_prefix_attention(layer, q, selection, batch)
 
-    def refresh_prefix_attention(self, layer, q, selection, batch):
+    def refresh_prefix_attention(self, layer, q, selection, batch, **stores):
         self._note_sparse(selection.tokens[0], selection, batch)
-        return super().refresh_prefix_attention(layer, q, selection, batch)
+        return super().refresh_prefix_attention(layer, q, selection, batch, **stores)
 
     def _note_sparse(self, tokens, selection, batch):
         (pages,), (sequence,) = selection.pages, batch.sequences
@@ -175,9 +175,7 @@ def drive(case: Case) -> tuple[ReadLog, RecordingBackend, Passes]:
                 o, selection = policy.attend(backend, layer, q[layer].copy(), k[layer], v[layer], batch)
                 results.append(o)
                 selections.append(selection)
-            output = backend.run(
-                batch, PassBody(lambda _, read=selections: (None, [(selection,) for selection in read]))
-            )
+            output = backend.run(batch, PassBody(lambda _, read=selections: (None, read)))
             reads.add(
                 policy.reads(batch.kind, *output.positions, *output.tokens), cache.length, case.kv_heads
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Hashable, Sequence
+from collections.abc import Container, Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -125,17 +125,13 @@ class CpuBackend:
 
     def run(self, batch: PassBatch, body: PassBody, observe: bool = False) -> PassOutput:
         proposals, reads = body.launch(batch)
-        positions: list[int] = []
-        tokens: list[int] = []
-        for (part, _), of_layers in zip(batch.parts(), zip(*reads, strict=True), strict=False):
-            every = [len(sequence.ids) for sequence in part.sequences]
-            of_part = np.zeros((2, len(every)), np.int64)
-            for selection in of_layers:
-                if selection is not None:
-                    reading = every if selection.tokens is None else list(map(len, selection.tokens))
-                    of_part += [[pages.positions for pages in selection.pages], reading]
-            positions += of_part[0].tolist()
-            tokens += of_part[1].tolist()
+        every = [len(sequence.ids) for sequence in batch.sequences]
+        read = np.zeros((2, len(every)), np.int64)
+        for selection in reads:
+            if selection is not None:
+                reading = every if selection.tokens is None else list(map(len, selection.tokens))
+                read += [[pages.positions for pages in selection.pages], reading]
+        positions, tokens = read.tolist()
         return PassOutput(proposals or (), positions, tokens, reads if observe else ())
 
     def on_host(self, selection: Selection, batch: PassBatch) -> list[HostSelection]:
@@ -219,12 +215,10 @@ class CpuBackend:
             y *= up
         return y
 
-    def concatenate(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
-        return np.concatenate(arrays)
-
     def write_kv(self, layer: int, k: np.ndarray, v: np.ndarray, batch: PassBatch) -> None:
         for sequence, rows in batch.rows():
-            sequence.cache.table.write(layer, sequence.prefix_length, k[rows], v[rows])
+            if not sequence.kind.denoises:
+                sequence.cache.table.write(layer, sequence.prefix_length, k[rows], v[rows])
 
     # -- attention
 
@@ -279,7 +273,7 @@ class CpuBackend:
         return o, lse
 
     def refresh_prefix_attention(
-        self, layer: int, q: np.ndarray, selection: Selection, batch: PassBatch
+        self, layer: int, q: np.ndarray, selection: Selection, batch: PassBatch, *, store_queries: bool
     ) -> tuple[np.ndarray, np.ndarray]:
         stored = [(sequence.slot.o[layer], sequence.slot.lse[layer]) for sequence in batch.sequences]
         parts = zip(batch.rows(), stored, selection.tokens, selection.pages, strict=True)
@@ -287,6 +281,8 @@ class CpuBackend:
             table, length = sequence.cache.table, sequence.prefix_length
             lists = (pages.ids, pages.counts)
             kernels.attend_pages(table, layer, q[rows], tokens - rows.start, lists, length, o, lse)
+            if store_queries:
+                sequence.slot.queries[layer][tokens - rows.start] = q[tokens]
         return _joined([o for o, _ in stored]), _joined([lse for _, lse in stored])
 
     def block_attention(
@@ -317,12 +313,11 @@ class CpuBackend:
     ) -> tuple[np.ndarray, np.ndarray]:
         for sequence, rows in batch.rows():
             slot = sequence.slot
-            slot.queries[layer], slot.o[layer], slot.lse[layer] = q[rows], prefix[0][rows], prefix[1][rows]
+            if slot is not None:
+                arrays = slot.queries, slot.o, slot.lse
+                for array, value in zip(arrays, (q, *prefix), strict=True):
+                    array[layer] = value[rows]
         return prefix
-
-    def store_queries(self, layer: int, q: np.ndarray, tokens: list[np.ndarray], batch: PassBatch) -> None:
-        for (sequence, rows), chosen in zip(batch.rows(), tokens, strict=True):
-            sequence.slot.queries[layer][chosen - rows.start] = q[chosen]
 
     def store_top_pages(
         self, layer: int, masses: list[np.ndarray], batch: PassBatch, count: int, *, summed: bool

@@ -6,7 +6,7 @@ selected, unless it selects itself (host_selector.py), so that a captured pass c
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Container
 from ctypes import c_double
 from dataclasses import replace
 from typing import Any
@@ -30,7 +30,7 @@ from losart.backends.cuda.matmul_plans import matmul_plan
 from losart.backends.cuda.memory import DeviceMemory
 from losart.backends.cuda.pages import CudaPageTable
 from losart.backends.cuda.plans import Card, causal_plan, masses_plan, prefix_plan, sparse_plan
-from losart.backends.cuda.results import NO_MATMUL, Matmul, PrefixParts, Weight
+from losart.backends.cuda.results import NO_MATMUL, NOTHING_STORED, Matmul, PrefixParts, Weight
 from losart.backends.cuda.runner import PassRunner
 from losart.backends.cuda.selector import DeviceSelector
 from losart.backends.cuda.slots import Slot
@@ -66,7 +66,8 @@ class CudaBackend:
 
     name = "cuda"
     prefill_tokens = 2048
-    riding_blocks: Container[int] = ()
+    # Matmuls of up to 32 rows of 16 bits divide their sums alike (matmul_plan).
+    riding_blocks: Container[int] = range(1, 17)
 
     def __init__(self, config: ModelConfig, precision: Precision) -> None:
         for name, unit in (("hidden_size", 4), ("intermediate_size", 4), ("head_dim", 8)):
@@ -195,11 +196,8 @@ class CudaBackend:
         self.kernels.launch("silu_gate", grid, cu.SILU_THREADS, gate_up.view, y, ffn)
         return y
 
-    def concatenate(self, arrays: Sequence[Any]) -> Any:
-        return cupy.concatenate(arrays)
-
     def write_kv(self, layer: int, k: Any, v: Any, batch: DeviceBatch) -> None:
-        c, tokens = self.config, len(k)
+        c, tokens = self.config, batch.sequence_tokens  # a commit that rides comes first
         grid = (c.num_kv_heads, -(-tokens // batch.page_size) + 1)
         threads = -(-c.head_dim // cu.WARP) * cu.WARP
         self.kernels.launch("cache_write", grid, threads, batch.cache_view(layer), k, v, tokens)
@@ -219,7 +217,8 @@ class CudaBackend:
     def prefix_attention(self, layer: int, q: Any, batch: DeviceBatch) -> PrefixParts:
         plan = prefix_plan(*self._shape(len(q)))
         parts = PrefixParts.empty(plan.parts, *q.shape)
-        self.kernels.launch_plan(plan, q, batch.cache_view(layer), parts.view, self.config.num_heads)
+        sizes = self.config.num_heads, batch.sequences
+        self.kernels.launch_plan(plan, q, batch.cache_view(layer), parts.view, *sizes)
         return parts
 
     def prefix_attention_and_masses(self, layer: int, q: Any, batch: DeviceBatch) -> tuple[PrefixParts, Any]:
@@ -250,10 +249,10 @@ class CudaBackend:
         return parts
 
     def refresh_prefix_attention(
-        self, layer: int, q: Any, selection: Selection, batch: DeviceBatch
+        self, layer: int, q: Any, selection: Selection, batch: DeviceBatch, *, store_queries: bool
     ) -> PrefixParts:
         parts = self.sparse_prefix_attention(layer, q, selection, batch)
-        return _stored(parts, selection.tokens, layer, batch)
+        return _stored(parts, selection.tokens, layer, batch, store_queries)
 
     def block_attention(self, q: Any, k: Any, v: Any, prefix: PrefixParts, batch: DeviceBatch) -> Any:
         c, (tokens, heads, head_dim) = self.config, q.shape
@@ -263,9 +262,10 @@ class CudaBackend:
             "block_attention",
             tokens,
             heads,
-            *(q, k, v, prefix.view, fresh, fresh_count, prefix.stored_o, prefix.stored_lse),
+            *(q, k, v, prefix.view, fresh, fresh_count),
+            *(prefix.stored_queries, prefix.stored_o, prefix.stored_lse),
             *(o, batch.view, heads, c.num_kv_heads, head_dim),
-            shared=4 * cu.WARP_ROWS * tokens,
+            shared=4 * cu.WARP_ROWS * batch.sequence_tokens,
         )
         return o
 
@@ -283,14 +283,7 @@ class CudaBackend:
     # -- stored results
 
     def store_attention(self, layer: int, q: Any, prefix: PrefixParts, batch: DeviceBatch) -> PrefixParts:
-        self.store_queries(layer, q, None, batch)
-        return _stored(prefix, None, layer, batch)
-
-    def store_queries(self, layer: int, q: Any, tokens: Any | None, batch: DeviceBatch) -> None:
-        count = len(q) if tokens is None else len(tokens)
-        if count:
-            arguments = (q, tokens, batch.stored("queries", layer), q[0].size)
-            self.kernels.launch("store_tokens", (count,), cu.STORE_TOKENS_THREADS, *arguments)
+        return _stored(prefix, None, layer, batch, True)
 
     def store_top_pages(
         self, layer: int, masses: Any, batch: DeviceBatch, count: int, *, summed: bool
@@ -305,7 +298,7 @@ class CudaBackend:
     # -- sampling
 
     def propose(self, hidden: Any, head: Weight, batch: DeviceBatch) -> Any:
-        options, logits = batch.options, self.linear(hidden, head)
+        options, logits = batch.options, self.linear(hidden[-batch.sequence_tokens :], head)
         tokens, vocab = len(logits), logits.rows
         slices = cupy.empty((tokens, LOGIT_SLICES, cu.LOGIT_ROW_BYTES), np.uint8)
         kept = cupy.empty((tokens, vocab), np.float32) if options.temperature else None
@@ -327,7 +320,10 @@ class CudaBackend:
         return batch.buffers.results
 
 
-def _stored(parts: PrefixParts, tokens: Any | None, layer: int, batch: DeviceBatch) -> PrefixParts:
+def _stored(
+    parts: PrefixParts, tokens: Any | None, layer: int, batch: DeviceBatch, store_queries: bool
+) -> PrefixParts:
     """The parts, whose merged results are to be stored for these tokens (None: all)."""
+    queries = batch.stored("queries", layer) if store_queries else NOTHING_STORED
     stored_o, stored_lse = batch.stored("o", layer), batch.stored("lse", layer)
-    return replace(parts, tokens=tokens, stored_o=stored_o, stored_lse=stored_lse)
+    return replace(parts, tokens=tokens, stored_queries=queries, stored_o=stored_o, stored_lse=stored_lse)

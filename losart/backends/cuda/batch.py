@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import cupy
@@ -10,51 +11,60 @@ import numpy as np
 from losart.backends.cuda.pages import CudaPageTable, PagesInPlace
 from losart.backends.cuda.slots import Slot
 from losart.config.options import GenerationConfig
-from losart.engine.batch import PassKind, SequencePass
+from losart.engine.batch import PassBatch, PassKind
 from losart.kernels_cu.views import BatchView, CacheView, StoredView
 
 
 class BatchBuffers:
     """A pass's inputs and results in device memory that stays in place, so that a graph can be replayed.
 
+    Parameters
+    ----------
+    sequences, tokens : int
+        Sequences, and rows of each.
+
     Attributes
     ----------
-    tokens : int
-    masked : int32 [tokens]
-        Masked rows, as many as `masked_count` says.
-    masked_count, length : int32 [1]
-        `length`: of the prefix.
+    length : int32 [sequences]
+        Of the prefixes.
+    masked : int32 [rows]
+        Masked rows of the last sequence, as many as `masked_count` says.
+    masked_count : int32 [1]
     reads : int32 [2]
         By sparse attention in this pass: positions, and tokens that read them, summed over layers.
     results : int32 [4, tokens]
-        Of sampling.
+        Of sampling, for the last sequence.
     view : BatchView
     cache_views : dict
         Views of layers of caches whose lengths lie here.
     """
 
-    def __init__(self, tokens: int) -> None:
-        self.tokens = tokens
-        words = cupy.zeros(8 * tokens + 6, np.int32)
+    def __init__(self, sequences: int, tokens: int) -> None:
+        rows = sequences * tokens
+        sizes = 2 * sequences, 2 * tokens, sequences, 1, rows, tokens, 2
+        words = cupy.zeros(sum(sizes) + 4 * tokens, np.int32)
         # Reads are written from both sides: zeroed by the host, counted by the device.
-        self._from_host, self._to_host = words[: 4 * tokens + 6], words[4 * tokens + 4 :]
+        self._from_host, self._to_host = words[: sum(sizes)], words[sum(sizes) - 2 :]
         slot, uniforms, self.length, self.masked_count, ids, self.masked, self.reads = _fields(
-            self._from_host, tokens
+            self._from_host, sizes
         )
         self.results = self._to_host[2:].reshape(4, tokens)
         pointers = (uniforms, slot, self.length, self.masked_count, ids, self.masked, self.reads)
-        self.view = BatchView(*(array.data.ptr for array in pointers), tokens)
+        self.view = BatchView(*(array.data.ptr for array in pointers), rows, tokens)
         self.cache_views: dict[tuple[int, int, int], CacheView] = {}
         self._words = np.zeros(self._from_host.shape, np.int32)
-        self._host = _fields(self._words, tokens)
+        self._host = _fields(self._words, sizes)
 
-    def fill(self, sequence: SequencePass, stream: Any) -> None:
+    def fill(self, batch: PassBatch, stream: Any) -> None:
         """Copy a pass's inputs to the device, all at once."""
         slot, uniforms, length, masked_count, ids, masked, _ = self._host
-        slot[0] = 0 if sequence.slot is None else sequence.slot.memory.data.ptr
-        uniforms[: len(sequence.uniforms)] = sequence.uniforms
-        length[0], masked_count[0], ids[:] = sequence.prefix_length, len(sequence.masked), sequence.ids
-        masked[: len(sequence.masked)] = sequence.masked
+        for index, (sequence, rows) in enumerate(batch.rows()):
+            slot[index] = 0 if sequence.slot is None else sequence.slot.memory.data.ptr
+            length[index], ids[rows] = sequence.prefix_length, sequence.ids
+        last = batch.sequences[-1]
+        uniforms[: len(last.uniforms)] = last.uniforms
+        masked_count[0] = len(last.masked)
+        masked[: len(last.masked)] = last.masked
         self._from_host.set(self._words, stream=stream)  # has read pageable memory when it returns
 
     def fetch(self) -> tuple[int, int, np.ndarray]:
@@ -63,11 +73,11 @@ class BatchBuffers:
         return int(words[0]), int(words[1]), words[2:].reshape(self.results.shape)
 
 
-def _fields(words: Any, tokens: int) -> tuple[Any, ...]:
-    """Slot, uniforms, length, number of masked rows, ids, masked rows and reads."""
-    wide, rest = words[: 2 + 2 * tokens], words[2 + 2 * tokens :]
-    slot, uniforms = wide[:2].view(np.uint64), wide[2:].view(np.float64)
-    return slot, uniforms, rest[:1], rest[1:2], rest[2 : 2 + tokens], rest[2 + tokens : -2], rest[-2:]
+def _fields(words: Any, sizes: tuple[int, ...]) -> list[Any]:
+    """Slots, uniforms, lengths, number of masked rows, ids, masked rows and reads."""
+    ends = list(itertools.accumulate(sizes))
+    slots, uniforms, *rest = (words[end - size : end] for size, end in zip(sizes, ends, strict=True))
+    return [slots.view(np.uint64), uniforms.view(np.float64), *rest]
 
 
 class DeviceBatch:
@@ -75,26 +85,31 @@ class DeviceBatch:
 
     Parameters
     ----------
-    sequence : SequencePass
+    batch : PassBatch
+        One sequence, or a commit and the first pass over the next block.
     buffers : BatchBuffers
     pages : PagesInPlace
 
     Attributes
     ----------
     sequence : SequencePass
-        The host's side, of this pass alone: what is launched by it must not be captured.
+        The last one, the host's side, of this pass alone: what is launched by it must not be captured.
     kind : PassKind
+    rides : bool
     options : GenerationConfig
-    tokens, page_size, chunk_positions : int
+    sequences, tokens, sequence_tokens, page_size, chunk_positions : int
+        `tokens`: rows in all; `sequence_tokens`: of each sequence.
     """
 
-    def __init__(self, sequence: SequencePass, buffers: BatchBuffers, pages: PagesInPlace) -> None:
-        table = sequence.cache.table
-        self.sequence = sequence
+    def __init__(self, batch: PassBatch, buffers: BatchBuffers, pages: PagesInPlace) -> None:
+        self.sequence = batch.sequences[-1]
+        table = self.sequence.cache.table
         self.buffers = buffers
-        self.kind: PassKind = sequence.kind
-        self.options: GenerationConfig = sequence.options
-        self.tokens = buffers.tokens
+        self.kind: PassKind = batch.kind
+        self.rides: bool = batch.rides
+        self.options: GenerationConfig = batch.options
+        self.sequences, self.tokens = len(batch.sequences), batch.tokens
+        self.sequence_tokens = len(self.sequence.ids)
         self.page_size: int = table.page_size
         self.chunk_positions: int = table.positions_per_chunk
         self.view = buffers.view
@@ -112,21 +127,12 @@ class DeviceBatch:
         return -(-self.max_pages // 32)
 
     @property
-    def denoises(self) -> bool:
-        """Whether some rows are proposed tokens for."""
-        return self.kind.denoises
-
-    def parts(self) -> list[tuple[DeviceBatch, slice]]:
-        """It has one kind of pass."""
-        return [(self, slice(self.tokens))]
-
-    @property
     def slot(self) -> Slot:
         """The sequence's stored results."""
         return self.sequence.slot
 
     def cache_view(self, layer: int) -> CacheView:
-        """A layer of the sequence's cache."""
+        """A layer of the cache."""
         views, key = self.buffers.cache_views, (layer, self.chunk_positions, self.page_size)
         if key not in views:
             addresses = self._pages.kv.data.ptr, self._pages.bounds.data.ptr, self.view.length

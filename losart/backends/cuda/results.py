@@ -121,14 +121,16 @@ class PrefixParts:
     tops, totals : float32 [parts, tokens, heads]
     tokens : int32 [tokens] or None
         Whose the parts are, -1 after the last; None: all tokens'.
-    stored_o, stored_lse : StoredView
-        Where `block_attention` stores merged results, and finds those of all other tokens.
+    stored_queries, stored_o, stored_lse : StoredView
+        Where `block_attention` stores their queries, if anywhere, and merged results, and finds the results
+        of all other tokens.
     """
 
     o: Any
     tops: Any
     totals: Any
     tokens: Any | None = None
+    stored_queries: StoredView = NOTHING_STORED
     stored_o: StoredView = NOTHING_STORED
     stored_lse: StoredView = NOTHING_STORED
 

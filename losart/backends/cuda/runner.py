@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from losart.backends.base import PassBody, PassOutput, Reads
+from losart.backends.base import PassBody, PassOutput, Selection
 from losart.backends.cuda.batch import BatchBuffers, DeviceBatch
 from losart.backends.cuda.memory import DeviceMemory
 from losart.backends.cuda.pages import PagesInPlace
@@ -33,7 +33,7 @@ class Launched:
     ----------
     proposes, counts : bool
         Whether it proposes tokens, and counts what sparse attention reads.
-    reads : list of Reads
+    reads : list of Selection or None
         Empty unless it is observed.
     graph : cupy.cuda.Graph, optional
         Replays it.
@@ -41,7 +41,7 @@ class Launched:
 
     proposes: bool
     counts: bool
-    reads: list[Reads]
+    reads: list[Selection | None]
     graph: Any = None
 
 
@@ -61,7 +61,7 @@ class PassRunner:
 
     def __init__(self, memory: DeviceMemory, max_positions: int) -> None:
         self._memory = memory
-        self._buffers: dict[int, BatchBuffers] = {}
+        self._buffers: dict[tuple[int, int], BatchBuffers] = {}
         with memory.running("the page table"):
             self._pages = PagesInPlace(max_positions)
         self.passes: OrderedDict[Hashable, Launched | None] = OrderedDict()
@@ -82,21 +82,21 @@ class PassRunner:
 
     def place(self, batch: PassBatch) -> DeviceBatch:
         """Bring a pass's inputs to where its kernels look for them, on the current stream."""
-        if len(batch.sequences) != 1:
+        sequences, stream = batch.sequences, self._memory.stream
+        if len(sequences) > 1 + batch.rides:
             raise NotImplementedError("a pass on CUDA has one sequence")
-        (sequence,), stream = batch.sequences, self._memory.stream
-        tokens = len(sequence.ids)
+        shape = len(sequences), len(sequences[0].ids)
         if batch.kind is PassKind.PREFILL:
-            buffers = BatchBuffers(tokens)  # for this piece alone
+            buffers = BatchBuffers(*shape)  # for this piece alone
         else:
-            buffers = self._buffers.get(tokens) or self._new_buffers(tokens)
-        buffers.fill(sequence, stream)
-        self._pages.place(sequence.cache.table, stream)
-        return DeviceBatch(sequence, buffers, self._pages)
+            buffers = self._buffers.get(shape) or self._new_buffers(shape)
+        buffers.fill(batch, stream)
+        self._pages.place(sequences[0].cache.table, stream)
+        return DeviceBatch(batch, buffers, self._pages)
 
-    def _new_buffers(self, tokens: int) -> BatchBuffers:
+    def _new_buffers(self, shape: tuple[int, int]) -> BatchBuffers:
         with self._memory.running("a pass's inputs"):
-            buffers = self._buffers[tokens] = BatchBuffers(tokens)
+            buffers = self._buffers[shape] = BatchBuffers(*shape)
         return buffers
 
     def _prefill(self, batch: PassBatch, body: PassBody) -> PassOutput:
@@ -139,18 +139,20 @@ class PassRunner:
         """Fetch what the pass gives."""
         if not launched.proposes and not launched.counts:
             return PassOutput((), (0,), (0,), launched.reads)
-        positions, reading, results = batch.buffers.fetch()
+        *read, results = batch.buffers.fetch()
+        # Commits that ride are dense.
+        positions, reading = ((0, count) if batch.rides else (count,) for count in read)
         if not launched.proposes:
-            return PassOutput((), (positions,), (reading,), launched.reads)
+            return PassOutput((), positions, reading, launched.reads)
         tokens, confidence, entropy, finite = results[:, : len(batch.sequence.masked)]
         if not finite.all():
             raise NumericalError(NOT_FINITE)
         proposals = Proposals(tokens.astype(np.int64), confidence.view(np.float32), entropy.view(np.float32))
-        return PassOutput((proposals,), (positions,), (reading,), launched.reads)
+        return PassOutput((proposals,), positions, reading, launched.reads)
 
 
 def _launch(batch: DeviceBatch, body: PassBody, observe: bool) -> Launched:
     """Launch a pass's kernels one by one."""
     proposals, reads = body.launch(batch)
-    counts = any(selection is not None for of_layer in reads for selection in of_layer)
+    counts = any(selection is not None for selection in reads)
     return Launched(proposals is not None, counts, reads if observe else [])
