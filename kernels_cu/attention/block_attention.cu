@@ -3,9 +3,9 @@
  * that follows; head_dim is a multiple of 4. A block is the tokens of one sequence.
  *
  * Where stored_o has no slot for a block, the parts are of all its tokens. With stored_o [block, heads, head_dim] and
- * stored_lse [block, heads] they are of the tokens fresh [fresh_count] (null: all; negative: none), whose merged results
- * are stored, and with stored_q their queries; results of the other tokens are read from there. `fresh` is for a pass
- * of one block.
+ * stored_lse [block, heads] they are of the tokens fresh [fresh_count] (null: all; negative: none), whose merged
+ * results are stored, and with stored_q their queries; results of the other tokens are read from there. `fresh` is for
+ * a pass of one block.
  *
  * Before the wait it reads q, k, v and `fresh`: the previous kernel is prefix attention or one that follows it, which
  * has waited for them. While that runs, an SM has room for one thread block of this kernel: with one warp per row, few

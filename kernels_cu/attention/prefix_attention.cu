@@ -20,7 +20,7 @@ extern "C" __global__ void __launch_bounds__(PLAIN_THREADS)
     load_queries(shared, q, nullptr, rows, dim);
     __syncthreads();
     PlainRows state;
-    attend(state, shared, limit, tiles.first * WARP, min(prefixes.all, tiles.last * WARP), cache, WholePrefix(), kv_head,
-           shared + PLAIN_ROWS * dim);
+    attend(state, shared, limit, tiles.first * WARP, min(prefixes.all, tiles.last * WARP), cache, WholePrefix(),
+           kv_head, shared + PLAIN_ROWS * dim);
     write_part(state, parts, part, rows, dim);
 }

@@ -24,8 +24,8 @@ struct QueryRows {
     }
 };
 
-/* How much of one cache a pass's rows see: the sequences' prefixes, ascending, the last of which has all. What is beyond
- * the first is written in this pass, by a kernel before. */
+/* How much of one cache a pass's rows see: the sequences' prefixes, ascending, the last of which has all. What is
+ * beyond the first is written in this pass, by a kernel before. */
 struct Prefixes {
     const int *lengths;
     int sequence_rows, last_row, first, all;

@@ -19,12 +19,12 @@ struct CacheView {
 
 /* What the host copies to the device before a pass, and the counts that the device returns. */
 struct BatchView {
-    const double *uniforms;   /* [sequence_tokens], in [0, 1) */
-    const u64 *slot;          /* [sequences], addresses of stored results; 0: none */
-    const int *length;        /* [sequences] */
-    const int *masked_count;  /* uniforms and masked rows are the last sequence's */
-    const int *ids, *masked;  /* [tokens], [sequence_tokens] */
-    int *reads;               /* [2], by sparse attention: positions, and tokens that read them */
+    const double *uniforms;      /* [sequence_tokens], in [0, 1) */
+    const u64 *slot;             /* [sequences], addresses of stored results; 0: none */
+    const int *length;           /* [sequences] */
+    const int *masked_count;     /* uniforms and masked rows are the last sequence's */
+    const int *ids, *masked;     /* [tokens], [sequence_tokens] */
+    int *reads;                  /* [2], by sparse attention: positions, and tokens that read them */
     int tokens, sequence_tokens; /* rows in all, and of each sequence */
 };
 
