@@ -61,6 +61,11 @@ SECTIONS = {
         "queries with topics (`topics.py`); medians of graph replays, nothing in the L2 cache.",
         lambda _, quick, __: sparse.rows(quick),
     ),
+    "active": Section(
+        "Prefix attention of later passes by the number of active tokens, microseconds",
+        "As above, LoSA by its defaults with a budget of 128: tokens whose queries have changed are active.",
+        lambda _, quick, __: sparse.active_rows(quick),
+    ),
     "pass": Section(
         "Whole denoising pass, milliseconds",
         "Block 16, host included; losart with sampling, transformers eager and without: a Qwen3 of the same "

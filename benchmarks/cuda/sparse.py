@@ -6,6 +6,9 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
+import cupy
+import numpy as np
+
 from benchmarks.cuda.noise import BFLOAT16, BLOCK, kv_bytes, model_config, pass_after, uncached
 from benchmarks.cuda.timing import graph_microseconds
 from benchmarks.cuda.topics import Topics
@@ -42,15 +45,33 @@ def rows(quick: bool = False) -> Iterator[dict[str, Any]]:
         del prefix_attention
 
 
-class PrefixAttention:
-    """Attention over a prefix in some layers."""
+def active_rows(quick: bool = False) -> Iterator[dict[str, Any]]:
+    """One row per prefix and number of active tokens."""
+    for prefix in (65536,) if quick else (32768, 65536, 131072):
+        layers = uncached(kv_bytes(model_config("8B"), prefix))
+        dense = None
+        for active in (0, 1, 2, 4, 8, 16):
+            row = {"prefix": prefix, "active": active}
+            prefix_attention = attempt(PrefixAttention, layers, prefix, active)
+            if isinstance(prefix_attention, str):
+                yield row | {"failed": prefix_attention}
+                continue
+            if dense is None:
+                dense, _ = prefix_attention.measure("dense")
+            time, density = prefix_attention.measure("losa", budget=128)
+            yield row | {"dense": dense, "losa": time, "losa read": density, "dense/losa": ratio(dense, time)}
+            del prefix_attention
 
-    def __init__(self, layers: int, prefix: int) -> None:
+
+class PrefixAttention:
+    """Attention over a prefix in some layers, of queries of which some change from pass to pass."""
+
+    def __init__(self, layers: int, prefix: int, changed: int = 3) -> None:
         self.config = model_config("8B", num_layers=layers, max_positions=prefix + BLOCK)
         self.backend = CudaBackend(self.config, BFLOAT16)
         topics = Topics(self.backend, prefix)
         self.cache = topics.cache(BLOCK)
-        self.queries = [topics.queries(layer, BLOCK, 3) for layer in range(layers)]
+        self.queries = [topics.queries(layer, BLOCK, 3, changed) for layer in range(layers)]
 
     def measure(self, method: str, **options: Any) -> tuple[float, float]:
         """Microseconds of one layer of a later pass, and the share of the prefix that it reads."""
@@ -64,13 +85,20 @@ class PrefixAttention:
             return backend.merge(prefix)
 
         with backend.memory.stream:
-            for n, kind in enumerate((PassKind.FIRST, PassKind.LATER)):
-                batch = backend.runner.place(pass_after(cache, BLOCK, kind, attention, slot))
-                for layer in range(layers):
-                    attend(layer, n)
+            batch = backend.runner.place(pass_after(cache, BLOCK, PassKind.FIRST, attention, slot))
+            k = v = cupy.zeros((BLOCK, self.config.num_kv_heads, self.config.head_dim), np.float32)
+            for layer in range(layers):
+                q = self.queries[layer][0]
+                prefix, _ = policy.prefix(backend, layer, q, batch)
+                backend.block_attention(q, k, v, prefix, batch)  # which stores
+            batch = backend.runner.place(pass_after(cache, BLOCK, PassKind.LATER, attention, slot))
+            for layer in range(layers):
+                attend(layer, 1)
             positions, _, _ = batch.buffers.fetch()
-        # A pass over all layers changes the queries that the next one is compared with.
-        turns = itertools.cycle((layer, n) for n in (2, 1) for layer in range(layers))
+        # With a count each pass leaves the queries that the next one is compared with. By default
+        # block_attention would: here all passes are compared with the first one.
+        passes = (1, 1) if attention.active == "auto" else (2, 1)
+        turns = itertools.cycle((layer, n) for n in passes for layer in range(layers))
 
         def launch() -> Any:
             return attend(*next(turns))

@@ -17,6 +17,7 @@ extern "C" __global__ void __launch_bounds__(PLAIN_THREADS)
     __shared__ int limit[PLAIN_ROWS];
     int dim = cache.head_dim;
     QueryRows rows(blockIdx.z * PLAIN_ROWS, parts.tokens, kv_head, heads, cache);
+    if (tokens && tokens[blockIdx.z * PLAIN_ROWS / rows.group] < 0) return; /* nobody reads these parts */
     int *list = (int *)(shared + PLAIN_ROWS * dim + 2 * WARP * (dim + 1));
     PageShare share = share_pages(
         pages, top, kv_head, tokens, parts.tokens, rows.group, length, cache.page_size, WARP, list, capacity);

@@ -12,6 +12,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const int *top = prefetch_top(pages, kv_head);
     wait_for_previous();
     let_next_start();
+    if (tokens && tokens[blockIdx.z * BLOCK_ROWS / rows.group] < 0) return; /* nobody reads these parts */
     PageShare share = share_pages(
         pages, top, kv_head, tokens, parts.tokens, rows.group, length, cache.page_size, TENSOR_TILE, list, capacity);
     count_reads(reads, share.listed, tokens, parts.tokens);

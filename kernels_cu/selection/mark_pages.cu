@@ -1,7 +1,8 @@
 /* The `count` pages of highest score of each row, united per kv head.
  *
  * scores [kv_heads, rows, stride]; rows of a token tokens[row / group] < 0 choose none. Sets bits of marks
- * [kv_heads, words], one per page, which the previous kernel has cleared.
+ * [kv_heads, words], one per page, which the previous kernel has cleared. Thread blocks of such rows leave room for
+ * others at once; those of row 0 stay, since a kernel must wait for the one before it.
  *
  * Grid: (rows, kv_heads). Must read the scores once. */
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
@@ -10,6 +11,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
 {
     int row = blockIdx.x, rows = gridDim.x, kv_head = blockIdx.y, pages = cache.pages(*cache.length);
     bool chooses = !tokens || tokens[row / group] >= 0; /* page_scores has waited for the tokens */
+    if (!chooses && row) return;
     wait_for_previous();
     let_next_start();
     if (!chooses) return;

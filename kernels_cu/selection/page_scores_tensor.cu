@@ -59,6 +59,18 @@ __device__ __forceinline__ void prepare_rows(uint4 *row_pieces, const float *q, 
     }
 }
 
+/* Tiles of rows from first_row on that have a query: tokens are ascending, and then negative. */
+__device__ __forceinline__ int used_tiles(const int *tokens, int rows, int first_row, int group)
+{
+    int left = rows - first_row;
+    if (tokens) {
+        int count = 0;
+        for (int i = threadIdx.x % WARP; i < rows / group; i += WARP) count += tokens[i] >= 0;
+        left = __reduce_add_sync(~0u, count) * group - first_row;
+    }
+    return min(max((left + 7) / 8, 0), ROW_TILES);
+}
+
 /* Volatile, to stay in its place among the mma: all pieces at once would not fit into registers. */
 __device__ __forceinline__ uint4 load_piece(unsigned shared)
 {
@@ -98,18 +110,21 @@ extern "C" __global__ void __launch_bounds__(SCORES_THREADS, BLOCKS_PER_SM)
     wait_for_previous();
     let_next_start();
     clear_marks(marks, words, kv_head);
+    int row_tiles = used_tiles(tokens, rows, first_row, group);
+    if (!row_tiles) return;
     prepare_rows(row_pieces, q, tokens, first_row, rows, kv_head, group, heads);
     __syncthreads();
     unsigned pieces = shared_address(row_pieces + lane);
     while (tile < tiles) {
         /* Some tiles of rows at a time: registers would not hold the sums of all. */
 #pragma unroll 1
-        for (int some = 0; some < ROW_TILES; some += TILES_AT_ONCE) {
+        for (int some = 0; some < row_tiles; some += TILES_AT_ONCE) {
             float score[TILES_AT_ONCE][4] = {};
 #pragma unroll
             for (int c = 0; c < CHUNKS; c++)
 #pragma unroll
                 for (int n = 0; n < TILES_AT_ONCE; n++) {
+                    if (some + n >= row_tiles) continue;
                     uint4 first = load_piece(pieces + (c * 2 * ROW_TILES + some + n) * WARP * 16);
                     uint4 second = load_piece(pieces + ((c * 2 + 1) * ROW_TILES + some + n) * WARP * 16);
                     mma(score[n], a[c].x, b[c].x, a[c].y, b[c].y, first.x, first.y);
@@ -122,7 +137,7 @@ extern "C" __global__ void __launch_bounds__(SCORES_THREADS, BLOCKS_PER_SM)
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
                     int row = first_row + (some + n) * 8 + t * 2 + i % 2, page = tile * 16 + g + i / 2 * 8;
-                    if (row < rows && page < pages)
+                    if (row < rows && page < pages && some + n < row_tiles)
                         scores[((size_t)kv_head * rows + row) * stride + page] = score[n][i];
                 }
         }
