@@ -122,6 +122,10 @@ class TriedPolicy(LosaPolicy):
         self._mass: dict[int, np.ndarray] = {}
         self._sticky = np.zeros(self.block_length, bool)
 
+    @property
+    def commits_ride(self) -> bool:
+        return False  # a pass has the rows of one block
+
     def attend(self, backend: Any, layer: int, q: Any, k: Any, v: Any, batch: Any) -> Any:
         found = super().attend(backend, layer, q, k, v, batch)
         if self.active_rule.heads == "mass" and batch.kind is not PassKind.COMMIT:
@@ -201,9 +205,10 @@ def model() -> losart.Model:
 
     def write_kv(layer: int, k: np.ndarray, v: np.ndarray, batch: PassBatch) -> None:
         write(layer, k, v, batch)
-        start = batch.sequences[0].prefix_length
-        held = widen(narrow(np.ascontiguousarray(k), backend.precision.kv))
-        keys[layer, :, start : start + len(k)] = held.swapaxes(0, 1)
+        for sequence, rows in batch.rows():
+            if not sequence.kind.denoises:
+                held = widen(narrow(np.ascontiguousarray(k[rows]), backend.precision.kv))
+                keys[layer, :, sequence.prefix_length :][:, : len(held)] = held.swapaxes(0, 1)
 
     backend.write_kv, backend.keys = write_kv, keys
     return loaded

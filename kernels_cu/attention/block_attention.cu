@@ -12,8 +12,8 @@
  * thread blocks hold all rows, and whatever precedes the wait takes no time. Bounds of 4 thread blocks per SM keep the
  * compiler to 128 registers.
  *
- * Grid: (tokens, heads / WARP_ROWS), WARP_ROWS * tokens floats of dynamic shared memory. Must read the parts once, and
- * reads each kv head's keys and values once per row, from the L2 cache. */
+ * Grid: (tokens, heads / WARP_ROWS), WARP_ROWS * sequence_tokens floats of dynamic shared memory. Must read the parts
+ * once, and reads each kv head's keys and values once per row, from the L2 cache. */
 #define KEY_BATCH 8 /* keys whose loads are in flight at once */
 
 extern "C" __global__ void __launch_bounds__(WARP_ROWS_THREADS, 4)

@@ -1,5 +1,5 @@
-/* Attention of queries q [tokens, heads, head_dim], of so many sequences one after the other, over the paged prefix of
- * each, split over the prefix.
+/* Attention of queries q [tokens, heads, head_dim], those of `sequences` with as many tokens each, over the paged
+ * prefix of each, split over the prefix.
  *
  * Part s of S has the s-th S-th of the longest prefix's tiles of PLAIN_TILE positions, as long as it is when the kernel
  * runs.

@@ -86,8 +86,8 @@ __device__ __forceinline__ void load_tile(unsigned to, const CacheView &cache, c
 }
 
 /* Tiles first <= tile < last of the positions that `where` gives. Only tiles from `ragged` on have positions that some
- * row does not see. The state's limits are set before; `load_queries` sets the rest while the first tiles are on their
- * way. */
+ * row does not see. `load_queries` sets the state while the first tiles are on their way, but for the end of a list,
+ * limit[0], which is set before. */
 template <class Where, class Load>
 __device__ __forceinline__ void attend(TensorRows &state, const CacheView &cache, const Where &where, int kv_head,
                                        int first, int last, int ragged, unsigned shared, const Load &load_queries)

@@ -61,7 +61,7 @@ struct StoredView {
 
     __device__ __forceinline__ u64 address() const { return slot ? *slot : 0; }
 
-    /* The array in the slot of this address, or null. */
+    /* The array in the slot of this address, which is not 0; null without a slot. */
     template <class T> __device__ __forceinline__ T *at(u64 address) const
     {
         /* Relative to a pointer that the compiler knows to be global: accesses are then global ones too. */

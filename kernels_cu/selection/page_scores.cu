@@ -1,8 +1,8 @@
 /* QUEST's bound (arXiv 2406.10774) of the scores in each page, for some tokens' queries: the sum over channels of
  * max(q smallest, q largest).
  *
- * q [all tokens, heads, head_dim]; rows are those of query_index, without a query they get 0. Writes the prefix's pages
- * of scores [kv_heads, rows, stride], and clears marks [kv_heads, words] for mark_pages.cu.
+ * q [all tokens, heads, head_dim]; rows are those of query_index; those without a query are undefined. Writes the
+ * prefix's pages of scores [kv_heads, rows, stride], and clears marks [kv_heads, words] for mark_pages.cu.
  *
  * Grid: (kv_heads, splits, rows / PLAIN_ROWS), one warp per page at a time. Must read the bounds, which it does once
  * for PLAIN_ROWS rows. */

@@ -90,7 +90,7 @@ class PassBatch:
     @property
     def rides(self) -> bool:
         """Whether commits ride."""
-        return self.sequences[0].kind is not self.kind
+        return any(sequence.kind is not self.kind for sequence in self.sequences)
 
     @property
     def options(self) -> GenerationConfig:

@@ -71,6 +71,10 @@ class QueryChanges(DensePolicy):
         self._masked = np.empty(0, np.int32)
         self._kinds = np.empty(0, np.int64)
 
+    @property
+    def commits_ride(self) -> bool:
+        return False  # a pass has the rows of one block
+
     def attend(self, backend: Any, layer: int, q: Any, k: Any, v: Any, batch: Any) -> Any:
         (sequence,) = batch.sequences
         if layer == 0:

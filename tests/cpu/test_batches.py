@@ -17,6 +17,7 @@ METHODS: list[dict[str, Any]] = [
     {"attention": "losa", "candidates": "masked", "drift": "refresh", "commit": "sparse"},
     {"attention": "losa", "selector": "anchor"},
     {"attention": "quest", "commit": "sparse"},
+    {"attention": "quest", "first_pass": "dense"},
     {"attention": "sparsed"},
 ]
 PROMPTS = [list(range(75)), list(range(30, 190)), list(range(9))]
@@ -50,8 +51,8 @@ def passes(
 
 def rides_by_method(method: dict[str, Any]) -> bool:
     """Whether commits are dense, and first passes take nothing but dense attention."""
-    quest = method.get("selector", "quest") == "quest"
-    return method.get("attention", "dense") in ("dense", "losa") and quest and "commit" not in method
+    dense_first = method.get("attention", "dense") in ("dense", "losa") or "first_pass" in method
+    return dense_first and "commit" not in method and "selector" not in method
 
 
 def joined(results: list[PassResult]) -> PassResult:

@@ -152,13 +152,15 @@ def test_a_fixed_position_is_never_active(model, monkeypatch):
     options = {"attention": "losa", "candidates": "masked", "commit": "sparse", "budget": 32}
     layers, masked, sizes, blocks = model.config.num_layers, set(), [], 0
     for step in model.stream(PROMPT, active=5, **options, **GENERATION):
-        if step.kind == "later":
-            assert len(recomputed) == layers and all(tokens <= masked for tokens in recomputed)
-            sizes += [(len(masked), len(tokens)) for tokens in recomputed]
-        else:  # with the commit of the block before it, which has no masked position
-            assert recomputed == [set()] * (layers if blocks else 0)
-            blocks += 1
+        blocks += step.kind == "first"
+        own = recomputed[: layers if step.kind == "later" else 0]
+        assert len(own) == (layers if step.kind == "later" else 0)
+        assert all(tokens <= masked for tokens in own)
+        sizes += [(len(masked), len(tokens)) for tokens in own]
         masked = {place for place, token in enumerate(step.block) if token is None}
+        # After a block's last pass its commit, which has no masked position.
+        commits = not masked and step.result is None
+        assert recomputed[len(own) :] == [set()] * (layers if commits else 0)
         recomputed.clear()
     assert blocks > 1 and sizes and all(size == min(5, left) for left, size in sizes)
 

@@ -1,6 +1,7 @@
 """The spread of query changes over a block's tokens."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -60,10 +61,12 @@ def test_the_change_of_known_queries(monkeypatch, model):
     assert second[[0, 4, 5, 6]].tolist() == pytest.approx([1.0, 1.0, 0.0, 0.0])
 
 
-def test_a_layer_has_a_row_for_each_later_pass(model):
-    *layers, every = measure_locality(model, SMALL)
+@pytest.mark.parametrize("block_length", [4, 8])  # commits of blocks of 4 would ride
+def test_a_layer_has_a_row_for_each_later_pass(model, block_length):
+    small = replace(SMALL, options=SMALL.options | {"block_length": block_length})
+    *layers, every = measure_locality(model, small)
     question = next(make_questions(model, TASKS["key"], 1500, 1, 0, "english"))
-    steps = list(model.stream(question.prompt, max_new_tokens=16, block_length=8, seed=0))
+    steps = list(model.stream(question.prompt, max_new_tokens=16, block_length=block_length, seed=0))
     later = len(steps) - len({step.block_start for step in steps})
     assert [layer.layer for layer in layers] == list(range(model.config.num_layers))
     assert {layer.passes for layer in layers} == {later} and every.passes == later * len(layers)

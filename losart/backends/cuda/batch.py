@@ -27,7 +27,7 @@ class BatchBuffers:
     ----------
     length : int32 [sequences]
         Of the prefixes.
-    masked : int32 [rows]
+    masked : int32 [tokens]
         Masked rows of the last sequence, as many as `masked_count` says.
     masked_count : int32 [1]
     reads : int32 [2]

@@ -84,7 +84,7 @@ class Plan:
 
 
 def prefix_plan(card: Card, tensor: bool, tokens: int, heads: int, kv_heads: int, head_dim: int) -> Plan:
-    """Attention of a block's queries over the prefix."""
+    """Attention of so many tokens' queries over the prefix."""
     rows = tokens * (heads // kv_heads)
     if card.hopper and tensor and head_dim in TENSOR_HEAD_DIMS:
         row_groups = 1 if rows <= cu.HOPPER_ROWS else 2
