@@ -28,6 +28,7 @@ from benchmarks.cuda import (
     planner,
     prefill,
     prefix,
+    riding,
     sparse,
 )
 from benchmarks.cuda.bandwidth import copy_bandwidth
@@ -96,6 +97,13 @@ SECTIONS = {
         "the sum of its times. With random weights queries are not concentrated: density, the share of the "
         "prefix that sparse passes read, is far above that of trained models.",
         lambda _, quick, __: end_to_end.rows(quick),
+    ),
+    "riding": Section(
+        "Commits that ride with the next first pass, milliseconds per denoising pass",
+        "256 new tokens in blocks of 16, four passes per block, low_confidence_static; commits included, "
+        "with a pass for each and with one for both; losa by its defaults with a budget of 128. Medians of 4 "
+        "rounds in which both took turns; least and most: ratios of single rounds.",
+        lambda _, quick, __: riding.rows(quick),
     ),
     "matmuls": Section(
         "Matmuls of a pass, microseconds",
