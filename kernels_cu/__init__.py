@@ -78,8 +78,7 @@ FILES = {
     "block_attention": KernelFile("attention", ("attention/parts.cuh",)),
     "query_change": KernelFile("selection"),
     "page_scores": KernelFile("selection", (*CACHE, "selection/bounds.cuh")),
-    # On capability 10.0, with 3 tiles of rows and head_dim 128, 4 bytes spill.
-    "page_scores_tensor": KernelFile("selection", (*TENSOR_CACHE, "selection/bounds.cuh"), spills=True),
+    "page_scores_tensor": KernelFile("selection", (*TENSOR_CACHE, "selection/bounds.cuh")),
     "page_masses": KernelFile("selection", PLAIN_ATTENTION, spills=True),
     "page_masses_tensor": KernelFile("selection", TENSOR_ATTENTION),
     "mark_pages": KernelFile("selection", TOP_PAGES),

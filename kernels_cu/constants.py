@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from losart.config import precision
 from losart.config.precision import FORMATS
 
 WARP = 32
@@ -15,6 +16,10 @@ MIN_STAGES = 2  # one is computed while the next one is copied
 LARGEST_HEAD_DIM = 256
 WARP_ROWS_THREADS = 128  # split_heads, merge_parts and block_attention: one warp per row ...
 WARP_ROWS = 4  # ... which is a head of a token
+
+# cache/
+GROUP_PAGES = precision.GROUP_PAGES  # their bounds share a base and a step per channel
+CACHE_WRITE_THREADS = 1024  # at most
 
 # matmul/
 PANEL_ROWS = 128  # rows of weights that linear_tensor accumulates at a time
@@ -50,7 +55,6 @@ MASS_UNIT = 16  # positions that share one mass
 SCORES_THREADS = 256
 SCORES_ROW_TILE = 8  # rows in one tile of page_scores_tensor
 TOP_PAGES_THREADS = 512
-TOP_PAGES_MAX_KEYS = 16  # per thread, in registers
 QUERY_CHANGE_THREADS = 256
 
 # sampling/

@@ -58,8 +58,8 @@ def pass_bytes(config: ModelConfig, prefix: int, attention: AttentionConfig, den
     """What a pass must read: weights, keys and values of what it selects, and what it selects by."""
     read = density * kv_bytes(config, prefix)
     if attention.method == "losa" and attention.selector == "quest":
-        # A page's smallest and largest keys are as much as one position's key and value.
-        read += kv_bytes(config, -(-prefix // attention.page_size))
+        # Per channel of 16 pages two codes of 4 bits each, a base and a step; a position has two numbers.
+        read += kv_bytes(config, -(-prefix // attention.page_size)) * (16 + 4) / 64
     if attention.method == "losa" and attention.selector == "anchor":
         # The pages of highest mass of each query, int32.
         queries = attention.active_count(BLOCK) * config.num_heads

@@ -26,10 +26,12 @@ from benchmarks.support.queries import LISTENING, queries_of
 from losart.backends.base import PassBody
 from losart.backends.cuda.batch import DeviceBatch
 from losart.config.options import AttentionConfig
+from losart.config.precision import GROUP_PAGES
 from losart.engine.batch import PassKind
 from losart.measure.bench import BlockPasses
 
 SCORE = 8.0  # of planted keys, above those of the noise, whose standard deviation is 1
+GROUP = GROUP_PAGES * AttentionConfig().page_size  # positions whose bounds are coded together
 RIDGE = 1e-4  # of the sum of the queries' squares
 CHANGED = 2  # tokens in which the block's states differ
 
@@ -68,9 +70,9 @@ class PlantedPrefix:
             queries = np.concatenate([first, second[changed]])
             shared, own = self._answer(queries), [self._answer(queries[[n]]) for n in range(len(queries))]
             vectors = [shared] * SHARED_TOPICS + own * OWN_TOPICS
-            segments = rng.choice(prefix // SEGMENT, len(vectors), replace=False)
-            for segment, vector in zip(segments, vectors, strict=True):
-                self._plant(layer, int(segment) * SEGMENT, vector)
+            groups = rng.choice(prefix // GROUP, len(vectors), replace=False)
+            for group, vector in zip(groups, vectors, strict=True):
+                self._plant(layer, (int(group) + 1) * GROUP - SEGMENT, vector)
 
     def passes(self, attention: AttentionConfig) -> LaterPasses:
         """Passes of a method over the block, whose states take turns."""
@@ -99,7 +101,7 @@ class PlantedPrefix:
         return (rows * np.linalg.solve(gram, scores)).sum(axis=1)
 
     def _plant(self, layer: int, start: int, vector: np.ndarray) -> None:
-        """Rewrite a segment. It is whole pages, whose bounds are reset by their first positions."""
+        """Rewrite a segment, the last one of a group of pages, whose bounds are then coded anew."""
         cache, length, backend = self.cache, self.cache.length, self.model.backend
 
         def write(batch: DeviceBatch) -> Any:

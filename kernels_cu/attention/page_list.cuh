@@ -3,6 +3,15 @@
  * Each thread block first makes its share of the list in shared memory: the pages that hold its tiles. Pages are
  * ascending, and only the prefix's last page can be partly filled, so that a list is like a prefix of its own. */
 
+/* Brings the addresses of chunks into the L1 cache, while the previous kernel runs. */
+__device__ __forceinline__ void prefetch_chunks(const CacheView &cache, int length)
+{
+    for (int i = threadIdx.x * 16; i * cache.chunk_positions < length; i += blockDim.x * 16) {
+        u64 address;
+        asm volatile("ld.global.ca.u64 %0, [%1];" : "=l"(address) : "l"(cache.kv_chunks + i));
+    }
+}
+
 /* The kv head's pages that rows selected; null where there are marks. They were selected before this pass began, and
  * can come into the L2 cache while the previous kernel runs. */
 __device__ __forceinline__ const int *prefetch_top(const PagesView &pages, int kv_head)
@@ -14,41 +23,56 @@ __device__ __forceinline__ const int *prefetch_top(const PagesView &pages, int k
     return top;
 }
 
+/* Of so many tokens those that have queries: the first ones, negative ones follow. */
+__device__ __forceinline__ int active_tokens(const int *tokens, int count)
+{
+    int active = 0;
+    for (int i = threadIdx.x % WARP; i < count; i += WARP) active += !tokens || tokens[i] >= 0;
+    return __reduce_add_sync(~0u, active);
+}
+
 struct PageShare {
+    int active; /* tokens that read the pages */
     int listed; /* positions in all pages of the list */
     TileRange tiles;
     ListedPages where;
 };
 
 /* Called by all threads of a block of whole warps. `shared` has room for `capacity` pages, the largest share, and after
- * that, with `top`, for marks of the prefix's pages. tokens [token_count] are those of the rows (null: all), `group`
- * rows each. */
-__device__ __forceinline__ PageShare share_pages(const PagesView &pages, const int *top, int kv_head, const int *tokens,
-                                                 int token_count, int group, int length, int page_size, int tile,
+ * that, with `top`, for marks of the prefix's pages. tokens [rows.count / rows.group] are those of the rows (null:
+ * all). Nothing is shared where no token of the thread block's rows is active. */
+__device__ __forceinline__ PageShare share_pages(const PagesView &pages, const int *top, const int *tokens,
+                                                 const QueryRows &rows, int length, int page_size, int tile,
                                                  int *shared, int capacity)
 {
     __shared__ int sums[WARP];
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     int page_count = (length + page_size - 1) / page_size, words = (page_count + WARP - 1) / WARP;
-    const unsigned *marks = pages.marks + (size_t)kv_head * pages.words;
+    const unsigned *marks = pages.marks + (size_t)rows.kv_head * pages.words;
+    /* Each thread has some consecutive words; the first is on its way while the tokens are. */
+    int each = (words + blockDim.x - 1) / blockDim.x, begin = min(words, (int)threadIdx.x * each);
+    int end = min(words, begin + each), mine = 0;
+    unsigned first_word = !top && begin < end ? marks[begin] : 0;
+    PageShare share;
+    share.active = active_tokens(tokens, rows.count / rows.group);
+    if (rows.first >= share.active * rows.group) return share;
     if (top) {
         unsigned *own = (unsigned *)shared + capacity;
         for (int i = threadIdx.x; i < words; i += blockDim.x) own[i] = 0;
         __syncthreads();
-        int wanted = (tokens ? token_count * group : pages.rows) * pages.count;
+        int wanted = (tokens ? share.active * rows.group : pages.rows) * pages.count;
         for (int i = threadIdx.x; i < wanted; i += blockDim.x) {
-            int row = i / pages.count, token = tokens ? tokens[row / group] : 0;
-            if (tokens) row = token * group + row % group;
-            int page = token < 0 ? -1 : top[row * pages.count + i % pages.count];
+            int row = i / pages.count;
+            if (tokens) row = tokens[row / rows.group] * rows.group + row % rows.group;
+            int page = top[row * pages.count + i % pages.count];
             if (page >= 0) atomicOr(own + page / WARP, 1u << page % WARP);
         }
         __syncthreads();
         marks = own;
+        if (begin < end) first_word = own[begin];
     }
-    /* Each thread has some consecutive words. */
-    int each = (words + blockDim.x - 1) / blockDim.x, begin = min(words, (int)threadIdx.x * each);
-    int end = min(words, begin + each), mine = 0;
-    for (int i = begin; i < end; i++) mine += __popc(marks[i]);
+    auto word_at = [&](int i) { return i == begin ? first_word : marks[i]; };
+    for (int i = begin; i < end; i++) mine += __popc(word_at(i));
     int through = mine; /* pages of this and earlier lanes */
     for (int step = 1; step < WARP; step *= 2) {
         int other = __shfl_up_sync(~0u, through, step);
@@ -60,13 +84,12 @@ __device__ __forceinline__ PageShare share_pages(const PagesView &pages, const i
     int warp_pages = lane < blockDim.x / WARP ? sums[lane] : 0, count = __reduce_add_sync(~0u, warp_pages);
     int index = through - mine + __reduce_add_sync(~0u, lane < warp ? warp_pages : 0);
 
-    PageShare share;
     share.listed = count * page_size + (has_last ? length - page_count * page_size : 0);
     share.tiles = tiles_of_part((share.listed + tile - 1) / tile, blockIdx.y, gridDim.y);
     int first_page = share.tiles.first * tile / page_size;
     int last_page = min(count, (share.tiles.last * tile + page_size - 1) / page_size);
     for (int i = begin; i < end && index < last_page; i++)
-        for (unsigned word = marks[i]; word; word &= word - 1, index++)
+        for (unsigned word = word_at(i); word; word &= word - 1, index++)
             if (index >= first_page && index < last_page) shared[index - first_page] = i * WARP + __ffs(word) - 1;
     __syncthreads();
     share.where = {shared - first_page, page_size};
@@ -74,13 +97,9 @@ __device__ __forceinline__ PageShare share_pages(const PagesView &pages, const i
 }
 
 /* Adds the positions in the kv heads' lists to reads[0], and the tokens that read them to reads[1]. */
-__device__ __forceinline__ void count_reads(int *reads, int listed, const int *tokens, int token_count)
+__device__ __forceinline__ void count_reads(int *reads, const PageShare &share)
 {
-    if (blockIdx.y + blockIdx.z) return;
-    if (threadIdx.x == 0) atomicAdd(reads, listed);
-    if (blockIdx.x || threadIdx.x >= WARP) return;
-    int reading = 0;
-    for (int i = threadIdx.x; i < token_count; i += WARP) reading += !tokens || tokens[i] >= 0;
-    reading = __reduce_add_sync(~0u, reading);
-    if (threadIdx.x == 0) atomicAdd(reads + 1, reading);
+    if (blockIdx.y + blockIdx.z || threadIdx.x) return;
+    atomicAdd(reads, share.listed);
+    if (blockIdx.x == 0) atomicAdd(reads + 1, share.active);
 }

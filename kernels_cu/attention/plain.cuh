@@ -18,7 +18,7 @@ __device__ __forceinline__ void load_queries(float *to, const float *q, const in
     float scale = rsqrtf((float)head_dim);
     for (int i = threadIdx.x; i < PLAIN_ROWS * head_dim; i += PLAIN_THREADS) {
         int row = rows.first + i / head_dim, token = row / rows.group;
-        if (row < rows.count && tokens) token = max(tokens[token], 0);
+        if (row < rows.count && tokens) token = tokens[token];
         size_t at = rows.index(token, row) * head_dim + i % head_dim;
         to[i] = row < rows.count ? q[at] * scale : 0.0f;
     }

@@ -11,17 +11,18 @@ extern "C" __global__ void __launch_bounds__(PLAIN_THREADS)
 {
     int kv_head = blockIdx.x, part = blockIdx.y, length = *cache.length;
     const int *top = prefetch_top(pages, kv_head);
+    prefetch_chunks(cache, length);
     wait_for_previous();
     let_next_start();
     extern __shared__ float shared[];
     __shared__ int limit[PLAIN_ROWS];
     int dim = cache.head_dim;
     QueryRows rows(blockIdx.z * PLAIN_ROWS, parts.tokens, kv_head, heads, cache);
-    if (tokens && tokens[blockIdx.z * PLAIN_ROWS / rows.group] < 0) return; /* nobody reads these parts */
     int *list = (int *)(shared + PLAIN_ROWS * dim + 2 * WARP * (dim + 1));
-    PageShare share = share_pages(
-        pages, top, kv_head, tokens, parts.tokens, rows.group, length, cache.page_size, WARP, list, capacity);
-    count_reads(reads, share.listed, tokens, parts.tokens);
+    PageShare share = share_pages(pages, top, tokens, rows, length, cache.page_size, WARP, list, capacity);
+    rows.count = share.active * rows.group;
+    if (rows.first >= rows.count) return; /* nobody reads these parts */
+    count_reads(reads, share);
     if (threadIdx.x < PLAIN_ROWS) limit[threadIdx.x] = share.listed;
     load_queries(shared, q, tokens, rows, dim);
     __syncthreads();

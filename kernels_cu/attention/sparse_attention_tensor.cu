@@ -10,12 +10,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     QueryRows rows(blockIdx.z * BLOCK_ROWS, parts.tokens, kv_head, heads, cache);
     int *list = (int *)(shared_bytes + STAGES * 2 * TILE_BYTES);
     const int *top = prefetch_top(pages, kv_head);
+    prefetch_chunks(cache, length);
     wait_for_previous();
     let_next_start();
-    if (tokens && tokens[blockIdx.z * BLOCK_ROWS / rows.group] < 0) return; /* nobody reads these parts */
-    PageShare share = share_pages(
-        pages, top, kv_head, tokens, parts.tokens, rows.group, length, cache.page_size, TENSOR_TILE, list, capacity);
-    count_reads(reads, share.listed, tokens, parts.tokens);
+    PageShare share = share_pages(pages, top, tokens, rows, length, cache.page_size, TENSOR_TILE, list, capacity);
+    rows.count = share.active * rows.group;
+    if (rows.first >= rows.count) return; /* nobody reads these parts */
+    count_reads(reads, share);
     TensorRows state;
     state.limit[0] = state.limit[1] = share.listed;
     attend(state, cache, share.where, kv_head, share.tiles.first, share.tiles.last, share.listed / TENSOR_TILE,

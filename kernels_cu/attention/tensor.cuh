@@ -23,7 +23,7 @@ __device__ __forceinline__ unsigned piece_address(unsigned tile, int row, int pi
     return tile + row / 8 * (HEAD_DIM * 16) + piece / 8 * 1024 + row % 8 * 128 + ((piece % 8) ^ (row % 8)) * 16;
 }
 
-/* With `tokens`, row r is of token tokens[r / group], of any token where that is negative. */
+/* With `tokens`, row r is of token tokens[r / group]. */
 __device__ __forceinline__ void load_queries(TensorRows &state, const float *q, const int *tokens,
                                              const QueryRows &rows)
 {
@@ -33,7 +33,7 @@ __device__ __forceinline__ void load_queries(TensorRows &state, const float *q, 
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         int row = min(state.row[half], rows.count - 1), token = row / rows.group;
-        const float *from = q + rows.index(tokens ? max(tokens[token], 0) : token, row) * HEAD_DIM;
+        const float *from = q + rows.index(tokens ? tokens[token] : token, row) * HEAD_DIM;
 #pragma unroll
         for (int k = 0; k < HEAD_DIM / 16; k++) {
             float2 low = *(const float2 *)(from + k * 16 + t * 2), high = *(const float2 *)(from + k * 16 + 8 + t * 2);
@@ -63,7 +63,7 @@ __device__ __forceinline__ void scores_of_tile(float (&score)[WARP_KEYS / 2], co
 __device__ __forceinline__ void load_tile(unsigned to, const CacheView &cache, WholePrefix, int kv_head, int tile, int)
 {
     const KVValue *keys = cache.group(CACHED_KEYS, kv_head, tile * TENSOR_TILE);
-    const KVValue *values = cache.group(CACHED_VALUES, kv_head, tile * TENSOR_TILE);
+    const KVValue *values = keys + cache.values_after_keys();
 #pragma unroll
     for (int i = threadIdx.x; i < TENSOR_TILE * PIECES; i += THREADS) {
         copy_16_bytes_async(to + i * 16, keys + i * 8);
@@ -79,9 +79,9 @@ __device__ __forceinline__ void load_tile(unsigned to, const CacheView &cache, c
     for (int i = threadIdx.x; i < TENSOR_TILE * PIECES; i += THREADS) {
         int index = tile * TENSOR_TILE + i / HEAD_DIM * 8, piece = i % HEAD_DIM * 8;
         bool inside = index < end;
-        int position = where(inside ? index : tile * TENSOR_TILE);
-        copy_16_bytes_async(to + i * 16, cache.group(CACHED_KEYS, kv_head, position) + piece, inside);
-        copy_16_bytes_async(to + TILE_BYTES + i * 16, cache.group(CACHED_VALUES, kv_head, position) + piece, inside);
+        const KVValue *keys = cache.group(CACHED_KEYS, kv_head, where(inside ? index : tile * TENSOR_TILE)) + piece;
+        copy_16_bytes_async(to + i * 16, keys, inside);
+        copy_16_bytes_async(to + TILE_BYTES + i * 16, keys + cache.values_after_keys(), inside);
     }
 }
 

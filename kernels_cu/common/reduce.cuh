@@ -14,7 +14,7 @@ __device__ __forceinline__ float warp_max(float x)
 }
 
 /* Over the four lanes that hold one row of a tensor-core fragment. */
-__device__ __forceinline__ float quad_sum(float x)
+template <class T> __device__ __forceinline__ T quad_sum(T x)
 {
     x += __shfl_xor_sync(~0u, x, 1);
     return x + __shfl_xor_sync(~0u, x, 2);

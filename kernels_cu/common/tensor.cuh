@@ -76,6 +76,7 @@ template <int PENDING> __device__ __forceinline__ void wait_copies()
 template <int BUFFERS, class Load>
 __device__ __forceinline__ void start_copies(int first, int last, const Load &load)
 {
+#pragma unroll 1 /* it runs once: short code will do */
     for (int i = 0; i < BUFFERS - 1; i++) {
         if (first + i < last) load(first + i);
         commit_copies();

@@ -2,6 +2,8 @@
  * agree. Member functions are defined in the headers of the folders that use them. */
 using u64 = unsigned long long;
 
+struct PageBounds;
+
 /* A layer of a KV cache: addresses of chunks, and how many positions are committed, or several lengths where sequences
  * of a pass see more or less of it. Both lie in device memory, so that a captured pass sees the cache as it is when it
  * runs. cache/layout.cuh has the layout of chunks. */
@@ -11,10 +13,12 @@ struct CacheView {
     int layer, kv_heads, head_dim, chunk_positions, page_size;
 
     __device__ KVValue *group(int kind, int head, int position) const;
+    __device__ size_t values_after_keys() const;
     __device__ KVValue *at(int kind, int head, int position, int channel) const;
-    __device__ int chunk_pages() const;
-    __device__ KVValue *bounds(int head, int page, int chunk_pages) const;
+    __device__ int chunk_groups() const;
+    __device__ PageBounds bounds(int head, int group, int chunk_groups) const;
     __device__ int pages(int positions) const;
+    __device__ int full_groups(int positions) const;
 };
 
 /* What the host copies to the device before a pass, and the counts that the device returns. */

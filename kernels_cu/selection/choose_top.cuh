@@ -1,35 +1,34 @@
 /* Chooses a row's pages of highest score, of equal ones the earlier, by a thread block of TOP_PAGES_THREADS.
  *
- * A thread has the key of every TOP_PAGES_THREADS-th page, the first KEYS of them in registers. 4 threads are a group:
- * at least `count` pages reach a key that `count` groups reach, and rarely many more. Those are collected, and each
- * counts how many precede it. If `count` is close to the number of groups, or too many pages are collected (many tie),
- * the last page's key is found two bits at a time instead, by counting pages.
+ * A thread has every TOP_PAGES_THREADS-th page. 4 threads are a group: at least `count` pages reach a key that `count`
+ * groups reach, and rarely many more. Those are collected, and each counts how many precede it. If `count` is close to
+ * the number of groups, or too many pages are collected (many tie), the last page's key is found two bits at a time
+ * instead, by counting pages.
  *
- * Compiled with KEYS, up to TOP_PAGES_MAX_KEYS. */
-static_assert(KEYS <= TOP_PAGES_MAX_KEYS, "keys in registers");
+ * Scores are read again in every round: from the L1 cache. */
 #define THREADS TOP_PAGES_THREADS
 #define GROUPS (THREADS / 4)
+#define KEY_BATCH 8
 
 /* Above 0, and NaN above all. */
 __device__ __forceinline__ unsigned page_key(float score) { return score != score ? ~0u : ascending_key(score); }
 
-/* How many of `count` values in shared memory are above x. */
-template <class T> __device__ __forceinline__ int count_above(const T *values, int count, T x)
+/* Calls visit(page, key) for all of a thread's pages, and for some past the last page, whose key is 0. KEY_BATCH loads
+ * are in flight at once: none of them depends on whether its page is there. */
+template <class KeyOf, class Visit>
+__device__ __forceinline__ void each_page(int pages, const KeyOf &key_of, const Visit &visit)
 {
-    int above = 0;
-#pragma unroll 8
-    for (int i = 0; i < count; i++) above += values[i] > x;
-    return above;
-}
-
-/* Calls visit(page, key) for all of a thread's pages, and for some past the last page, whose key is 0. */
-template <class KeyAt, class Visit>
-__device__ __forceinline__ void each_page(const unsigned (&keys)[KEYS], int rounds, const KeyAt &key_at,
-                                          const Visit &visit)
-{
+#pragma unroll 1
+    for (int first = 0; first < pages; first += KEY_BATCH * THREADS) {
+        unsigned keys[KEY_BATCH];
 #pragma unroll
-    for (int i = 0; i < KEYS; i++) visit(i * THREADS + (int)threadIdx.x, keys[i]);
-    for (int page = KEYS * THREADS + threadIdx.x; page < rounds * THREADS; page += THREADS) visit(page, key_at(page));
+        for (int i = 0; i < KEY_BATCH; i++) keys[i] = key_of(min(first + i * THREADS + (int)threadIdx.x, pages - 1));
+#pragma unroll
+        for (int i = 0; i < KEY_BATCH; i++) {
+            int page = first + i * THREADS + threadIdx.x;
+            visit(page, page < pages ? keys[i] : 0u);
+        }
+    }
 }
 
 /* Calls take(page) for each chosen page: for all pages, if there are no more than `count`. */
@@ -39,42 +38,40 @@ __device__ __forceinline__ void choose_top(int pages, int count, const KeyOf &ke
     __shared__ u64 collected[THREADS], group_tops[GROUPS];
     __shared__ int partial[2][3][WARP], collected_count;
     __shared__ unsigned reached;
-    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, rounds = (pages + THREADS - 1) / THREADS;
-    auto key_at = [&](int page) { return page < pages ? key_of(page) : 0u; };
+    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     if (pages <= count) {
         for (int page = threadIdx.x; page < pages; page += THREADS) take(page);
         return;
     }
-    unsigned keys[KEYS];
-#pragma unroll
-    for (int i = 0; i < KEYS; i++) keys[i] = key_at(i * THREADS + threadIdx.x);
-
     if (count <= GROUPS * 3 / 4) {
         unsigned top = 0;
-        each_page(keys, rounds, key_at, [&](int, unsigned key) { top = max(top, key); });
-        top = quad_max(top);
-        int group = threadIdx.x / 4;
+        each_page(pages, key_of, [&](int, unsigned key) { top = max(top, key); });
         /* The group number makes them distinct. */
-        u64 mine = (u64)top << 32 | group;
-        if (threadIdx.x % 4 == 0) group_tops[group] = mine;
+        int group = threadIdx.x / 4, member = threadIdx.x % 4, above = 0;
+        u64 mine = (u64)quad_max(top) << 32 | group;
+        if (member == 0) group_tops[group] = mine;
         if (threadIdx.x == 0) collected_count = 0;
         __syncthreads();
-        if (threadIdx.x < GROUPS && count_above(group_tops, GROUPS, group_tops[threadIdx.x]) == count - 1)
-            reached = max((unsigned)(group_tops[threadIdx.x] >> 32), 1u);
+#pragma unroll 8
+        for (int i = member; i < GROUPS; i += 4) above += group_tops[i] > mine;
+        if (quad_sum(above) == count - 1 && member == 0) reached = max((unsigned)(mine >> 32), 1u);
         __syncthreads();
         unsigned lowest = reached;
-        each_page(keys, rounds, key_at, [&](int page, unsigned key) {
-            if (key >= lowest) {
-                int at = atomicAdd(&collected_count, 1);
-                if (at < THREADS) collected[at] = (u64)key << 32 | ~(unsigned)page;
-            }
-        });
+        auto collect = [&](int page, unsigned key) {
+            if (key < lowest) return;
+            int at = atomicAdd(&collected_count, 1);
+            if (at < THREADS) collected[at] = (u64)key << 32 | ~(unsigned)page;
+        };
+        if (top >= lowest) each_page(pages, key_of, collect);
         __syncthreads();
         int total = collected_count;
         if (total <= THREADS) {
             if (threadIdx.x < total) {
                 u64 one = collected[threadIdx.x];
-                if (count_above(collected, total, one) < count) take((int)~(unsigned)one);
+                int above = 0;
+#pragma unroll 8
+                for (int i = 0; i < total; i++) above += collected[i] > one;
+                if (above < count) take((int)~(unsigned)one);
             }
             return;
         }
@@ -84,23 +81,23 @@ __device__ __forceinline__ void choose_top(int pages, int count, const KeyOf &ke
     /* Pages whose keys reach the threshold, and those that reach the lowest candidate above it. */
     int reached_count = pages, above = 0, turn = 0;
     for (int shift = 30; shift >= 0 && reached_count > count; shift -= 2, turn ^= 1) {
-#pragma unroll
+        int reach[3] = {};
+        each_page(pages, key_of, [&](int, unsigned key) {
+            for (unsigned j = 0; j < 3; j++) reach[j] += key >= threshold + ((j + 1) << shift);
+        });
         for (int j = 0; j < 3; j++) {
-            unsigned candidate = threshold + ((j + 1u) << shift);
-            int reach = 0;
-            each_page(keys, rounds, key_at, [&](int, unsigned key) { reach += key >= candidate; });
-            reach = __reduce_add_sync(~0u, reach);
-            if (lane == 0) partial[turn][j][warp] = reach;
+            int of_warp = __reduce_add_sync(~0u, reach[j]);
+            if (lane == 0) partial[turn][j][warp] = of_warp;
         }
         __syncthreads();
 #pragma unroll
         for (int j = 0; j < 3; j++) {
-            int reach = __reduce_add_sync(~0u, lane < THREADS / WARP ? partial[turn][j][lane] : 0);
-            if (reach >= count) {
+            int in_all = __reduce_add_sync(~0u, lane < THREADS / WARP ? partial[turn][j][lane] : 0);
+            if (in_all >= count) {
                 threshold += 1u << shift;
-                reached_count = reach;
+                reached_count = in_all;
             } else {
-                above = max(above, reach);
+                above = max(above, in_all);
             }
         }
     }
@@ -120,5 +117,5 @@ __device__ __forceinline__ void choose_top(int pages, int count, const KeyOf &ke
         }
         if (taken) take(page);
     };
-    each_page(keys, rounds, key_at, settle);
+    each_page(pages, key_of, settle);
 }

@@ -2,14 +2,14 @@
  *
  * scores [kv_heads, rows, stride]; rows of a token tokens[row / group] < 0 choose none. Sets bits of marks
  * [kv_heads, words], one per page, which the previous kernel has cleared. Thread blocks of such rows leave room for
- * others at once; those of row 0 stay, since a kernel must wait for the one before it.
+ * others at once, and come last; those of row 0 stay, since a kernel must wait for the one before it.
  *
- * Grid: (rows, kv_heads). Must read the scores once. */
+ * Grid: (kv_heads, rows). Must read the scores once. */
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
     mark_pages(const float *scores, int stride, CacheView cache, const int *tokens, int group, int count,
                unsigned *marks, int words)
 {
-    int row = blockIdx.x, rows = gridDim.x, kv_head = blockIdx.y, pages = cache.pages(*cache.length);
+    int kv_head = blockIdx.x, row = blockIdx.y, rows = gridDim.y, pages = cache.pages(*cache.length);
     bool chooses = !tokens || tokens[row / group] >= 0; /* page_scores has waited for the tokens */
     if (!chooses && row) return;
     wait_for_previous();

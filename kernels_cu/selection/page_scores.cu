@@ -1,5 +1,6 @@
 /* QUEST's bound (arXiv 2406.10774) of the scores in each page, for some tokens' queries: the sum over channels of
- * max(q smallest, q largest).
+ * max(q smallest, q largest), with q and the bounds in the cache's format. Bounds are those of the codes where a group
+ * of pages has them (cache/layout.cuh).
  *
  * q [all tokens, heads, head_dim]; rows are those of query_index; those without a query are undefined. Writes the
  * prefix's pages of scores [kv_heads, rows, stride], and clears marks [kv_heads, words] for mark_pages.cu.
@@ -7,6 +8,18 @@
  * Grid: (kv_heads, splits, rows / PLAIN_ROWS), one warp per page at a time. Must read the bounds, which it does once
  * for PLAIN_ROWS rows. */
 #define LANE_CHANNELS (2 * LARGEST_HEAD_DIM / WARP)
+
+__device__ __forceinline__ bool is_coded(const PageBounds &bounds)
+{
+    float base = widen(*bounds.base());
+    return base == base;
+}
+
+__device__ __forceinline__ float decoded(const PageBounds &bounds, int page, int kind, int channel)
+{
+    int code = bounds.codes(page, kind)[channel / 8] >> code_shift(channel) & 15;
+    return widen(coded_bound(bounds.base()[channel], bounds.step()[channel], code));
+}
 
 extern "C" __global__ void __launch_bounds__(SCORES_THREADS)
     page_scores(const float *q, const int *tokens, int rows, int heads, CacheView cache, float *scores, int stride,
@@ -17,21 +30,26 @@ extern "C" __global__ void __launch_bounds__(SCORES_THREADS)
     clear_marks(marks, words, blockIdx.x);
     extern __shared__ float shared[];
     int dim = cache.head_dim, kv_head = blockIdx.x, group = heads / cache.kv_heads, first_row = blockIdx.z * PLAIN_ROWS;
-    int pages = cache.pages(*cache.length), chunk_pages = cache.chunk_pages();
+    int length = *cache.length, pages = cache.pages(length), chunk_groups = cache.chunk_groups();
     int lane = threadIdx.x % WARP, warps = blockDim.x / WARP;
     for (int i = threadIdx.x; i < PLAIN_ROWS * 2 * dim; i += blockDim.x) {
         int index = query_index(tokens, first_row + i / (2 * dim), rows, kv_head, group, heads);
-        float x = index < 0 ? 0.0f : q[(size_t)index * dim + i % dim];
+        float x = index < 0 ? 0.0f : widen(narrow<KVValue>(q[(size_t)index * dim + i % dim]));
         /* As it meets the smallest, then the largest keys: the bound is a dot product. */
         shared[i] = i % (2 * dim) < dim ? fminf(x, 0.0f) : fmaxf(x, 0.0f);
     }
     __syncthreads();
     for (int page = blockIdx.y * warps + threadIdx.x / WARP; page < pages; page += gridDim.y * warps) {
-        const KVValue *bounds = cache.bounds(kv_head, page, chunk_pages);
+        PageBounds bounds = cache.bounds(kv_head, page / GROUP_PAGES, chunk_groups);
+        bool coded = page / GROUP_PAGES < cache.full_groups(length) && is_coded(bounds);
         float values[LANE_CHANNELS];
 #pragma unroll
-        for (int i = 0; i < LANE_CHANNELS; i++)
-            values[i] = i * WARP + lane < 2 * dim ? widen(bounds[i * WARP + lane]) : 0.0f;
+        for (int i = 0; i < LANE_CHANNELS; i++) {
+            int kind = (i * WARP + lane) / dim, channel = (i * WARP + lane) % dim;
+            values[i] = kind > 1 ? 0.0f
+                        : coded  ? decoded(bounds, page, kind, channel)
+                                 : widen(bounds.exact(page, kind)[channel]);
+        }
         for (int r = 0; r < PLAIN_ROWS && first_row + r < rows; r++) {
             float score = 0;
 #pragma unroll

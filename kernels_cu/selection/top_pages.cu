@@ -4,14 +4,14 @@
  * the last page may have fewer. ids [kv_heads, rows, count], or where it is null `stored`, gets each row's pages in any
  * order, then -1 where there are fewer than `count`.
  *
- * Grid: (rows, kv_heads). Must read the scores once. */
+ * Grid: (kv_heads, rows). Must read the scores once. */
 extern "C" __global__ void __launch_bounds__(THREADS)
     top_pages(const float *scores, int sums, int units, int stride, CacheView cache, int count, StoredView stored,
               int *ids)
 {
     __shared__ int filled;
     if (threadIdx.x == 0) filled = 0;
-    int row = blockIdx.x, rows = gridDim.x, kv_head = blockIdx.y, length = *cache.length, page_size = cache.page_size;
+    int kv_head = blockIdx.x, row = blockIdx.y, rows = gridDim.y, length = *cache.length, page_size = cache.page_size;
     int *row_ids = (ids ? ids : stored.at<int>()) + ((size_t)kv_head * rows + row) * count;
     wait_for_previous();
     let_next_start();

@@ -47,6 +47,8 @@ FLOAT16 = Format("float16", 16, 2, "float16", "uint16", "F16", 2)
 FORMATS = {format.name: format for format in (FLOAT32, BFLOAT16, FLOAT16)}
 DTYPES = tuple(FORMATS)
 
+GROUP_PAGES = 16  # pages of the KV cache whose bounds share a base and a step per channel
+
 
 @dataclass(frozen=True)
 class Precision:

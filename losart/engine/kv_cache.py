@@ -6,12 +6,11 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from losart.config.precision import Format
+from losart.config.precision import GROUP_PAGES, Format
 from losart.errors import OutOfMemoryError
 
 CHUNK_POSITIONS, SMALL_CHUNK_POSITIONS = 1024, 256
 FEW_POSITIONS = 8192
-GROUP_PAGES = 16  # page bounds are laid out in groups of this many pages
 
 
 def chunk_positions(page_size: int, expected: int | None = None) -> int:

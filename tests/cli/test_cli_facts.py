@@ -168,10 +168,12 @@ def test_inspect_counts_what_is_held(make_checkpoint, capsys, monkeypatch, dtype
     for entry, context in zip(facts["kv_cache"], (4096, 6000), strict=True):
         cache.reserve(context)
         assert entry == {"context": context, "bytes": sum(array.nbytes for array in allocated)}
-    # Keys and values, and in float32 the bounds of pages of 16: by hand.
+    # By hand: keys and values, and of 16 pages of 16, in float32, bounds, bases and steps, and 4-bit codes.
     config = model.config
-    row = config.num_layers * config.num_kv_heads * config.head_dim * 2
-    assert facts["kv_cache"][1]["bytes"] == 6144 * row * FORMATS[dtype].itemsize + 6144 // 16 * row * 4
+    channels = config.num_layers * config.num_kv_heads * config.head_dim
+    bounds = (16 * 2 + 2) * 4 + 16 * 2 // 2
+    expected = channels * (6144 * 2 * FORMATS[dtype].itemsize + 6144 // 256 * bounds)
+    assert facts["kv_cache"][1]["bytes"] == expected
 
 
 def test_inspect_options_are_those_of_a_generation(make_checkpoint, capsys):

@@ -17,7 +17,7 @@ import pytest
 import reference as ref
 from hypothesis import example, given
 from hypothesis import strategies as st
-from kv import HELD_AS, LAYER, held, model_config, steady, table_of
+from kv import HELD_AS, LAYER, coded_page_bounds, held, model_config, steady, table_of
 from passes import block_batch, write
 
 from losart.backends.base import ActiveTokens
@@ -238,8 +238,8 @@ def test_bounds_of_scores(case, data):
     q, (k, v) = case.q(), case.kv()
     table = table_of(k, v, case.page_size, case.dtype)
     scores = kernels.bound_scores(table, LAYER, q, tokens, case.prefix)
-    bounds = ref.page_bounds(held(k, case.dtype), case.page_size)
-    expected = ref.quest_scores(q[tokens], *bounds) / math.sqrt(case.width)
+    bounds = coded_page_bounds(k, case.page_size, case.dtype)
+    expected = ref.quest_scores(held(q[tokens], case.dtype), *bounds)
     expected = expected.reshape(len(tokens), case.kv_heads, case.group, case.pages).transpose(1, 0, 2, 3)
     rows = len(tokens) * case.group
     assert scores.shape == (case.kv_heads, rows, -(-case.pages // 16) * 16)

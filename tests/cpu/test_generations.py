@@ -1,4 +1,5 @@
-"""Generations are those of the version before the pass became an explicit object (commit a9b80a0).
+"""Generations are those of the version before the pass became an explicit object (commit a9b80a0), those by
+page bounds of the version that first held them in four bits.
 
 Of all methods, options and block lengths, and of sessions: tests/support/generations.py.
 """

@@ -8,9 +8,9 @@ import math
 import numpy as np
 import pytest
 import reference as ref
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from kv import HELD_AS, bfloat16, empty_table, held, model_config, narrow
+from kv import HELD_AS, bfloat16, coded_page_bounds, empty_table, held, model_config, narrow
 from passes import block_batch, write
 
 from losart.backends.cpu.backend import CpuBackend
@@ -43,7 +43,9 @@ def read_back(chunks, layer: int, positions: int, dtype: str) -> tuple[np.ndarra
 def bounds(chunks, layer: int) -> tuple[np.ndarray, np.ndarray]:
     """Largest and smallest keys, each [pages, kv_heads, width]."""
     both = np.concatenate([bounds[layer] for _, bounds in chunks], axis=1)
-    kv_heads, groups, channels, _ = both.shape
+    kv_heads, groups, values = both.shape
+    channels = 2 * (values // 38)
+    both = both[:, :, : 16 * channels].reshape(kv_heads, groups, channels, 16)
     pages = both.transpose(1, 3, 0, 2).reshape(groups * 16, kv_heads, channels)
     return pages[:, :, : channels // 2], pages[:, :, channels // 2 :]
 
@@ -69,7 +71,7 @@ def test_written_in_pieces_is_written_at_once(piece, page_size, dtype):
     for start, end in itertools.pairwise(cuts):
         parts.write(1, start, k[start:end], v[start:end])
     for chunk, expected in zip(chunks, whole_chunks, strict=True):
-        assert all((a == b).all() for a, b in zip(chunk, expected, strict=True))
+        assert all(a.tobytes() == b.tobytes() for a, b in zip(chunk, expected, strict=True))
 
     np.testing.assert_array_equal(read_back(chunks, 1, total, dtype), [held(x, dtype) for x in (k, v)])
     assert not any(kv[0].any() or bounds[0].any() for kv, bounds in chunks), "the other layer is untouched"
@@ -89,6 +91,67 @@ def test_bounds_are_those_of_the_held_keys(total, page_size, dtype, kv_heads):
         keys = held(k[start : start + page_size], dtype)
         np.testing.assert_array_equal(largest[page], keys.max(axis=0))
         np.testing.assert_array_equal(smallest[page], keys.min(axis=0))
+
+
+def coded_bounds(chunks, layer: int, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+    """Smallest and largest keys by their codes, each [pages, kv_heads, width]."""
+    values = np.concatenate([bounds[layer] for _, bounds in chunks], axis=1)
+    kv_heads, groups, width = *values.shape[:2], values.shape[2] // 38
+    base, step, words = np.split(values[:, :, 32 * width :], [width, 2 * width], axis=2)
+    words = np.ascontiguousarray(words).view(np.uint64).reshape(kv_heads, groups, 2, width, 1)
+    codes = words >> (4 * np.arange(16, dtype=np.uint64)) & np.uint64(15)
+    exact = base[:, :, None, :, None].astype(np.float64) + codes * step[:, :, None, :, None].astype(
+        np.float64
+    )
+    largest, smallest = held(exact, dtype).transpose(2, 1, 4, 0, 3).reshape(2, groups * 16, kv_heads, width)
+    return smallest, largest
+
+
+KINDS_OF_KEYS = {
+    "normal": lambda x: x,
+    "equal": lambda x: np.full_like(x, 1.7),
+    "zero": np.zeros_like,
+    "far from zero": lambda x: 300 + x,
+    "tiny": lambda x: x * np.float32(1e-6),
+    "below float16": lambda x: x * np.float32(1e-9),
+    "large": lambda x: np.clip(x, -2, 2) * np.float32(3e4),
+    "one outlier": lambda x: np.where(np.arange(len(x))[:, None, None] == 7, np.float32(1e4), x),
+}
+
+
+@quick
+@given(
+    *(st.integers(1, 700), st.sampled_from([16, 32]), st.sampled_from(list(HELD_AS))),
+    st.sampled_from(list(KINDS_OF_KEYS)),
+)
+@example(600, 16, "float16", "below float16")
+@example(600, 16, "bfloat16", "far from zero")
+def test_coded_bounds_are_the_references_and_bound_the_keys(total, page_size, dtype, kind):
+    k, v = random_kv(total, seed=total)
+    k = KINDS_OF_KEYS[kind](k)
+    table, chunks = empty_table(2, 16, page_size, dtype, total)
+    table.write(0, 0, 7 - k, v)  # an earlier sequence: it must not show
+    table.write(0, 0, k, v)
+    pages = total // (16 * page_size) * 16
+    found = [x[:pages] for x in coded_bounds(chunks, 0, dtype)]
+    np.testing.assert_array_equal(found, [x[:pages] for x in coded_page_bounds(k, page_size, dtype)])
+    smallest, largest = (x[:pages] for x in ref.page_bounds(held(k, dtype), page_size))
+    assert (found[0] <= smallest).all() and (found[1] >= largest).all()
+    # By less than two steps, and what the step's and the sum's own rounding add.
+    spread = np.ptp(held(k, dtype), axis=(0, 2)).max() if total else 0
+    assert (found[1] - largest).max(initial=0) <= spread / 7 + 2.0**-12
+
+
+@pytest.mark.parametrize("dtype", HELD_AS)
+def test_a_group_with_a_key_that_is_not_finite_is_not_coded(dtype):
+    k, v = random_kv(512)
+    k[300, 1, 5] = np.nan
+    table, chunks = empty_table(2, 16, 16, dtype, 512)
+    table.write(0, 0, k, v)
+    smallest, largest = coded_bounds(chunks, 0, dtype)
+    for bounds in (smallest, largest):
+        assert np.isnan(bounds[16:, 1]).all() and not np.isnan(bounds[16:, 0]).any()
+        assert not np.isnan(bounds[:16]).any()
 
 
 @pytest.mark.parametrize("dtype", HELD_AS)

@@ -10,7 +10,7 @@ import reference as ref
 from cuda_arrays import matmul_array, on_host, stored_array
 from hypothesis import example, given
 from hypothesis import strategies as st
-from kv import held, model_config, steady
+from kv import coded_page_bounds, held, model_config, steady
 from passes import block_batch, options_of
 
 from losart.backends.base import PassBody, StoredResults
@@ -290,6 +290,23 @@ def random_pieces(rng, length):
     return pieces
 
 
+def page_bounds(backend, cache):
+    """Of the first layer [2 (smallest, largest), pages, kv_heads, width]: exact ones, and those by codes."""
+    dtype, width = backend.precision.kv.name, backend.config.head_dim
+    chunks = [on_host(backend, bounds)[0] for _, bounds in cache.table.chunks]
+    if not chunks:
+        return (np.zeros((2, 0, backend.config.num_kv_heads, width)),) * 2
+    values = np.concatenate(chunks, axis=1)
+    kv_heads, groups = values.shape[:2]
+    exact, base, step, words = np.split(values, width * np.array([32, 33, 34]), axis=2)
+    exact = widened(exact, dtype).reshape(kv_heads, groups * 16, 2, width).transpose(2, 1, 0, 3)
+    base, step = (widened(x, dtype)[:, :, None, None] for x in (base, step))
+    words = np.ascontiguousarray(words).view(np.uint32).reshape(kv_heads, groups, 2, 16, width // 8, 1)
+    codes = words >> np.array([0, 16, 4, 20, 8, 24, 12, 28], np.uint32) & 15
+    coded = held(base + codes.reshape(kv_heads, groups, 2, 16, width) * step, dtype)
+    return exact, coded.transpose(2, 1, 3, 0, 4).reshape(exact.shape)
+
+
 @steady(80)
 @given(
     st.sampled_from(DTYPES),
@@ -330,10 +347,11 @@ def test_prefix_and_block_attention(dtype, shape, tokens, length, page_size, car
     expected = ref.merge(*expected, *ref.softmax_attention(q, block_k, block_v))
     assert_close(widened(merged, dtype), expected, TOLERANCE[dtype])
 
-    low, high = ref.page_bounds(held(k, dtype), page_size)
-    found = [on_host(backend, bounds)[0] for _, bounds in cache.table.chunks]
-    found = widened(np.concatenate(found, axis=1)[:, : len(low)].transpose(1, 0, 2, 3), dtype)
-    assert (found[:, :, 0] == low).all() and (found[:, :, 1] == high).all()
+    exact, coded = page_bounds(backend, cache)
+    np.testing.assert_array_equal(exact[:, : cache.pages], ref.page_bounds(held(k, dtype), page_size))
+    pages = length // (16 * page_size) * 16
+    expected = [x[:pages] for x in coded_page_bounds(k, page_size, dtype)]
+    np.testing.assert_array_equal(coded[:, :pages], expected)
 
 
 @steady(60)
@@ -440,8 +458,8 @@ def test_a_key_that_is_not_finite_shows(dtype, bad):
             backend.prefix_attention(0, to_device(backend, np.abs(v[:4]).repeat(2, 1)), batch)
         )
     assert np.isnan(on_host(backend, o)).any(axis=2).all()
-    bounds = widened(on_host(backend, cache.table.chunks[0][1])[0, 0, :3], dtype)
-    assert np.isnan(bounds[1, :, 3]).all() and np.isnan(bounds).sum() == 2
+    bounds, _ = page_bounds(backend, cache)
+    assert np.isnan(bounds[:, 1, 0, 3]).all() and np.isnan(bounds[:, :3]).sum() == 2
 
 
 # Sampling

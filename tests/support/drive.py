@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import reference as ref
-from kv import held, model_config
+from kv import LEAST_STEP, held, model_config
 from passes import block_batch, options_of, write
 from test_attention_kernels import assert_close
 
@@ -136,6 +136,8 @@ def drive(case: Case) -> tuple[ReadLog, RecordingBackend, Passes]:
     slot = backend.new_slot(policy.stored) if policy.stored else None
     reads = ReadLog(case.block_length)
     reference_options = {k: v for k, v in case.options.items() if k != "dense_layers"}
+    least_step = LEAST_STEP.get(case.dtype, 0.0)
+    reference_options |= {"held": lambda x: held(x, case.dtype), "least_step": least_step}
     references = [
         (ref.DensePolicy if layer < config.dense_layers else REFERENCES[case.method])(**reference_options)
         for layer in range(case.layers)

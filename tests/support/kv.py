@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import numpy as np
+import reference as ref
 from hypothesis import settings
 
 from losart.backends.cpu import convert
@@ -45,6 +46,16 @@ def held(x: np.ndarray, dtype: str) -> np.ndarray:
         return bfloat16(x)
     with np.errstate(over="ignore"):
         return x.astype(FORMATS[dtype].array).astype(np.float64)
+
+
+LEAST_STEP = {"float16": 2.0**-17}  # of coded bounds: less is subnormal to less than 8 bits
+
+
+def coded_page_bounds(k: np.ndarray, page_size: int, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+    """Bounds of the pages of float32 keys that `dtype` holds, by which pages are selected."""
+    full = len(k) // (ref.CODED_PAGES * page_size)
+    bounds = ref.page_bounds(held(k, dtype), page_size)
+    return ref.coded_bounds(*bounds, full, lambda x: held(x, dtype), LEAST_STEP.get(dtype, 0.0))
 
 
 def empty_table(

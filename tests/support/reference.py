@@ -10,7 +10,7 @@ h // (H // KVH). Pages start at position 0 of the prefix; the last one may be pa
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -138,6 +138,43 @@ def page_bounds(k: ArrayLike, page_size: int) -> tuple[Floats, Floats]:
     return np.stack([p.min(axis=0) for p in pages]), np.stack([p.max(axis=0) for p in pages])
 
 
+CODED_PAGES = 16  # that share a channel's base and step
+
+
+def coded_bounds(
+    k_min: ArrayLike, k_max: ArrayLike, full: int, held: Callable[[Floats], Floats], least_step: float = 0.0
+) -> tuple[Floats, Floats]:
+    """Bounds [pages, KVH, D] in four bits, of the first `full` groups of 16 pages; of the rest as they are.
+
+    A channel's bounds in a group become some of 16 values, base + code * step as the cache's format holds
+    them (`held`): the largest that is not above a smallest key, the smallest that is not below a largest
+    one. A group with bounds that are not finite stays as it is.
+    """
+    coded_min, coded_max = _float64(k_min).copy(), _float64(k_max).copy()
+    for group in range(full):
+        low, high = (x[CODED_PAGES * group :][:CODED_PAGES] for x in (coded_min, coded_max))
+        if not np.isfinite(low + high).all():
+            continue
+        base, top = low.min(axis=0), high.max(axis=0)
+        values = np.stack([held(base + code * coded_step(base, top, held, least_step)) for code in range(16)])
+        if not np.isfinite(values).all():
+            continue
+        low[:] = np.where(values[:, None] <= low, values[:, None], -np.inf).max(axis=0)
+        high[:] = np.where(values[:, None] >= high, values[:, None], np.inf).min(axis=0)
+    return coded_min, coded_max
+
+
+def coded_step(base: Floats, top: Floats, held: Callable[[Floats], Floats], least_step: float) -> Floats:
+    """The least step of 8 significant bits, and `least_step`, by which code 15 reaches the top."""
+    with np.errstate(over="ignore"):
+        wanted = (top.astype(np.float32) - base.astype(np.float32)) / np.float32(15)
+    mantissa, exponent = np.frexp(wanted.astype(np.float64))
+    with np.errstate(invalid="ignore"):
+        step = np.maximum(np.ldexp(np.ceil(mantissa * 256) / 256, exponent), least_step)
+        short = held(base + 15 * step) < top
+    return np.where(short, step + np.ldexp(1.0, np.frexp(step)[1] - 8), step)
+
+
 def quest_scores(q_rows: ArrayLike, k_min: ArrayLike, k_max: ArrayLike) -> Floats:
     """Upper bound of q . k over each page, [T, H, pages] (QUEST).
 
@@ -234,12 +271,15 @@ class DensePolicy:
         drift: str = "auto",
         candidates: str = "all",
         first_pass: str = "auto",
+        held: Callable[[Floats], Floats] = np.asarray,
+        least_step: float = 0.0,
     ) -> None:
         self.budget, self.page_size, self.active, self.commit = budget, page_size, active, commit
         self.change_threshold = change_threshold
         self.selector, self.candidates = selector, candidates
         self.drift = drift if drift != "auto" else "refresh" if active == "auto" else "previous"
         self.first_pass = first_pass
+        self.held, self.least_step = held, least_step  # as bounds are coded
         self.passes: list[Pass] = []
         self.begin_block()
 
@@ -289,7 +329,9 @@ class DensePolicy:
         return self._sparse(q, k, v, kind, self._quest_pages(q, k), np.arange(q.shape[0]))
 
     def _quest_pages(self, q_rows: Floats, k: Floats) -> list[Indices]:
-        return self._top_pages(quest_scores(q_rows, *page_bounds(k, self.page_size)), k.shape[1])
+        full = k.shape[0] // (CODED_PAGES * self.page_size)
+        bounds = coded_bounds(*page_bounds(k, self.page_size), full, self.held, self.least_step)
+        return self._top_pages(quest_scores(self.held(q_rows), *bounds), k.shape[1])
 
     def _top_pages(self, scores: Floats, kv_heads: int) -> list[Indices]:
         return union_per_kv_head(scores, kv_heads, page_count(self.budget, self.page_size))

@@ -14,8 +14,9 @@ from libc.stdint cimport int32_t, uint16_t, uint64_t, uintptr_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
-from losart.backends.cpu.kv_index cimport BFLOAT16, FLOAT32, PageTable, SlabSource
+from losart.backends.cpu.kv_index cimport BFLOAT16, FLOAT32, PageBounds, PageTable, SlabSource, as_held
 from losart.backends.cpu.simd cimport (
+    decode_bounds,
     scale,
     simd_level,
     slab_scores,
@@ -189,8 +190,8 @@ cdef void merge_parts(const Work *work, Py_ssize_t head, Py_ssize_t row, float *
     finish_row(into, top, total, work.dim, out, lse)
 
 
-def _gather_queries(const float[:, :, ::1] q, const int32_t[::1] tokens, Py_ssize_t kv_heads):
-    # [kv_heads, rows, head_dim]: rows (token, head of the group), scaled by 1/sqrt(head_dim).
+def _gather_queries(const float[:, :, ::1] q, const int32_t[::1] tokens, Py_ssize_t kv_heads, bint scaled=True):
+    # [kv_heads, rows, head_dim]: rows (token, head of the group), scaled by 1/sqrt(head_dim) or not.
     cdef Py_ssize_t count = tokens.shape[0], dim = q.shape[2], group = q.shape[1] // kv_heads, head, t
     rows = np.empty((kv_heads, count * group, dim), np.float32)
     cdef float[:, :, ::1] out = rows
@@ -198,7 +199,8 @@ def _gather_queries(const float[:, :, ::1] q, const int32_t[::1] tokens, Py_ssiz
         for head in range(kv_heads):
             for t in range(count):
                 memcpy(&out[head, t * group, 0], &q[tokens[t], head * group, 0], sizeof(float) * group * dim)
-        scale(&out[0, 0, 0], kv_heads * count * group * dim, <float>(1.0 / sqrt(<double>dim)))
+        if scaled:
+            scale(&out[0, 0, 0], kv_heads * count * group * dim, <float>(1.0 / sqrt(<double>dim)))
     return rows
 
 
@@ -400,6 +402,27 @@ def attend_causal_blocks(PageTable table, Py_ssize_t layer, q, Py_ssize_t start,
         raise MemoryError
 
 
+cdef int bound_scores_item(PageTable table, Py_ssize_t layer, Py_ssize_t head, Py_ssize_t first, Py_ssize_t last,
+                           Py_ssize_t full, const float *q, Py_ssize_t rows, float *scores,
+                           Py_ssize_t stride) noexcept nogil:
+    # Groups first .. last - 1, of which those before `full` are coded.
+    cdef Py_ssize_t dim = table.head_dim, group
+    cdef PageBounds bounds
+    cdef float *decoded = <float *>malloc(sizeof(float) * 2 * dim * LANES)
+    cdef const float *values
+    if decoded == NULL:
+        return 1
+    for group in range(first, last):
+        bounds = table.bounds(layer, head, group)
+        values = bounds.exact
+        if group < full and bounds.base[0] == bounds.base[0]:
+            decode_bounds(bounds.codes, bounds.base, bounds.step, dim, table.width, decoded)
+            values = decoded
+        slab_scores(q, rows, 2 * dim, values, scores + group * LANES, stride)
+    free(decoded)
+    return 0
+
+
 def bound_scores(PageTable table, Py_ssize_t layer, q, tokens, Py_ssize_t length):
     """Upper bound of each page's scores for some tokens' queries (QUEST, arXiv 2406.10774).
 
@@ -415,10 +438,10 @@ def bound_scores(PageTable table, Py_ssize_t layer, q, tokens, Py_ssize_t length
     Returns
     -------
     float32 [kv_heads, tokens * group, pages rounded up to 16]
-        sum over channels of max(q * smallest key, q * largest key), with q scaled by
-        1/sqrt(head_dim); columns past the last page are meaningless.
+        sum over channels of max(q * smallest key, q * largest key), q rounded to the format of keys, and
+        bounds by their codes where a group of pages has them; columns past the last page are meaningless.
     """
-    cdef Py_ssize_t kv_heads = table.kv_heads, dim = table.head_dim, rows, groups, works, item, head, g
+    cdef Py_ssize_t kv_heads = table.kv_heads, dim = table.head_dim, rows, groups, works, item, head, first, failed = 0
     rows = len(tokens) * (q.shape[1] // kv_heads)
     groups = (length + table.page_size * LANES - 1) // (table.page_size * LANES)
     if not 0 <= layer < table.layers or not 0 <= length <= table.capacity:
@@ -426,7 +449,10 @@ def bound_scores(PageTable table, Py_ssize_t layer, q, tokens, Py_ssize_t length
     scores = np.empty((kv_heads, rows, groups * LANES), np.float32)
     if scores.size == 0:
         return scores
-    gathered = _gather_queries(q, tokens, kv_heads)
+    gathered = _gather_queries(q, tokens, kv_heads, scaled=False)
+    cdef float[::1] flat = gathered.reshape(-1)
+    for item in range(flat.shape[0]):
+        flat[item] = as_held(flat[item], table.width)
     signed = np.concatenate([np.maximum(gathered, 0), np.minimum(gathered, 0)], axis=2)
     cdef float[:, :, ::1] queries = signed
     cdef float[:, :, ::1] out = scores
@@ -434,9 +460,12 @@ def bound_scores(PageTable table, Py_ssize_t layer, q, tokens, Py_ssize_t length
     cdef bint threads = kv_heads * rows * 2 * dim * groups * LANES > WORTH_THREADS
     for item in prange(kv_heads * works, nogil=True, schedule="dynamic", use_threads_if=threads):
         head = item // works
-        for g in range(item % works * BOUND_GROUPS, min(groups, (item % works + 1) * BOUND_GROUPS)):
-            slab_scores(&queries[head, 0, 0], rows, 2 * dim, table.bound_group(layer, head, g),
-                        &out[head, 0, g * LANES], groups * LANES)
+        first = item % works * BOUND_GROUPS
+        failed += bound_scores_item(table, layer, head, first, min(groups, first + BOUND_GROUPS),
+                                    table.full_groups(length), &queries[head, 0, 0], rows, &out[head, 0, 0],
+                                    groups * LANES)
+    if failed:
+        raise MemoryError
     return scores
 
 

@@ -1,4 +1,6 @@
-from libc.stdint cimport int32_t, uint64_t
+from libc.stdint cimport int32_t, uint16_t, uint64_t
+
+from losart.backends.cpu.simd cimport narrow_bfloat16, narrow_float16, widen_bfloat16, widen_float16
 
 
 cdef struct SlabSource:
@@ -13,10 +15,29 @@ cdef struct SlabSource:
     int width                   # FLOAT32, BFLOAT16 or FLOAT16
 
 
+cdef struct PageBounds:
+    # Of a group of 16 pages.
+    float *exact                # [2 (largest, smallest), head_dim, 16]
+    float *base                 # [head_dim]
+    float *step
+    uint64_t *codes             # [2, head_dim]
+
+
 cdef enum:
     FLOAT32 = 0
     BFLOAT16 = 1
     FLOAT16 = 2
+
+
+cdef inline float as_held(float x, int width) noexcept nogil:
+    cdef uint16_t bits
+    if width == BFLOAT16:
+        bits = narrow_bfloat16(x)
+        widen_bfloat16(&bits, &x, 1)
+    elif width == FLOAT16:
+        bits = narrow_float16(x)
+        widen_float16(&bits, &x, 1)
+    return x
 
 
 cdef class PageTable:
@@ -30,6 +51,8 @@ cdef class PageTable:
     cdef uint64_t[::1] kv_chunks
     cdef uint64_t[::1] bound_chunks
     cdef SlabSource source(self, Py_ssize_t layer, Py_ssize_t head, const int32_t *pages) noexcept nogil
-    cdef const float *bound_group(self, Py_ssize_t layer, Py_ssize_t head, Py_ssize_t group) noexcept nogil
+    cdef PageBounds bounds(self, Py_ssize_t layer, Py_ssize_t head, Py_ssize_t group) noexcept nogil
+    cdef Py_ssize_t full_groups(self, Py_ssize_t positions) noexcept nogil
+    cdef void code_bounds(self, Py_ssize_t layer, Py_ssize_t head, Py_ssize_t group) noexcept nogil
     cdef void write_key_value(self, Py_ssize_t layer, Py_ssize_t head, Py_ssize_t position,
                               const float *key, const float *value) noexcept nogil

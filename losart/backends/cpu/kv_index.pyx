@@ -5,10 +5,19 @@ positions, keys channel-major [head_dim, 16] and values position-major [16, head
 CPU kernels form 16 scores at a time (backends/cpu/simd.h). Pages lie in chunks:
 
     kv chunk      [layers, 2 (keys, values), kv_heads, slabs of the chunk, head_dim * 16]
-    bounds chunk  [layers, kv_heads, pages of the chunk / 16, 2 (largest, smallest) * head_dim, 16]
+    bounds chunk  [layers, kv_heads, pages of the chunk / 16, values] of float32
 
-The bounds are laid out as if each page were a position of a slab with twice the channels: the
-QUEST bound of 16 pages (arXiv 2406.10774) is then slab_scores of [max(q, 0), min(q, 0)].
+Bounds of 16 pages, a group, are laid out as if each page were a position of a slab with twice the
+channels, first the largest keys: the QUEST bound of 16 pages (arXiv 2406.10774) is then slab_scores
+of [max(q, 0), min(q, 0)].
+
+    exact       [2 (largest, smallest), head_dim, 16]
+    base, step  [head_dim] each
+    codes       [2, head_dim] of 64 bits: a page's are 4 from 4 * page on
+
+Once the prefix fills a group its bounds are base + code * step, rounded to the format of keys, as
+on a GPU (kernels_cu/cache/layout.cuh). Codes are rounded outwards, so that these are bounds too. In
+a group that cannot be coded all bases are NaN.
 """
 
 import numpy as np
@@ -18,13 +27,54 @@ from libc.stdint cimport int32_t, int64_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
-from losart.backends.cpu.simd cimport narrow_bfloat16, narrow_float16, widen_bfloat16, widen_float16
+from losart.backends.cpu.simd cimport narrow_bfloat16, narrow_float16
 
 from losart.config.precision import FLOAT32 as BOUNDS_FORMAT
 
 cdef enum:
     LANES = 16
 
+cdef float LEAST_FLOAT16_STEP = 2.0 ** -17  # less is subnormal to less than 8 bits
+
+
+cdef inline float coded_bound(float base, float step, int code, int width) noexcept nogil:
+    return as_held(base + <float>code * step, width)
+
+
+cdef float step_of(float base, float largest, int width) noexcept nogil:
+    # The least step of 8 significant bits, of float16 one that it holds exactly, by which code 15 reaches `largest`.
+    cdef float step = (largest - base) / <float>15.0
+    cdef uint32_t bits
+    memcpy(&bits, &step, 4)
+    bits = (bits + 0xffff) & <uint32_t>0xffff0000
+    memcpy(&step, &bits, 4)
+    if width == FLOAT16 and step < LEAST_FLOAT16_STEP:
+        step = LEAST_FLOAT16_STEP
+        memcpy(&bits, &step, 4)
+    if not coded_bound(base, step, 15, width) >= largest:
+        bits += 0x10000
+        memcpy(&step, &bits, 4)
+    return step
+
+
+cdef uint64_t code_below(float base, float step, float bound, int width) noexcept nogil:
+    # Of the 16 values the largest that is not above the bound.
+    cdef int code = 0, more = 8
+    while more:
+        if coded_bound(base, step, code + more, width) <= bound:
+            code += more
+        more //= 2
+    return code
+
+
+cdef uint64_t code_above(float base, float step, float bound, int width) noexcept nogil:
+    # Of the 16 values the smallest that is not below the bound.
+    cdef int code = 15, less = 8
+    while less:
+        if coded_bound(base, step, code - less, width) >= bound:
+            code -= less
+        less //= 2
+    return code
 
 
 cdef class PageTable:
@@ -75,7 +125,7 @@ cdef class PageTable:
     def bounds_shape(self):
         """Shape of a chunk of page bounds, float32."""
         groups = self.positions_per_chunk // self.page_size // LANES
-        return (self.layers, self.kv_heads, groups, 2 * self.head_dim, LANES)
+        return (self.layers, self.kv_heads, groups, (2 * LANES + 2 + 4) * self.head_dim)
 
     def add_chunk(self, kv, bounds):
         """Take two arrays of `kv_shape` and `bounds_shape` as the next chunk.
@@ -105,10 +155,19 @@ cdef class PageTable:
         source.width = self.width
         return source
 
-    cdef const float *bound_group(self, Py_ssize_t layer, Py_ssize_t head, Py_ssize_t group) noexcept nogil:
-        cdef Py_ssize_t groups = self.positions_per_chunk // self.page_size // LANES
+    cdef PageBounds bounds(self, Py_ssize_t layer, Py_ssize_t head, Py_ssize_t group) noexcept nogil:
+        cdef Py_ssize_t groups = self.positions_per_chunk // self.page_size // LANES, dim = self.head_dim
         cdef Py_ssize_t row = (layer * self.kv_heads + head) * groups + group % groups
-        return <const float *>self.bound_chunks[group // groups] + row * 2 * self.head_dim * LANES
+        cdef PageBounds bounds
+        bounds.exact = <float *>self.bound_chunks[group // groups] + row * (2 * LANES + 2 + 4) * dim
+        bounds.base = bounds.exact + 2 * LANES * dim
+        bounds.step = bounds.base + dim
+        bounds.codes = <uint64_t *>(bounds.step + dim)
+        return bounds
+
+    cdef Py_ssize_t full_groups(self, Py_ssize_t positions) noexcept nogil:
+        # Groups of pages that so many positions fill.
+        return positions // (LANES * self.page_size)
 
     cdef void write_key_value(self, Py_ssize_t layer, Py_ssize_t head, Py_ssize_t position,
                               const float *key, const float *value) noexcept nogil:
@@ -120,23 +179,17 @@ cdef class PageTable:
         cdef Py_ssize_t within = slab % source.slabs_per_chunk * source.slab_bytes
         cdef char *key_slab = chunk + source.key_offset + within
         cdef char *value_slab = chunk + source.value_offset + within
-        cdef float *largest = <float *>self.bound_group(layer, head, page // LANES) + place
+        cdef float *largest = self.bounds(layer, head, page // LANES).exact + place
         cdef float *smallest = largest + self.head_dim * LANES
         cdef uint16_t bits
         cdef float held
         for d in range(self.head_dim):
-            held = key[d]
-            if self.width == BFLOAT16:
-                bits = narrow_bfloat16(held)
-                widen_bfloat16(&bits, &held, 1)
-            elif self.width == FLOAT16:
-                bits = narrow_float16(held)
-                widen_float16(&bits, &held, 1)
+            held = as_held(key[d], self.width)
             if held - held != 0.0:
                 # A query of the other sign would pass over an infinite key (its score is -inf):
                 # NaN shows whatever the query.
                 held = <float>NAN
-                bits = 0x7FC0 if self.width == BFLOAT16 else 0x7E00
+            bits = narrow_bfloat16(held) if self.width == BFLOAT16 else narrow_float16(held)
             if self.width == FLOAT32:
                 (<float *>key_slab)[d * LANES + lane] = held
                 (<float *>value_slab)[lane * self.head_dim + d] = value[d]
@@ -151,10 +204,38 @@ cdef class PageTable:
             if opens_page or held < smallest[d * LANES] or held != held:
                 smallest[d * LANES] = held
 
+    cdef void code_bounds(self, Py_ssize_t layer, Py_ssize_t head, Py_ssize_t group) noexcept nogil:
+        cdef PageBounds bounds = self.bounds(layer, head, group)
+        cdef const float *largest
+        cdef const float *smallest
+        cdef uint64_t below, above
+        cdef Py_ssize_t d, page
+        cdef bint finite = True
+        cdef float base, top, step, reached
+        for d in range(self.head_dim):
+            largest = bounds.exact + d * LANES
+            smallest = largest + self.head_dim * LANES
+            base, top = smallest[0], largest[0]
+            for page in range(LANES):
+                finite &= smallest[page] == smallest[page]
+                base, top = min(base, smallest[page]), max(top, largest[page])
+            step = step_of(base, top, self.width)
+            reached = coded_bound(base, step, 15, self.width)
+            finite &= reached - reached == 0.0
+            above = below = 0
+            for page in range(LANES):
+                above |= code_above(base, step, largest[page], self.width) << 4 * page
+                below |= code_below(base, step, smallest[page], self.width) << 4 * page
+            bounds.base[d], bounds.step[d] = base, step
+            bounds.codes[d], bounds.codes[self.head_dim + d] = above, below
+        if not finite:
+            for d in range(self.head_dim):
+                bounds.base[d] = <float>NAN
+
     def write(self, Py_ssize_t layer, Py_ssize_t start, const float[:, :, ::1] k, const float[:, :, ::1] v):
         """Write keys and values at positions start, start + 1, ... and take the keys into the page bounds.
 
-        A position opens its page's bounds anew when it is the page's first: positions are written
+        Bounds of groups of pages that these fill are coded. A position opens its page's bounds anew when it is the page's first: positions are written
         in order, and are written again only from a page's first position on or by equal keys.
 
         Parameters
@@ -162,7 +243,7 @@ cdef class PageTable:
         layer, start : int
         k, v : float32 [tokens, kv_heads, head_dim]
         """
-        cdef Py_ssize_t tokens = k.shape[0], t, head
+        cdef Py_ssize_t tokens = k.shape[0], t, head, group
         if k.shape[1] != self.kv_heads or k.shape[2] != self.head_dim or not (
             v.shape[0] == tokens and v.shape[1] == self.kv_heads and v.shape[2] == self.head_dim
         ):
@@ -173,6 +254,8 @@ cdef class PageTable:
             for head in range(self.kv_heads):
                 for t in range(tokens):
                     self.write_key_value(layer, head, start + t, &k[t, head, 0], &v[t, head, 0])
+                for group in range(self.full_groups(start), self.full_groups(start + tokens)):
+                    self.code_bounds(layer, head, group)
 
 
 cdef inline uint32_t ascending_key(float x) noexcept nogil:

@@ -15,6 +15,7 @@
 #include <string.h>
 
 #define SLAB 16
+enum { WIDTH_BFLOAT16 = 1, WIDTH_FLOAT16 = 2 }; /* codes of formats */
 #define LOSART_INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
 
@@ -136,6 +137,13 @@ LOSART_INLINE void widen_bfloat16(const uint16_t *from, float *to, long count)
 LOSART_INLINE void widen_float16(const uint16_t *from, float *to, long count)
 {
     CHOOSE(widen_float16, from, to, count)
+}
+
+/* to[kind][d][0..15] = base[d] + code * step[d], rounded as `width` says, of the codes [2 kinds][dim] of 16 pages. */
+LOSART_INLINE void decode_bounds(const uint64_t *codes, const float *base, const float *step, long dim, int width,
+                                 float *to)
+{
+    CHOOSE(decode_bounds, codes, base, step, dim, width, to)
 }
 
 /* Rounds to the nearest, ties to even. */

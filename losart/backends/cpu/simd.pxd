@@ -1,4 +1,4 @@
-from libc.stdint cimport uint16_t
+from libc.stdint cimport uint16_t, uint64_t
 
 cdef extern from "simd.h" nogil:
     int simd_level()
@@ -14,3 +14,4 @@ cdef extern from "simd.h" nogil:
     void widen_float16(const uint16_t *source, float *to, long count)
     uint16_t narrow_bfloat16(float x)
     uint16_t narrow_float16(float x)
+    void decode_bounds(const uint64_t *codes, const float *base, const float *step, long dim, int width, float *to)

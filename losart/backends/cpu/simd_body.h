@@ -248,6 +248,43 @@ SIMD_TARGET static void SIMD(widen_float16)(const uint16_t *from, float *to, lon
     }
 }
 
+/* ---- page bounds -------------------------------------------------------------------------------- */
+
+/* Finite values, rounded to the nearest, ties to even; float16 below 2^-14 to units of 2^-24. */
+#define HELD(x, BITS)                                                                             \
+    ((vec)(((uvec)(x) + ((1u << (BITS - 1)) - 1) + ((uvec)(x) >> BITS & 1)) >> BITS << BITS))
+
+SIMD_TARGET LOSART_INLINE vec SIMD(as_float16)(vec x)
+{
+    ivec small = ((ivec)x & 0x7fffffff) < 0x38800000;
+    return (vec)(((ivec)(x + 0.75f - 0.75f) & small) | ((ivec)HELD(x, 13) & ~small));
+}
+
+#define DECODE(ROUNDED)                                                                           \
+    for (long d = 0; d < 2 * dim; d++) {                                                          \
+        uint32_t halves[2] = {(uint32_t)codes[d], (uint32_t)(codes[d] >> 32)};                    \
+        float first = base[d % dim], factor = step[d % dim];                                      \
+        UNROLL for (int i = 0; i < PARTS; i++) {                                                  \
+            uvec code;                                                                            \
+            UNROLL for (int j = 0; j < SIMD_WIDTH; j++) code[j] = halves[(i * SIMD_WIDTH + j) / 8]; \
+            vec x = first + __builtin_convertvector((ivec)(code >> shifts[i] & 15), vec) * factor; \
+            ((vec *)(to + d * SLAB))[i] = ROUNDED;                                                \
+        }                                                                                         \
+    }
+
+SIMD_TARGET static void SIMD(decode_bounds)(const uint64_t *codes, const float *base, const float *step, long dim,
+                                            int width, float *to)
+{
+    uvec shifts[PARTS];
+    for (int i = 0; i < PARTS; i++)
+        for (int j = 0; j < SIMD_WIDTH; j++) shifts[i][j] = (i * SIMD_WIDTH + j) % 8 * 4;
+    if (width == WIDTH_BFLOAT16) DECODE(HELD(x, 16))
+    else if (width == WIDTH_FLOAT16) DECODE(SIMD(as_float16)(x))
+    else DECODE(x)
+}
+
+#undef HELD
+#undef DECODE
 #undef vec
 #undef ivec
 #undef uvec

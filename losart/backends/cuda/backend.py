@@ -198,8 +198,9 @@ class CudaBackend:
 
     def write_kv(self, layer: int, k: Any, v: Any, batch: DeviceBatch) -> None:
         c, tokens = self.config, batch.sequence_tokens  # a commit that rides comes first
-        grid = (c.num_kv_heads, -(-tokens // batch.page_size) + 1)
-        threads = -(-c.head_dim // cu.WARP) * cu.WARP
+        grid = (c.num_kv_heads, -(-tokens // (batch.page_size * cu.GROUP_PAGES)) + 1)
+        channels = -(-c.head_dim // cu.WARP) * cu.WARP
+        threads = channels * min(cu.GROUP_PAGES, cu.CACHE_WRITE_THREADS // channels)
         self.kernels.launch("cache_write", grid, threads, batch.cache_view(layer), k, v, tokens)
 
     def _activations(self, shape: tuple[int, ...]) -> Any:

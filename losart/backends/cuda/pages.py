@@ -10,7 +10,7 @@ import cupy
 import numpy as np
 
 from losart.config.model import ModelConfig
-from losart.config.precision import Format
+from losart.config.precision import GROUP_PAGES, Format
 from losart.engine.kv_cache import SMALL_CHUNK_POSITIONS
 
 
@@ -18,9 +18,10 @@ class CudaPageTable:
     """Chunks of pages in device memory.
 
         kv chunk      [layers, 2 (keys, values), kv_heads, positions of the chunk, head_dim]
-        bounds chunk  [layers, kv_heads, pages of the chunk, 2 (smallest, largest), head_dim]
+        bounds chunk  [layers, kv_heads, pages of the chunk / 16, values]
 
-    A page of one kv head is contiguous, its values in the order of kernels_cu/cache/layout.cuh.
+    A page of one kv head is contiguous. The order of its values, and of those that bound 16 pages, is in
+    kernels_cu/cache/layout.cuh.
 
     Parameters
     ----------
@@ -36,7 +37,10 @@ class CudaPageTable:
         self.kv_format = self.bounds_format = format
         layers, heads, dim = config.num_layers, config.num_kv_heads, config.head_dim
         self.kv_shape = (layers, 2, heads, positions_per_chunk, dim)
-        self.bounds_shape = (layers, heads, positions_per_chunk // page_size, 2, dim)
+        # Exact bounds, a base and a step per channel, and two codes of 4 bits.
+        coded = 2 * dim + GROUP_PAGES * dim // format.itemsize
+        groups = positions_per_chunk // (page_size * GROUP_PAGES)
+        self.bounds_shape = (layers, heads, groups, 2 * GROUP_PAGES * dim + coded)
         self.chunks: list[tuple[Any, Any]] = []
 
     @property

@@ -138,14 +138,12 @@ def scores_plan(card: Card, tensor: bool, rows: int, kv_heads: int, head_dim: in
     tiles = ceil(rows / cu.SCORES_ROW_TILE) if rows <= 4 * cu.SCORES_ROW_TILE else 8
     slices = ceil(rows / (cu.SCORES_ROW_TILE * tiles))
     grid = (kv_heads, max(1, blocks // (kv_heads * slices)), slices)
-    defines = (("HEAD_DIM", head_dim), ("ROW_TILES", tiles))
-    return Plan("page_scores_tensor", grid, cu.SCORES_THREADS, head_dim // 16 * 2 * tiles * 512, defines)
-
-
-def top_pages_plan(kernel: str, rows: int, kv_heads: int, pages: int) -> Plan:
-    """The top pages of `rows` rows per kv head, of `pages` at most."""
-    keys = min(cu.TOP_PAGES_MAX_KEYS, ceil(pages / cu.TOP_PAGES_THREADS))
-    return Plan(kernel, (rows, kv_heads), cu.TOP_PAGES_THREADS, 0, (("KEYS", keys),))
+    # A stage per warp: bases and steps, and two kinds of codes of 16 pages, with gaps of 16 bytes.
+    stage = 4 * head_dim + 2 * cu.GROUP_PAGES * (head_dim // 2 + 16)
+    rings, row_tiles = cu.SCORES_THREADS // cu.WARP * stage, head_dim // 16 * tiles * 512
+    stages = 2 if 2 * rings + row_tiles <= card.shared_per_block else 1
+    defines = (("HEAD_DIM", head_dim), ("ROW_TILES", tiles), ("STAGES", stages))
+    return Plan("page_scores_tensor", grid, cu.SCORES_THREADS, stages * rings + row_tiles, defines)
 
 
 def causal_plan(card: Card, tensor: bool, tokens: int, heads: int, kv_heads: int, head_dim: int) -> Plan:

@@ -10,10 +10,10 @@ import numpy as np
 from losart.backends.base import ActiveRule, ActiveTokens, Selection
 from losart.backends.cuda.batch import DeviceBatch
 from losart.backends.cuda.kernels import Kernels
-from losart.backends.cuda.plans import scores_plan, top_pages_plan
+from losart.backends.cuda.plans import scores_plan
 from losart.backends.cuda.results import NO_PAGES, NOTHING_STORED, SelectedPages
 from losart.config.model import ModelConfig
-from losart.kernels_cu.constants import QUERY_CHANGE_THREADS
+from losart.kernels_cu.constants import QUERY_CHANGE_THREADS, TOP_PAGES_THREADS
 from losart.kernels_cu.views import StoredView
 
 
@@ -49,8 +49,10 @@ class DeviceSelector:
         pages, words, count = batch.max_pages, batch.mark_words, min(count, batch.max_pages)
         marks = cupy.empty((c.num_kv_heads, words), np.uint32)
         scores = self._page_scores(layer, q, tokens, batch, marks)
-        self._kernels.launch_plan(
-            top_pages_plan("mark_pages", rows, c.num_kv_heads, pages),
+        self._kernels.launch(
+            "mark_pages",
+            (c.num_kv_heads, rows),
+            TOP_PAGES_THREADS,
             *(scores, pages, batch.cache_view(layer), tokens, c.group_size, count, marks, words),
         )
         return Selection(tokens, SelectedPages(min(pages, rows * count), marks), change)
@@ -103,8 +105,10 @@ class DeviceSelector:
         scores [kv_heads, sums, rows, any]: a page's is summed over `sums`, and over its `units` values.
         """
         kv_heads, rows, stride = scores.shape[0], scores.shape[-2], scores.shape[-1]
-        self._kernels.launch_plan(
-            top_pages_plan("top_pages", rows, kv_heads, batch.max_pages),
+        self._kernels.launch(
+            "top_pages",
+            (kv_heads, rows),
+            TOP_PAGES_THREADS,
             *(scores, sums, units, stride, batch.cache_view(layer), count, stored, ids),
         )
 

@@ -13,7 +13,6 @@ from losart.backends.cuda.plans import (
     prefix_plan,
     scores_plan,
     sparse_plan,
-    top_pages_plan,
 )
 from losart.kernels_cu import Defines
 
@@ -33,19 +32,14 @@ PLANNED = (
     "causal_attention",
     "page_scores",
     "page_masses",
-    "mark_pages",
-    "top_pages",
 )
 TOKENS = (1, 4, 16, 20, 32, 33, 44, 52, 64)
 HEADS = ((8, 8), (16, 8), (32, 8), (8, 1))  # and kv heads
 HEAD_DIMS = (64, 80, 128)
-PAGES = (100, 1024, 1536, 2048, 2560, 4096, 8192)  # of the longest prefix
 
 
 def plans(card: Card) -> Iterator[Plan]:
     """Launches that stand for all that the card will see."""
-    for pages in PAGES:
-        yield from (top_pages_plan(kernel, 20, 8, pages) for kernel in ("mark_pages", "top_pages"))
     for tensor in (True, False):
         for tokens in (*TOKENS, 2048):
             yield matmul_plan(card, tensor, tokens, 1024, 1024)
