@@ -3,15 +3,6 @@
  * Each thread block first makes its share of the list in shared memory: the pages that hold its tiles. Pages are
  * ascending, and only the prefix's last page can be partly filled, so that a list is like a prefix of its own. */
 
-/* Brings the addresses of chunks into the L1 cache, while the previous kernel runs. */
-__device__ __forceinline__ void prefetch_chunks(const CacheView &cache, int length)
-{
-    for (int i = threadIdx.x * 16; i * cache.chunk_positions < length; i += blockDim.x * 16) {
-        u64 address;
-        asm volatile("ld.global.ca.u64 %0, [%1];" : "=l"(address) : "l"(cache.kv_chunks + i));
-    }
-}
-
 /* The kv head's pages that rows selected; null where there are marks. They were selected before this pass began, and
  * can come into the L2 cache while the previous kernel runs. */
 __device__ __forceinline__ const int *prefetch_top(const PagesView &pages, int kv_head)

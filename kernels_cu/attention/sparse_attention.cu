@@ -11,7 +11,6 @@ extern "C" __global__ void __launch_bounds__(PLAIN_THREADS)
 {
     int kv_head = blockIdx.x, part = blockIdx.y, length = *cache.length;
     const int *top = prefetch_top(pages, kv_head);
-    prefetch_chunks(cache, length);
     wait_for_previous();
     let_next_start();
     extern __shared__ float shared[];

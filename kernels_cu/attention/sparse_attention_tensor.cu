@@ -10,7 +10,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     QueryRows rows(blockIdx.z * BLOCK_ROWS, parts.tokens, kv_head, heads, cache);
     int *list = (int *)(shared_bytes + STAGES * 2 * TILE_BYTES);
     const int *top = prefetch_top(pages, kv_head);
-    prefetch_chunks(cache, length);
     wait_for_previous();
     let_next_start();
     PageShare share = share_pages(pages, top, tokens, rows, length, cache.page_size, TENSOR_TILE, list, capacity);
