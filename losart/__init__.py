@@ -28,6 +28,7 @@ from losart.version import __version__
 
 try:
     from losart.api.chat import Chat
+    from losart.api.engine import Engine
     from losart.api.model import Model, generate, load
     from losart.api.session import Session
 except ModuleNotFoundError as error:
@@ -41,6 +42,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "DeviceError",
+    "Engine",
     "GenerationConfig",
     "GenerationResult",
     "LosartError",

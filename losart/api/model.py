@@ -11,7 +11,8 @@ from losart.backends import make_backend
 from losart.config.model import ModelConfig
 from losart.config.options import generation_config
 from losart.config.precision import Precision
-from losart.engine.engine import Engine, Stream
+from losart.engine.engine import MAX_SEQUENCES, Engine, Stream
+from losart.errors import PromptError
 from losart.loaders import ChatTemplate, Checkpoint, Tokenizer, open_checkpoint
 from losart.loaders.tokenizer import Prompt, is_batch, prompt_ids
 from losart.models.transformer import Transformer
@@ -57,6 +58,9 @@ class Model:
         **options: Any,
     ) -> GenerationResult | list[GenerationResult]:
         """Generate from a prompt, or from each of a list of prompts.
+
+        Prompts of a list go through the model together where the device can, which is faster; each has the
+        result that it has alone, to rounding. With an observer they come one after another.
 
         Parameters
         ----------
@@ -112,25 +116,39 @@ class Model:
             An option is unknown, out of range, or does not go with another.
         PromptError
             The prompt is empty, too long, out of the vocabulary, or needs a tokenizer or a chat
-            template that the checkpoint has not.
+            template that the checkpoint has not; of a list with its index.
         NumericalError
             The logits are not finite.
         OutOfMemoryError
             The KV cache does not fit.
         """
-        prompts = prompt if is_batch(prompt) else [prompt]
-        streams = [self._submit(one, progress, observer, options) for one in prompts]
-        results = [stream.result() for stream in streams]
-        return results if is_batch(prompt) else results[0]
+        if not is_batch(prompt):
+            return self._submit(self._engine, prompt, progress, observer, options).result()
+        # Where somebody observes, who could not tell one prompt's steps from another's, one after another.
+        engine = Engine(self._engine.runner, MAX_SEQUENCES if observer is None else 1)
+        streams = []
+        for index, one in enumerate(prompt):
+            try:
+                streams.append(self._submit(engine, one, progress, observer, options))
+            except PromptError as error:
+                raise PromptError(f"prompt {index}: {error}") from error
+        for stream in streams:
+            stream.start()
+        return [stream.result() for stream in streams]
 
     def _submit(
-        self, prompt: Any, progress: Progress | None, observer: Observer | None, options: dict[str, Any]
+        self,
+        engine: Engine,
+        prompt: Any,
+        progress: Progress | None,
+        observer: Observer | None,
+        options: dict[str, Any],
     ) -> Stream:
         config = generation_config(self.config, options)
         decode = self.tokenizer.decode if self.tokenizer else None
-        self._engine.check(config, decode)
+        engine.check(config, decode)
         ids = prompt_ids(prompt, self.config, self.tokenizer, self.chat_template)
-        return self._engine.submit(ids, config, decode=decode, observer=observer, progress=progress)
+        return engine.submit(ids, config, decode=decode, observer=observer, progress=progress)
 
     def stream(
         self,
@@ -145,7 +163,7 @@ class Model:
         Options and errors are those of `generate`; errors of the options and the prompt are raised
         at once, before the first step is asked for.
         """
-        return self._submit(prompt, progress, observer, options)
+        return self._submit(self._engine, prompt, progress, observer, options)
 
     def session(self, **options: Any) -> Session:
         """A session: generations with these options, each prompt reusing the KV cache of those before.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 from losart.config.options import GenerationConfig, generation_config
@@ -58,6 +58,7 @@ class Session:
         self._decode = tokenizer.decode if tokenizer else None
         engine.check(self.options, self._decode)
         self._streams = 0  # begun so far: only the last one may be resumed
+        self._steps_of_last: Generator[Step, None, None] | None = None
         self._prompt: tuple[Any, list[int]] = (None, [])  # the last one, and its token ids: text is long
         self._forget()
 
@@ -135,10 +136,13 @@ class Session:
         progress: Progress | None,
     ) -> Iterator[Step]:
         self._check_last(number)
+        if self._steps_of_last is not None:
+            self._steps_of_last.close()  # it would go on writing to the cache
         self._rewind(cache, ids)
         self._sequence = self._engine.sequence(ids, options, cache, self._decode)
+        self._steps_of_last = steps = self._engine.steps(self._sequence, observer, progress)
         try:
-            for step in self._engine.steps(self._sequence, observer, progress):
+            for step in steps:
                 yield step
                 self._check_last(number)
         except Exception:

@@ -17,6 +17,7 @@ from losart.config.precision import Precision
 from losart.engine.batch import PassBatch
 from losart.engine.kv_cache import PagedKVCache
 from losart.engine.sampling import Proposals
+from losart.errors import NumericalError
 
 Array = Any
 Batch = Any  # a PassBatch, as the backend hands it to the body of a pass
@@ -129,20 +130,20 @@ class PassOutput:
 
     Attributes
     ----------
-    proposals : sequence of Proposals
+    proposals : sequence of Proposals or NumericalError
         One per sequence that is denoised.
     positions : sequence of int
         Prefix positions that sparse attention read, summed over kv heads and layers, per sequence.
     tokens : sequence of int
         Tokens that read them, summed over layers, per sequence.
-    reads : sequence of Selection or None
-        Per layer; None: dense. Empty but for passes that are observed.
+    reads : sequence of sequence of Selection or None
+        Per group of the batch, per layer; None: dense. Empty but for passes that are observed.
     """
 
-    proposals: Sequence[Proposals]
+    proposals: Sequence[Proposals | NumericalError]
     positions: Sequence[int]
     tokens: Sequence[int]
-    reads: Sequence[Selection | None]
+    reads: Sequence[Sequence[Selection | None]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,13 +153,14 @@ class PassBody:
     Attributes
     ----------
     launch : callable
-        The batch to what the pass proposes (`propose`, or None), and what it read in each layer.
+        The batch to what the pass proposes (`propose`, or None), and what each of its groups read in each
+        layer.
     key : hashable
         Passes of equal keys, numbers of rows and page sizes launch the same operations: one may be
         replayed for another. None: the pass is run by itself.
     """
 
-    launch: Callable[[Batch], tuple[Any, list[Selection | None]]]
+    launch: Callable[[Batch], tuple[Any, list[list[Selection | None]]]]
     key: Hashable = None
 
 
@@ -188,6 +190,7 @@ class Backend(Protocol):
     precision: Precision
     prefill_tokens: int  # of a prompt that go through the model at a time
     riding_blocks: Container[int]  # lengths of blocks whose commits may ride
+    batch_rows: int  # that a pass over several sequences may have; 0: a pass has one sequence
 
     @property
     def selectors(self) -> Mapping[str, Selector]:
@@ -213,9 +216,12 @@ class Backend(Protocol):
         """Run one pass; with `observe` its output has what each layer read."""
 
     def on_host(self, selection: Selection, batch: PassBatch) -> list[HostSelection]:
-        """What each sequence read, of the pass that was run last."""
+        """What each sequence of a group read, of the pass that was run last."""
 
     # -- transformer
+
+    def join(self, arrays: Sequence[Array]) -> Array:
+        """Rows of some arrays, one after the other."""
 
     def embed(self, table: Weight, batch: Batch) -> Array:
         """The rows' embeddings: float32 [tokens, hidden]."""

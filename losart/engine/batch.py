@@ -12,6 +12,7 @@ import numpy as np
 from losart.config.options import GenerationConfig
 from losart.engine.kv_cache import PagedKVCache
 from losart.engine.sampling import Proposals
+from losart.errors import NumericalError
 from losart.observe.step import ObservedLayer
 
 
@@ -71,8 +72,9 @@ class SequencePass:
 class PassBatch:
     """Rows of one or more sequences that go through the model together.
 
-    Its sequences agree in block length and attention options, and in their kind of pass; or each commit
-    rides with the first pass over the same sequence's next block, which follows it and sees what it writes.
+    They share all that is done for each row by itself; attention is done for groups of them. A commit can
+    ride with the first pass over the same sequence's next block, which follows it and sees what it writes.
+    Pieces of prompts are not mixed with other passes.
 
     Attributes
     ----------
@@ -84,23 +86,47 @@ class PassBatch:
 
     @property
     def kind(self) -> PassKind:
-        """What the pass is for: commits that ride aside."""
+        """What a group's pass is for: commits that ride aside."""
         return self.sequences[-1].kind
 
     @property
     def rides(self) -> bool:
-        """Whether commits ride."""
+        """Whether a group's commits ride."""
         return any(sequence.kind is not self.kind for sequence in self.sequences)
 
     @property
     def options(self) -> GenerationConfig:
-        """The options that its sequences agree in: block length and attention."""
+        """The options that a group's sequences agree in: block length and attention."""
         return self.sequences[0].options
+
+    @property
+    def denoises(self) -> bool:
+        """Whether the pass proposes tokens."""
+        return any(sequence.kind.denoises for sequence in self.sequences)
 
     @property
     def tokens(self) -> int:
         """Rows in all."""
         return sum(len(sequence.ids) for sequence in self.sequences)
+
+    def groups(self) -> list[tuple[PassBatch, slice]]:
+        """Neighbours that agree in kind, block length and attention options, with their rows."""
+        runs: list[tuple[Any, list[SequencePass]]] = []
+        sequences = list(self.sequences)
+        while sequences:
+            rides = len(sequences) > 1 and sequences[1].cache is sequences[0].cache
+            unit, sequences = sequences[: 1 + rides], sequences[1 + rides :]
+            options = unit[0].options
+            key = [one.kind for one in unit], options.block_length, options.attention
+            if not runs or runs[-1][0] != key:
+                runs.append((key, []))
+            runs[-1][1].extend(unit)
+        groups, first = [], 0
+        for _, of_run in runs:
+            group = self if len(runs) == 1 else PassBatch(tuple(of_run))
+            groups.append((group, slice(first, first + group.tokens)))
+            first += group.tokens
+        return groups
 
     def rows(self) -> Iterator[tuple[SequencePass, slice]]:
         """Each sequence with its rows."""
@@ -139,14 +165,14 @@ class PassResult:
 
     Attributes
     ----------
-    proposals : sequence of Proposals
-        Empty but for denoising passes.
+    proposals : sequence of Proposals or NumericalError
+        Of those that are denoised; an error where they are not finite.
     reads : sequence of PassReads
         Empty for prefill.
     layers : sequence of tuple of ObservedLayer
         Empty where nobody observes.
     """
 
-    proposals: Sequence[Proposals] = ()
+    proposals: Sequence[Proposals | NumericalError] = ()
     reads: Sequence[PassReads] = ()
     layers: Sequence[tuple[ObservedLayer, ...]] = ()

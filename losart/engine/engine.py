@@ -1,22 +1,27 @@
-"""The only decode loop."""
+"""The only decode loop: passes of one or more sequences, until each has ended."""
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Iterator
+import weakref
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
 from collections.abc import Sequence as Ids
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from losart.config.model import ModelConfig
 from losart.config.options import GenerationConfig
-from losart.engine.batch import PassBatch, PassKind, PassResult
+from losart.engine.batch import PassBatch, PassKind, PassResult, SequencePass
 from losart.engine.kv_cache import PagedKVCache
 from losart.engine.output import Decode, Output
-from losart.engine.sampling import strategy
+from losart.engine.sampling import Proposals, strategy
 from losart.engine.sequence import Sequence
-from losart.errors import OptionError
+from losart.errors import LosartError, NumericalError, OptionError
 from losart.observe.step import GenerationResult, Observer, Progress, Step
+
+MAX_SEQUENCES = 16
 
 
 class Runner(Protocol):
@@ -27,6 +32,10 @@ class Runner(Protocol):
     @property
     def prefill_tokens(self) -> int:
         """Tokens of a prompt that go through the model at a time, about."""
+
+    @property
+    def batch_rows(self) -> int:
+        """Rows that a pass over several sequences may have; 0: a pass has one sequence."""
 
     def commits_ride(self, options: GenerationConfig) -> bool:
         """Whether a pass commits a block and begins the next one."""
@@ -53,10 +62,22 @@ class Stream:
     ----------
     steps : iterator of Step
         The last one has the result.
+    start : callable, optional
+        Lets the generation take part in passes that other streams ask for, from now on and not from the
+        first step on that is asked for.
+    close : callable, optional
+        Frees what `start` holds.
     """
 
-    def __init__(self, steps: Iterator[Step]) -> None:
+    def __init__(
+        self,
+        steps: Iterator[Step],
+        start: Callable[[], None] | None = None,
+        close: Callable[[], None] | None = None,
+    ) -> None:
         self._steps = steps
+        self._start = start
+        self._close = None if close is None else weakref.finalize(self, close)
         self._last: Step | None = None
 
     def __iter__(self) -> Iterator[Step]:
@@ -66,30 +87,103 @@ class Stream:
         self._last = next(self._steps)
         return self._last
 
+    def start(self) -> None:
+        """Take part in passes that other streams of the engine ask for."""
+        if self._start is not None:
+            self._start()
+
     def result(self) -> GenerationResult:
-        """Run what is left to the end; may be called again."""
+        """Run what is left to the end; may be called again.
+
+        Raises
+        ------
+        LosartError
+            It was closed before its end.
+        """
         for _ in self:
             pass
-        assert self._last is not None and self._last.result is not None
+        if self._last is None or self._last.result is None:
+            raise LosartError("the stream was closed before its end")
         return self._last.result
 
     def close(self) -> None:
-        """Leave it; what it holds is freed."""
+        """Leave it, from any thread; what it holds is freed."""
         self._steps = iter(())
+        if self._close is not None:
+            self._close()
+
+    def cancel(self) -> None:
+        """The same as `close`."""
+        self.close()
+
+
+@dataclass(eq=False)
+class Run:
+    """A sequence in the engine.
+
+    Attributes
+    ----------
+    sequence : Sequence
+    observer, progress : callable, optional
+    steps : deque of Step
+        That nobody has asked for yet.
+    error : BaseException or None
+        Which ended it.
+    left : bool
+        Whether its stream was closed.
+    last_pass : int
+        Number of its last pass.
+    """
+
+    sequence: Sequence
+    observer: Observer | None = None
+    progress: Progress | None = None
+    steps: deque[Step] = field(default_factory=deque)
+    error: BaseException | None = None
+    left: bool = False
+    last_pass: int = 0
+
+    @property
+    def ended(self) -> bool:
+        """Whether no pass follows."""
+        return self.left or self.error is not None or self.sequence.finished
+
+    @property
+    def commits(self) -> bool:
+        """Whether a commit by itself is next."""
+        return self.sequence.next_kind is PassKind.COMMIT and not self.sequence.commits_ride
+
+    @property
+    def prefills(self) -> bool:
+        """Whether a piece of the prompt is next."""
+        return self.sequence.next_kind is PassKind.PREFILL
 
 
 class Engine:
     """Takes prompts, and runs their passes as their streams are asked for steps.
 
-    Streams may take turns on one engine.
+    With `max_sequences` above 1, and where the runner can, a pass has rows of all sequences that take part:
+    those whose streams have been started or asked for a step, and have not ended. Sequences join and leave
+    between passes. Else each pass is one sequence's, whose stream has been asked. Streams may be asked by
+    several threads; whoever asks runs the passes until there is a step.
 
     Parameters
     ----------
     runner : Runner
+    max_sequences : int
+        That share passes; others wait in the order in which they came.
     """
 
-    def __init__(self, runner: Runner) -> None:
+    def __init__(self, runner: Runner, max_sequences: int = 1) -> None:
         self.runner = runner
+        self.max_sequences = max_sequences
+        self._together = runner.batch_rows > 0 and max_sequences > 1
+        self._changed = threading.Condition(threading.RLock())  # guards all that follows
+        self._driver: int | None = None  # the thread that runs a pass
+        self._waiting: deque[Run] = deque()
+        self._running: list[Run] = []
+        self._passes = 0
+        self._prefilled_last = False
 
     def check(self, options: GenerationConfig, decode: Decode | None) -> None:
         """See that a generation with these options can be run.
@@ -132,7 +226,8 @@ class Engine:
         """
         self.check(options, decode)
         cache = self.new_cache(prompt, options)
-        return Stream(self.steps(self.sequence(prompt, options, cache, decode), observer, progress))
+        run = Run(self.sequence(prompt, options, cache, decode), observer, progress)
+        return Stream(self._steps(run), lambda: self._join(run), lambda: self._leave(run))
 
     def new_cache(self, prompt: Ids[int], options: GenerationConfig) -> PagedKVCache:
         """An empty cache for a prompt and its answer."""
@@ -154,45 +249,198 @@ class Engine:
 
     def steps(
         self, sequence: Sequence, observer: Observer | None = None, progress: Progress | None = None
-    ) -> Iterator[Step]:
-        """Run a sequence to its end: a step per denoising pass.
+    ) -> Generator[Step, None, None]:
+        """Run a sequence to its end: a step per denoising pass."""
+        return self._steps(Run(sequence, observer, progress))
 
-        A finished block is committed before its last step is given, or in the next pass.
-        """
-        sequence.slot = self.runner.new_slot(sequence.options)
+    def _steps(self, run: Run) -> Generator[Step, None, None]:
         try:
-            self.prefill(sequence, progress)
-            while not sequence.finished:
-                began = time.perf_counter()
-                step = self._run(sequence, observer)
-                commits = sequence.next_kind is PassKind.COMMIT and not sequence.commits_ride
-                if commits and not sequence.finished:
-                    self._run(sequence, observer)
-                sequence.decode_seconds += time.perf_counter() - began
-                assert step is not None
-                yield replace(step, result=sequence.result()) if sequence.finished else step
+            while self._advance(run):
+                yield run.steps.popleft()
+            error, run.error = run.error, None  # whose traceback refers to this frame
+            if error is not None:
+                try:
+                    raise error
+                finally:
+                    del error
         finally:
-            sequence.slot = None  # a session keeps the sequence
+            self._leave(run)
+
+    def _advance(self, run: Run) -> bool:
+        """Run passes, or wait while another thread does, until a run has a step; False: it has ended."""
+        thread = threading.get_ident()
+        while not run.steps and not run.ended:
+            with self._changed:
+                self._join(run)
+                before = self._driver
+                if before not in (None, thread):
+                    self._changed.wait()
+                    continue
+                self._driver = thread
+            try:
+                self._step(run)
+            finally:
+                with self._changed:
+                    self._driver = before  # an observer may have asked, within a pass
+                    self._changed.notify_all()
+        return bool(run.steps)
+
+    def _join(self, run: Run) -> None:
+        """Queue a run, unless it has been."""
+        with self._changed:
+            if run not in self._running and run not in self._waiting and not run.ended:
+                self._waiting.append(run)
+
+    def _leave(self, run: Run) -> None:
+        """Free what a run holds; it takes part in no pass any more."""
+        with self._changed:
+            run.left = True
+            for runs in (self._waiting, self._running):
+                if run in runs:
+                    runs.remove(run)
+            run.sequence.slot = None  # a session keeps the sequence
+
+    # -- passes
 
     def prefill(self, sequence: Sequence, progress: Progress | None = None) -> None:
         """Take the whole blocks of a sequence's prompt into its cache."""
-        began = time.perf_counter()
-        sequence.cache.reserve(sequence.prefill_end)
-        while sequence.next_kind is PassKind.PREFILL:
-            self._run(sequence)
-            if progress is not None:
-                progress(sequence.cache.length - sequence.reused, sequence.prefill_end - sequence.reused)
-        sequence.prefill_seconds += time.perf_counter() - began
+        run = Run(sequence, progress=progress)
+        while not run.ended and run.prefills:
+            self._run([run])
+        if run.error is not None:
+            raise run.error
 
-    def _run(self, sequence: Sequence, observer: Observer | None = None) -> Step | None:
-        """Run the pass that a sequence wants next; returns its last step."""
-        requests = sequence.next_pass()
-        sequence.cache.reserve(requests[-1].prefix_length + len(requests[-1].ids))
-        result = self.runner.forward(PassBatch(requests), observer is not None)
-        steps = sequence.apply(result.proposals)
-        for request, reads in zip(requests, result.reads, strict=False):  # prefill has none
-            sequence.reads.add(reads, request.prefix_length, self.runner.config.num_kv_heads)
-        if observer is not None:
-            for step, layers in zip(steps, result.layers, strict=True):
-                observer(replace(step, layers=layers))
-        return steps[-1] if steps else None
+    def _step(self, asked: Run) -> None:
+        """Run one pass, and bring `asked` nearer to its next step."""
+        with self._changed:
+            while self._waiting and not (self._together and len(self._running) >= self.max_sequences):
+                self._admit(self._waiting.popleft())
+            running = [
+                run for run in self._running if (self._together or run is asked) and not run.sequence.pending
+            ]
+        if not running and not asked.ended:
+            raise LosartError("an observer cannot ask for a step of a generation whose pass it is told of")
+        if not self._together:
+            self._run(running)
+            # A session can go on from a block whose last step it has given.
+            if not asked.ended and asked.commits:
+                self._run(running)
+            return
+        prefilling = [run for run in running if run.prefills]
+        decoding = [run for run in running if not run.prefills]
+        # Between two pieces of prompts all others have a pass.
+        if prefilling and not (self._prefilled_last and decoding):
+            self._run([asked if asked in prefilling else prefilling[0]])
+            self._prefilled_last = True
+            return
+        self._prefilled_last = False
+        decoding.sort(key=lambda run: (run is not asked, run.last_pass))
+        rows, batch = 0, list[Run]()
+        for run in decoding:
+            rows += run.sequence.options.block_length * (1 + run.sequence.rides_next)
+            if batch and rows > self.runner.batch_rows:
+                break
+            batch.append(run)
+        self._run(batch)
+
+    def _admit(self, run: Run) -> None:
+        self._running.append(run)
+        try:
+            run.sequence.slot = self.runner.new_slot(run.sequence.options)
+        except Exception as error:
+            self._end(run, error)
+
+    def _run(self, runs: list[Run]) -> None:
+        """Run the passes that some sequences want next as one; what raises ends those whose pass it was."""
+        try:
+            self._forward(runs)
+        except BaseException as error:
+            for run in runs:
+                if run.sequence.pending:
+                    self._end(run, error)
+            if not isinstance(error, Exception):
+                raise
+
+    def _forward(self, runs: list[Run]) -> None:
+        began = time.perf_counter()
+        self._passes += 1
+        passes = [(run, requests) for run in runs if (requests := self._request(run))]
+        if not passes:
+            return
+        passes.sort(key=lambda one: _order(one[1]))  # neighbours of a kind share their attention's operations
+        batch = PassBatch(tuple(request for _, requests in passes for request in requests))
+        result = self.runner.forward(batch, any(run.observer is not None for run, _ in passes))
+        seconds = time.perf_counter() - began
+        proposals, reads, layers = iter(result.proposals), iter(result.reads), iter(result.layers)
+        for run, requests in passes:
+            of_run = PassResult(
+                [next(proposals) for request in requests if request.kind.denoises],
+                [next(reads) for _ in requests] if result.reads else (),
+                [next(layers) for _ in requests] if result.layers else (),
+            )
+            if not run.left:
+                self._apply(run, requests, of_run, seconds)
+
+    def _request(self, run: Run) -> tuple[SequencePass, ...]:
+        """What a run wants next, with room in its cache; nothing where there is none, which ends it."""
+        sequence = run.sequence
+        try:
+            if run.prefills:
+                sequence.cache.reserve(sequence.prefill_end)
+            requests = sequence.next_pass()
+            sequence.cache.reserve(requests[-1].prefix_length + len(requests[-1].ids))
+        except Exception as error:
+            self._end(run, error)
+            return ()
+        run.last_pass = self._passes
+        return requests
+
+    def _apply(
+        self, run: Run, requests: tuple[SequencePass, ...], result: PassResult, seconds: float
+    ) -> None:
+        """Take a pass's result to its sequence and to whoever listens; what raises ends this run alone."""
+        sequence = run.sequence
+        try:
+            if run.prefills:
+                sequence.prefill_seconds += seconds
+            else:
+                sequence.decode_seconds += seconds
+            steps = sequence.apply(_known(result.proposals))
+            for request, read in zip(requests, result.reads, strict=False):  # prefill has none
+                sequence.reads.add(read, request.prefix_length, self.runner.config.num_kv_heads)
+            if not steps and run.progress is not None:
+                done, of = (end - sequence.reused for end in (sequence.cache.length, sequence.prefill_end))
+                run.progress(done, of)
+            if run.observer is not None:
+                for step, layers in zip(steps, result.layers, strict=True):
+                    run.observer(replace(step, layers=layers))
+        except Exception as error:
+            self._end(run, error)
+            return
+        for step in steps:
+            if step.kind != PassKind.COMMIT.value:
+                run.steps.append(replace(step, result=sequence.result()) if sequence.finished else step)
+        if sequence.finished:
+            self._end(run)
+
+    def _end(self, run: Run, error: BaseException | None = None) -> None:
+        """Take a run that has ended out of the passes to come."""
+        run.error = error
+        self._leave(run)
+
+
+def _order(requests: tuple[SequencePass, ...]) -> tuple[Any, ...]:
+    """Equal for passes that share their operations, and comparable."""
+    options = requests[0].options
+    kinds = tuple(request.kind.value for request in requests)
+    return kinds, options.block_length, hash(options.attention)
+
+
+def _known(proposals: Ids[Proposals | NumericalError]) -> list[Proposals]:
+    """The proposals, unless one is an error, which is raised."""
+    known = []
+    for one in proposals:
+        if isinstance(one, NumericalError):
+            raise one
+        known.append(one)
+    return known

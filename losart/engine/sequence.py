@@ -104,6 +104,11 @@ class Sequence:
             return PassKind.COMMIT
         return PassKind.LATER if self._passes else PassKind.FIRST
 
+    @property
+    def rides_next(self) -> bool:
+        """Whether the next pass is two: a commit, and the first pass over the next block."""
+        return self.commits_ride and self.next_kind is PassKind.COMMIT
+
     def next_pass(self) -> tuple[SequencePass, ...]:
         """The pass that the sequence wants next; `apply` takes its result.
 

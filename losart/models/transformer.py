@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from losart.attention import AttentionPolicy, make_policy
@@ -92,6 +91,11 @@ class Transformer:
         """Tokens of a prompt that go through the model at a time, about."""
         return self.backend.prefill_tokens
 
+    @property
+    def batch_rows(self) -> int:
+        """Rows that a pass over several sequences may have; 0: a pass has one sequence."""
+        return self.backend.batch_rows
+
     def commits_ride(self, options: GenerationConfig) -> bool:
         """Whether a pass commits a block and begins the next one."""
         return self.policy(options).commits_ride and options.block_length in self.backend.riding_blocks
@@ -130,48 +134,63 @@ class Transformer:
 
         With `observe` the result says what each layer read of the prefix.
         """
-        policy = self.policy(batch.options)
-        body = PassBody(partial(self._pass, policy), self._key(policy, batch))
-        output = self.backend.run(batch, body, observe)
+        output = self.backend.run(batch, PassBody(self._pass, self._key(batch)), observe)
         if batch.kind is PassKind.PREFILL:
             return PassResult()
         counted = zip(batch.sequences, output.positions, output.tokens, strict=True)
-        reads = [policy.reads(sequence.kind, *read) for sequence, *read in counted]
+        reads = [self.policy(sequence.options).reads(sequence.kind, *read) for sequence, *read in counted]
         if not observe:
             return PassResult(output.proposals, reads)
-        layers = observed_layers(output.reads, self.backend, batch, self.config.num_kv_heads)
+        layers = []
+        for (group, _), selections in zip(batch.groups(), output.reads, strict=True):
+            layers += observed_layers(selections, self.backend, group, self.config.num_kv_heads)
         return PassResult(output.proposals, reads, layers)
 
-    def _key(self, policy: AttentionPolicy, batch: PassBatch) -> Hashable:
+    def _key(self, batch: PassBatch) -> Hashable:
         """What passes that launch the same operations have in common; None: it is not replayed."""
-        of_policy = policy.key(batch.kind)
-        kind = batch.kind
+        if len(batch.groups()) > 1:
+            return None
+        policy, kind = self.policy(batch.options), batch.kind
+        of_policy = policy.key(kind)
         if kind is PassKind.PREFILL or of_policy is None:
             return None
         if policy.always_dense and kind is PassKind.LATER:
             kind = PassKind.FIRST
         return kind, of_policy, batch.options.sampling if kind.denoises else None
 
-    def _pass(self, policy: AttentionPolicy, batch: Batch) -> tuple[Any, list[Selection | None]]:
-        backend, prefills = self.backend, batch.kind is PassKind.PREFILL
-        linear = backend.prefill_linear if prefills else backend.linear
+    def _pass(self, batch: Batch) -> tuple[Any, list[list[Selection | None]]]:
+        backend = self.backend
+        linear = backend.prefill_linear if batch.kind is PassKind.PREFILL else backend.linear
         x, delta = backend.embed(self.embedding, batch), None
-        reads: list[Selection | None] = []
+        groups = [(group, rows, self.policy(group.options)) for group, rows in batch.groups()]
+        reads: list[list[Selection | None]] = [[] for _ in groups]
         for index, layer in enumerate(self.layers):
             x, h = backend.add_rms_norm(x, delta, layer.input_norm)
             qkv = linear(h, layer.qkv, layer.qkv_bias)
             q, k, v = backend.split_heads(qkv, layer.q_norm, layer.k_norm, batch)
-            if prefills or batch.rides:
-                backend.write_kv(index, k, v, batch)
-            if prefills:
-                o = backend.causal_attention(index, q, batch)
-            else:
-                o, selection = policy.attend(backend, index, q, k, v, batch)
-                reads.append(selection)
-            if batch.kind is PassKind.COMMIT:  # after pages are selected by the bounds of those before it
-                backend.write_kv(index, k, v, batch)
+            parts = []
+            for (group, rows, policy), read in zip(groups, reads, strict=True):
+                qkv_of_group = (q, k, v) if len(groups) == 1 else (q[rows], k[rows], v[rows])
+                o, selection = self._attention(policy, index, *qkv_of_group, group)
+                parts.append(o)
+                read.append(selection)
+            o = parts[0] if len(parts) == 1 else backend.join(parts)
             delta = linear(o.reshape(len(o), -1), layer.o, layer.o_bias)
             x, h = backend.add_rms_norm(x, delta, layer.post_norm)
             delta = linear(backend.silu_gate(linear(h, layer.gate_up)), layer.down)
         _, hidden = backend.add_rms_norm(x, delta, self.final_norm)
-        return (backend.propose(hidden, self.head, batch) if batch.kind.denoises else None), reads
+        return (backend.propose(hidden, self.head, batch) if batch.denoises else None), reads
+
+    def _attention(
+        self, policy: AttentionPolicy, index: int, q: Array, k: Array, v: Array, group: Batch
+    ) -> tuple[Array, Selection | None]:
+        """Attention of a group's rows, and what it read; a commit's keys and values go into the cache."""
+        backend, prefills = self.backend, group.kind is PassKind.PREFILL
+        if prefills or group.rides:
+            backend.write_kv(index, k, v, group)
+        if prefills:
+            return backend.causal_attention(index, q, group), None
+        found = policy.attend(backend, index, q, k, v, group)
+        if group.kind is PassKind.COMMIT:  # after pages are selected by the bounds of those before it
+            backend.write_kv(index, k, v, group)
+        return found

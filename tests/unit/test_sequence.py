@@ -44,6 +44,7 @@ class Scripted:
     logits: np.ndarray | None = None
     prefill_tokens: int = PREFILL_TOKENS
     rides: bool = False
+    batch_rows: int = 0
     prefilled: list[list[int]] = field(default_factory=list)
     passes: list[tuple[PassKind, list[int]]] = field(default_factory=list)
     config: Any = MODEL

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Hashable
+from collections.abc import Container, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,7 @@ from losart.config.rope import inverse_frequencies
 from losart.engine.batch import PassBatch
 from losart.engine.kv_cache import PagedKVCache, chunk_positions
 from losart.engine.sampling import Proposals, propose
-from losart.errors import ConfigError
+from losart.errors import ConfigError, NumericalError
 
 SKINNY_ROWS = 64  # matmuls of more rows go to BLAS
 WIDEN_FLOATS = 1 << 20  # weights widened at a time: 4 MB, within a core's share of the cache
@@ -72,6 +72,7 @@ class CpuBackend:
 
     name = "cpu"
     prefill_tokens = 512
+    batch_rows = SKINNY_ROWS
     # Two blocks' rows are summed by the same kernel as one's, so that no rounding differs.
     riding_blocks: Container[int] = (
         *range(1, skinny_linear.FEW_TOKENS // 2 + 1),
@@ -125,13 +126,10 @@ class CpuBackend:
 
     def run(self, batch: PassBatch, body: PassBody, observe: bool = False) -> PassOutput:
         proposals, reads = body.launch(batch)
-        every = [len(sequence.ids) for sequence in batch.sequences]
-        read = np.zeros((2, len(every)), np.int64)
-        for selection in reads:
-            if selection is not None:
-                reading = every if selection.tokens is None else list(map(len, selection.tokens))
-                read += [[pages.positions for pages in selection.pages], reading]
-        positions, tokens = read.tolist()
+        counted = [
+            _count_reads(group, of_group) for (group, _), of_group in zip(batch.groups(), reads, strict=False)
+        ]
+        positions, tokens = np.concatenate(counted, axis=1).tolist() if counted else ([], [])
         return PassOutput(proposals or (), positions, tokens, reads if observe else ())
 
     def on_host(self, selection: Selection, batch: PassBatch) -> list[HostSelection]:
@@ -145,6 +143,9 @@ class CpuBackend:
         return found
 
     # -- transformer
+
+    def join(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
+        return np.concatenate(arrays)
 
     def embed(self, table: Weight, batch: PassBatch) -> np.ndarray:
         return widen(table.matrices[0][np.concatenate([sequence.ids for sequence in batch.sequences])])
@@ -328,17 +329,18 @@ class CpuBackend:
 
     # -- sampling
 
-    def propose(self, hidden: np.ndarray, head: Weight, batch: PassBatch) -> list[Proposals]:
+    def propose(self, hidden: np.ndarray, head: Weight, batch: PassBatch) -> list[Proposals | NumericalError]:
         masked = [sequence.masked + rows.start for sequence, rows in batch.rows()]
         logits = self.linear(hidden[np.concatenate(masked)], head)
-        proposals, first = [], 0
+        proposals: list[Proposals | NumericalError] = []
+        first = 0
         for sequence in batch.sequences:
             if not sequence.kind.denoises:
                 continue
             of_sequence, options = logits[first : first + len(sequence.masked)], sequence.options
             of_sequence[:, options.mask_token_id] = -np.inf
-            proposals.append(
-                propose(
+            try:
+                proposed = propose(
                     of_sequence,
                     sequence.uniforms[sequence.masked],
                     temperature=options.temperature,
@@ -346,7 +348,10 @@ class CpuBackend:
                     top_p=options.top_p,
                     with_entropy=options.remasking == "entropy_bounded",
                 )
-            )
+            except NumericalError as error:
+                proposals.append(error)
+            else:
+                proposals.append(proposed)
             first += len(sequence.masked)
         return proposals
 
@@ -374,6 +379,17 @@ def _rotate(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
 
 def _new_result(q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.empty_like(q), np.empty(q.shape[:2], np.float32)
+
+
+def _count_reads(group: PassBatch, reads: Sequence[Selection | None]) -> np.ndarray:
+    """Positions that sparse layers read, and tokens that read them: int64 [2, sequences]."""
+    every = [len(sequence.ids) for sequence in group.sequences]
+    read = np.zeros((2, len(every)), np.int64)
+    for selection in reads:
+        if selection is not None:
+            reading = every if selection.tokens is None else list(map(len, selection.tokens))
+            read += [[pages.positions for pages in selection.pages], reading]
+    return read
 
 
 def _indices(rows: slice) -> np.ndarray:

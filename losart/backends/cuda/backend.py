@@ -6,7 +6,7 @@ selected, unless it selects itself (host_selector.py), so that a captured pass c
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from ctypes import c_double
 from dataclasses import replace
 from typing import Any
@@ -66,6 +66,7 @@ class CudaBackend:
 
     name = "cuda"
     prefill_tokens = 2048
+    batch_rows = 0
     # Matmuls of up to 32 rows of 16 bits divide their sums alike (matmul_plan).
     riding_blocks: Container[int] = range(1, 17)
 
@@ -132,6 +133,9 @@ class CudaBackend:
         return [HostSelection(np.arange(batch.tokens) if tokens is None else tokens, lists, change)]
 
     # -- transformer
+
+    def join(self, arrays: Sequence[Any]) -> Any:
+        return cupy.concatenate(arrays)
 
     def embed(self, table: Weight, batch: DeviceBatch) -> Any:
         hidden = table.view.inner

@@ -117,6 +117,15 @@ class DeviceBatch:
         self._pages = pages
 
     @property
+    def denoises(self) -> bool:
+        """Whether the pass proposes tokens."""
+        return self.kind.denoises
+
+    def groups(self) -> list[tuple[DeviceBatch, slice]]:
+        """All rows: as of PassBatch."""
+        return [(self, slice(0, self.tokens))]
+
+    @property
     def max_pages(self) -> int:
         """Pages of the longest prefix that a pass can have: its block begins within the positions."""
         return -(-self._pages.max_positions // self.page_size)

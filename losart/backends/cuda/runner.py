@@ -33,15 +33,15 @@ class Launched:
     ----------
     proposes, counts : bool
         Whether it proposes tokens, and counts what sparse attention reads.
-    reads : list of Selection or None
-        Empty unless it is observed.
+    reads : list of list of Selection or None
+        As of `PassOutput`; empty unless it is observed.
     graph : cupy.cuda.Graph, optional
         Replays it.
     """
 
     proposes: bool
     counts: bool
-    reads: list[Selection | None]
+    reads: list[list[Selection | None]]
     graph: Any = None
 
 
@@ -146,7 +146,7 @@ class PassRunner:
             return PassOutput((), positions, reading, launched.reads)
         tokens, confidence, entropy, finite = results[:, : len(batch.sequence.masked)]
         if not finite.all():
-            raise NumericalError(NOT_FINITE)
+            return PassOutput((NumericalError(NOT_FINITE),), positions, reading, launched.reads)
         proposals = Proposals(tokens.astype(np.int64), confidence.view(np.float32), entropy.view(np.float32))
         return PassOutput((proposals,), positions, reading, launched.reads)
 
@@ -154,5 +154,5 @@ class PassRunner:
 def _launch(batch: DeviceBatch, body: PassBody, observe: bool) -> Launched:
     """Launch a pass's kernels one by one."""
     proposals, reads = body.launch(batch)
-    counts = any(selection is not None for selection in reads)
+    counts = any(selection is not None for of_group in reads for selection in of_group)
     return Launched(proposals is not None, counts, reads if observe else [])

@@ -1,0 +1,186 @@
+"""Generations that share passes give what each gives alone, whatever shares them and whenever it joins."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import losart
+from losart.engine.engine import Stream
+
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"block_length": 7, "temperature": 0.8, "seed": 5},
+    {"attention": "losa", "budget": 32},
+    {"attention": "losa", "budget": 32, "active": 2, "remasking": "sequential"},
+    {"attention": "losa", "budget": 32, "selector": "anchor", "block_length": 6},
+    {"attention": "losa", "budget": 32, "commit": "sparse", "first_pass": "sparse"},
+    {"attention": "quest", "budget": 48, "page_size": 48},
+    {"attention": "sparsed", "budget": 32, "remasking": "low_confidence_static", "denoising_steps": 3},
+    {"remasking": "entropy_bounded", "eb_threshold": 2.0, "top_k": 5, "temperature": 1.0, "seed": 1},
+]
+PROMPTS = [np.random.default_rng(seed).integers(0, 300, 3 + 90 * seed).tolist() for seed in range(6)]
+PROMPTS.append(PROMPTS[3][:200] + PROMPTS[2])  # begins as another
+
+
+@pytest.fixture(scope="module")
+def model(tiny_checkpoint) -> losart.Model:
+    """Its matmuls take each row by itself: how a row is summed does not depend on how many there are.
+
+    So nothing differs by rounding, which could change the choice between all but equal tokens or pages.
+    """
+    model = losart.load(tiny_checkpoint, "cpu")
+    backend: Any = model._engine.runner.backend
+    linear = backend.linear
+
+    def by_rows(x: np.ndarray, *weight: Any) -> np.ndarray:
+        return np.concatenate([linear(x[row : row + 1], *weight) for row in range(len(x))])
+
+    backend.linear = backend.prefill_linear = by_rows
+    return model
+
+
+def options_of(number: int, new: int) -> dict[str, Any]:
+    return {"block_length": 4, "stop_token_ids": [], "max_new_tokens": new, **OPTIONS[number]}
+
+
+def facts(result: losart.GenerationResult) -> Any:
+    stats = result.stats
+    return (
+        result.token_ids,
+        result.finish_reason,
+        (stats.denoising_passes, stats.commit_passes, stats.rides, stats.prefilled_tokens),
+        (stats.density, stats.sparse_density, stats.active_fraction),
+    )
+
+
+ALONE: dict[Any, Any] = {}
+
+
+def alone(model: losart.Model, prompt: int, number: int, new: int) -> Any:
+    key = prompt, number, new
+    if key not in ALONE:
+        ALONE[key] = facts(model.generate(PROMPTS[prompt], **options_of(number, new)))
+    return ALONE[key]
+
+
+requests = st.tuples(
+    st.integers(0, len(PROMPTS) - 1),
+    st.integers(0, len(OPTIONS) - 1),
+    st.sampled_from([1, 5, 16, 30]),
+    st.integers(0, 12),  # steps of others before it comes
+    st.one_of(st.none(), st.integers(0, 3)),  # own steps before it is cancelled
+)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(requests, min_size=1, max_size=9), st.sampled_from([1, 3, 16]), st.randoms())
+def test_each_generation_is_what_it_is_alone(model, asked, places, random):
+    engine = losart.Engine(model, max_sequences=places)
+    coming = sorted(enumerate(asked), key=lambda one: one[1][3])
+    streams: dict[int, Stream] = {}
+    taken = dict.fromkeys(range(len(asked)), 0)
+    steps = 0
+    while coming or streams:
+        while coming and (not streams or coming[0][1][3] <= steps):
+            index, (prompt, number, new, *_) = coming.pop(0)
+            streams[index] = engine.submit(PROMPTS[prompt], **options_of(number, new))
+        index = random.choice(list(streams))
+        prompt, number, new, _, cancelled = asked[index]
+        if taken[index] == cancelled:
+            streams.pop(index).cancel()
+            continue
+        step = next(streams[index])
+        steps, taken[index] = steps + 1, taken[index] + 1
+        if step.result is not None:
+            assert facts(step.result) == alone(model, prompt, number, new)
+            del streams[index]
+
+
+def test_a_list_of_prompts_is_decoded_together(model, monkeypatch):
+    rows = []
+    forward = model._engine.runner.forward
+
+    def noting(batch: Any, observe: bool = False) -> Any:
+        rows.append(len(batch.sequences))
+        return forward(batch, observe)
+
+    monkeypatch.setattr(model._engine.runner, "forward", noting)
+    for number in range(len(OPTIONS)):
+        rows.clear()
+        results = model.generate(PROMPTS, **options_of(number, 16))
+        assert max(rows) >= len(PROMPTS)
+        assert [facts(result) for result in results] == [
+            alone(model, prompt, number, 16) for prompt in range(len(PROMPTS))
+        ]
+    rows.clear()
+    steps: list[losart.Step] = []
+    model.generate(PROMPTS[:3], observer=steps.append, **options_of(0, 8))
+    starts = [step.block_start for step in steps]
+    assert starts == sorted(starts) and max(rows) <= 2, "one after another, where somebody observes"
+
+
+def test_a_wrong_prompt_of_many_is_named(model):
+    with pytest.raises(losart.PromptError, match="prompt 2: the prompt is empty"):
+        model.generate([PROMPTS[0], PROMPTS[1], [], PROMPTS[2]])
+    with pytest.raises(losart.OptionError, match="max_sequences must be"):
+        losart.Engine(model, max_sequences=0)
+
+
+@pytest.mark.parametrize("number", range(len(OPTIONS)))
+@pytest.mark.parametrize("end", ["result", "cancel", "drop"])
+def test_a_cache_is_freed_at_once(model, number, end):
+    """Not when the garbage collector comes: a cache may be gigabytes."""
+    engine = losart.Engine(model)
+    other = engine.submit(PROMPTS[1], **options_of(0, 30))
+    stream = engine.submit(PROMPTS[2], **options_of(number, 8))
+    runs = [*engine._engine._waiting]
+    cache, slot = weakref.ref(runs[1].sequence.cache), None
+    del runs
+    gc.disable()
+    try:
+        next(other)
+        next(stream)
+        slot = [weakref.ref(run.sequence.slot) for run in engine._engine._running if run.sequence.slot]
+        if end == "result":
+            stream.result()
+        elif end == "cancel":
+            stream.cancel()
+        del stream
+        assert cache() is None and not any(reference() for reference in slot)
+    finally:
+        gc.enable()
+    assert other.result().token_ids
+
+
+def test_nothing_is_left_of_many_requests(model):
+    """Random requests, half of them cancelled on their way."""
+    rng = np.random.default_rng(0)
+    engine = losart.Engine(model, max_sequences=4)
+
+    def ask(count: int) -> None:
+        streams = [
+            engine.submit(PROMPTS[rng.integers(3)], **options_of(int(rng.integers(len(OPTIONS))), 6))
+            for _ in range(count)
+        ]
+        for stream in streams:
+            if rng.random() < 0.5:
+                stream.cancel()
+            else:
+                stream.result()
+
+    def held() -> int:
+        gc.collect()
+        return len(gc.get_objects())
+
+    ask(20)
+    before = held()
+    ask(60)
+    assert held() - before < 200
+    assert not engine._engine._running and not engine._engine._waiting

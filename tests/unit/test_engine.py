@@ -1,0 +1,273 @@
+"""The engine's loop with a scripted model: who shares a pass, who waits, and whom an error ends."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+from kv import model_config
+
+from losart.config.options import GenerationConfig, generation_config
+from losart.engine.batch import PassBatch, PassKind, PassReads, PassResult
+from losart.engine.engine import Engine, Stream
+from losart.engine.sampling import Proposals
+from losart.errors import LosartError, NumericalError, OutOfMemoryError
+
+BLOCK = 4
+MASK = 63
+MODEL = model_config(1, 1, 16)
+
+
+class Cache:
+    """A cache without keys and values."""
+
+    name = -1
+    length = 0
+
+    def reserve(self, positions: int) -> None:
+        pass
+
+    def advance(self, tokens: int) -> None:
+        self.length += tokens
+
+
+@dataclass
+class Scripted:
+    """In a transformer's place: notes each pass's kinds and first ids, and proposes its rows' numbers."""
+
+    batch_rows: int = 64
+    prefill_tokens: int = 8
+    rides: bool = False
+    passes: list[list[tuple[str, int]]] = field(default_factory=list)
+    fails: dict[int, Exception] = field(default_factory=dict)  # by the first id of a prompt
+    during: Any = None  # called in each pass
+    config: Any = MODEL
+    slots: int = 0
+
+    def check(self, options: GenerationConfig) -> None:
+        pass
+
+    def commits_ride(self, options: GenerationConfig) -> bool:
+        return self.rides
+
+    def new_cache(self, options: GenerationConfig, expected: int) -> Cache:
+        return Cache()
+
+    def new_slot(self, options: GenerationConfig) -> int:
+        self.slots += 1
+        return self.slots
+
+    def forward(self, batch: PassBatch, observe: bool = False) -> PassResult:
+        self.passes.append([(one.kind.value, one.cache.name) for one in batch.sequences])
+        if self.during is not None:
+            self.during()
+        proposals: list[Any] = []
+        for one in batch.sequences:
+            if one.kind.denoises:
+                count = len(one.masked)
+                ones = np.ones(count, np.float32)
+                proposed = Proposals(one.masked.astype(np.int64), ones, ones)
+                proposals.append(self.fails.get(one.cache.name, proposed))
+        if batch.kind is PassKind.PREFILL:
+            return PassResult()
+        reads = [PassReads(False, 1, 0, 0, 0)] * len(batch.sequences)
+        return PassResult(proposals, reads, [()] * len(batch.sequences) if observe else ())
+
+
+def submit(engine: Engine, name: int, prompt: int = 4, new: int = 8, **more: Any) -> Stream:
+    options = generation_config(
+        MODEL,
+        {"mask_token_id": MASK, "stop_token_ids": [], "block_length": BLOCK, "max_new_tokens": new}
+        | {"denoising_steps": 2, "remasking": "sequential"},
+    )
+    cache = Cache()
+    cache.name = name
+    engine.new_cache = lambda prompt, options: cache
+    return engine.submit([1] * prompt, options, **more)
+
+
+def started(engine: Engine, *prompts: int, **more: Any) -> list[Stream]:
+    streams = [submit(engine, name, prompt, **more) for name, prompt in enumerate(prompts)]
+    for stream in streams:
+        stream.start()
+    return streams
+
+
+@pytest.mark.parametrize("rides", [False, True])
+def test_sequences_that_have_been_started_share_passes(rides):
+    engine = Engine(runner := Scripted(rides=rides), 16)
+    results = [stream.result() for stream in started(engine, 4, 4, 4)]
+    assert [result.token_ids for result in results] == [[0, 1, 2, 3] * 2] * 3
+    assert all(result.stats.rides == int(rides) for result in results)
+    together = [passed for passed in runner.passes if passed[0][0] != "prefill"]
+    # All but the passes that the first ones have while others are prefilled.
+    assert sum(len({name for _, name in passed}) == 3 for passed in together) >= 2
+    assert len(together) < 3 * (4 + (not rides))
+
+
+def test_one_that_was_not_started_waits_until_it_is_asked():
+    engine = Engine(runner := Scripted(), 16)
+    first, second = submit(engine, 1), submit(engine, 2)
+    first.result()
+    assert {name for passed in runner.passes for _, name in passed} == {1}
+    assert second.result().token_ids == first.result().token_ids
+
+
+@pytest.mark.parametrize(("rows", "sequences"), [(0, 16), (64, 1)])
+def test_what_is_asked_alone_is_run_alone(rows, sequences):
+    engine = Engine(runner := Scripted(batch_rows=rows), sequences)
+    first, second = started(engine, 4, 4)
+    next(first)
+    assert {name for passed in runner.passes for _, name in passed} == {0}
+    assert second.result().token_ids == first.result().token_ids
+    assert all(len(passed) == 1 for passed in runner.passes)
+
+
+def test_between_two_pieces_of_a_prompt_all_others_have_a_pass():
+    engine = Engine(runner := Scripted(), 16)
+    short, long = submit(engine, 0, 4, new=40), submit(engine, 1, 80, new=4)
+    next(short)
+    long.start()
+    for _ in short:
+        pass
+    kinds = [passed[0][0] for passed in runner.passes]
+    pieces = [index for index, kind in enumerate(kinds) if kind == "prefill"]
+    assert len(pieces) == 11 and all(b - a >= 2 for a, b in itertools.pairwise(pieces[1:]))
+
+
+def test_no_more_than_so_many_sequences_and_rows_take_part():
+    engine = Engine(runner := Scripted(), max_sequences=2)
+    for stream in started(engine, 4, 4, 4, 4, 4):
+        stream.result()
+    assert max(len(passed) for passed in runner.passes) == 2
+    engine = Engine(runner := Scripted(batch_rows=3 * BLOCK), 16)
+    streams = started(engine, 4, 4, 4, 4, 4, new=40)
+    streams[0].result()
+    assert max(len(passed) for passed in runner.passes) == 3
+    # Who was left out is next.
+    shares = [sum(name == other for passed in runner.passes for _, name in passed) for other in range(1, 5)]
+    assert max(shares) - min(shares) <= 5  # those prefilled first have begun before
+
+
+def test_numbers_that_are_not_finite_end_one_sequence():
+    engine = Engine(Scripted(fails={1: NumericalError("not finite")}), 16)
+    streams = started(engine, 4, 4, 4)
+    assert streams[0].result().token_ids == streams[2].result().token_ids
+    with pytest.raises(NumericalError, match="not finite"):
+        streams[1].result()
+
+
+def test_an_observer_that_raises_ends_its_own_sequence():
+    engine = Engine(Scripted(), 16)
+
+    def fail(step: Any) -> None:
+        raise ZeroDivisionError
+
+    first, second = submit(engine, 1, observer=fail), submit(engine, 2)
+    first.start()
+    assert len(second.result().token_ids) == 8
+    with pytest.raises(ZeroDivisionError):
+        next(first)
+
+
+def test_a_cache_that_cannot_grow_ends_its_own_sequence():
+    engine = Engine(Scripted(), 16)
+    first, second = submit(engine, 1, new=40), submit(engine, 2, new=40)
+    cache = Cache()
+
+    def full(positions: int) -> None:
+        if positions > 12:
+            raise OutOfMemoryError("full")
+
+    first.start()
+    (run,) = engine._waiting
+    run.sequence.cache = cache
+    cache.name, cache.reserve = 1, full
+    assert len(second.result().token_ids) == 40
+    with pytest.raises(OutOfMemoryError, match="full"):
+        first.result()
+
+
+def test_what_a_pass_raises_ends_those_whose_pass_it_was():
+    engine = Engine(runner := Scripted(), 16)
+    streams = started(engine, 4, 4)
+
+    def fail() -> None:
+        if len(runner.passes[-1]) == 2:
+            raise KeyboardInterrupt
+
+    runner.during = fail
+    later = submit(engine, 3)
+    with pytest.raises(KeyboardInterrupt):
+        streams[0].result()
+    with pytest.raises(KeyboardInterrupt):
+        streams[1].result()
+    assert len(later.result().token_ids) == 8
+
+
+def test_closing_and_forgetting_a_stream_frees_its_place():
+    engine = Engine(Scripted(), max_sequences=2)
+    first, other, second = started(engine, 4, 4, 4, new=40)
+    next(first)
+    run, _ = engine._running
+    first.close()
+    assert run.sequence.slot is None and len(engine._running) == 1
+    with pytest.raises(LosartError, match="closed before its end"):
+        first.result()
+    next(second)
+    del second, other
+    assert not engine._running and not engine._waiting
+    third = submit(engine, 3)
+    third.start()
+    del third  # nobody has asked it for a step
+    assert not engine._waiting
+
+
+def test_an_observer_may_generate_and_not_ask_for_its_own():
+    engine = Engine(Scripted(), 16)
+    inner = []
+
+    def generate(step: Any) -> None:
+        inner.append(submit(engine, 9, new=4).result().token_ids)
+
+    assert len(submit(engine, 1, observer=generate).result().token_ids) == 8
+    assert inner and all(tokens == [0, 1, 2, 3] for tokens in inner)
+
+    streams: list[Stream] = []
+    streams.append(submit(engine, 1, observer=lambda step: next(streams[1])))
+    streams.append(submit(engine, 2))
+    streams[1].start()
+    with pytest.raises((LosartError, ValueError), match=r"whose pass|already executing"):
+        while True:
+            next(streams[0])
+
+
+def test_streams_are_asked_by_threads():
+    engine = Engine(runner := Scripted(), 16)
+    results: list[Any] = [None] * 12
+
+    def generate(name: int) -> None:
+        results[name] = submit(engine, name, 4 + name, new=40).result().token_ids
+
+    lock = threading.Lock()
+    active = 0
+
+    def alone() -> None:
+        nonlocal active
+        with lock:
+            active += 1
+            assert active == 1
+        with lock:
+            active -= 1
+
+    runner.during = alone
+    threads = [threading.Thread(target=generate, args=(name,)) for name in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert all(len(tokens) == 40 for tokens in results)
