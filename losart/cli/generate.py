@@ -9,13 +9,14 @@ import warnings
 from contextlib import ExitStack
 from pathlib import Path
 
+from losart.api.engine import Engine
 from losart.api.model import Model
 from losart.cli.answers import print_figures, print_json, print_steps
 from losart.cli.arguments import add_generation, add_model, generation_options
 from losart.cli.progress import Progress, load_model
 from losart.cli.watch import Watch
 from losart.config.options import AttentionConfig
-from losart.errors import PromptError
+from losart.errors import OptionError, PromptError
 from losart.loaders import Tokenizer
 from losart.observe.step import Observer, Step
 from losart.observe.trace import TraceWriter
@@ -29,7 +30,12 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
     add_model(command)
     source = command.add_mutually_exclusive_group()
-    source.add_argument("--prompt", metavar="TEXT", help="the prompt")
+    source.add_argument(
+        "--prompt",
+        action="append",
+        metavar="TEXT",
+        help="the prompt; of several the answers come in order, decoded together",
+    )
     source.add_argument(
         "--prompt-file",
         metavar="FILE",
@@ -38,7 +44,11 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--chat", action="store_true", help="take the prompt as a user's message")
     command.add_argument("--stats", action="store_true", help="print figures at the end, to standard error")
     shown = command.add_mutually_exclusive_group()
-    shown.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    shown.add_argument(
+        "--json",
+        action="store_true",
+        help="print the result as one JSON object, of several prompts a line each",
+    )
     shown.add_argument(
         "--watch",
         action="store_true",
@@ -52,12 +62,15 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Generate and print."""
+    if args.prompt is not None and len(args.prompt) > 1:
+        _answer_all(args)
+        return
     text = _prompt_text(args)
     model = load_model(args.model, args.device, args.dtype)
     if args.model is None:
         _warn_of_unknown_words(model, text)
     session = model.session(**generation_options(args))
-    prompt = [{"role": "user", "content": text}] if args.chat else text
+    prompt = _message(text) if args.chat else text
     observers: list[Observer] = []
 
     def tell(step: Step) -> None:
@@ -83,6 +96,30 @@ def run(args: argparse.Namespace) -> None:
         print_json(result)
     if args.stats:
         print_figures(result)
+
+
+def _answer_all(args: argparse.Namespace) -> None:
+    """Answer several prompts together, and print the answers in order."""
+    if args.watch or args.trace:
+        raise OptionError("--watch and --trace show one prompt, not several")
+    model = load_model(args.model, args.device, args.dtype)
+    engine = Engine(model)
+    prompts = [_message(text) if args.chat else text for text in args.prompt]
+    streams = [engine.submit(prompt, **generation_options(args)) for prompt in prompts]
+    for index, stream in enumerate(streams):
+        if args.json:
+            print_json(stream.result(), indent=None)
+        else:
+            if index:
+                print()
+            print_steps(stream)
+        if args.stats:
+            print_figures(stream.result())
+
+
+def _message(text: str) -> list[dict[str, str]]:
+    """A conversation of one message."""
+    return [{"role": "user", "content": text}]
 
 
 def _watch(tokenizer: Tokenizer | None, attention: AttentionConfig) -> Watch:
@@ -115,7 +152,7 @@ def _warn_of_unknown_words(model: Model, text: str) -> None:
 
 def _prompt_text(args: argparse.Namespace) -> str:
     if args.prompt is not None:
-        return args.prompt
+        return args.prompt[0]
     file = args.prompt_file or "-"
     if file == "-" and sys.stdin.isatty():
         print("the prompt is read from standard input, to its end (Ctrl-D)", file=sys.stderr)

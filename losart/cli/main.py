@@ -22,12 +22,12 @@ def parser() -> argparse.ArgumentParser:
     # Imported here, so that `main` catches an interrupt during the imports.
     import argparse
 
-    from losart.cli import bench, chat, eval, footprint, generate, info, inspect, plot, prebuild
+    from losart.cli import batch, bench, chat, eval, footprint, generate, info, inspect, plot, prebuild
 
     top = argparse.ArgumentParser(prog="losart", description="Runs block-wise diffusion language models.")
     top.add_argument("--version", action="version", version=f"losart {__version__}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (generate, chat, eval, plot, bench, footprint, inspect, info, prebuild):
+    for module in (generate, chat, batch, eval, plot, bench, footprint, inspect, info, prebuild):
         command = commands.add_parser(
             module.__name__.rpartition(".")[2],
             help=module.HELP,

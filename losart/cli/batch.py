@@ -1,0 +1,151 @@
+"""`losart batch`: many prompts from a file, answered together."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from collections import deque
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from losart.api.engine import Engine
+from losart.cli.arguments import add_generation, add_loading, generation_options, positive
+from losart.cli.progress import Progress, load_model
+from losart.config.options import OPTIONS
+from losart.engine.engine import MAX_SEQUENCES, Stream
+from losart.errors import DataError, LosartError, OptionError, PromptError
+from losart.observe.step import GenerationResult
+
+HELP = "answer the prompts of a file"
+DESCRIPTION = """Answer the prompts of a JSON lines file, and write the answers to another.
+
+A line is an object with a "prompt" (text, chat messages or token ids), and if need be an "id" and options of
+its own, by their names in Python. An answer's line has the number of its prompt's line, from 1. Answers are
+in order, each written when it is there. Where OUT exists already, what it answers is not asked again."""
+EXAMPLE = (
+    "example: losart batch prompts.jsonl answers.jsonl --model path/to/SDAR-1.7B-Chat --max-new-tokens 256"
+)
+AHEAD = 4  # times as many prompts are read as can be under way
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Add this command's arguments."""
+    command.add_argument("input", metavar="IN", type=Path, help="prompts, one JSON object per line")
+    command.add_argument("output", metavar="OUT", type=Path, help="answers, one JSON object per line")
+    command.add_argument(
+        "--model",
+        metavar="MODEL",
+        help="checkpoint directory or hub id (the small one that comes with losart)",
+    )
+    add_loading(command)
+    command.add_argument(
+        "--max-sequences",
+        type=positive,
+        metavar="N",
+        default=MAX_SEQUENCES,
+        help=f"at a time ({MAX_SEQUENCES})",
+    )
+    command.add_argument("--chat", action="store_true", help="take text as a user's message")
+    add_generation(command)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Answer all prompts that have no answer yet."""
+    with ExitStack() as stack:
+        prompts = stack.enter_context(args.input.open("rb"))
+        total = sum(1 for line in prompts if line.strip())
+        prompts.seek(0)
+        answers = stack.enter_context(args.output.open("a+b"))
+        answered = _answered(answers)
+        model = load_model(args.model, args.device, args.dtype)
+        engine = Engine(model, max_sequences=args.max_sequences)
+        defaults = generation_options(args)
+        model.session(**defaults)  # which refuses options that are wrong for every line
+        progress = stack.enter_context(Progress("answering", "prompts"))
+        done, skipped = len(answered), 0
+        under_way: deque[tuple[int, Any, Stream]] = deque()
+
+        def skip(number: int, error: Exception) -> None:
+            nonlocal skipped
+            skipped += 1
+            progress.clear()
+            print(f"losart: {args.input}, line {number}: {error}", file=sys.stderr)
+
+        def finish() -> None:
+            nonlocal done
+            number, name, stream = under_way.popleft()
+            try:
+                _write(answers, number, name, stream.result())
+            except LosartError as error:
+                skip(number, error)
+            else:
+                done += 1
+                progress(done + skipped, total)
+
+        for number, line in _numbered(prompts):
+            if number in answered:
+                continue
+            try:
+                prompt, name, options = _request(line, args.chat)
+                under_way.append((number, name, engine.submit(prompt, **defaults | options)))
+            except (DataError, OptionError, PromptError) as error:
+                skip(number, error)
+            if len(under_way) > AHEAD * args.max_sequences:
+                finish()
+        while under_way:
+            finish()
+    if skipped:
+        raise DataError(f"{skipped} of {total} prompts have no answer")
+
+
+def _numbered(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """Lines that are not blank, with their numbers."""
+    return ((number, line) for number, line in enumerate(file, start=1) if line.strip())
+
+
+def _request(line: bytes, chat: bool) -> tuple[Any, Any, dict[str, Any]]:
+    """A line's prompt, id and options."""
+    try:
+        values = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise DataError("not a JSON object")
+    if "prompt" not in values:
+        raise DataError('it has no "prompt"')
+    unknown = values.keys() - {*OPTIONS, "prompt", "id"}
+    if unknown:
+        raise DataError(f"unknown keys: {', '.join(sorted(unknown))}")
+    prompt, name = values.pop("prompt"), values.pop("id", None)
+    if chat and isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    return prompt, name, values
+
+
+def _answered(answers: BinaryIO) -> set[int]:
+    """Numbers of the lines that have an answer; what follows the last whole one is cut off."""
+    answers.seek(0)
+    numbers, end = set(), 0
+    for place, line in enumerate(answers, start=1):
+        if not line.endswith(b"\n"):
+            break
+        try:
+            numbers.add(int(json.loads(line)["line"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{answers.name}, line {place}: not an answer of losart batch") from error
+        end += len(line)
+    answers.truncate(end)
+    answers.seek(0, os.SEEK_END)
+    return numbers
+
+
+def _write(answers: BinaryIO, number: int, name: Any, result: GenerationResult) -> None:
+    values = {"line": number, "id": name, **dataclasses.asdict(result)}
+    values["stats"]["tokens_per_second"] = result.stats.tokens_per_second
+    answers.write(json.dumps(values).encode() + b"\n")
+    answers.flush()
