@@ -44,8 +44,16 @@ def _table(stats: Stats, finish_reason: str) -> str:
         ),
         ("new tokens", f"{stats.new_tokens} in {stats.decode_seconds:.2f} s ({finish_reason})"),
         ("tokens per second", f"{stats.tokens_per_second:.1f}"),
+        ("first token", _first_token(stats)),
         ("forward passes", passes + together),
         ("active fraction", share(stats.active_fraction)),
         ("density", f"{share(stats.sparse_density)} in sparse passes, {share(stats.density)} in all"),
     ]
     return "\n".join(f"{name:18} {value}" for name, value in rows)
+
+
+def _first_token(stats: Stats) -> str:
+    after = "none" if stats.first_token_seconds is None else f"after {stats.first_token_seconds:.2f} s"
+    return (
+        f"{after}, {stats.queue_seconds:.2f} of them in the queue" if stats.queue_seconds > 0.005 else after
+    )

@@ -132,7 +132,9 @@ class Run:
     left : bool
         Whether its stream was closed.
     last_pass : int
-        Number of its last pass.
+        Number of its last pass; 0 before the first.
+    joined : float
+        When it was queued, by `time.perf_counter`.
     """
 
     sequence: Sequence
@@ -142,6 +144,7 @@ class Run:
     error: BaseException | None = None
     left: bool = False
     last_pass: int = 0
+    joined: float = 0.0
 
     @property
     def ended(self) -> bool:
@@ -290,6 +293,7 @@ class Engine:
         with self._changed:
             if run not in self._running and run not in self._waiting and not run.ended:
                 self._waiting.append(run)
+                run.joined = run.joined or time.perf_counter()
 
     def _leave(self, run: Run) -> None:
         """Free what a run holds; it takes part in no pass any more."""
@@ -379,6 +383,7 @@ class Engine:
                 [next(layers) for _ in requests] if result.layers else (),
             )
             if not run.left:
+                run.sequence.shared += 0 if run.prefills else len(passes)
                 self._apply(run, requests, of_run, seconds)
 
     def _request(self, run: Run) -> tuple[SequencePass, ...]:
@@ -392,6 +397,8 @@ class Engine:
         except Exception as error:
             self._end(run, error)
             return ()
+        if not run.last_pass and run.joined:
+            sequence.queue_seconds = time.perf_counter() - run.joined
         run.last_pass = self._passes
         return requests
 
@@ -406,6 +413,8 @@ class Engine:
             else:
                 sequence.decode_seconds += seconds
             steps = sequence.apply(_known(result.proposals))
+            if sequence.output.tokens and sequence.first_token_seconds is None:
+                sequence.first_token_seconds = time.perf_counter() - run.joined
             for request, read in zip(requests, result.reads, strict=False):  # prefill has none
                 sequence.reads.add(read, request.prefix_length, self.runner.config.num_kv_heads)
             if not steps and run.progress is not None:

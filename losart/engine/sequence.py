@@ -46,8 +46,12 @@ class Sequence:
     reads : ReadLog
     prefill_end : int
         Positions that prefill takes into the cache.
-    prefill_seconds, decode_seconds : float
+    queue_seconds, prefill_seconds, decode_seconds : float
         For the engine to add to.
+    first_token_seconds : float or None
+        For the engine to set.
+    shared : int
+        Sequences of the passes over blocks, this one counted, in all; for the engine to add to.
     """
 
     def __init__(
@@ -71,8 +75,11 @@ class Sequence:
         self.commits_ride = commits_ride
         self.denoising_passes = 0
         self.commit_passes = 0
+        self.queue_seconds = 0.0
         self.prefill_seconds = 0.0
         self.decode_seconds = 0.0
+        self.first_token_seconds: float | None = None
+        self.shared = 0
         self.reads = ReadLog(block_length=length)
         self._prompt_tokens = len(self.ids)
         self._prefill_step = -(-prefill_tokens // length) * length
@@ -190,6 +197,7 @@ class Sequence:
         """What the finished sequence gave."""
         output, reads = self.output, self.reads
         assert output.finish_reason is not None
+        rides = self.commit_passes if self.commits_ride else 0
         stats = Stats(
             prompt_tokens=self._prompt_tokens,
             new_tokens=len(output.tokens),
@@ -202,7 +210,10 @@ class Sequence:
             active_fraction=reads.active_fraction,
             sparse_density=reads.sparse_density,
             density=reads.density,
-            rides=self.commit_passes if self.commits_ride else 0,
+            rides=rides,
+            queue_seconds=self.queue_seconds,
+            first_token_seconds=self.first_token_seconds,
+            mean_sequences=self.shared / (self.denoising_passes + self.commit_passes - rides),
         )
         return GenerationResult(output.text, list(output.tokens), output.finish_reason, stats)
 

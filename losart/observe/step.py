@@ -30,6 +30,12 @@ class Stats:
         The same over all passes; None when the prefix was always empty.
     rides : int
         Commit passes that shared a forward pass with the first denoising pass over the next block.
+    queue_seconds : float
+        Before the first pass, from when the generation was started or first asked for a step.
+    first_token_seconds : float or None
+        From then to the first token that is known.
+    mean_sequences : float
+        That shared a forward pass over a block with this one, itself counted, on average.
     """
 
     prompt_tokens: int
@@ -44,6 +50,9 @@ class Stats:
     sparse_density: float | None
     density: float | None
     rides: int = 0
+    queue_seconds: float = 0.0
+    first_token_seconds: float | None = None
+    mean_sequences: float = 1.0
 
     @property
     def forward_passes(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -107,6 +108,19 @@ def test_sequences_that_have_been_started_share_passes(rides):
     # All but the passes that the first ones have while others are prefilled.
     assert sum(len({name for _, name in passed}) == 3 for passed in together) >= 2
     assert len(together) < 3 * (4 + (not rides))
+
+
+def test_figures_of_waiting_and_sharing():
+    engine = Engine(runner := Scripted(), max_sequences=2)
+    runner.during = lambda: time.sleep(0.002)
+    first, second, third = (stream.result().stats for stream in started(engine, 4, 4, 4))
+    assert first.queue_seconds < 0.002 and third.queue_seconds > 0.008
+    for stats in (first, second, third):
+        assert stats.queue_seconds + 0.002 < stats.first_token_seconds
+    assert first.first_token_seconds < third.first_token_seconds
+    assert 1 < first.mean_sequences <= 2 and 1 <= third.mean_sequences <= 2
+    alone = submit(Engine(Scripted()), 0).result().stats
+    assert alone.mean_sequences == 1
 
 
 def test_one_that_was_not_started_waits_until_it_is_asked():
