@@ -77,9 +77,9 @@ def main() -> None:
         "--checkpoint", type=Path, help=f"a {SIZE} checkpoint (default: a random one is made)"
     )
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
-    parser.add_argument("--sequences", nargs="+", type=int, default=[2, 4, 8, 16])
+    parser.add_argument("--sequences", nargs="+", type=int, default=[2, 8, 16])
     parser.add_argument("--prompt", type=int, default=64)
-    parser.add_argument("--new", type=int, default=16)
+    parser.add_argument("--new", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
