@@ -84,22 +84,22 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = args.checkpoint or write_weights(Path(folder), SIZE, block_length=BLOCK)
-        rows = []
+        rows: list[dict[str, Any]] = []
+        figures = {
+            "device": cpu_name(),
+            "threads": threads_in_use(),
+            "commit": commit(),
+            "command": command(__file__),
+            "rows": rows,
+        }
         for dtype in args.dtypes:
             model = losart.load(checkpoint, "cpu", dtype)
             for sequences in args.sequences:
                 row = {"dtype": dtype, **measure(model, sequences, args.prompt, args.new, args.rounds)}
                 rows.append(row)
                 print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
-    figures = {
-        "device": cpu_name(),
-        "threads": threads_in_use(),
-        "commit": commit(),
-        "command": command(__file__),
-        "rows": rows,
-    }
-    if args.json:
-        args.json.write_text(json.dumps(figures, indent=2) + "\n")
+                if args.json:
+                    args.json.write_text(json.dumps(figures, indent=2) + "\n")
 
 
 if __name__ == "__main__":
