@@ -30,6 +30,7 @@ in order, each written when it is there. Where OUT exists already, what it answe
 EXAMPLE = (
     "example: losart batch prompts.jsonl answers.jsonl --model path/to/SDAR-1.7B-Chat --max-new-tokens 256"
 )
+BEGINNING = b'{"line": '  # of every answer
 AHEAD = 4  # times as many prompts are read as can be under way
 
 
@@ -61,11 +62,15 @@ def run(args: argparse.Namespace) -> None:
         total = sum(1 for line in prompts if line.strip())
         prompts.seek(0)
         answers = stack.enter_context(args.output.open("a+b"))
-        answered = _answered(answers)
+        if args.input.samefile(args.output):
+            raise DataError(f"{args.output}: the answers need a file of their own")
+        answered, end = _answered(answers)
         model = load_model(args.model, args.device, args.dtype)
         engine = Engine(model, max_sequences=args.max_sequences)
         defaults = generation_options(args)
         model.session(**defaults)  # which refuses options that are wrong for every line
+        answers.truncate(end)
+        answers.seek(0, os.SEEK_END)
         progress = stack.enter_context(Progress("answering", "prompts"))
         done, skipped = len(answered), 0
         under_way: deque[tuple[int, Any, Stream]] = deque()
@@ -127,21 +132,21 @@ def _request(line: bytes, chat: bool) -> tuple[Any, Any, dict[str, Any]]:
     return prompt, name, values
 
 
-def _answered(answers: BinaryIO) -> set[int]:
-    """Numbers of the lines that have an answer; what follows the last whole one is cut off."""
+def _answered(answers: BinaryIO) -> tuple[set[int], int]:
+    """Numbers of the lines that have an answer, and where the last whole one ends."""
     answers.seek(0)
     numbers, end = set(), 0
     for place, line in enumerate(answers, start=1):
-        if not line.endswith(b"\n"):
-            break
+        cut_short = not line.endswith(b"\n")
         try:
-            numbers.add(int(json.loads(line)["line"]))
+            if not cut_short:
+                numbers.add(int(json.loads(line)["line"]))
+            elif line[: len(BEGINNING)] != BEGINNING[: len(line)]:
+                raise ValueError
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{answers.name}, line {place}: not an answer of losart batch") from error
-        end += len(line)
-    answers.truncate(end)
-    answers.seek(0, os.SEEK_END)
-    return numbers
+        end += 0 if cut_short else len(line)
+    return numbers, end
 
 
 def _write(answers: BinaryIO, number: int, name: Any, result: GenerationResult) -> None:

@@ -18,6 +18,7 @@ from losart.engine.kv_cache import PagedKVCache
 from losart.engine.output import Decode, Output
 from losart.engine.sampling import Proposals, strategy
 from losart.engine.sequence import Sequence
+from losart.engine.turns import Turns
 from losart.errors import LosartError, NumericalError, OptionError
 from losart.observe.step import GenerationResult, Observer, Progress, Step
 
@@ -28,6 +29,7 @@ class Runner(Protocol):
     """What runs passes: a transformer on a backend."""
 
     config: ModelConfig
+    turns: Turns  # in which its passes are run
 
     @property
     def prefill_tokens(self) -> int:
@@ -127,7 +129,7 @@ class Run:
     observer, progress : callable, optional
     steps : deque of Step
         That nobody has asked for yet.
-    error : BaseException or None
+    error : Exception or None
         Which ended it.
     left : bool
         Whether its stream was closed.
@@ -141,7 +143,7 @@ class Run:
     observer: Observer | None = None
     progress: Progress | None = None
     steps: deque[Step] = field(default_factory=deque)
-    error: BaseException | None = None
+    error: Exception | None = None
     left: bool = False
     last_pass: int = 0
     joined: float = 0.0
@@ -181,8 +183,7 @@ class Engine:
         self.runner = runner
         self.max_sequences = max_sequences
         self._together = runner.batch_rows > 0 and max_sequences > 1
-        self._changed = threading.Condition(threading.RLock())  # guards all that follows
-        self._driver: int | None = None  # the thread that runs a pass
+        self._lock = threading.RLock()  # guards who waits and who runs
         self._waiting: deque[Run] = deque()
         self._running: list[Run] = []
         self._passes = 0
@@ -230,7 +231,14 @@ class Engine:
         self.check(options, decode)
         cache = self.new_cache(prompt, options)
         run = Run(self.sequence(prompt, options, cache, decode), observer, progress)
-        return Stream(self._steps(run), lambda: self._join(run), lambda: self._leave(run))
+        # The iterator alone holds the run, so that its cache is freed with its end.
+        reference = weakref.ref(run)
+
+        def act(action: Callable[[Run], None]) -> None:
+            if (alive := reference()) is not None:
+                action(alive)
+
+        return Stream(self._steps(run), lambda: act(self._join), lambda: act(self._leave))
 
     def new_cache(self, prompt: Ids[int], options: GenerationConfig) -> PagedKVCache:
         """An empty cache for a prompt and its answer."""
@@ -271,33 +279,23 @@ class Engine:
 
     def _advance(self, run: Run) -> bool:
         """Run passes, or wait while another thread does, until a run has a step; False: it has ended."""
-        thread = threading.get_ident()
         while not run.steps and not run.ended:
-            with self._changed:
-                self._join(run)
-                before = self._driver
-                if before not in (None, thread):
-                    self._changed.wait()
-                    continue
-                self._driver = thread
-            try:
-                self._step(run)
-            finally:
-                with self._changed:
-                    self._driver = before  # an observer may have asked, within a pass
-                    self._changed.notify_all()
+            with self.runner.turns.turn():
+                if not run.steps and not run.ended:  # another thread's pass was its too
+                    self._join(run)
+                    self._step(run)
         return bool(run.steps)
 
     def _join(self, run: Run) -> None:
         """Queue a run, unless it has been."""
-        with self._changed:
+        with self._lock:
             if run not in self._running and run not in self._waiting and not run.ended:
                 self._waiting.append(run)
                 run.joined = run.joined or time.perf_counter()
 
     def _leave(self, run: Run) -> None:
         """Free what a run holds; it takes part in no pass any more."""
-        with self._changed:
+        with self._lock:
             run.left = True
             for runs in (self._waiting, self._running):
                 if run in runs:
@@ -316,13 +314,16 @@ class Engine:
 
     def _step(self, asked: Run) -> None:
         """Run one pass, and bring `asked` nearer to its next step."""
-        with self._changed:
-            while self._waiting and not (self._together and len(self._running) >= self.max_sequences):
+        with self._lock:
+            while self._together and self._waiting and len(self._running) < self.max_sequences:
                 self._admit(self._waiting.popleft())
+            if not self._together and asked in self._waiting:
+                self._waiting.remove(asked)
+                self._admit(asked)
             running = [
                 run for run in self._running if (self._together or run is asked) and not run.sequence.pending
             ]
-        if not running and not asked.ended:
+        if asked.sequence.pending and not asked.ended:
             raise LosartError("an observer cannot ask for a step of a generation whose pass it is told of")
         if not self._together:
             self._run(running)
@@ -358,12 +359,16 @@ class Engine:
         """Run the passes that some sequences want next as one; what raises ends those whose pass it was."""
         try:
             self._forward(runs)
-        except BaseException as error:
-            for run in runs:
-                if run.sequence.pending:
-                    self._end(run, error)
-            if not isinstance(error, Exception):
-                raise
+        except Exception as error:
+            self._end_pending(runs, error)
+        except BaseException:
+            self._end_pending(runs, LosartError("the pass was interrupted"))
+            raise
+
+    def _end_pending(self, runs: list[Run], error: Exception) -> None:
+        for run in runs:
+            if run.sequence.pending:
+                self._end(run, error)
 
     def _forward(self, runs: list[Run]) -> None:
         began = time.perf_counter()
@@ -426,13 +431,16 @@ class Engine:
         except Exception as error:
             self._end(run, error)
             return
+        except BaseException:
+            self._end(run, LosartError("the pass was interrupted"))
+            raise
         for step in steps:
             if step.kind != PassKind.COMMIT.value:
                 run.steps.append(replace(step, result=sequence.result()) if sequence.finished else step)
         if sequence.finished:
             self._end(run)
 
-    def _end(self, run: Run, error: BaseException | None = None) -> None:
+    def _end(self, run: Run, error: Exception | None = None) -> None:
         """Take a run that has ended out of the passes to come."""
         run.error = error
         self._leave(run)

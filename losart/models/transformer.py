@@ -12,6 +12,7 @@ from losart.config.model import ModelConfig
 from losart.config.options import AttentionConfig, GenerationConfig
 from losart.engine.batch import PassBatch, PassKind, PassResult
 from losart.engine.kv_cache import PagedKVCache
+from losart.engine.turns import Turns
 from losart.models.observed import observed_layers
 
 
@@ -61,6 +62,7 @@ class Transformer:
                 progress(i + 1, config.num_layers)
         self.final_norm = backend.upload_vector(tensors["final_norm"])
         self.head = self.embedding if config.tie_embeddings else backend.upload(tensors["head"])
+        self.turns = Turns()
         self.policies: dict[tuple[AttentionConfig, int], AttentionPolicy] = {}
 
     def _load_layer(self, tensors: Mapping[str, Any], prefix: str) -> LayerWeights:

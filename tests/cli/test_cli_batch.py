@@ -109,8 +109,13 @@ def test_what_is_wrong_for_all_is_said_at_once(tiny_checkpoint, files, capsys):
     assert "none.jsonl" in capsys.readouterr().err
     before = files[0].read_bytes()
     assert run(tiny_checkpoint, (files[0], files[0])) == 1
-    assert "not an answer of losart batch" in capsys.readouterr().err
+    assert "a file of their own" in capsys.readouterr().err
     assert files[0].read_bytes() == before
+    for other in (b"some notes", b"some\nnotes\n", before):
+        files[1].write_bytes(other)
+        assert run(tiny_checkpoint, files) == 1
+        assert "not an answer of losart batch" in capsys.readouterr().err
+        assert files[1].read_bytes() == other
     with pytest.raises(SystemExit):
         run(tiny_checkpoint, files, "--max-sequences", "0")
 

@@ -152,7 +152,8 @@ def test_a_cache_is_freed_at_once(model, number, end):
             stream.result()
         elif end == "cancel":
             stream.cancel()
-        del stream
+        else:
+            del stream
         assert cache() is None and not any(reference() for reference in slot)
     finally:
         gc.enable()

@@ -12,8 +12,8 @@ import losart
 
 MOST = 12
 PACKAGE = Path(losart.__file__).parent
-# Is this a number, and float32 from bfloat16: the page names them as helpers.
-HELPERS = {"losart/config/checks.py", "losart/backends/cpu/convert.py"}
+# Is this a number, float32 from bfloat16, and whose turn it is: the page names them as helpers.
+HELPERS = {"losart/config/checks.py", "losart/backends/cpu/convert.py", "losart/engine/turns.py"}
 
 
 def files_of(run) -> set[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
+import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,7 @@ from losart.config.options import GenerationConfig, generation_config
 from losart.engine.batch import PassBatch, PassKind, PassReads, PassResult
 from losart.engine.engine import Engine, Stream
 from losart.engine.sampling import Proposals
+from losart.engine.turns import Turns
 from losart.errors import LosartError, NumericalError, OutOfMemoryError
 
 BLOCK = 4
@@ -48,6 +50,7 @@ class Scripted:
     during: Any = None  # called in each pass
     config: Any = MODEL
     slots: int = 0
+    turns: Turns = field(default_factory=Turns)
 
     def check(self, options: GenerationConfig) -> None:
         pass
@@ -218,7 +221,7 @@ def test_what_a_pass_raises_ends_those_whose_pass_it_was():
     later = submit(engine, 3)
     with pytest.raises(KeyboardInterrupt):
         streams[0].result()
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(LosartError, match="interrupted"):
         streams[1].result()
     assert len(later.result().token_ids) == 8
 
@@ -260,23 +263,59 @@ def test_an_observer_may_generate_and_not_ask_for_its_own():
             next(streams[0])
 
 
-def test_streams_are_asked_by_threads():
-    engine = Engine(runner := Scripted(), 16)
+def test_places_are_taken_when_a_stream_is_asked_for_where_passes_are_not_shared():
+    engine = Engine(runner := Scripted(), 1)
+    streams = started(engine, 4, 4, 4)
+    next(streams[1])
+    assert runner.slots == 1 and len(engine._running) == 1
+
+
+def test_what_has_ended_is_freed_while_its_stream_is_kept():
+    engine = Engine(Scripted(), 16)
+    streams = started(engine, 4, 4)
+    caches = [weakref.ref(run.sequence.cache) for run in engine._waiting]
+    next(streams[0])
+    streams[0].result()
+    streams[1].cancel()
+    del engine.new_cache
+    assert [cache() for cache in caches] == [None, None]
+
+
+def test_threads_that_ask_have_turns():
+    runner, order = Scripted(), []
+    runner.during = lambda: time.sleep(0.001)
+    streams = [submit(Engine(runner, 1), name, new=40) for name in range(3)]
+
+    def ask(name: int) -> None:
+        for _ in streams[name]:
+            order.append(name)
+
+    threads = [threading.Thread(target=ask, args=(name,)) for name in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    first_end = min(max(i for i, name in enumerate(order) if name == other) for other in range(3))
+    assert {order[:first_end].count(name) > 5 for name in range(3)} == {True}
+
+
+@pytest.mark.parametrize("engines", [1, 12])
+def test_streams_are_asked_by_threads(engines):
+    runner = Scripted()
+    of_thread = [Engine(runner, 16) for _ in range(engines)]
     results: list[Any] = [None] * 12
 
     def generate(name: int) -> None:
-        results[name] = submit(engine, name, 4 + name, new=40).result().token_ids
+        results[name] = submit(of_thread[name % engines], name, 4 + name, new=40).result().token_ids
 
-    lock = threading.Lock()
     active = 0
 
     def alone() -> None:
         nonlocal active
-        with lock:
-            active += 1
-            assert active == 1
-        with lock:
-            active -= 1
+        active += 1
+        time.sleep(0.0005)
+        assert active == 1
+        active -= 1
 
     runner.during = alone
     threads = [threading.Thread(target=generate, args=(name,)) for name in range(12)]

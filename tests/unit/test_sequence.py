@@ -17,6 +17,7 @@ from losart.config.options import GenerationConfig, generation_config
 from losart.engine.batch import PassBatch, PassKind, PassReads, PassResult
 from losart.engine.engine import Engine
 from losart.engine.sampling import STRATEGIES, propose, transfer_counts
+from losart.engine.turns import Turns
 from losart.observe.step import Step
 
 VOCAB, MASK = 64, 63
@@ -45,6 +46,7 @@ class Scripted:
     prefill_tokens: int = PREFILL_TOKENS
     rides: bool = False
     batch_rows: int = 0
+    turns: Turns = field(default_factory=Turns)
     prefilled: list[list[int]] = field(default_factory=list)
     passes: list[tuple[PassKind, list[int]]] = field(default_factory=list)
     config: Any = MODEL
