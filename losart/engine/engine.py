@@ -170,7 +170,7 @@ class Engine:
     With `max_sequences` above 1, and where the runner can, a pass has rows of all sequences that take part:
     those whose streams have been started or asked for a step, and have not ended. Sequences join and leave
     between passes. Else each pass is one sequence's, whose stream has been asked. Streams may be asked by
-    several threads; whoever asks runs the passes until there is a step.
+    several threads; the one that asks runs passes until there is a step.
 
     Parameters
     ----------
@@ -410,7 +410,7 @@ class Engine:
     def _apply(
         self, run: Run, requests: tuple[SequencePass, ...], result: PassResult, seconds: float
     ) -> None:
-        """Take a pass's result to its sequence and to whoever listens; what raises ends this run alone."""
+        """Apply a pass's result to its sequence and call its listeners; an error ends this run alone."""
         sequence = run.sequence
         try:
             if run.prefills:
