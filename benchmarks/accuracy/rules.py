@@ -82,11 +82,14 @@ class PageRule:
         Only of so many with the highest bounds. None: of all.
     exact : bool
         By the largest exact score in a page, instead of by QUEST's bound.
+    layers : int
+        That read the pages which the first of them has selected for its own active tokens.
     """
 
     pages: int
     candidates: int | None = None
     exact: bool = False
+    layers: int = 1
 
 
 DEFAULT = TokenRule(0.15)
@@ -100,6 +103,7 @@ RULES: dict[str, tuple[TokenRule, PageRule | None]] = {
     **{f"bound{n}": (DEFAULT, PageRule(n)) for n in (1, 2, 4, 8)},
     **{f"look{n}of{c}": (DEFAULT, PageRule(n, c, exact=True)) for c in (16, 64) for n in (1, 2, 4)},
     **{f"exact{n}": (DEFAULT, PageRule(n, exact=True)) for n in (1, 2, 4)},
+    **{f"bound{n}of{c}layers": (DEFAULT, PageRule(n, layers=c)) for c in (2, 4) for n in (4, 8)},
 }
 BUILT: dict[str, dict[str, Any]] = {
     "dense": {"attention": "dense"},
@@ -116,6 +120,7 @@ class TriedPolicy(LosaPolicy):
 
     active_rule: TokenRule
     page_rule: PageRule | None
+    _chosen: PageList
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -152,8 +157,9 @@ class TriedPolicy(LosaPolicy):
             selector = backend.selectors[self.config.planner]
             selection = selector.select_pages(layer, q, selected, batch, self.config.pages_per_query)
         else:
-            pages = self._pages(layer, q, tokens, sequence, self.page_rule)
-            selection = Selection(selected.tokens, [pages], selected.change)
+            if layer % self.page_rule.layers == 0:
+                self._chosen = self._pages(layer, q, tokens, sequence, self.page_rule)
+            selection = Selection(selected.tokens, [self._chosen], selected.change)
         stores = not rule.follow
         return backend.refresh_prefix_attention(layer, q, selection, batch, store_queries=stores), selection
 

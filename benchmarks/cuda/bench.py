@@ -91,11 +91,14 @@ SECTIONS = {
     ),
     "end-to-end": Section(
         "A generation after a long prompt",
-        "1.7B, 256 new tokens in blocks of 16 (64 where the prompt has 16K), 16 denoising steps, "
-        "low_confidence_static; budget 512, active 5. Prefill apart; dense first passes and commits "
+        "256 new tokens in blocks of 16 (64 where the prompt has 16K), 16 denoising steps, "
+        "low_confidence_static; budget 128. losa 5: five active tokens, as in the paper; losa: by its "
+        "default; losa as trained: with the threshold above which as many tokens change as with the shipped "
+        "checkpoint, which are fewer than with random weights. Prefill apart; dense first passes and commits "
         "included. Of each kind of pass, and of commits with the next first pass, the number, the mean and "
-        "the sum of its times. With random weights queries are not concentrated: density, the share of the "
-        "prefix that sparse passes read, is far above that of trained models.",
+        "the sum of its times. active: tokens per layer of sparse passes. With random weights queries are "
+        "not concentrated: density, the share of the prefix that sparse passes read, is above that of "
+        "trained models.",
         lambda _, quick, __: end_to_end.rows(quick),
     ),
     "riding": Section(
