@@ -46,7 +46,14 @@ class KernelFile:
 
 
 VIEWS = "common/views.cuh"
-COMMON = ("common/types.cuh", "common/math.cuh", VIEWS, "common/overlap.cuh", "common/reduce.cuh")
+COMMON = (
+    "common/types.cuh",
+    "common/math.cuh",
+    VIEWS,
+    "common/sequences.cuh",
+    "common/overlap.cuh",
+    "common/reduce.cuh",
+)
 PLANES = ("matmul/planes.cuh",)
 TENSOR_MATMUL = ("matmul/operands.cuh", "common/tensor.cuh")
 CACHE = ("cache/layout.cuh",)
@@ -83,6 +90,7 @@ FILES = {
     "page_masses_tensor": KernelFile("selection", TENSOR_ATTENTION),
     "mark_pages": KernelFile("selection", TOP_PAGES),
     "top_pages": KernelFile("selection", TOP_PAGES),
+    "gather_rows": KernelFile("sampling"),
     "logit_slices": KernelFile("sampling", (*PLANES, "sampling/logit_row.cuh")),
     "sample": KernelFile("sampling", ("sampling/logit_row.cuh",)),
 }

@@ -14,16 +14,18 @@ def _fields(pointers: str, ints: str) -> list[tuple[str, type]]:
     return [*((name, c_void_p) for name in pointers.split()), *((name, c_int) for name in ints.split())]
 
 
-class CacheView(ctypes.Structure):
-    """A layer of a KV cache."""
+class CachesView(ctypes.Structure):
+    """A layer of the KV caches of a pass's sequences."""
 
-    _fields_ = _fields("kv_chunks bound_chunks length", "layer kv_heads head_dim chunk_positions page_size")
+    _fields_ = _fields("tables lengths", "layer kv_heads head_dim chunk_positions page_size max_chunks")
 
 
 class BatchView(ctypes.Structure):
-    """The pass's inputs, where the host has copied them, and what it counts."""
+    """The pass's inputs, where the host has copied them."""
 
-    _fields_ = _fields("uniforms slot length masked_count ids masked reads", "tokens sequence_tokens")
+    _fields_ = _fields(
+        "uniforms top_p ids positions masked_count masked logits mask_token top_k temperature", ""
+    )
 
 
 class WeightView(ctypes.Structure):
@@ -41,22 +43,22 @@ class MatmulView(ctypes.Structure):
 class PartsView(ctypes.Structure):
     """Attention over the prefix in parts that are not merged yet."""
 
-    _fields_ = _fields("o tops totals", "parts tokens")
+    _fields_ = _fields("o tops totals first", "parts tokens")
 
 
 class StoredView(ctypes.Structure):
-    """An array in a sequence's slot, whose address the device reads; `slot` null: none."""
+    """An array in each sequence's slot, whose address the device reads; `slot` null: none."""
 
     _fields_ = (("slot", c_void_p), ("offset", c_longlong))
 
 
 class PagesView(ctypes.Structure):
-    """Pages that each kv head reads: marks, or the top pages of rows."""
+    """Pages that each kv head of each sequence reads: marks, or the top pages of rows."""
 
     _fields_ = [*_fields("marks", ""), ("top", StoredView), *_fields("", "words rows count")]
 
 
-VIEWS = (CacheView, BatchView, WeightView, MatmulView, PartsView, StoredView, PagesView)
+VIEWS = (CachesView, BatchView, WeightView, MatmulView, PartsView, StoredView, PagesView)
 
 
 def layout_checks() -> str:

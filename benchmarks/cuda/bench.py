@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cuda import (
+    batches,
     dense_pass,
     end_to_end,
     first_token,
@@ -100,6 +101,14 @@ SECTIONS = {
         "not concentrated: density, the share of the prefix that sparse passes read, is above that of "
         "trained models.",
         lambda _, quick, __: end_to_end.rows(quick),
+    ),
+    "batches": Section(
+        "Many sequences at once",
+        "256 new tokens of each in blocks, low_confidence_static, budget 128; the prompts' keys and values "
+        "are noise, prefill apart. A mean pass over blocks: milliseconds, what the host takes between "
+        "passes, rows, the share of the prefixes that is read, and its floor: bytes of weights, keys and "
+        "values over the copy bandwidth plus the products' operations over cuBLAS's rate for 8,192 rows.",
+        lambda bandwidth, quick, _: batches.rows(bandwidth, quick),
     ),
     "riding": Section(
         "Commits that ride with the next first pass, milliseconds per denoising pass",

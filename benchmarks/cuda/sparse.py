@@ -94,7 +94,7 @@ class PrefixAttention:
             batch = backend.runner.place(pass_after(cache, BLOCK, PassKind.LATER, attention, slot))
             for layer in range(layers):
                 attend(layer, 1)
-            positions, _, _ = batch.buffers.fetch()
+            positions = int(batch.buffers.fetch()[0][0, 0])
         # With a count each pass leaves the queries that the next one is compared with. By default
         # block_attention would: here all passes are compared with the first one.
         passes = (1, 1) if attention.active == "auto" else (2, 1)

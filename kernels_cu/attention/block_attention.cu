@@ -1,32 +1,33 @@
 /* Attention of blocks' tokens over their block's own keys and values, k and v [tokens, kv_heads, head_dim], all to all,
  * merged with the parts of attention over the prefix. q [tokens, heads, head_dim]; o alike, narrowed for the matmul
- * that follows; head_dim is a multiple of 4. A block is the tokens of one sequence.
+ * that follows; head_dim is a multiple of 4. A block is block_tokens of one sequence; its parts are those of its cache,
+ * of cache_tokens.
  *
  * Where stored_o has no slot for a block, the parts are of all its tokens. With stored_o [block, heads, head_dim] and
- * stored_lse [block, heads] they are of the tokens fresh [fresh_count] (null: all; negative: none), whose merged
- * results are stored, and with stored_q their queries; results of the other tokens are read from there. `fresh` is for
- * a pass of one block.
+ * stored_lse [block, heads] they are of the tokens fresh [blocks, fresh_count] (null: all; negative: none), whose
+ * merged results are stored, and with stored_q their queries; results of the other tokens are read from there. With
+ * `fresh` a cache has one block.
  *
  * Before the wait it reads q, k, v and `fresh`: the previous kernel is prefix attention or one that follows it, which
  * has waited for them. While that runs, an SM has room for one thread block of this kernel: with one warp per row, few
  * thread blocks hold all rows, and whatever precedes the wait takes no time. Bounds of 4 thread blocks per SM keep the
  * compiler to 128 registers.
  *
- * Grid: (tokens, heads / WARP_ROWS), WARP_ROWS * sequence_tokens floats of dynamic shared memory. Must read the parts
+ * Grid: (tokens, heads / WARP_ROWS), WARP_ROWS * block_tokens floats of dynamic shared memory. Must read the parts
  * once, and reads each kv head's keys and values once per row, from the L2 cache. */
 #define KEY_BATCH 8 /* keys whose loads are in flight at once */
 
 extern "C" __global__ void __launch_bounds__(WARP_ROWS_THREADS, 4)
     block_attention(const float *q, const float *k, const float *v, PartsView parts, const int *fresh, int fresh_count,
-                    StoredView stored_q, StoredView stored_o, StoredView stored_lse, Activation *o, BatchView batch,
-                    int heads, int kv_heads, int head_dim)
+                    StoredView stored_q, StoredView stored_o, StoredView stored_lse, Activation *o, int block_tokens,
+                    int cache_tokens, int heads, int kv_heads, int head_dim)
 {
     extern __shared__ float weights_of_warps[];
     let_next_start();
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, head = blockIdx.y * WARP_ROWS + warp;
-    int tokens = batch.sequence_tokens, token = blockIdx.x, block = token / tokens;
+    int tokens = block_tokens, token = blockIdx.x, block = token / tokens, cache = token / cache_tokens;
     if (head >= heads) return;
-    u64 slot = stored_o.slot ? stored_o.slot[block] : 0; /* long before it is needed */
+    u64 slot = stored_o.address(block); /* long before it is needed */
     float *weights = weights_of_warps + warp * tokens;
     size_t row = (size_t)token * heads + head, stride = (size_t)kv_heads * head_dim;
     size_t kv_head = block * tokens * stride + head / (heads / kv_heads) * head_dim;
@@ -58,11 +59,11 @@ extern "C" __global__ void __launch_bounds__(WARP_ROWS_THREADS, 4)
     __syncwarp();
 
     /* The token's index among those of the parts, -1 if it is not one of them. */
-    int part_token = token;
+    int part_token = token % cache_tokens;
     if (slot && (fresh || !parts.tokens)) {
         int index = -1;
         for (int i = lane; i < fresh_count; i += WARP)
-            if (fresh[i] == token) index = i;
+            if (fresh[block * fresh_count + i] == part_token) index = i;
         part_token = __reduce_max_sync(~0u, index);
     }
 #pragma unroll 1
@@ -82,7 +83,8 @@ extern "C" __global__ void __launch_bounds__(WARP_ROWS_THREADS, 4)
         size_t kept_row = row - (size_t)block * tokens * heads;
         RowResult prefix;
         if (part_token >= 0) {
-            prefix = merge_row(parts, (size_t)part_token * heads + head, (size_t)parts.tokens * heads, piece, head_dim);
+            size_t part_row = (size_t)part_token * heads + head;
+            prefix = merge_row(parts, cache, part_row, (size_t)parts.tokens * heads, piece, head_dim);
             if (slot && start + lane < pieces) {
                 store_merged(kept_o, kept_lse, kept_row, piece, head_dim, prefix);
                 float4 *query = (float4 *)(stored_q.at<float>(slot) + kept_row * head_dim);

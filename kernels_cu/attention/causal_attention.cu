@@ -4,12 +4,13 @@
  *
  * Grid: (kv_heads, rows / PLAIN_ROWS). Must do 4 * head_dim * heads operations per token and position that it sees. */
 extern "C" __global__ void __launch_bounds__(PLAIN_THREADS)
-    causal_attention(const float *q, CacheView cache, Activation *o, int tokens, int heads, int block_length)
+    causal_attention(const float *q, CachesView caches, Activation *o, int tokens, int heads, int block_length)
 {
     wait_for_previous();
     let_next_start();
     extern __shared__ float shared[];
     __shared__ int limit[PLAIN_ROWS];
+    CacheView cache = caches.of(0);
     int kv_head = blockIdx.x, dim = cache.head_dim;
     QueryRows rows(blockIdx.y * PLAIN_ROWS, tokens, kv_head, heads, cache);
     int last_row = min(rows.first + PLAIN_ROWS, rows.count) - 1, row = min(rows.first + (int)threadIdx.x, last_row);

@@ -3,12 +3,13 @@
  * Compiled with KEY_GROUPS = 1. Grid: (rows / BLOCK_ROWS, kv_heads); the last rows, which see most, come first. Must do
  * 4 * head_dim * heads operations per token and position that it sees. */
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-    causal_attention_hopper(const float *q, CacheView cache, Activation *o, int tokens, int heads, int block_length)
+    causal_attention_hopper(const float *q, CachesView caches, Activation *o, int tokens, int heads, int block_length)
 {
     wait_for_previous();
     let_next_start();
     extern __shared__ __align__(SHARED_ALIGNMENT) float shared[];
     Stages stages = {shared_address(shared)};
+    CacheView cache = caches.of(0);
     int kv_head = blockIdx.y, length = *cache.length;
     QueryRows rows((gridDim.x - 1 - blockIdx.x) * BLOCK_ROWS, tokens, kv_head, heads, cache);
     int last_row = min(rows.first + BLOCK_ROWS, rows.count) - 1;

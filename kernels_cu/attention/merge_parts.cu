@@ -1,7 +1,7 @@
-/* Merges the parts of prefix attention into o [tokens, heads, head_dim] and log-sum-exp [tokens, heads]; over an empty
- * prefix zeros and -inf. One warp per row; head_dim is a multiple of 4.
+/* Merges the parts of prefix attention into o [caches, tokens, heads, head_dim] and log-sum-exp [caches, tokens,
+ * heads]; over an empty prefix zeros and -inf. One warp per row; head_dim is a multiple of 4.
  *
- * Grid: (parts.tokens, heads / WARP_ROWS). Must read the parts once. */
+ * Grid: (parts.tokens, heads / WARP_ROWS, caches). Must read the parts once. */
 extern "C" __global__ void __launch_bounds__(WARP_ROWS_THREADS)
     merge_parts(PartsView parts, float *o, float *lse, int heads, int head_dim)
 {
@@ -9,11 +9,12 @@ extern "C" __global__ void __launch_bounds__(WARP_ROWS_THREADS)
     let_next_start();
     int head = blockIdx.y * WARP_ROWS + threadIdx.x / WARP, pieces = head_dim / 4;
     if (head >= heads) return;
-    size_t row = (size_t)blockIdx.x * heads + head;
+    size_t row = (size_t)blockIdx.x * heads + head, rows = (size_t)parts.tokens * heads;
+    o += blockIdx.z * rows * head_dim, lse += blockIdx.z * rows;
 #pragma unroll 1
     for (int first = 0; first < pieces; first += WARP) {
         int piece = first + threadIdx.x % WARP;
-        RowResult merged = merge_row(parts, row, (size_t)parts.tokens * heads, min(piece, pieces - 1), head_dim);
+        RowResult merged = merge_row(parts, blockIdx.z, row, rows, min(piece, pieces - 1), head_dim);
         if (piece < pieces) store_merged(o, lse, row, piece, head_dim, merged);
     }
 }

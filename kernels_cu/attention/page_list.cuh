@@ -3,11 +3,11 @@
  * Each thread block first makes its share of the list in shared memory: the pages that hold its tiles. Pages are
  * ascending, and only the prefix's last page can be partly filled, so that a list is like a prefix of its own. */
 
-/* The kv head's pages that rows selected; null where there are marks. They were selected before this pass began, and
- * can come into the L2 cache while the previous kernel runs. */
-__device__ __forceinline__ const int *prefetch_top(const PagesView &pages, int kv_head)
+/* The kv head's pages that a sequence's rows selected; null where there are marks. They were selected before this pass
+ * began, and can come into the L2 cache while the previous kernel runs. */
+__device__ __forceinline__ const int *prefetch_top(const PagesView &pages, int sequence, int kv_head)
 {
-    const int *top = pages.top.at<int>();
+    const int *top = pages.top.of<int>(sequence);
     if (top) top += (size_t)kv_head * pages.rows * pages.count;
     for (int i = threadIdx.x * 32; top && i < pages.rows * pages.count; i += blockDim.x * 32)
         asm volatile("prefetch.global.L2 [%0];" : : "l"(top + i));
@@ -29,17 +29,18 @@ struct PageShare {
     ListedPages where;
 };
 
-/* Called by all threads of a block of whole warps. `shared` has room for `capacity` pages, the largest share, and after
- * that, with `top`, for marks of the prefix's pages. tokens [rows.count / rows.group] are those of the rows (null:
- * all). Nothing is shared where no token of the thread block's rows is active. */
+/* A sequence's share. Called by all threads of a block of whole warps. `shared` has room for `capacity` pages, the
+ * largest share, and after that, with `top`, for marks of the prefix's pages. tokens [rows.count / rows.group] are
+ * those of the rows (null: all). Nothing is shared where no token of the thread block's rows is active. */
 __device__ __forceinline__ PageShare share_pages(const PagesView &pages, const int *top, const int *tokens,
-                                                 const QueryRows &rows, int length, int page_size, int tile,
+                                                 const QueryRows &rows, int sequence, const CacheView &cache, int tile,
                                                  int *shared, int capacity)
 {
     __shared__ int sums[WARP];
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    int page_count = (length + page_size - 1) / page_size, words = (page_count + WARP - 1) / WARP;
-    const unsigned *marks = pages.marks + (size_t)rows.kv_head * pages.words;
+    int length = *cache.length, page_size = cache.page_size, kv_heads = cache.kv_heads;
+    int page_count = cache.pages(length), words = (page_count + WARP - 1) / WARP;
+    const unsigned *marks = pages.marks + ((size_t)sequence * kv_heads + rows.kv_head) * pages.words;
     /* Each thread has some consecutive words; the first is on its way while the tokens are. */
     int each = (words + blockDim.x - 1) / blockDim.x, begin = min(words, (int)threadIdx.x * each);
     int end = min(words, begin + each), mine = 0;
@@ -88,9 +89,9 @@ __device__ __forceinline__ PageShare share_pages(const PagesView &pages, const i
 }
 
 /* Adds the positions in the kv heads' lists to reads[0], and the tokens that read them to reads[1]. */
-__device__ __forceinline__ void count_reads(int *reads, const PageShare &share)
+__device__ __forceinline__ void count_reads(int *reads, const PageShare &share, const QueryRows &rows)
 {
-    if (blockIdx.y + blockIdx.z || threadIdx.x) return;
+    if (blockIdx.y + rows.first || threadIdx.x) return;
     atomicAdd(reads, share.listed);
     if (blockIdx.x == 0) atomicAdd(reads + 1, share.active);
 }

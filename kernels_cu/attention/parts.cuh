@@ -8,11 +8,14 @@ struct RowResult {
     float4 sum;       /* of weighted values: a lane's piece */
 };
 
-/* Of row `row` of rows = parts.tokens * heads. All loads of a batch of parts are in flight at once: values in each
- * lane, and one part's maximum and sum. */
-__device__ __forceinline__ RowResult merge_row(const PartsView &parts, size_t row, size_t rows, int piece, int head_dim)
+/* Of a cache's parts, row `row` of rows = parts.tokens * heads. All loads of a batch of parts are in flight at once:
+ * values in each lane, and one part's maximum and sum. */
+__device__ __forceinline__ RowResult merge_row(const PartsView &parts, int cache, size_t row, size_t rows, int piece,
+                                               int head_dim)
 {
-    int lane = threadIdx.x % WARP, count = parts.parts;
+    int lane = threadIdx.x % WARP, before_first = parts.first_part(cache);
+    int count = parts.first_part(cache + 1) - before_first;
+    row += before_first * rows;
     RowResult merged = {-INFINITE, 0, zero4()};
 #pragma unroll 1
     for (int first = 0; first < count; first += PART_BATCH) {

@@ -4,14 +4,19 @@
  * Grid: (kv_heads, parts, rows / BLOCK_ROWS). Since up to 128 rows of a kv head are in one thread block, keys and
  * values are read once: 2 * kv_heads * length * head_dim, which must be read. */
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-    prefix_attention_hopper(const float *q, CacheView cache, PartsView parts, int heads, int sequences)
+    prefix_attention_hopper(const float *q, CachesView caches, PartsView parts, const int *owners, int heads,
+                            int sequences)
 {
     extern __shared__ __align__(SHARED_ALIGNMENT) float shared[];
     Stages stages = {shared_address(shared)};
-    int kv_head = blockIdx.x, part = blockIdx.y;
+    int kv_head = blockIdx.x;
+    PrefixPart mine(parts, owners);
+    if (mine.cache < 0) return;
+    CacheView cache = caches.of(mine.cache * sequences);
+    q += (size_t)mine.cache * parts.tokens * heads * HEAD_DIM;
     QueryRows rows(blockIdx.z * BLOCK_ROWS, parts.tokens, kv_head, heads, cache);
     Prefixes prefixes(cache, rows, sequences);
-    TileRange tiles = tiles_of_part((prefixes.all + TILE - 1) / TILE, part, gridDim.y);
+    TileRange tiles = tiles_of_part((prefixes.all + TILE - 1) / TILE, mine.part, mine.parts);
     prepare(stages);
     if (threadIdx.x >= COMPUTE_THREADS) {
         if (!prefixes.committed(tiles.last * TILE)) wait_for_previous();
@@ -28,6 +33,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         int thread = threadIdx.x % WARPGROUP;
         stage_part<HOPPER_ROWS>(state, shared, threadIdx.x / WARPGROUP, thread / WARP * 16 + thread % WARP / 4);
         named_barrier(1, COMPUTE_THREADS);
-        write_part<HOPPER_ROWS, KEY_GROUPS, BLOCK_ROWS, COMPUTE_THREADS, 4>(shared, parts, part, rows);
+        write_part<HOPPER_ROWS, KEY_GROUPS, BLOCK_ROWS, COMPUTE_THREADS, 4>(shared, parts, blockIdx.y, rows);
     }
 }

@@ -24,6 +24,20 @@ struct QueryRows {
     }
 };
 
+/* What a thread block of prefix attention works on: which part, of how many, of which cache. */
+struct PrefixPart {
+    int cache, part, parts;
+
+    /* owners [gridDim.y]: the cache of each part, -1 for none; null: all parts are of one cache. */
+    __device__ __forceinline__ PrefixPart(const PartsView &all, const int *owners)
+        : cache(owners ? owners[blockIdx.y] : 0), part(blockIdx.y), parts(gridDim.y)
+    {
+        if (!owners || cache < 0) return;
+        int first = all.first[cache];
+        part -= first, parts = all.first[cache + 1] - first;
+    }
+};
+
 /* How much of one cache a pass's rows see: the sequences' prefixes, ascending, the last of which has all. What is
  * beyond the first is written in this pass, by a kernel before. */
 struct Prefixes {

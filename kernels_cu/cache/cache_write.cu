@@ -1,24 +1,25 @@
-/* Writes k, v [tokens, kv_heads, head_dim] into the cache from position `length` on, includes the keys, as they are
- * stored, in the bounds of their pages, and codes the bounds of groups of pages that they fill.
+/* Writes k, v [tokens, kv_heads, head_dim] of each cache, `tokens` of every `stride` rows, into it from position
+ * `length` on, includes the keys, as they are stored, in the bounds of their pages, and codes the bounds of groups of
+ * pages that they fill. Where there is no cache nothing is written.
  *
  * A page's first position starts its bounds. A key that is not finite becomes NaN: so does its score, whatever the
  * query, and it shows in the logits. A group with such a key is not coded: its other pages' bounds would be lost.
  *
- * Grid: (kv_heads, groups that the tokens can touch); a thread has a channel of every (blockDim / channels)-th page.
- * Must read k and v and write them once. */
+ * Grid: (kv_heads, groups that the tokens can touch, caches); a thread has a channel of every (blockDim / channels)-th
+ * page. Must read k and v and write them once. */
 #define LEAST_FLOAT16_STEP 0x1p-17f /* less is subnormal to less than 8 bits */
 
 __device__ __forceinline__ int channel_threads(int head_dim) { return (head_dim + WARP - 1) / WARP * WARP; }
 
 __device__ __forceinline__ void write_page(const CacheView &cache, const PageBounds &bounds, const float *k,
                                            const float *v, int head, int channel, int page, int first, int last,
-                                           int length)
+                                           int position_of_row_0)
 {
     KVValue *low = bounds.exact(page, 0) + channel, *high = bounds.exact(page, 1) + channel;
     bool starts = first == page * cache.page_size;
     float smallest = starts ? INFINITE : widen(*low), largest = starts ? -INFINITE : widen(*high);
     for (int position = first; position < last; position++) {
-        size_t from = ((size_t)(position - length) * cache.kv_heads + head) * cache.head_dim + channel;
+        size_t from = ((size_t)(position - position_of_row_0) * cache.kv_heads + head) * cache.head_dim + channel;
         KVValue stored = narrow<KVValue>(k[from]);
         float key = widen(stored);
         if (!(key - key == 0)) stored = narrow<KVValue>(key = NOT_A_NUMBER);
@@ -93,10 +94,12 @@ __device__ __forceinline__ void code_bounds(const PageBounds &bounds, int channe
 }
 
 extern "C" __global__ void __launch_bounds__(CACHE_WRITE_THREADS)
-    cache_write(CacheView cache, const float *k, const float *v, int tokens)
+    cache_write(CachesView caches, const float *k, const float *v, int tokens, int stride, int sequences)
 {
     let_next_start();
     wait_for_previous();
+    CacheView cache = caches.of(blockIdx.z * sequences);
+    if (!cache.kv_chunks) return;
     int channels = channel_threads(cache.head_dim), channel = threadIdx.x % channels, row = threadIdx.x / channels;
     int rows = blockDim.x / channels, head = blockIdx.x, length = *cache.length, end = length + tokens;
     int group = cache.full_groups(length) + blockIdx.y, first_page = group * GROUP_PAGES;
@@ -105,7 +108,7 @@ extern "C" __global__ void __launch_bounds__(CACHE_WRITE_THREADS)
     for (int page = first_page + row; page < first_page + GROUP_PAGES; page += rows) {
         int first = max(length, page * cache.page_size), last = min(end, (page + 1) * cache.page_size);
         if (channel < cache.head_dim && first < last)
-            write_page(cache, bounds, k, v, head, channel, page, first, last, length);
+            write_page(cache, bounds, k, v, head, channel, page, first, last, length - (int)blockIdx.z * stride);
     }
     if (cache.full_groups(end) <= group) return;
     __syncthreads();

@@ -4,9 +4,9 @@ using u64 = unsigned long long;
 
 struct PageBounds;
 
-/* A layer of a KV cache: addresses of chunks, and how many positions are committed, or several lengths where sequences
- * of a pass see more or less of it. Both lie in device memory, so that a captured pass sees the cache as it is when it
- * runs. cache/layout.cuh has the layout of chunks. */
+/* A layer of one KV cache: addresses of chunks, and how many positions are committed, or several lengths where
+ * sequences of a pass see more or less of it. All lie in device memory, so that a captured pass sees the cache as it is
+ * when it runs. cache/layout.cuh has the layout of chunks. */
 struct CacheView {
     const u64 *kv_chunks, *bound_chunks;
     const int *length;
@@ -21,15 +21,28 @@ struct CacheView {
     __device__ int full_groups(int positions) const;
 };
 
-/* What the host copies to the device before a pass, and the counts that the device returns. */
+/* A layer of the caches of a pass's sequences. */
+struct CachesView {
+    const u64 *tables;  /* [sequences], of page tables: addresses of chunks, of bounds `max_chunks` after those of keys
+                         * and values; 0: there is no cache */
+    const int *lengths; /* [sequences] */
+    int layer, kv_heads, head_dim, chunk_positions, page_size, max_chunks;
+
+    __device__ __forceinline__ CacheView of(int sequence) const
+    {
+        const u64 *chunks = (const u64 *)tables[sequence];
+        return {chunks, chunks + max_chunks, lengths + sequence, layer, kv_heads, head_dim, chunk_positions, page_size};
+    }
+};
+
+/* What the host copies to the device before a pass. Masked rows of all sequences are numbered together. */
 struct BatchView {
-    const double *uniforms;      /* [sequence_tokens], in [0, 1) */
-    const u64 *slot;             /* [sequences], addresses of stored results; 0: none */
-    const int *length;           /* [sequences] */
-    const int *masked_count;     /* uniforms and masked rows are the last sequence's */
-    const int *ids, *masked;     /* [tokens], [sequence_tokens] */
-    int *reads;                  /* [2], by sparse attention: positions, and tokens that read them */
-    int tokens, sequence_tokens; /* rows in all, and of each sequence */
+    const double *uniforms, *top_p; /* [masked], uniforms in [0, 1) */
+    const int *ids, *positions;     /* [tokens] */
+    const int *masked_count;
+    const int *masked, *logits;    /* [masked], their rows among all, and of the logits */
+    const int *mask_token, *top_k; /* [masked] */
+    const float *temperature;      /* [masked] */
 };
 
 /* A matrix [rows, inner]. */
@@ -54,16 +67,19 @@ struct MatmulView {
 struct PartsView {
     float *o;             /* [parts, tokens, heads, head_dim], unnormalised */
     float *tops, *totals; /* [parts, tokens, heads]: the highest score, and the sum of weights relative to it */
+    const int *first;     /* [caches + 1], each cache's first part; null: all have `parts` */
     int parts, tokens;
+
+    __device__ __forceinline__ int first_part(int cache) const { return first ? first[cache] : cache * parts; }
 };
 
-/* An array in a sequence's slot. The slot's address is read from device memory, so that a captured pass belongs to no
- * sequence. The host copies it before the pass: reading it needs no wait for the previous kernel. */
+/* An array in each sequence's slot. The slots' addresses are read from device memory, so that a captured pass belongs
+ * to no sequence. The host copies it before the pass: reading it needs no wait for the previous kernel. */
 struct StoredView {
     const u64 *slot;
     long long offset;
 
-    __device__ __forceinline__ u64 address() const { return slot ? *slot : 0; }
+    __device__ __forceinline__ u64 address(int sequence) const { return slot ? slot[sequence] : 0; }
 
     /* The array in the slot of this address, which is not 0; null without a slot. */
     template <class T> __device__ __forceinline__ T *at(u64 address) const
@@ -71,11 +87,11 @@ struct StoredView {
         /* Relative to a pointer that the compiler knows to be global: accesses are then global ones too. */
         return slot ? (T *)((char *)slot + (address + offset - (u64)slot)) : nullptr;
     }
-    template <class T> __device__ __forceinline__ T *at() const { return at<T>(address()); }
+    template <class T> __device__ __forceinline__ T *of(int sequence) const { return at<T>(address(sequence)); }
 };
 
-/* Pages that each kv head reads: marks [kv_heads, words] with one bit per page, or, where `top` has a slot, the pages
- * int32 [kv_heads, rows, count] that rows selected, -1 for none. */
+/* Pages that each kv head of each sequence reads: marks [sequences, kv_heads, words] with one bit per page, or, where
+ * `top` has a slot, the pages int32 [kv_heads, rows, count] that rows selected, -1 for none. */
 struct PagesView {
     const unsigned *marks;
     StoredView top;

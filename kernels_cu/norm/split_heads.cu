@@ -1,6 +1,6 @@
 /* From the joined projections qkv [tokens, (heads + 2 * kv_heads) * head_dim] to q [tokens, heads, head_dim] and k and
- * v [tokens, kv_heads, head_dim]: q and k are RMS-normed per head with a gain [head_dim], then rotated to the position
- * length + token of its sequence. Channels d and d + head_dim / 2 form a rotated pair.
+ * v [tokens, kv_heads, head_dim]: q and k are RMS-normed per head with a gain [head_dim], then rotated to the token's
+ * position. Channels d and d + head_dim / 2 form a rotated pair.
  *
  * One warp per head of a token; a lane holds 4 channels, or 8 where head_dim is above 128. head_dim is a multiple of 8,
  * LARGEST_HEAD_DIM at most. `frequencies` [head_dim / 2] are half turns per position in double: the angle of a float
@@ -28,8 +28,7 @@ extern "C" __global__ void __launch_bounds__(WARP_ROWS_THREADS)
                 BatchView batch, float *q, float *k, float *v, int heads, int kv_heads, int head_dim, float eps)
 {
     let_next_start();
-    int token = blockIdx.x, sequence = token / batch.sequence_tokens;
-    int position = batch.length[sequence] + token % batch.sequence_tokens;
+    int token = blockIdx.x, position = batch.positions[token];
     int head = blockIdx.y * WARP_ROWS + threadIdx.x / WARP, lane = threadIdx.x % WARP;
     if (head >= heads + 2 * kv_heads) return;
     bool is_q = head < heads, is_v = head >= heads + kv_heads;

@@ -3,17 +3,19 @@
  *
  * slices [tokens, slices] of Row; kept [tokens, vocab] or null. The mask token never counts.
  *
- * Grid: (slices, tokens); thread block (s, i) takes a slice of row masked[i], if i < *masked_count. Must read
- * *masked_count * vocab logits once. */
+ * Grid: (slices, tokens); thread block (s, i) takes a slice of the logits of masked row i, if i < *masked_count. Must
+ * read *masked_count * vocab logits once. */
 extern "C" __global__ void __launch_bounds__(SLICE_THREADS)
-    logit_slices(MatmulView logits, BatchView batch, int mask_token, float temperature, Row *slices, float *kept)
+    logit_slices(MatmulView logits, BatchView batch, Row *slices, float *kept)
 {
     let_next_start();
     __shared__ Row warps[SLICE_THREADS / WARP];
     wait_for_previous();
     if (blockIdx.y >= *batch.masked_count) return;
-    int row = batch.masked[blockIdx.y], vocab = logits.rows, size = (vocab + gridDim.x * 4 - 1) / (gridDim.x * 4) * 4;
+    int row = batch.logits[blockIdx.y], mask_token = batch.mask_token[blockIdx.y], vocab = logits.rows;
+    int size = (vocab + gridDim.x * 4 - 1) / (gridDim.x * 4) * 4;
     int first = blockIdx.x * size, last = min(first + size, vocab);
+    float temperature = batch.temperature[blockIdx.y];
     if (temperature == 0) temperature = 1;
 
     float top = -INFINITE;

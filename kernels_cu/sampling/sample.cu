@@ -4,9 +4,9 @@
  * Temperature 0 is greedy. Otherwise the top_k highest logits are kept (and ties with the last; 0: all), and of those
  * the most probable up to and including the one that brings their sum above top_p (and ties with it); the draw is the
  * first token whose cumulative weight is above uniform * total. `finite` is 0 where the row has a NaN, or its maximum
- * is not finite. The results of row masked[i] go to index i.
+ * is not finite.
  *
- * Grid: tokens; thread block i takes row masked[i], if i < *masked_count; the others write zeros. Greedy rows read only
+ * Grid: tokens; thread block i takes masked row i, if i < *masked_count; the others write zeros. Greedy rows read only
  * their slices; the others read their logits twice, 4 times more for top_k, and 5 times more for top_p. */
 #define THREADS SAMPLE_THREADS
 
@@ -44,8 +44,8 @@ __device__ unsigned threshold(const float *logits, int vocab, unsigned lowest, u
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-    sample(const Row *slices, int slice_count, const float *logits, int vocab, BatchView batch, float temperature,
-           int top_k, double top_p, int *tokens, float *confidence, float *entropy, int *finite)
+    sample(const Row *slices, int slice_count, const float *logits, int vocab, BatchView batch, int *tokens,
+           float *confidence, float *entropy, int *finite)
 {
     let_next_start();
     __shared__ Row shared_row;
@@ -61,7 +61,9 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         }
         return;
     }
-    int masked_row = batch.masked[blockIdx.x];
+    float temperature = batch.temperature[blockIdx.x];
+    int top_k = batch.top_k[blockIdx.x];
+    double top_p = batch.top_p[blockIdx.x];
     bool greedy = temperature == 0;
     if (greedy) temperature = 1;
     if (threadIdx.x < WARP) {
@@ -82,7 +84,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     }
     if (greedy || !sound) return;
 
-    logits += (size_t)masked_row * vocab;
+    logits += (size_t)batch.logits[blockIdx.x] * vocab;
     auto weight_of = [&](float logit) { return expf((logit - row.top) / temperature); };
     unsigned lowest = ascending_key(-INFINITE) + 1; /* the mask token's logit is -inf */
     if (top_k > 0 && top_k < vocab)
@@ -117,7 +119,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         chosen = vocab;
     }
     __syncthreads();
-    double total = sums[0], drawn = batch.uniforms[masked_row] * total, sum = cumulative[threadIdx.x];
+    double total = sums[0], drawn = batch.uniforms[blockIdx.x] * total, sum = cumulative[threadIdx.x];
     for (int i = first; i < last; i++) {
         float weight = ascending_key(logits[i]) >= lowest ? weight_of(logits[i]) : 0.0f;
         sum += weight;

@@ -8,10 +8,11 @@ __device__ __forceinline__ int query_index(const int *tokens, int row, int rows,
     return token < 0 ? -1 : token * heads + kv_head * group + row % group;
 }
 
-/* Called by all thread blocks of a grid (kv_heads, splits, any): clears the kv head's marks. */
-__device__ __forceinline__ void clear_marks(unsigned *marks, int words, int kv_head)
+/* Called by all thread blocks of a grid (kv_heads, splits, any): those with a sequence's first row clear the
+ * marks of its kv head, which is number `head` of all sequences'. */
+__device__ __forceinline__ void clear_marks(unsigned *marks, int words, int head, int first_row)
 {
-    if (blockIdx.z == 0)
+    if (first_row == 0)
         for (int i = blockIdx.y * blockDim.x + threadIdx.x; i < words; i += gridDim.y * blockDim.x)
-            marks[(size_t)kv_head * words + i] = 0;
+            marks[(size_t)head * words + i] = 0;
 }

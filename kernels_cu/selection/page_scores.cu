@@ -2,11 +2,12 @@
  * max(q smallest, q largest), with q and the bounds in the cache's format. Bounds are those of the codes where a group
  * of pages has them (cache/layout.cuh).
  *
- * q [all tokens, heads, head_dim]; rows are those of query_index; those without a query are undefined. Writes the
- * prefix's pages of scores [kv_heads, rows, stride], and clears marks [kv_heads, words] for mark_pages.cu.
+ * q [sequences, sequence_tokens, heads, head_dim], tokens [sequences, count], null: all; rows are those of query_index;
+ * those without a query are undefined. Writes the prefixes' pages of scores [sequences, kv_heads, rows, stride], and
+ * clears marks [sequences, kv_heads, words] for mark_pages.cu.
  *
- * Grid: (kv_heads, splits, rows / PLAIN_ROWS), one warp per page at a time. Must read the bounds, which it does once
- * for PLAIN_ROWS rows. */
+ * Grid: (kv_heads, splits, sequences * rows / PLAIN_ROWS), one warp per page at a time. Must read the bounds, which it
+ * does once for PLAIN_ROWS rows. */
 #define LANE_CHANNELS (2 * LARGEST_HEAD_DIM / WARP)
 
 __device__ __forceinline__ bool is_coded(const PageBounds &bounds)
@@ -21,15 +22,21 @@ __device__ __forceinline__ float decoded(const PageBounds &bounds, int page, int
     return widen(coded_bound(bounds.base()[channel], bounds.step()[channel], code));
 }
 
-extern "C" __global__ void __launch_bounds__(SCORES_THREADS)
-    page_scores(const float *q, const int *tokens, int rows, int heads, CacheView cache, float *scores, int stride,
-                unsigned *marks, int words)
+extern "C" __global__ void __launch_bounds__(SCORES_THREADS, 2)
+    page_scores(const float *q, const int *tokens, int count, int sequence_tokens, int heads, CachesView caches,
+                float *scores, int stride, unsigned *marks, int words)
 {
     wait_for_previous();
     let_next_start();
-    clear_marks(marks, words, blockIdx.x);
     extern __shared__ float shared[];
-    int dim = cache.head_dim, kv_head = blockIdx.x, group = heads / cache.kv_heads, first_row = blockIdx.z * PLAIN_ROWS;
+    int dim = caches.head_dim, kv_head = blockIdx.x, group = heads / caches.kv_heads, rows = count * group;
+    SequenceRows mine(tokens, count, group, PLAIN_ROWS);
+    int sequence = mine.sequence, first_row = mine.first_row;
+    CacheView cache = caches.of(sequence);
+    tokens = mine.tokens;
+    q += (size_t)sequence * sequence_tokens * heads * dim;
+    int head = sequence * cache.kv_heads + kv_head; /* among those of all sequences */
+    clear_marks(marks, words, head, first_row);
     int length = *cache.length, pages = cache.pages(length), chunk_groups = cache.chunk_groups();
     int lane = threadIdx.x % WARP, warps = blockDim.x / WARP;
     for (int i = threadIdx.x; i < PLAIN_ROWS * 2 * dim; i += blockDim.x) {
@@ -56,7 +63,7 @@ extern "C" __global__ void __launch_bounds__(SCORES_THREADS)
             for (int i = 0; i < LANE_CHANNELS; i++)
                 if (i * WARP + lane < 2 * dim) score += shared[r * 2 * dim + i * WARP + lane] * values[i];
             score = warp_sum(score);
-            if (lane == 0) scores[((size_t)kv_head * rows + first_row + r) * stride + page] = score;
+            if (lane == 0) scores[((size_t)head * rows + first_row + r) * stride + page] = score;
         }
     }
 }

@@ -3,23 +3,26 @@
  * changes the earlier token is taken; a NaN ranks with the largest, and if there are too many, the earlier tokens are
  * taken.
  *
- * q and `stored` [tokens, width], width a multiple of 4; with `keep`, q is then stored. Only the tokens rows[0], ...,
- * rows[*row_count - 1] can be active; all of them where rows is null. active [count] gets the active tokens, ascending,
- * then -1. *done is 0 between launches.
+ * q [sequences, tokens, width] and `stored` [tokens, width] of each sequence, width a multiple of 4; with `keep`, q is
+ * then stored. Only tokens of which masked [sequences, tokens] is 1 can be active; all of them where it is null. active
+ * [sequences, count] gets the active tokens, ascending, then -1. done [sequences] is 0 between launches.
  *
- * Grid: one thread block per token; the last one to finish finds the active set. Must read q and `stored` once, and
- * with `keep` write q. */
+ * Grid: (tokens, sequences); the last thread block of a sequence to finish finds its active set. Must read q and
+ * `stored` once, and with `keep` write q. */
 #define THREADS QUERY_CHANGE_THREADS
 #define PIECE_BATCH 4 /* pieces of a thread whose loads are in flight at once */
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-    query_change(const float *q, StoredView stored, int width, int relative, int keep, const int *rows,
-                 const int *row_count, float threshold, float *change, unsigned *done, int *active, int count)
+    query_change(const float *q, StoredView stored, int width, int relative, int keep, const int *masked,
+                 float threshold, float *change, unsigned *done, int *active, int count)
 {
     __shared__ double shared[2][THREADS / WARP];
     __shared__ bool last;
-    const float4 *from = (const float4 *)(q + (size_t)blockIdx.x * width);
-    float4 *previous = (float4 *)(stored.at<float>() + (size_t)blockIdx.x * width);
+    int token = blockIdx.x, tokens = gridDim.x, sequence = blockIdx.y;
+    const float4 *from = (const float4 *)(q + ((size_t)sequence * tokens + token) * width);
+    float4 *previous = (float4 *)(stored.of<float>(sequence) + (size_t)token * width);
+    change += sequence * tokens, active += sequence * count;
+    if (masked) masked += sequence * tokens;
     int pieces = width / 4;
     float4 then[PIECE_BATCH], now[PIECE_BATCH];
     auto load = [&](float4 *to, const float4 *all, int first) {
@@ -48,35 +51,39 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     total = block_sum_tree(total, shared[0], THREADS / WARP);
     size = block_sum_tree(size, shared[1], THREADS / WARP);
     if (threadIdx.x == 0) {
-        change[blockIdx.x] = (float)(total / (relative ? size : width));
+        change[token] = (float)(total / (relative ? size : width));
         /* Releases what this thread wrote to the thread block that counts last. */
         unsigned others;
         asm volatile("atom.acq_rel.gpu.inc.u32 %0, [%1], %2;"
                      : "=r"(others)
-                     : "l"(done), "r"(gridDim.x - 1)
+                     : "l"(done + sequence), "r"(tokens - 1)
                      : "memory");
-        last = others == gridDim.x - 1;
+        last = others == tokens - 1;
     }
     __syncthreads();
     if (!last || threadIdx.x >= WARP) return;
 
     const volatile float *changes = change;
-    int candidates = rows ? *row_count : gridDim.x, wanted = min(count, candidates), filled = 0;
-    for (int base = 0; base < candidates; base += WARP) {
-        int i = base + threadIdx.x, token = i < candidates ? rows ? rows[i] : i : 0, rank = 0;
-        float mine = changes[token];
-        for (int start = 0; start < candidates && wanted < candidates; start += WARP) {
-            int candidate = min(start + (int)threadIdx.x, candidates - 1);
-            float theirs = start == base ? mine : changes[rows ? rows[candidate] : candidate];
-            for (int k = 0; k < min(WARP, candidates - start); k++) {
+    auto eligible = [&](int i) { return i < tokens && (!masked || masked[i]); };
+    int candidates = 0, filled = 0;
+    for (int base = 0; base < tokens; base += WARP)
+        candidates += __popc(__ballot_sync(~0u, eligible(base + threadIdx.x)));
+    int wanted = min(count, candidates);
+    for (int base = 0; base < tokens; base += WARP) {
+        int i = base + threadIdx.x, rank = 0;
+        float mine = changes[min(i, tokens - 1)];
+        for (int start = 0; start < tokens && wanted < candidates; start += WARP) {
+            float theirs = changes[min(start + (int)threadIdx.x, tokens - 1)];
+            unsigned counted = __ballot_sync(~0u, eligible(start + threadIdx.x));
+            for (int k = 0; k < min(WARP, tokens - start); k++) {
                 float other = __shfl_sync(~0u, theirs, k);
-                rank += other > mine || (other == mine && start + k < i);
+                rank += (counted >> k & 1) && (other > mine || (other == mine && start + k < i));
             }
         }
-        unsigned taken = __ballot_sync(~0u, i < candidates && rank < wanted && !(mine <= threshold));
+        unsigned taken = __ballot_sync(~0u, eligible(i) && rank < wanted && !(mine <= threshold));
         int index = filled + __popc(taken & ((1u << threadIdx.x) - 1));
         /* All NaN rank first, so that there can be too many. */
-        if ((taken >> threadIdx.x & 1) && index < wanted) active[index] = token;
+        if ((taken >> threadIdx.x & 1) && index < wanted) active[index] = i;
         filled += __popc(taken);
     }
     for (int i = min(filled, wanted) + threadIdx.x; i < count; i += WARP) active[i] = -1;

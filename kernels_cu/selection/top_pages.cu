@@ -1,25 +1,30 @@
 /* The `count` pages of highest score of each row.
  *
- * scores [kv_heads, sums, rows, stride]: a page's score is the sum over `sums`, and over its `units` values, of which
- * the last page may have fewer. ids [kv_heads, rows, count], or where it is null `stored`, gets each row's pages in any
- * order, then -1 where there are fewer than `count`.
+ * scores [sequences, kv_heads, sums, rows, stride]: a page's score is the sum over `sums`, and over its `units` values,
+ * of which the last page may have fewer. ids [sequences, kv_heads, rows, count], or where it is null `stored`
+ * [kv_heads, rows, count] of each sequence, gets each row's pages in any order, then -1 where there are fewer than
+ * `count`.
  *
- * Grid: (kv_heads, rows). Must read the scores once. */
+ * Grid: (kv_heads, rows, sequences). Must read the scores once. */
 extern "C" __global__ void __launch_bounds__(THREADS)
-    top_pages(const float *scores, int sums, int units, int stride, CacheView cache, int count, StoredView stored,
+    top_pages(const float *scores, int sums, int units, int stride, CachesView caches, int count, StoredView stored,
               int *ids)
 {
     __shared__ int filled;
     if (threadIdx.x == 0) filled = 0;
-    int kv_head = blockIdx.x, row = blockIdx.y, rows = gridDim.y, length = *cache.length, page_size = cache.page_size;
-    int *row_ids = (ids ? ids : stored.at<int>()) + ((size_t)kv_head * rows + row) * count;
+    int row = blockIdx.y, rows = gridDim.y, sequence = blockIdx.z;
+    size_t head = (size_t)sequence * gridDim.x + blockIdx.x;
+    CacheView cache = caches.of(sequence);
+    int length = *cache.length, page_size = cache.page_size;
+    int *row_ids =
+        ids ? ids + (head * rows + row) * count : stored.of<int>(sequence) + ((size_t)blockIdx.x * rows + row) * count;
     wait_for_previous();
     let_next_start();
     auto key_of = [&](int page) {
         float score = 0;
         int unit = page_size / units, filled_units = min(units, (length - page * page_size + unit - 1) / unit);
         for (int s = 0; s < sums; s++) {
-            const float *from = scores + (((size_t)kv_head * sums + s) * rows + row) * stride + (size_t)page * units;
+            const float *from = scores + ((head * sums + s) * rows + row) * stride + (size_t)page * units;
             for (int u = 0; u < filled_units; u++) score += from[u];
         }
         return page_key(score);

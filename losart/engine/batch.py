@@ -5,6 +5,8 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -67,6 +69,23 @@ class SequencePass:
         """Pages of the prefix, the last one perhaps part full."""
         return -(-self.prefix_length // self.cache.page_size)
 
+    @property
+    def operations(self) -> str:
+        """Equal for kinds of passes that dense attention launches alike, and for no others."""
+        return (
+            "denoises" if self.options.attention.method == "dense" and self.kind.denoises else self.kind.value
+        )
+
+
+def operations_key(unit: Sequence[SequencePass]) -> tuple[Any, ...]:
+    """Equal for passes whose attention can be done by the same operations.
+
+    `unit` is one sequence's pass, or two where its commit rides.
+    """
+    first = unit[0]
+    kinds = tuple(one.operations for one in unit)
+    return kinds, first.options.block_length, first.cache.positions_per_chunk, first.options.attention
+
 
 @dataclass(frozen=True, eq=False)
 class PassBatch:
@@ -92,7 +111,7 @@ class PassBatch:
     @property
     def rides(self) -> bool:
         """Whether a group's commits ride."""
-        return any(sequence.kind is not self.kind for sequence in self.sequences)
+        return len(self.sequences) > 1 and self.sequences[0].cache is self.sequences[1].cache
 
     @property
     def options(self) -> GenerationConfig:
@@ -105,25 +124,29 @@ class PassBatch:
         return any(sequence.kind.denoises for sequence in self.sequences)
 
     @property
+    def samples(self) -> bool:
+        """Whether tokens of some sequence are drawn, and not the most probable ones."""
+        return any(one.options.temperature > 0 for one in self.sequences if one.kind.denoises)
+
+    @property
     def tokens(self) -> int:
         """Rows in all."""
         return sum(len(sequence.ids) for sequence in self.sequences)
 
     def groups(self) -> list[tuple[PassBatch, slice]]:
-        """Neighbours that agree in kind, block length and attention options, with their rows."""
-        runs: list[tuple[Any, list[SequencePass]]] = []
-        sequences = list(self.sequences)
+        """Neighbours that agree in what attention does (`operations_key`), with their rows."""
+        return self._groups
+
+    @cached_property
+    def _groups(self) -> list[tuple[PassBatch, slice]]:
+        units, sequences = [], self.sequences
         while sequences:
             rides = len(sequences) > 1 and sequences[1].cache is sequences[0].cache
-            unit, sequences = sequences[: 1 + rides], sequences[1 + rides :]
-            options = unit[0].options
-            key = [one.kind for one in unit], options.block_length, options.attention
-            if not runs or runs[-1][0] != key:
-                runs.append((key, []))
-            runs[-1][1].extend(unit)
+            units.append(sequences[: 1 + rides])
+            sequences = sequences[1 + rides :]
         groups, first = [], 0
-        for _, of_run in runs:
-            group = self if len(runs) == 1 else PassBatch(tuple(of_run))
+        for _, alike in groupby(units, operations_key):
+            group = PassBatch(tuple(one for unit in alike for one in unit))
             groups.append((group, slice(first, first + group.tokens)))
             first += group.tokens
         return groups

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from losart.config.model import ModelConfig
 from losart.config.options import GenerationConfig
-from losart.engine.batch import PassBatch, PassKind, PassResult, SequencePass
+from losart.engine.batch import PassBatch, PassKind, PassResult, SequencePass, operations_key
 from losart.engine.kv_cache import PagedKVCache
 from losart.engine.output import Decode, Output
 from losart.engine.sampling import Proposals, strategy
@@ -187,7 +187,7 @@ class Engine:
         self._waiting: deque[Run] = deque()
         self._running: list[Run] = []
         self._passes = 0
-        self._prefilled_last = False
+        self._prefilled = 0  # tokens of prompts since the last pass over blocks
 
     def check(self, options: GenerationConfig, decode: Decode | None) -> None:
         """See that a generation with these options can be run.
@@ -333,12 +333,14 @@ class Engine:
             return
         prefilling = [run for run in running if run.prefills]
         decoding = [run for run in running if not run.prefills]
-        # Between two pieces of prompts all others have a pass.
-        if prefilling and not (self._prefilled_last and decoding):
-            self._run([asked if asked in prefilling else prefilling[0]])
-            self._prefilled_last = True
+        # Others have a pass after so many tokens of prompts, which is one piece of a long one.
+        if prefilling and not (self._prefilled >= self.runner.prefill_tokens and decoding):
+            run = asked if asked in prefilling else prefilling[0]
+            before = run.sequence.cache.length
+            self._run([run])
+            self._prefilled += run.sequence.cache.length - before
             return
-        self._prefilled_last = False
+        self._prefilled = 0
         decoding.sort(key=lambda run: (run is not asked, run.last_pass))
         rows, batch = 0, list[Run]()
         for run in decoding:
@@ -448,9 +450,8 @@ class Engine:
 
 def _order(requests: tuple[SequencePass, ...]) -> tuple[Any, ...]:
     """Equal for passes that share their operations, and comparable."""
-    options = requests[0].options
-    kinds = tuple(request.kind.value for request in requests)
-    return kinds, options.block_length, hash(options.attention)
+    *key, attention = operations_key(requests)
+    return *key, hash(attention)
 
 
 def _known(proposals: Ids[Proposals | NumericalError]) -> list[Proposals]:

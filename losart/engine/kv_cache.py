@@ -52,6 +52,11 @@ class PagedKVCache:
         return self.table.page_size
 
     @property
+    def positions_per_chunk(self) -> int:
+        """Positions that are allocated at a time."""
+        return self.table.positions_per_chunk
+
+    @property
     def pages(self) -> int:
         """Pages of the prefix, the last one perhaps part full."""
         return -(-self.length // self.page_size)

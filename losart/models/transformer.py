@@ -150,15 +150,16 @@ class Transformer:
 
     def _key(self, batch: PassBatch) -> Hashable:
         """What passes that launch the same operations have in common; None: it is not replayed."""
-        if len(batch.groups()) > 1:
+        if batch.kind is PassKind.PREFILL:
             return None
-        policy, kind = self.policy(batch.options), batch.kind
-        of_policy = policy.key(kind)
-        if kind is PassKind.PREFILL or of_policy is None:
-            return None
-        if policy.always_dense and kind is PassKind.LATER:
-            kind = PassKind.FIRST
-        return kind, of_policy, batch.options.sampling if kind.denoises else None
+        key = []
+        for group, _ in batch.groups():
+            policy, kind = self.policy(group.options), group.kind
+            of_policy = policy.key(kind)
+            if of_policy is None:
+                return None
+            key.append((PassKind.FIRST if policy.always_dense and kind.denoises else kind, of_policy))
+        return batch.samples, *key
 
     def _pass(self, batch: Batch) -> tuple[Any, list[list[Selection | None]]]:
         backend = self.backend

@@ -90,7 +90,7 @@ class Case:
         return to_device(self.backend, array)
 
     def active(self, tokens: np.ndarray | None) -> ActiveTokens | None:
-        return None if tokens is None else ActiveTokens(self.device(tokens), None)
+        return None if tokens is None else ActiveTokens(self.device(tokens[None]), None)
 
 
 def listed_by_cpu(selection: Selection) -> list[list[int]]:
@@ -114,7 +114,8 @@ def test_top_pages_of_any_number(pages, count, values):
     with backend.memory.stream:
         ids = cupy.full((2, 3, min(count, pages)), -2, np.int32)
         batch = place(backend, cache, 1)
-        backend.selectors["device"].rank(0, to_device(backend, scores), batch, ids.shape[2], ids=ids)
+        on_device = to_device(backend, scores[None, :, None])
+        backend.selectors["device"].rank(0, on_device, batch, ids.shape[2], ids=ids)
     order = np.argsort(-np.where(np.isnan(scores), np.inf, scores), axis=-1, kind="stable")
     np.testing.assert_array_equal(np.sort(on_host(backend, ids)), np.sort(order[..., :count]))
 
@@ -165,7 +166,7 @@ def test_active_tokens_are_those_of_the_cpu(sizes, tokens, count, threshold, mas
     by_cpu = cpu.selectors["auto"].select_active(0, q, cpu_batch, rule)
     (expected,), (expected_change,) = by_cpu.tokens, by_cpu.change
     arrays = (active.tokens, active.change, stored_array(backend, slot, "queries"))
-    found, change, before = on_host(backend, *arrays)
+    (found,), change, before = on_host(backend, *arrays)
     np.testing.assert_allclose(change, expected_change, rtol=1e-6)
     assert found[: len(expected)].tolist() == expected.tolist()
     assert (found[len(expected) :] == -1).all()
@@ -245,7 +246,7 @@ def test_attention_over_listed_pages(dtype, shape, tokens, length, page_size, ca
             np.testing.assert_array_equal(array, other)
     group = shape["group"]
     lists = case.listed(selection)
-    positions, reading, _ = case.batch.buffers.fetch()
+    ((positions, reading),), _ = case.batch.buffers.fetch()
     assert reading == (3 if every else 2) * len(chosen)
     assert positions == (3 if every else 2) * sum(
         len(ref.positions_of_pages(np.array(ids, np.int32), page_size, length)) for ids in lists
@@ -282,7 +283,7 @@ def test_masses_and_their_top_pages(dtype, shape, tokens, length, page_size, car
     (cpu_o, _), (expected,) = case.cpu.prefix_attention_and_masses(0, case.q, case.cpu_batch)
     assert_close(on_host(backend, o), cpu_o, TOLERANCE[dtype])
     units = page_size // 16
-    masses = on_host(backend, masses[..., : -(-length // 16)]).astype(np.float64)
+    masses = on_host(backend, masses[0, ..., : -(-length // 16)]).astype(np.float64)
     masses = np.pad(masses, [(0, 0)] * 3 + [(0, pages * units - masses.shape[-1])])
     masses = masses.reshape(*masses.shape[:3], pages, units).sum(axis=-1)
     # Scores of up to 40, of which a 16-bit product loses a thousandth.

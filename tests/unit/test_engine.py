@@ -30,6 +30,7 @@ class Cache:
 
     name = -1
     length = 0
+    positions_per_chunk = 256
 
     def reserve(self, positions: int) -> None:
         pass

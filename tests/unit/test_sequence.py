@@ -30,6 +30,7 @@ PREFILL_TOKENS = 512
 class Cache:
     length = 0
     reserved = 0
+    positions_per_chunk = 256
 
     def reserve(self, positions: int) -> None:
         self.reserved = positions

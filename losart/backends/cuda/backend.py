@@ -7,7 +7,6 @@ selected, unless it selects itself (host_selector.py), so that a captured pass c
 from __future__ import annotations
 
 from collections.abc import Container, Sequence
-from ctypes import c_double
 from dataclasses import replace
 from typing import Any
 
@@ -40,7 +39,6 @@ from losart.config.precision import Format, Precision
 from losart.config.rope import inverse_frequencies
 from losart.engine.batch import PassBatch
 from losart.engine.kv_cache import PagedKVCache, chunk_positions
-from losart.engine.sampling import float32_temperature
 from losart.errors import ConfigError
 from losart.kernels_cu import constants as cu
 from losart.kernels_cu.tensor_map import tensor_map
@@ -66,7 +64,7 @@ class CudaBackend:
 
     name = "cuda"
     prefill_tokens = 2048
-    batch_rows = 0
+    batch_rows = 1024
     # Matmuls of up to 32 rows of 16 bits divide their sums alike (matmul_plan).
     riding_blocks: Container[int] = range(1, 17)
 
@@ -85,7 +83,7 @@ class CudaBackend:
         if cu.NORM_CHANNEL_BYTES * config.hidden_size > card.shared_per_block:
             raise ConfigError(f"hidden_size {config.hidden_size} is too large for this GPU's shared memory")
         self.kernels = Kernels(precision, card)
-        self.runner = PassRunner(self.memory, config.max_positions)
+        self.runner = PassRunner(self.memory, config, self.kernels)
         self._loader = WeightLoader(precision.weights, self.memory.stream)
         frequencies, self._rope_factor = inverse_frequencies(config.rope, config.head_dim)
         with self.memory.running("the model"):
@@ -112,7 +110,9 @@ class CudaBackend:
                 self.memory.prefill_pool.free_all_blocks()  # an interrupted prompt may have left some
                 return cupy.zeros(shape, format.bits_array)
 
-        return PagedKVCache(CudaPageTable(self.config, page_size, positions, self.precision.kv), allocate)
+        with self.memory.running("the page table"):
+            table = CudaPageTable(self.config, page_size, positions, self.precision.kv)
+        return PagedKVCache(table, allocate)
 
     def new_slot(self, stored: StoredResults) -> Slot:
         with self.memory.running("stored results"):
@@ -124,18 +124,28 @@ class CudaBackend:
         return self.runner.run(batch, body, observe)
 
     def on_host(self, selection: Selection, batch: PassBatch) -> list[HostSelection]:
-        c, (sequence,), stream = self.config, batch.sequences, self.memory.stream
-        tokens = None if selection.tokens is None else selection.tokens.get(stream=stream)
-        if tokens is not None:
-            tokens = tokens[tokens >= 0]
-        lists = selection.pages.on_host(sequence.slot, tokens, c.num_kv_heads, c.group_size, stream)
+        c, stream, found = self.config, self.memory.stream, []
+        active = None if selection.tokens is None else selection.tokens.get(stream=stream)
         change = None if selection.change is None else selection.change.get(stream=stream)
-        return [HostSelection(np.arange(batch.tokens) if tokens is None else tokens, lists, change)]
+        for index, (sequence, rows) in enumerate(batch.rows()):
+            tokens = None if active is None else active[index][active[index] >= 0]
+            lists = selection.pages.on_host(
+                index, sequence.slot, tokens, c.num_kv_heads, c.group_size, stream
+            )
+            read = np.arange(len(sequence.ids)) if tokens is None else tokens
+            found.append(HostSelection(read, lists, None if change is None else change[rows]))
+        return found
 
     # -- transformer
 
     def join(self, arrays: Sequence[Any]) -> Any:
-        return cupy.concatenate(arrays)
+        joined = cupy.empty((sum(map(len, arrays)), *arrays[0].shape[1:]), arrays[0].dtype)
+        first = 0
+        for array in arrays:
+            part = joined[first : first + len(array)]
+            part.data.copy_from_device_async(array.data, array.nbytes)
+            first += len(array)
+        return joined
 
     def embed(self, table: Weight, batch: DeviceBatch) -> Any:
         hidden = table.view.inner
@@ -201,11 +211,17 @@ class CudaBackend:
         return y
 
     def write_kv(self, layer: int, k: Any, v: Any, batch: DeviceBatch) -> None:
-        c, tokens = self.config, batch.sequence_tokens  # a commit that rides comes first
-        grid = (c.num_kv_heads, -(-tokens // (batch.page_size * cu.GROUP_PAGES)) + 1)
+        c, shape = self.config, batch.shape
+        groups = -(-shape.tokens // (shape.page_size * cu.GROUP_PAGES)) + 1
+        stride = shape.per_cache * shape.tokens  # a commit that rides comes first
         channels = -(-c.head_dim // cu.WARP) * cu.WARP
         threads = channels * min(cu.GROUP_PAGES, cu.CACHE_WRITE_THREADS // channels)
-        self.kernels.launch("cache_write", grid, threads, batch.cache_view(layer), k, v, tokens)
+        self.kernels.launch(
+            "cache_write",
+            (c.num_kv_heads, groups, shape.caches),
+            threads,
+            *(batch.caches_view(layer), k, v, shape.tokens, stride, shape.per_cache),
+        )
 
     def _activations(self, shape: tuple[int, ...]) -> Any:
         return cupy.empty(shape, self.precision.activations.bits_array)
@@ -216,40 +232,42 @@ class CudaBackend:
         o, tokens = self._activations(q.shape), len(q)
         sizes = (tokens, self.config.num_heads, batch.options.block_length)
         plan = causal_plan(*self._shape(tokens))
-        self.kernels.launch_plan(plan, q, batch.cache_view(layer), o, *sizes)
+        self.kernels.launch_plan(plan, q, batch.caches_view(layer), o, *sizes)
         return o
 
     def prefix_attention(self, layer: int, q: Any, batch: DeviceBatch) -> PrefixParts:
-        plan = prefix_plan(*self._shape(len(q)))
-        parts = PrefixParts.empty(plan.parts, *q.shape)
-        sizes = self.config.num_heads, batch.sequences
-        self.kernels.launch_plan(plan, q, batch.cache_view(layer), parts.view, *sizes)
+        shape, (starts, owners) = batch.shape, batch.parts
+        tokens, (_, heads, head_dim) = shape.per_cache * shape.tokens, q.shape
+        plan = prefix_plan(*self._shape(tokens), shape.caches)
+        parts = PrefixParts.empty(plan.parts, tokens, heads, head_dim, shape.caches, starts)
+        view = batch.caches_view(layer)
+        self.kernels.launch_plan(plan, q, view, parts.view, owners, heads, shape.per_cache)
         return parts
 
     def prefix_attention_and_masses(self, layer: int, q: Any, batch: DeviceBatch) -> tuple[PrefixParts, Any]:
-        c, tokens = self.config, len(q)
+        c, shape = self.config, batch.shape
         parts = self.prefix_attention(layer, q, batch)
         _, lse = self.merge(parts)
-        units = batch.max_pages * (batch.page_size // cu.MASS_UNIT)
-        masses = cupy.empty((c.num_kv_heads, tokens, c.group_size, units), np.float32)
-        plan = masses_plan(*self._shape(tokens))
-        self.kernels.launch_plan(plan, q, lse, batch.cache_view(layer), masses, units, tokens, c.num_heads)
+        tokens, units = shape.tokens, batch.max_pages * (shape.page_size // cu.MASS_UNIT)
+        masses = cupy.empty((shape.sequences, c.num_kv_heads, tokens, c.group_size, units), np.float32)
+        plan = masses_plan(*self._shape(tokens), shape.sequences)
+        self.kernels.launch_plan(plan, q, lse, batch.caches_view(layer), masses, units, tokens, c.num_heads)
         return parts, masses
 
     def sparse_prefix_attention(
         self, layer: int, q: Any, selection: Selection, batch: DeviceBatch
     ) -> PrefixParts:
-        c, tokens, pages = self.config, selection.tokens, selection.pages
-        count = len(q) if tokens is None else len(tokens)
+        c, tokens, pages, shape = self.config, selection.tokens, selection.pages, batch.shape
+        count, sequences = shape.tokens if tokens is None else tokens.shape[1], shape.sequences
         if not count:
-            return PrefixParts.empty(1, 0, c.num_heads, c.head_dim)
+            return PrefixParts.empty(sequences, 0, c.num_heads, c.head_dim, sequences)
         words = batch.mark_words if pages.marks is None else 0
-        plan = sparse_plan(*self._shape(count), pages.limit, batch.page_size, words)
-        parts = PrefixParts.empty(plan.parts, count, c.num_heads, c.head_dim)
+        plan = sparse_plan(*self._shape(count), pages.limit, shape.page_size, words, sequences)
+        parts = PrefixParts.empty(plan.parts * sequences, count, c.num_heads, c.head_dim, sequences)
         self.kernels.launch_plan(
             plan,
-            *(q, tokens, batch.cache_view(layer), pages.view, plan.capacity, batch.buffers.reads),
-            *(parts.view, c.num_heads),
+            *(q, tokens, batch.caches_view(layer), pages.view, plan.capacity, batch.reads),
+            *(parts.view, c.num_heads, shape.tokens),
         )
         return parts
 
@@ -261,24 +279,26 @@ class CudaBackend:
 
     def block_attention(self, q: Any, k: Any, v: Any, prefix: PrefixParts, batch: DeviceBatch) -> Any:
         c, (tokens, heads, head_dim) = self.config, q.shape
-        o, fresh = self._activations(q.shape), prefix.tokens
-        fresh_count = 0 if fresh is None else len(fresh)
+        o, fresh, shape = self._activations(q.shape), prefix.tokens, batch.shape
+        fresh_count = 0 if fresh is None else fresh.shape[1]
         self.kernels.launch_rows(
             "block_attention",
             tokens,
             heads,
             *(q, k, v, prefix.view, fresh, fresh_count),
             *(prefix.stored_queries, prefix.stored_o, prefix.stored_lse),
-            *(o, batch.view, heads, c.num_kv_heads, head_dim),
-            shared=4 * cu.WARP_ROWS * batch.sequence_tokens,
+            *(o, shape.tokens, shape.per_cache * shape.tokens, heads, c.num_kv_heads, head_dim),
+            shared=4 * cu.WARP_ROWS * shape.tokens,
         )
         return o
 
     def merge(self, parts: PrefixParts) -> tuple[Any, Any]:
-        """o [tokens, heads, head_dim] and log-sum-exp [tokens, heads] of the parts."""
+        """o [tokens of all caches, heads, head_dim] and log-sum-exp [tokens, heads] of the parts."""
         tokens, heads, head_dim = parts.o.shape[1:]
-        o, lse = cupy.empty((tokens, heads, head_dim), np.float32), cupy.empty((tokens, heads), np.float32)
-        self.kernels.launch_rows("merge_parts", tokens, heads, parts.view, o, lse, heads, head_dim)
+        rows, caches = parts.caches * tokens, parts.caches
+        o, lse = cupy.empty((rows, heads, head_dim), np.float32), cupy.empty((rows, heads), np.float32)
+        args = (parts.view, o, lse, heads, head_dim)
+        self.kernels.launch_rows("merge_parts", tokens, heads, *args, caches=caches)
         return o, lse
 
     def _shape(self, tokens: int) -> tuple[Card, bool, int, int, int, int]:
@@ -293,36 +313,38 @@ class CudaBackend:
     def store_top_pages(
         self, layer: int, masses: Any, batch: DeviceBatch, count: int, *, summed: bool
     ) -> None:
-        kv_heads, tokens, group, _ = masses.shape
+        sequences, kv_heads, tokens, group, units = masses.shape
         if not summed:
-            masses = masses.reshape(kv_heads, tokens * group, -1)
-        sums, units = tokens if summed else 1, batch.page_size // cu.MASS_UNIT
-        count, stored = min(count, batch.max_pages), batch.stored("top_pages", layer)
-        self._device_selector.rank(layer, masses, batch, count, sums=sums, units=units, stored=stored)
+            masses = masses.reshape(sequences, kv_heads, 1, tokens * group, units)
+        _, _, count = batch.stored_pages_shape
+        stored, units = batch.stored("top_pages", layer), batch.shape.page_size // cu.MASS_UNIT
+        self._device_selector.rank(layer, masses, batch, count, units=units, stored=stored)
 
     # -- sampling
 
     def propose(self, hidden: Any, head: Weight, batch: DeviceBatch) -> Any:
-        options, logits = batch.options, self.linear(hidden[-batch.sequence_tokens :], head)
-        tokens, vocab = len(logits), logits.rows
-        slices = cupy.empty((tokens, LOGIT_SLICES, cu.LOGIT_ROW_BYTES), np.uint8)
-        kept = cupy.empty((tokens, vocab), np.float32) if options.temperature else None
-        temperature = float32_temperature(options.temperature)
+        results = batch.buffers.results
+        rows, width = results.shape[1], hidden.shape[1]
+        if batch.buffers.gathers:
+            gathered = self._activations((rows, width))
+            grid = (-(-width // cu.GATHER_THREADS), rows)
+            self.kernels.launch("gather_rows", grid, cu.GATHER_THREADS, hidden, batch.view, gathered, width)
+        else:
+            gathered = hidden[-rows:]
+        logits = self.linear(gathered, head)
+        vocab = logits.rows
+        slices = cupy.empty((rows, LOGIT_SLICES, cu.LOGIT_ROW_BYTES), np.uint8)
+        kept = cupy.empty((rows, vocab), np.float32) if batch.samples else None
         self.kernels.launch(
             "logit_slices",
-            (LOGIT_SLICES, tokens),
+            (LOGIT_SLICES, rows),
             cu.SLICE_THREADS,
-            *(logits.view, batch.view, options.mask_token_id, temperature, slices, kept),
+            *(logits.view, batch.view, slices, kept),
             shared=16 * -(-vocab // (4 * LOGIT_SLICES)),
         )
-        self.kernels.launch(
-            "sample",
-            (tokens,),
-            cu.SAMPLE_THREADS,
-            *(slices, LOGIT_SLICES, kept, vocab, batch.view, temperature),
-            *(options.top_k, c_double(options.top_p), *batch.buffers.results),
-        )
-        return batch.buffers.results
+        arguments = (slices, LOGIT_SLICES, kept, vocab, batch.view, *results)
+        self.kernels.launch("sample", (rows,), cu.SAMPLE_THREADS, *arguments)
+        return results
 
 
 def _stored(

@@ -2,17 +2,85 @@
 
 from __future__ import annotations
 
-import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import cupy
 import numpy as np
 
-from losart.backends.cuda.pages import CudaPageTable, PagesInPlace
+from losart.backends.cuda.pages import CudaPageTable
+from losart.backends.cuda.plans import Plan, divide_prefixes
 from losart.backends.cuda.slots import Slot
 from losart.config.options import GenerationConfig
-from losart.engine.batch import PassBatch, PassKind
-from losart.kernels_cu.views import BatchView, CacheView, StoredView
+from losart.engine.batch import PassBatch, PassKind, SequencePass
+from losart.engine.sampling import float32_temperature
+from losart.kernels_cu.views import BatchView, CachesView, StoredView
+
+
+@dataclass(frozen=True)
+class GroupShape:
+    """What groups that are launched alike have in common.
+
+    Attributes
+    ----------
+    caches : int
+        That pad the group included.
+    per_cache : int
+        Sequences of a cache: 2 where commits ride.
+    tokens : int
+        Rows of a sequence.
+    denoises : bool
+    page_size, chunk_positions : int
+    pages : int
+        Of a prefix at most.
+    """
+
+    caches: int
+    per_cache: int
+    tokens: int
+    denoises: bool
+    page_size: int
+    chunk_positions: int
+    pages: int
+
+    @property
+    def sequences(self) -> int:
+        """Sequences, those that pad the group included."""
+        return self.caches * self.per_cache
+
+    @property
+    def rows(self) -> int:
+        """Rows, those that pad the group included."""
+        return self.sequences * self.tokens
+
+    @property
+    def denoised(self) -> int:
+        """Rows that may be masked."""
+        return self.caches * self.tokens if self.denoises else 0
+
+
+def group_shape(group: PassBatch, max_positions: int) -> GroupShape:
+    """The shape of a group, whose caches are padded to one of few numbers.
+
+    A single prefix may have any number of pages that the model takes, so that one captured pass serves it as
+    it grows; several, whose page scores would take too much memory, a power of two.
+    """
+    first, per_cache, table = group.sequences[0], 1 + group.rides, group.sequences[0].cache.table
+    caches, page_size = padded(len(group.sequences) // per_cache), table.page_size
+    pages = -(-max_positions // page_size)
+    if caches > 1:
+        longest = max(sequence.prefix_length for sequence in group.sequences)
+        pages = min(pages, 1 << max(0, -(-longest // page_size) - 1).bit_length())
+    tokens, denoises = len(first.ids), group.sequences[-1].kind.denoises
+    return GroupShape(caches, per_cache, tokens, denoises, page_size, table.positions_per_chunk, pages)
+
+
+def padded(count: int) -> int:
+    """So many or up to an eighth more."""
+    step = 1 << max(0, (count - 1).bit_length() - 4)
+    return -(-count // step) * step
 
 
 class BatchBuffers:
@@ -20,115 +88,218 @@ class BatchBuffers:
 
     Parameters
     ----------
-    sequences, tokens : int
-        Sequences, and rows of each.
+    shapes : tuple of GroupShape
+    plans : sequence of Plan
+        Of each group's dense prefix attention.
 
     Attributes
     ----------
-    length : int32 [sequences]
-        Of the prefixes.
-    masked : int32 [tokens]
-        Masked rows of the last sequence, as many as `masked_count` says.
-    masked_count : int32 [1]
-    reads : int32 [2]
-        By sparse attention in this pass: positions, and tokens that read them, summed over layers.
-    results : int32 [4, tokens]
-        Of sampling, for the last sequence.
+    device : SimpleNamespace
+        slots, tables : uint64 [sequences], addresses of stored results and of page tables, 0 for none.
+        lengths : int32 [sequences], of the prefixes.
+        ids, positions, is_masked : int32 [rows]
+        masked_count : int32 [1]
+        masked, logits, mask_token, top_k : int32 [denoised rows], temperature : float32, uniforms, top_p :
+        float64, of all masked rows one after the other: the row, that of its logits, and how it is sampled.
+        starts : int32 [caches + 1 of all groups], owners : int32 [parts of all groups], of dense prefix
+        attention: every cache's first part, and every part's cache, -1 for none.
+        reads : int32 [sequences, 2], by sparse attention in this pass: positions, and tokens that read them,
+        summed over layers.
+    results : int32 [4, denoised rows]
+        Of sampling.
+    gathers : bool
+        Whether logits are made of masked rows alone, one after the other.
     view : BatchView
-    cache_views : dict
-        Views of layers of caches whose lengths lie here.
+    views : dict
+        Of layers of the groups' caches.
     """
 
-    def __init__(self, sequences: int, tokens: int) -> None:
-        rows = sequences * tokens
-        sizes = 2 * sequences, 2 * tokens, sequences, 1, rows, tokens, 2
-        words = cupy.zeros(sum(sizes) + 4 * tokens, np.int32)
-        # Reads are written from both sides: zeroed by the host, counted by the device.
-        self._from_host, self._to_host = words[: sum(sizes)], words[sum(sizes) - 2 :]
-        slot, uniforms, self.length, self.masked_count, ids, self.masked, self.reads = _fields(
-            self._from_host, sizes
+    def __init__(self, shapes: tuple[GroupShape, ...], plans: Sequence[Plan]) -> None:
+        self.shapes = shapes
+        self._plans = plans
+        sequences, rows, denoised = (
+            sum(getattr(shape, name) for shape in shapes) for name in ("sequences", "rows", "denoised")
         )
-        self.results = self._to_host[2:].reshape(4, tokens)
-        pointers = (uniforms, slot, self.length, self.masked_count, ids, self.masked, self.reads)
-        self.view = BatchView(*(array.data.ptr for array in pointers), rows, tokens)
-        self.cache_views: dict[tuple[int, int, int], CacheView] = {}
-        self._words = np.zeros(self._from_host.shape, np.int32)
-        self._host = _fields(self._words, sizes)
+        self.gathers = denoised > 0 and (len(shapes) > 1 or shapes[0].caches > 1)
+        planned = [
+            (s.caches + 1, p.parts) if s.caches > 1 else (0, 0) for s, p in zip(shapes, plans, strict=True)
+        ]
+        starts, owners = (np.cumsum([0, *sizes]) for sizes in zip(*planned, strict=True))
+        self._parts = [
+            (slice(*starts[i : i + 2]), slice(*owners[i : i + 2])) if shape.caches > 1 else None
+            for i, shape in enumerate(shapes)
+        ]
+        fields = (
+            *((name, np.uint64, sequences) for name in ("slots", "tables")),
+            *((name, np.float64, denoised) for name in ("uniforms", "top_p")),
+            ("lengths", np.int32, sequences),
+            *((name, np.int32, rows) for name in ("ids", "positions", "is_masked")),
+            ("masked_count", np.int32, 1),
+            *((name, np.int32, denoised) for name in ("masked", "logits", "mask_token", "top_k")),
+            ("temperature", np.float32, denoised),
+            ("starts", np.int32, starts[-1]),
+            ("owners", np.int32, owners[-1]),
+            ("reads", np.int32, 2 * sequences),
+        )
+        size = sum(count * np.dtype(dtype).itemsize for _, dtype, count in fields)
+        memory = cupy.zeros(size + 16 * denoised, np.uint8)
+        # Reads are written from both sides: zeroed by the host, counted by the device.
+        self._from_host, to_host = memory[:size], memory[size - 8 * sequences :]
+        self._to_host = to_host.view(np.int32)
+        self._words = np.zeros(size, np.uint8)
+        self.device, self._host = _fields(self._from_host, fields), _fields(self._words, fields)
+        self.device.reads = self.device.reads.reshape(sequences, 2)
+        self.results = self._to_host[2 * sequences :].reshape(4, denoised)
+        self.view = BatchView(*(getattr(self.device, name).data.ptr for name, *_ in BatchView._fields_))
+        self.views: dict[tuple[int, int], CachesView] = {}
 
-    def fill(self, batch: PassBatch, stream: Any) -> None:
-        """Copy a pass's inputs to the device, all at once."""
-        slot, uniforms, length, masked_count, ids, masked, _ = self._host
-        for index, (sequence, rows) in enumerate(batch.rows()):
-            slot[index] = 0 if sequence.slot is None else sequence.slot.memory.data.ptr
-            length[index], ids[rows] = sequence.prefix_length, sequence.ids
-        last = batch.sequences[-1]
-        uniforms[: len(last.uniforms)] = last.uniforms
-        masked_count[0] = len(last.masked)
-        masked[: len(last.masked)] = last.masked
+    def parts(self, index: int) -> tuple[Any, Any]:
+        """`starts` and `owners` of a group; None, None for one cache."""
+        slices = self._parts[index]
+        return (
+            (None, None) if slices is None else (self.device.starts[slices[0]], self.device.owners[slices[1]])
+        )
+
+    def fill(self, batch: PassBatch, scratch: Sequence[int], stream: Any) -> None:
+        """Copy a pass's inputs to the device, all at once.
+
+        `scratch` has for each group the address of a slot for the sequences that pad it.
+        """
+        host, sequence, row = self._host, 0, 0
+        rows: list[np.ndarray] = []
+        denoised: list[SequencePass] = []
+        host.is_masked[:] = 0
+        for index, ((group, _), shape) in enumerate(zip(batch.groups(), self.shapes, strict=True)):
+            of_group, tokens = group.sequences, shape.tokens
+            every, used = (
+                slice(sequence, sequence + shape.sequences),
+                slice(sequence, sequence + len(of_group)),
+            )
+            host.slots[every], host.tables[every], host.lengths[every] = scratch[index], 0, 0
+            host.slots[used] = [0 if one.slot is None else one.slot.memory.data.ptr for one in of_group]
+            host.tables[used] = [one.cache.table.place(stream) for one in of_group]
+            host.lengths[used] = [one.prefix_length for one in of_group]
+            host.ids[row + len(of_group) * tokens : row + shape.rows] = 0
+            host.ids[row : row + len(of_group) * tokens] = np.concatenate([one.ids for one in of_group])
+            positions = host.lengths[every, None] + np.arange(tokens, dtype=np.int32)
+            host.positions[row : row + shape.rows] = positions.reshape(-1)
+            for number, one in enumerate(of_group):
+                if one.kind.denoises:
+                    rows.append(one.masked + (row + number * tokens))
+                    denoised.append(one)
+            if (parts := self._parts[index]) is not None:
+                ends = host.lengths[every][shape.per_cache - 1 :: shape.per_cache]
+                host.starts[parts[0]], host.owners[parts[1]] = divide_prefixes(ends, self._plans[index])
+            sequence, row = sequence + shape.sequences, row + shape.rows
+        if denoised:
+            self._fill_masked(np.concatenate(rows), denoised)
         self._from_host.set(self._words, stream=stream)  # has read pageable memory when it returns
 
-    def fetch(self) -> tuple[int, int, np.ndarray]:
-        """Positions and tokens read, and results, when the current stream has reached this point."""
-        words = self._to_host.get()
-        return int(words[0]), int(words[1]), words[2:].reshape(self.results.shape)
+    def _fill_masked(self, rows: np.ndarray, sequences: list[SequencePass]) -> None:
+        host, count, options = self._host, len(rows), [one.options for one in sequences]
+        counts = [len(one.masked) for one in sequences]
+        host.masked_count[0] = count
+        host.masked[:count], host.is_masked[rows] = rows, 1
+        host.logits[:count] = np.arange(count) if self.gathers else sequences[0].masked
+        drawn = [
+            one.uniforms[one.masked] for one in sequences if len(one.uniforms)
+        ]  # greedy ones may have none
+        if drawn:
+            host.uniforms[:count] = np.concatenate(drawn)
+        for to, values in (
+            (host.top_p, [one.top_p for one in options]),
+            (host.mask_token, [one.mask_token_id for one in options]),
+            (host.top_k, [one.top_k for one in options]),
+            (host.temperature, [float32_temperature(one.temperature) for one in options]),
+        ):
+            to[:count] = np.repeat(np.array(values, to.dtype), counts)
+
+    def fetch(self) -> tuple[np.ndarray, np.ndarray]:
+        """Reads and results, when the current stream has reached this point."""
+        words, reads = self._to_host.get(), self.device.reads
+        return words[: reads.size].reshape(reads.shape), words[reads.size :].reshape(self.results.shape)
 
 
-def _fields(words: Any, sizes: tuple[int, ...]) -> list[Any]:
-    """Slots, uniforms, lengths, number of masked rows, ids, masked rows and reads."""
-    ends = list(itertools.accumulate(sizes))
-    slots, uniforms, *rest = (words[end - size : end] for size, end in zip(sizes, ends, strict=True))
-    return [slots.view(np.uint64), uniforms.view(np.float64), *rest]
+def _fields(memory: Any, fields: Sequence[tuple[str, Any, int]]) -> SimpleNamespace:
+    """Arrays one after the other in some bytes, those of the largest values first."""
+    named, start = {}, 0
+    for name, dtype, count in fields:
+        end = start + count * np.dtype(dtype).itemsize
+        named[name], start = memory[start:end].view(dtype), end
+    return SimpleNamespace(**named)
 
 
 class DeviceBatch:
-    """One pass, as the backend's operations get it.
+    """A pass, or a group of its sequences, as the backend's operations get it.
 
     Parameters
     ----------
     batch : PassBatch
-        One sequence, or a commit and the first pass over the next block.
+        What of it differs from pass to pass must not decide what is launched, if that is captured.
     buffers : BatchBuffers
-    pages : PagesInPlace
+    index : int or None
+        Of the group; None: of the only one, or of a pass of several groups, which is for operations that take
+        each row by itself.
 
     Attributes
     ----------
-    sequence : SequencePass
-        The last one, the host's side, of this pass alone: what is launched by it must not be captured.
+    sequences : tuple of SequencePass
     kind : PassKind
     rides : bool
     options : GenerationConfig
-    sequences, tokens, sequence_tokens, page_size, chunk_positions : int
-        `tokens`: rows in all; `sequence_tokens`: of each sequence.
+    denoises, samples : bool
+        Whether it proposes tokens, and whether some of them are drawn.
+    shape : GroupShape
+    view : BatchView
+    tokens : int
+        Rows, those that pad it included.
     """
 
-    def __init__(self, batch: PassBatch, buffers: BatchBuffers, pages: PagesInPlace) -> None:
-        self.sequence = batch.sequences[-1]
-        table = self.sequence.cache.table
+    def __init__(self, batch: PassBatch, buffers: BatchBuffers, index: int | None = None) -> None:
+        self._batch = batch
+        self._index = index or 0
         self.buffers = buffers
+        self.sequences = batch.sequences
         self.kind: PassKind = batch.kind
         self.rides: bool = batch.rides
+        self.denoises: bool = batch.denoises
+        self.samples: bool = batch.samples
         self.options: GenerationConfig = batch.options
-        self.sequences, self.tokens = len(batch.sequences), batch.tokens
-        self.sequence_tokens = len(self.sequence.ids)
-        self.page_size: int = table.page_size
-        self.chunk_positions: int = table.positions_per_chunk
+        self.shape = buffers.shapes[self._index]
         self.view = buffers.view
-        self._table: CudaPageTable = table
-        self._pages = pages
-
-    @property
-    def denoises(self) -> bool:
-        """Whether the pass proposes tokens."""
-        return self.kind.denoises
+        groups = len(buffers.shapes) if index is None else 1
+        self.tokens = self.shape.rows if groups == 1 else sum(shape.rows for shape in buffers.shapes)
 
     def groups(self) -> list[tuple[DeviceBatch, slice]]:
-        """All rows: as of PassBatch."""
-        return [(self, slice(0, self.tokens))]
+        """Its groups, with their rows."""
+        shapes = self.buffers.shapes
+        if len(shapes) == 1:
+            return [(self, slice(0, self.tokens))]
+        groups, row = [], 0
+        for index, ((group, _), shape) in enumerate(zip(self._batch.groups(), shapes, strict=True)):
+            groups.append((DeviceBatch(group, self.buffers, index), slice(row, row + shape.rows)))
+            row += shape.rows
+        return groups
+
+    @property
+    def placed(self) -> list[int]:
+        """Where each sequence is among those that pad the groups."""
+        found: list[int] = []
+        first = 0
+        for (group, _), shape in zip(self._batch.groups(), self.buffers.shapes, strict=True):
+            found += range(first, first + len(group.sequences))
+            first += shape.sequences
+        return found
+
+    @property
+    def table(self) -> CudaPageTable:
+        """A cache's, all of which have the same sizes."""
+        return self.sequences[0].cache.table
 
     @property
     def max_pages(self) -> int:
-        """Pages of the longest prefix that a pass can have: its block begins within the positions."""
-        return -(-self._pages.max_positions // self.page_size)
+        """Pages of the longest prefix that a pass launched alike can have."""
+        return self.shape.pages
 
     @property
     def mark_words(self) -> int:
@@ -137,24 +308,48 @@ class DeviceBatch:
 
     @property
     def slot(self) -> Slot:
-        """The sequence's stored results."""
-        return self.sequence.slot
+        """A sequence's stored results, all of which are laid out alike."""
+        return self.sequences[-1].slot
 
-    def cache_view(self, layer: int) -> CacheView:
-        """A layer of the cache."""
-        views, key = self.buffers.cache_views, (layer, self.chunk_positions, self.page_size)
+    def caches_view(self, layer: int) -> CachesView:
+        """A layer of the caches."""
+        views, key = self.buffers.views, (self._index, layer)
         if key not in views:
-            addresses = self._pages.kv.data.ptr, self._pages.bounds.data.ptr, self.view.length
-            _, _, kv_heads, _, head_dim = self._table.kv_shape
-            views[key] = CacheView(*addresses, layer, kv_heads, head_dim, *key[1:])
+            table, device = self.table, self.buffers.device
+            addresses = (array[self._first :].data.ptr for array in (device.tables, device.lengths))
+            sizes = self.shape.chunk_positions, self.shape.page_size, table.max_chunks
+            _, _, kv_heads, _, head_dim = table.kv_shape
+            views[key] = CachesView(*addresses, layer, kv_heads, head_dim, *sizes)
         return views[key]
 
+    @property
+    def parts(self) -> tuple[Any, Any]:
+        """Of dense prefix attention: every cache's first part, and every part's cache; None for one cache."""
+        return self.buffers.parts(self._index)
+
+    @property
+    def is_masked(self) -> Any:
+        """int32 [rows], 1 for masked ones."""
+        first = sum(shape.rows for shape in self.buffers.shapes[: self._index])
+        return self.buffers.device.is_masked[first : first + self.tokens]
+
+    @property
+    def reads(self) -> Any:
+        """int32 [sequences, 2]: positions that sparse attention has read, and tokens that read them."""
+        return self.buffers.device.reads[self._first :]
+
     def stored(self, name: str, layer: int) -> StoredView:
-        """A layer of an array in the sequence's slot."""
-        return StoredView(self.view.slot, self.slot.offset(name, layer))
+        """A layer of an array in the sequences' slots."""
+        return StoredView(self.buffers.device.slots[self._first :].data.ptr, self.slot.offset(name, layer))
 
     @property
     def stored_pages_shape(self) -> tuple[int, int, int]:
-        """kv heads, rows and count of the top pages in a layer of the slot: no more than there can be."""
+        """kv heads, rows and count of the top pages in a layer of a slot: no more than there can be."""
         stored = self.slot.stored
-        return self._table.kv_shape[2], stored.top_pages_rows, min(stored.top_pages, self.max_pages)
+        count = min(stored.top_pages, -(-self.table.max_positions // self.shape.page_size))
+        return self.table.kv_shape[2], stored.top_pages_rows, count
+
+    @property
+    def _first(self) -> int:
+        """Sequences of the groups before."""
+        return sum(shape.sequences for shape in self.buffers.shapes[: self._index])

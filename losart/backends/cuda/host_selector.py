@@ -38,37 +38,44 @@ class HostSelector:
         self._device = device
 
     def select_active(self, layer: int, q: Any, batch: DeviceBatch, rule: ActiveRule) -> ActiveTokens:
-        none = cupy.empty(0, np.int32)
+        none = cupy.empty((batch.shape.sequences, 0), np.int32)
         return ActiveTokens(rule, self._device.query_change(layer, q, batch, rule, none))
 
     def select_pages(
         self, layer: int, q: Any, active: ActiveTokens | None, batch: DeviceBatch, count: int
     ) -> Selection:
         if active is not None and not active.tokens.count:
-            return Selection(cupy.empty(0, np.int32), NO_PAGES, active.change)
+            return self._nothing(active, batch)
         return self._unite(self._device.top_pages(layer, q, batch, count), active, batch)
 
     def select_stored_pages(self, layer: int, active: ActiveTokens | None, batch: DeviceBatch) -> Selection:
         if active is not None and not active.tokens.count:
-            return Selection(cupy.empty(0, np.int32), NO_PAGES, active.change)
-        offset = batch.slot.offset("top_pages", layer)
-        return self._unite(batch.slot.array(offset, batch.stored_pages_shape, np.int32), active, batch)
+            return self._nothing(active, batch)
+        offset, shape = batch.slot.offset("top_pages", layer), batch.stored_pages_shape
+        slots = [sequence.slot.array(offset, shape, np.int32) for sequence in batch.sequences]
+        return self._unite(cupy.stack(slots), active, batch)
+
+    def _nothing(self, active: ActiveTokens, batch: DeviceBatch) -> Selection:
+        return Selection(cupy.empty((batch.shape.sequences, 0), np.int32), NO_PAGES, active.change)
 
     def _unite(self, top: Any, active: ActiveTokens | None, batch: DeviceBatch) -> Selection:
-        """Pages top [kv_heads, rows, count] of the active tokens or all, united per kv head."""
+        """Pages top [sequences, kv_heads, rows, count] of the active tokens or all, united per kv head."""
         group, words = self._config.group_size, batch.mark_words
-        kv_heads, rows, count = top.shape
+        _, kv_heads, rows, count = top.shape
         if active is None:
-            marks = cupy.asarray(mark_pages(top.get(), None, group, words))
-            return Selection(None, SelectedPages(min(32 * words, rows * count), marks))
+            marks = np.stack([mark_pages(ids, None, group, words) for ids in top.get()])
+            return Selection(None, SelectedPages(min(32 * words, rows * count), cupy.asarray(marks)))
         rule: ActiveRule = active.tokens
         both = cupy.concatenate([active.change.view(np.int32), top.ravel()]).get()
-        change, ids = both[: len(active.change)].view(np.float32), both[len(active.change) :]
-        chosen = active_tokens(change, rule, batch.sequence.masked)
-        marks = mark_pages(ids.reshape(top.shape), chosen, group, words)
-        padded = np.full(rule.count, -1, np.int32)
-        padded[: len(chosen)] = chosen
-        united = cupy.asarray(np.concatenate([padded, marks.view(np.int32).ravel()]))
-        marks = united[rule.count :].view(np.uint32).reshape(kv_heads, words)
-        pages = SelectedPages(min(32 * words, rule.count * group * count), marks)
-        return Selection(united[: rule.count], pages, active.change)
+        changes = both[: len(active.change)].view(np.float32).reshape(-1, batch.shape.tokens)
+        ids = both[len(active.change) :].reshape(top.shape)
+        tokens = np.full((len(ids), rule.count), -1, np.int32)
+        marks = np.zeros((len(ids), kv_heads, words), np.uint32)
+        for index, sequence in enumerate(batch.sequences):
+            chosen = active_tokens(changes[index], rule, sequence.masked)
+            tokens[index, : len(chosen)] = chosen
+            marks[index] = mark_pages(ids[index], chosen, group, words)
+        united = cupy.asarray(np.concatenate([tokens.ravel(), marks.view(np.int32).ravel()]))
+        of_pages = united[tokens.size :].view(np.uint32).reshape(marks.shape)
+        pages = SelectedPages(min(32 * words, rule.count * group * count), of_pages)
+        return Selection(united[: tokens.size].reshape(tokens.shape), pages, active.change)

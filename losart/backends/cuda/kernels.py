@@ -37,9 +37,11 @@ class Kernels:
         """Launch a kernel; its parameters are arrays, numbers and views."""
         self._kernel(name, ())(grid, threads, *args, shared=shared)
 
-    def launch_rows(self, name: str, tokens: int, heads: int, *args: Any, shared: int = 0) -> None:
-        """Launch a kernel with one warp per row, which is a head of a token."""
-        self.launch(name, (tokens, -(-heads // WARP_ROWS)), WARP_ROWS_THREADS, *args, shared=shared)
+    def launch_rows(
+        self, name: str, tokens: int, heads: int, *args: Any, shared: int = 0, caches: int = 1
+    ) -> None:
+        """Launch a kernel with one warp per row, which is a head of a token of each cache."""
+        self.launch(name, (tokens, -(-heads // WARP_ROWS), caches), WARP_ROWS_THREADS, *args, shared=shared)
 
     def launch_plan(self, plan: Plan, *args: Any) -> None:
         """Launch a kernel as planned."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable
 from typing import Any
 
 import cupy
@@ -11,7 +9,6 @@ import numpy as np
 
 from losart.config.model import ModelConfig
 from losart.config.precision import GROUP_PAGES, Format
-from losart.engine.kv_cache import SMALL_CHUNK_POSITIONS
 
 
 class CudaPageTable:
@@ -29,6 +26,10 @@ class CudaPageTable:
     page_size, positions_per_chunk : int
     format : Format
         Of keys, values and bounds.
+
+    Attributes
+    ----------
+    max_chunks : int
     """
 
     def __init__(self, config: ModelConfig, page_size: int, positions_per_chunk: int, format: Format) -> None:
@@ -42,6 +43,11 @@ class CudaPageTable:
         groups = positions_per_chunk // (page_size * GROUP_PAGES)
         self.bounds_shape = (layers, heads, groups, 2 * GROUP_PAGES * dim + coded)
         self.chunks: list[tuple[Any, Any]] = []
+        self.max_positions = config.max_positions
+        # The last block may reach beyond the positions, by less than the largest block.
+        self.max_chunks = -(-2 * config.max_positions // positions_per_chunk) + 2
+        self._addresses = cupy.zeros((2, self.max_chunks), np.uint64)
+        self._placed = 0
 
     @property
     def capacity(self) -> int:
@@ -52,35 +58,13 @@ class CudaPageTable:
         """Take two arrays of `kv_shape` and `bounds_shape` as the next chunk."""
         self.chunks.append((kv, bounds))
 
-
-class PagesInPlace:
-    """Where kernels look for the chunks of the cache that a pass works on.
-
-    Parameters
-    ----------
-    max_positions : int
-
-    Attributes
-    ----------
-    max_positions : int
-    kv, bounds : uint64 [chunks], on the device
-        Addresses of the chunks of keys and values, and of bounds.
-    """
-
-    def __init__(self, max_positions: int) -> None:
-        self.max_positions = max_positions
-        # The last block may reach beyond the positions, by less than the largest block.
-        chunks = -(-2 * max_positions // SMALL_CHUNK_POSITIONS) + 2
-        self.kv, self.bounds = (cupy.zeros(chunks, np.uint64) for _ in range(2))
-        self._table: Callable[[], CudaPageTable | None] = lambda: None
-        self._count = 0
-
-    def place(self, table: CudaPageTable, stream: Any) -> None:
-        """Write a table's addresses, unless they are in place already."""
-        if self._table() is table and self._count == len(table.chunks):
-            return
-        self._table = lambda: None  # an interrupt leaves none in place
-        for addresses, chunks in zip((self.kv, self.bounds), zip(*table.chunks, strict=True), strict=True):
-            pointers = np.array([chunk.data.ptr for chunk in chunks], np.uint64)
-            addresses[: len(pointers)].set(pointers, stream=stream)
-        self._table, self._count = weakref.ref(table), len(table.chunks)
+    def place(self, stream: Any) -> int:
+        """Where kernels find the addresses of the chunks: of keys and values, and of bounds."""
+        if self._placed < len(self.chunks):
+            for row, added in zip(
+                self._addresses, zip(*self.chunks[self._placed :], strict=True), strict=True
+            ):
+                pointers = np.array([chunk.data.ptr for chunk in added], np.uint64)
+                row[self._placed : len(self.chunks)].set(pointers, stream=stream)
+            self._placed = len(self.chunks)
+        return int(self._addresses.data.ptr)

@@ -9,12 +9,18 @@ from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any
 
+import numpy as np
+
 from losart.errors import DeviceError
 from losart.kernels_cu import Defines
 from losart.kernels_cu import constants as cu
 from losart.kernels_cu.launch import OVERLAP_CAPABILITY
 
 TENSOR_HEAD_DIMS = (64, 128)
+# Dense prefix attention of several caches: parts in all, beside one for each, over those of one cache by
+# itself. Where caches are many, they alone keep all SMs at work.
+SPLITS, FEW_SPLITS, FEW = 4, 2, 16
+LEAST_PART_TILES = 4
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,9 @@ class Plan:
     parts : int
         linear_tensor: planes of partial sums; prefix attention: parts to be merged.
     share : int
-        linear_tensor: units per block.
+        linear_tensor: units per block; dense prefix attention: parts of one cache by itself.
+    tile : int
+        Dense prefix attention: positions in a tile; 0 where every cache has as many parts.
     capacity : int
         sparse attention: pages of a thread block's share of a list.
     boxes : (int, int) or ()
@@ -79,21 +87,57 @@ class Plan:
     defines: Defines = ()
     parts: int = 1
     share: int = 1
+    tile: int = 0
     capacity: int = 0
     boxes: tuple[int, ...] = ()
 
 
-def prefix_plan(card: Card, tensor: bool, tokens: int, heads: int, kv_heads: int, head_dim: int) -> Plan:
-    """Attention of so many tokens' queries over the prefix."""
+def prefix_plan(
+    card: Card, tensor: bool, tokens: int, heads: int, kv_heads: int, head_dim: int, caches: int = 1
+) -> Plan:
+    """Attention of so many tokens' queries per cache over its prefix.
+
+    Parts of several caches are of about the same size, so that all SMs are at work however lengths differ.
+    Without tensor cores a cache has as many parts as by itself, so that it gives the same sums.
+    """
     rows = tokens * (heads // kv_heads)
     if card.hopper and tensor and head_dim in TENSOR_HEAD_DIMS:
         row_groups = 1 if rows <= cu.HOPPER_ROWS else 2
         blocks = ceil(rows / (cu.HOPPER_ROWS * row_groups))
-        splits = max(1, card.sms // (kv_heads * blocks))
-        defines, shared = _hopper_defines(card, head_dim, 64, row_groups, cu.WARP, 6)
-        grid, threads = (kv_heads, splits, blocks), cu.HOPPER_COMPUTE_THREADS + cu.WARP
-        return Plan("prefix_attention_hopper", grid, threads, shared, defines, parts=splits)
-    return _split_plan(card, "prefix_attention", tensor, rows, kv_heads, head_dim)
+        parts = max(1, card.sms // (kv_heads * blocks))
+        defines, shared = _hopper_defines(card, head_dim, cu.TENSOR_TILE, row_groups, cu.WARP, 6)
+        grid, threads = (kv_heads, parts, blocks), cu.HOPPER_COMPUTE_THREADS + cu.WARP
+        plan = Plan("prefix_attention_hopper", grid, threads, shared, defines)
+    else:
+        plan = _split_plan(card, "prefix_attention", tensor, rows, kv_heads, head_dim)
+    _, own, blocks = plan.grid
+    tile = cu.TENSOR_TILE if tensor and head_dim in TENSOR_HEAD_DIMS else 0
+    parts = (
+        own * caches if caches == 1 or not tile else caches + own * (FEW_SPLITS if caches > FEW else SPLITS)
+    )
+    return replace(plan, grid=(kv_heads, parts, blocks), parts=parts, share=own, tile=tile)
+
+
+def divide_prefixes(lengths: np.ndarray, plan: Plan) -> tuple[np.ndarray, np.ndarray]:
+    """Which parts of dense prefix attention are whose.
+
+    Returns
+    -------
+    starts : int32 [caches + 1]
+        Every cache's first part.
+    owners : int32 [plan.parts]
+        Every part's cache, -1 for none.
+    """
+    caches = len(lengths)
+    counts = np.full(caches, plan.share)
+    if plan.tile:
+        tiles = -(-lengths.astype(np.int64) // plan.tile)
+        most = np.maximum(1, tiles // LEAST_PART_TILES)
+        counts = np.clip(-(-tiles * (plan.parts - caches) // max(1, tiles.sum())), 1, most)
+    starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+    owners = np.full(plan.parts, -1, np.int32)
+    owners[: starts[-1]] = np.repeat(np.arange(caches), counts)
+    return starts, owners
 
 
 def sparse_plan(
@@ -106,37 +150,50 @@ def sparse_plan(
     pages: int,
     page_size: int,
     words: int,
+    sequences: int = 1,
 ) -> Plan:
-    """Attention of some tokens' queries over a list of `pages` at most; `words` of marks of its own."""
+    """Attention of some tokens' queries of each sequence over a list of `pages` at most.
+
+    `words` of marks are the list's own.
+    """
     shape = (card, "sparse_attention", tensor, tokens * (heads // kv_heads), kv_heads, head_dim)
-    tile = cu.TENSOR_TILE if tensor and head_dim in TENSOR_HEAD_DIMS else cu.PLAIN_TILE
+    tensor = tensor and head_dim in TENSOR_HEAD_DIMS
+    tile = cu.TENSOR_TILE if tensor else cu.PLAIN_TILE
     plan = _split_plan(*shape)
-    parts = plan.parts
+    # Without tensor cores as many as for one sequence, so that it gives the same sums.
+    parts = plan.parts if sequences == 1 or not tensor else ceil(2 * plan.parts / sequences)
     while True:
         capacity = ceil(ceil(ceil(pages * page_size / tile) / parts) * tile / page_size) + 1
         plan = _split_plan(*shape, extra=4 * (capacity + words))
         # Shares of a long list may leave no room for two tiles, one to compute while the other is copied.
         fits = plan.shared <= card.shared_per_block - cu.SHARED_ALIGNMENT
         if fits and dict(plan.defines).get("STAGES", cu.MIN_STAGES) >= cu.MIN_STAGES:
-            return replace(plan, grid=(kv_heads, parts, plan.grid[2]), parts=parts, capacity=capacity)
+            grid = (kv_heads, parts, plan.grid[2] * sequences)
+            return replace(plan, grid=grid, parts=parts, capacity=capacity)
         if parts * tile >= pages * page_size:
             raise DeviceError(f"a prefix of {32 * words} pages is too long for this GPU's shared memory")
         parts *= 2
 
 
-def masses_plan(card: Card, tensor: bool, tokens: int, heads: int, kv_heads: int, head_dim: int) -> Plan:
+def masses_plan(
+    card: Card, tensor: bool, tokens: int, heads: int, kv_heads: int, head_dim: int, sequences: int = 1
+) -> Plan:
     """Masses of pages."""
-    return _split_plan(card, "page_masses", tensor, tokens * (heads // kv_heads), kv_heads, head_dim)
+    plan = _split_plan(card, "page_masses", tensor, tokens * (heads // kv_heads), kv_heads, head_dim)
+    _, splits, blocks = plan.grid
+    return replace(plan, grid=(kv_heads, ceil(splits / sequences), blocks * sequences))
 
 
-def scores_plan(card: Card, tensor: bool, rows: int, kv_heads: int, head_dim: int) -> Plan:
-    """Bounds of pages for `rows` queries per kv head."""
+def scores_plan(
+    card: Card, tensor: bool, rows: int, kv_heads: int, head_dim: int, sequences: int = 1
+) -> Plan:
+    """Bounds of pages for `rows` queries per kv head of each sequence."""
     blocks = 2 * card.sms
     if not tensor or head_dim not in TENSOR_HEAD_DIMS:
-        grid = (kv_heads, max(1, blocks // kv_heads), ceil(rows / cu.PLAIN_ROWS))
+        grid = (kv_heads, max(1, blocks // (kv_heads * sequences)), ceil(rows / cu.PLAIN_ROWS) * sequences)
         return Plan("page_scores", grid, cu.SCORES_THREADS, cu.PLAIN_ROWS * 2 * head_dim * 4)
     tiles = ceil(rows / cu.SCORES_ROW_TILE) if rows <= 4 * cu.SCORES_ROW_TILE else 8
-    slices = ceil(rows / (cu.SCORES_ROW_TILE * tiles))
+    slices = ceil(rows / (cu.SCORES_ROW_TILE * tiles)) * sequences
     grid = (kv_heads, max(1, blocks // (kv_heads * slices)), slices)
     # A stage per warp: bases and steps, and two kinds of codes of 16 pages, with gaps of 16 bytes.
     stage = 4 * head_dim + 2 * cu.GROUP_PAGES * (head_dim // 2 + 16)

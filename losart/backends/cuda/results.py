@@ -73,10 +73,10 @@ class SelectedPages:
     ----------
     limit : int
         Pages of a kv head at most.
-    marks : uint32 [kv_heads, words], optional
+    marks : uint32 [sequences, kv_heads, words], optional
         One bit per page. Or:
     top : StoredView
-        int32 [kv_heads, rows, count] in the slot: pages that each row has selected, -1 for none.
+        int32 [kv_heads, rows, count] in each slot: pages that each row has selected, -1 for none.
     rows, count : int
     """
 
@@ -91,16 +91,18 @@ class SelectedPages:
         """As kernels take it."""
         if self.marks is None:
             return PagesView(None, self.top, 0, self.rows, self.count)
-        return PagesView(self.marks.data.ptr, self.top, self.marks.shape[1], 0, 0)
+        return PagesView(self.marks.data.ptr, self.top, self.marks.shape[2], 0, 0)
 
     def on_host(
-        self, slot: Slot, tokens: np.ndarray | None, kv_heads: int, group: int, stream: Any
+        self, index: int, slot: Slot, tokens: np.ndarray | None, kv_heads: int, group: int, stream: Any
     ) -> list[np.ndarray]:
-        """Page ids of each kv head, ascending, that tokens with `group` rows each read (None: all)."""
+        """Page ids of a sequence's kv heads, ascending, that tokens of `group` rows each read (None: all)."""
         if not self.limit:
             return [np.empty(0, np.int64)] * kv_heads
         if self.marks is not None:
-            bits = np.unpackbits(self.marks.get(stream=stream).view(np.uint8), axis=1, bitorder="little")
+            bits = np.unpackbits(
+                self.marks[index].get(stream=stream).view(np.uint8), axis=1, bitorder="little"
+            )
             return [np.flatnonzero(row) for row in bits]
         top = slot.array(self.top.offset, (kv_heads, self.rows, self.count), np.int32).get(stream=stream)
         if tokens is not None:
@@ -117,9 +119,12 @@ class PrefixParts:
 
     Attributes
     ----------
-    o : float32 [parts, tokens, heads, head_dim]
-    tops, totals : float32 [parts, tokens, heads]
-    tokens : int32 [tokens] or None
+    o : float32 [parts of all caches, tokens, heads, head_dim]
+    tops, totals : float32 [parts of all caches, tokens, heads]
+    caches : int
+    starts : int32 [caches + 1] or None
+        Every cache's first part; None: all have as many.
+    tokens : int32 [caches, tokens] or None
         Whose the parts are, -1 after the last; None: all tokens'.
     stored_queries, stored_o, stored_lse : StoredView
         Where `block_attention` stores their queries, if anywhere, and merged results, and finds the results
@@ -129,20 +134,26 @@ class PrefixParts:
     o: Any
     tops: Any
     totals: Any
+    caches: int = 1
+    starts: Any | None = None
     tokens: Any | None = None
     stored_queries: StoredView = NOTHING_STORED
     stored_o: StoredView = NOTHING_STORED
     stored_lse: StoredView = NOTHING_STORED
 
     @classmethod
-    def empty(cls, parts: int, tokens: int, heads: int, head_dim: int) -> PrefixParts:
+    def empty(
+        cls, parts: int, tokens: int, heads: int, head_dim: int, caches: int = 1, starts: Any | None = None
+    ) -> PrefixParts:
         """Parts for a kernel to write."""
         shape = (parts, tokens, heads)
         tops, totals = (cupy.empty(shape, np.float32) for _ in range(2))
-        return cls(cupy.empty((*shape, head_dim), np.float32), tops, totals)
+        return cls(cupy.empty((*shape, head_dim), np.float32), tops, totals, caches, starts)
 
     @property
     def view(self) -> PartsView:
         """As kernels take it."""
         parts, tokens = self.o.shape[:2]
-        return PartsView(self.o.data.ptr, self.tops.data.ptr, self.totals.data.ptr, parts, tokens)
+        starts = None if self.starts is None else self.starts.data.ptr
+        arrays = self.o.data.ptr, self.tops.data.ptr, self.totals.data.ptr
+        return PartsView(*arrays, starts, parts // self.caches, tokens)

@@ -14,15 +14,19 @@ from typing import Any
 
 import numpy as np
 
-from losart.backends.base import PassBody, PassOutput, Selection
-from losart.backends.cuda.batch import BatchBuffers, DeviceBatch
+from losart.backends.base import PassBody, PassOutput, Selection, StoredResults
+from losart.backends.cuda.batch import BatchBuffers, DeviceBatch, GroupShape, group_shape
+from losart.backends.cuda.kernels import Kernels
 from losart.backends.cuda.memory import DeviceMemory
-from losart.backends.cuda.pages import PagesInPlace
+from losart.backends.cuda.plans import prefix_plan
+from losart.backends.cuda.slots import Slot
+from losart.config.model import ModelConfig
 from losart.engine.batch import PassBatch, PassKind
 from losart.engine.sampling import NOT_FINITE, Proposals
 from losart.errors import NumericalError, OutOfMemoryError
 
-CAPTURED_PASSES = 32  # kept, those used last
+CAPTURED_PASSES = 64  # kept, those used last
+KEPT_SHAPES = 1024  # of passes whose inputs have a place
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +55,8 @@ class PassRunner:
     Parameters
     ----------
     memory : DeviceMemory
-    max_positions : int
+    config : ModelConfig
+    kernels : Kernels
 
     Attributes
     ----------
@@ -59,11 +64,12 @@ class PassRunner:
         The captured passes by their keys; None where one has been run once.
     """
 
-    def __init__(self, memory: DeviceMemory, max_positions: int) -> None:
+    def __init__(self, memory: DeviceMemory, config: ModelConfig, kernels: Kernels) -> None:
         self._memory = memory
-        self._buffers: dict[tuple[int, int], BatchBuffers] = {}
-        with memory.running("the page table"):
-            self._pages = PagesInPlace(max_positions)
+        self._config = config
+        self._kernels = kernels
+        self._buffers: OrderedDict[tuple[GroupShape, ...], BatchBuffers] = OrderedDict()
+        self._scratch: dict[StoredResults, Slot] = {}
         self.passes: OrderedDict[Hashable, Launched | None] = OrderedDict()
         memory.drop_graphs = self.passes.clear
 
@@ -82,22 +88,41 @@ class PassRunner:
 
     def place(self, batch: PassBatch) -> DeviceBatch:
         """Bring a pass's inputs to where its kernels look for them, on the current stream."""
-        sequences, stream = batch.sequences, self._memory.stream
-        if len(sequences) > 1 + batch.rides:
-            raise NotImplementedError("a pass on CUDA has one sequence")
-        shape = len(sequences), len(sequences[0].ids)
+        groups = [group for group, _ in batch.groups()]
+        shapes = tuple(group_shape(group, self._config.max_positions) for group in groups)
         if batch.kind is PassKind.PREFILL:
-            buffers = BatchBuffers(*shape)  # for this piece alone
+            buffers = self._new_buffers(shapes)  # for this piece alone
         else:
-            buffers = self._buffers.get(shape) or self._new_buffers(shape)
-        buffers.fill(batch, stream)
-        self._pages.place(sequences[0].cache.table, stream)
-        return DeviceBatch(batch, buffers, self._pages)
+            buffers = self._buffers.get(shapes) or self._kept_buffers(shapes)
+        scratch = [self._scratch_slot(*group) for group in zip(groups, shapes, strict=True)]
+        buffers.fill(batch, scratch, self._memory.stream)
+        return DeviceBatch(batch, buffers)
 
-    def _new_buffers(self, shape: tuple[int, int]) -> BatchBuffers:
+    def _kept_buffers(self, shapes: tuple[GroupShape, ...]) -> BatchBuffers:
+        if len(self._buffers) == KEPT_SHAPES:  # graphs of theirs would write to what others are given
+            self._buffers.clear()
+            self.passes.clear()
         with self._memory.running("a pass's inputs"):
-            buffers = self._buffers[shape] = BatchBuffers(*shape)
+            buffers = self._buffers[shapes] = self._new_buffers(shapes)
         return buffers
+
+    def _new_buffers(self, shapes: tuple[GroupShape, ...]) -> BatchBuffers:
+        c, kernels, plans = self._config, self._kernels, []
+        for shape in shapes:
+            sizes = shape.per_cache * shape.tokens, c.num_heads, c.num_kv_heads, c.head_dim, shape.caches
+            plans.append(prefix_plan(kernels.card, kernels.tensor_attention, *sizes))
+        return BatchBuffers(shapes, plans)
+
+    def _scratch_slot(self, group: PassBatch, shape: GroupShape) -> int:
+        """The address of a slot for the sequences that pad a group; 0 where none do, or it stores nothing."""
+        slot = group.sequences[-1].slot
+        if slot is None or shape.sequences == len(group.sequences):
+            return 0
+        if slot.stored not in self._scratch:
+            with self._memory.running("stored results"):
+                self._scratch[slot.stored] = Slot.empty(slot.stored, self._config)
+                self._scratch[slot.stored].memory.fill(0)
+        return int(self._scratch[slot.stored].memory.data.ptr)
 
     def _prefill(self, batch: PassBatch, body: PassBody) -> PassOutput:
         memory = self._memory
@@ -110,7 +135,7 @@ class PassRunner:
         """Replay a pass; None where it comes for the first time, or there is no memory to capture it."""
         passes = self.passes
         # An observed pass is captured for itself, since it keeps the arrays of its reads.
-        key = (body.key, observe, batch.tokens, batch.page_size, batch.chunk_positions)
+        key = (body.key, observe, batch.buffers.shapes)
         captured = passes.get(key)
         if captured is None:
             if key in passes:
@@ -137,18 +162,23 @@ class PassRunner:
 
     def _output(self, batch: DeviceBatch, launched: Launched) -> PassOutput:
         """Fetch what the pass gives."""
+        nothing = (0,) * len(batch.sequences)
         if not launched.proposes and not launched.counts:
-            return PassOutput((), (0,), (0,), launched.reads)
-        *read, results = batch.buffers.fetch()
-        # Commits that ride are dense.
-        positions, reading = ((0, count) if batch.rides else (count,) for count in read)
+            return PassOutput((), nothing, nothing, launched.reads)
+        reads, results = batch.buffers.fetch()
+        positions, reading = reads[batch.placed].T.tolist()
         if not launched.proposes:
             return PassOutput((), positions, reading, launched.reads)
-        tokens, confidence, entropy, finite = results[:, : len(batch.sequence.masked)]
-        if not finite.all():
-            return PassOutput((NumericalError(NOT_FINITE),), positions, reading, launched.reads)
-        proposals = Proposals(tokens.astype(np.int64), confidence.view(np.float32), entropy.view(np.float32))
-        return PassOutput((proposals,), positions, reading, launched.reads)
+        ids, (confidence, entropy) = results[0].astype(np.int64), results[1:3].view(np.float32)
+        proposals: list[Proposals | NumericalError] = []
+        end = 0
+        for sequence in batch.sequences:
+            if sequence.kind.denoises:
+                rows = slice(end, end := end + len(sequence.masked))
+                finite = results[3, rows].all()
+                of_rows = Proposals(ids[rows], confidence[rows], entropy[rows])
+                proposals.append(of_rows if finite else NumericalError(NOT_FINITE))
+        return PassOutput(proposals, positions, reading, launched.reads)
 
 
 def _launch(batch: DeviceBatch, body: PassBody, observe: bool) -> Launched:

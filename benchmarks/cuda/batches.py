@@ -1,0 +1,158 @@
+"""Many sequences at once: blocks decoded together, from caches that hold noise in place of a prompt."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import cupy
+import numpy as np
+
+from benchmarks.cuda.model import NoiseModel
+from benchmarks.cuda.noise import kv_bytes, weight_bytes, written_cache
+from benchmarks.cuda.timing import queued_microseconds
+from benchmarks.support.attempts import attempt, free_memory, ratio
+from losart.backends.cuda.matmul import blas_matmul
+from losart.config.options import generation_config
+from losart.config.precision import BFLOAT16
+from losart.engine.batch import PassBatch, PassResult
+from losart.engine.engine import Engine, Run
+from losart.models.transformer import Transformer
+
+NEW_TOKENS = 256
+DENSE: dict[str, Any] = {}
+LOSA = {"attention": "losa", "budget": 128}
+METHODS = {
+    "dense": DENSE,
+    "losa": LOSA,
+    "losa 5": LOSA | {"active": 5},
+    "losa, first pass and commit sparse": LOSA | {"first_pass": "sparse", "commit": "sparse"},
+}
+# Size, sequences, prompt, block length, passes per block, methods.
+RUNS: tuple[tuple[str, int, int, int, int, tuple[str, ...]], ...] = (
+    ("4B", 128, 512, 4, 4, ("dense",)),
+    ("4B", 128, 512, 4, 2, ("dense",)),
+    ("8B", 128, 512, 4, 4, ("dense",)),
+    ("8B", 128, 512, 4, 2, ("dense",)),
+    ("8B", 8, 65536, 16, 16, tuple(METHODS)),
+    ("8B", 4, 131072, 16, 16, tuple(METHODS)),
+)
+QUICK = (("1.7B", 32, 512, 4, 4, ("dense",)), ("1.7B", 8, 16384, 16, 16, tuple(METHODS)))
+
+
+def rows(bandwidth: float, quick: bool = False) -> Iterator[dict[str, Any]]:
+    """One row per size, number of sequences and method."""
+    rate = attempt(matmul_rate)
+    model: Any = None
+    loaded = ""
+    for size, sequences, prompt, block, passes, methods in QUICK if quick else RUNS:
+        if size != loaded:
+            del model
+            free_memory()
+            model, loaded = attempt(NoiseModel, size, PassTimes), size
+        row = {"size": size, "sequences": sequences, "prompt": prompt, "block": block, "passes": passes}
+        caches = model if isinstance(model, str) else attempt(noise_caches, model, sequences, prompt, block)
+        if isinstance(caches, str):
+            yield row | {"method": caches}
+            continue
+        dense = None
+        for name in methods:
+            options = METHODS[name] | {"block_length": block, "denoising_steps": passes}
+            measured = attempt(decode, model, caches, prompt, options)
+            if isinstance(measured, str):
+                yield row | {"method": name, "tokens a second": measured}
+                continue
+            dense = measured["tokens a second"] if name == "dense" else dense
+            floor = pass_floor(model, sequences, prompt, measured, bandwidth, rate)
+            yield (
+                row
+                | {"method": name}
+                | measured
+                | {
+                    "floor ms": floor,
+                    "pass/floor": ratio(measured["pass ms"], floor),
+                    "method/dense": ratio(measured["tokens a second"], dense),
+                }
+            )
+        del caches
+        free_memory()
+
+
+class PassTimes(Transformer):
+    """Notes the seconds and rows of each pass, which is waited for."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.passes: list[tuple[float, int]] = []
+
+    def forward(self, batch: PassBatch, observe: bool = False) -> PassResult:
+        backend: Any = self.backend
+        began = time.perf_counter()
+        result = super().forward(batch, observe)
+        backend.memory.stream.synchronize()
+        self.passes.append((time.perf_counter() - began, batch.tokens))
+        return result
+
+
+def noise_caches(model: NoiseModel, sequences: int, prompt: int, block: int) -> list[Any]:
+    """Caches that hold a prompt each."""
+    c, random = model.config, cupy.random.RandomState(0)
+
+    def draw(_layer: int, _start: int, count: int) -> tuple[Any, Any]:
+        shape = (count, c.num_kv_heads, c.head_dim)
+        return random.standard_normal(shape, np.float32), random.standard_normal(shape, np.float32)
+
+    with model.backend.memory.stream:
+        return [written_cache(model.backend, prompt, NEW_TOKENS + block, draw) for _ in range(sequences)]
+
+
+def decode(model: NoiseModel, caches: list[Any], prompt: int, options: dict[str, Any]) -> dict[str, Any]:
+    """New tokens of all sequences over the time that they take, after a round that captures."""
+    fixed = {"remasking": "low_confidence_static", "stop_token_ids": [], "max_new_tokens": NEW_TOKENS}
+    config = generation_config(model.config, fixed | options)
+    ids = np.random.default_rng(0).integers(model.config.vocab_size, size=prompt).tolist()
+    engine = Engine(model.transformer, len(caches))
+    for _ in range(2):
+        for cache in caches:
+            cache.length = prompt
+        runs = [Run(engine.sequence(ids, config, cache)) for cache in caches]
+        model.transformer.passes.clear()
+        began = time.perf_counter()
+        for run in runs:
+            engine._join(run)
+        for run in runs:
+            while engine._advance(run):
+                run.steps.clear()
+        seconds = time.perf_counter() - began
+    times, rows = (sum(of_all) for of_all in zip(*model.transformer.passes, strict=True))
+    count = len(model.transformer.passes)
+    stats = [run.sequence.result().stats for run in runs]
+    return {
+        "tokens a second": len(caches) * NEW_TOKENS / seconds,
+        "pass ms": 1e3 * times / count,
+        "between passes ms": 1e3 * (seconds - times) / count,
+        "rows": rows / count,
+        "density": float(np.mean([one.density for one in stats])),
+    }
+
+
+def pass_floor(
+    model: NoiseModel, sequences: int, prompt: int, measured: dict[str, Any], bandwidth: float, rate: Any
+) -> float | None:
+    """Milliseconds of a mean pass: bytes over the copy bandwidth, and operations over the rate of matmuls."""
+    if isinstance(rate, str):
+        return None
+    weights = weight_bytes(model.config)
+    kv = sequences * model.config.num_layers * kv_bytes(model.config, prompt) * measured["density"]
+    operations = measured["rows"] * weights  # two per 16-bit weight and row
+    return 1e3 * ((weights + kv) / bandwidth + operations / rate)
+
+
+def matmul_rate() -> float:
+    """Operations per second of a large product by cuBLAS."""
+
+    size = 8192
+    x, y = (cupy.zeros((size, size), np.uint16) for _ in range(2))
+    stream = cupy.cuda.get_current_stream()
+    return 2e6 * size**3 / queued_microseconds(stream, lambda: blas_matmul(x, y, BFLOAT16), 5)

@@ -1,0 +1,257 @@
+"""Sequences that share a pass on the device give what each gives alone: operations, and whole generations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from cuda_arrays import on_host, stored_array
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from kv import steady
+from passes import block_batch
+from test_cuda_kernels import (
+    DTYPES,
+    TOLERANCE,
+    assert_close,
+    cards,
+    filled_cache,
+    new_backend,
+    random_pieces,
+    shapes,
+    to_device,
+    widened,
+)
+
+import losart
+from losart.backends.base import ActiveRule, StoredResults
+from losart.engine.batch import PassBatch, PassKind
+from losart.engine.engine import Stream
+
+pytestmark = pytest.mark.gpu
+
+COUNT = 3  # pages per query
+
+
+class Prefix:
+    """One sequence's cache and slot, and its queries, keys and values in three passes over a block."""
+
+    def __init__(
+        self, backend: Any, dtype: str, shape: dict[str, int], tokens: int, length: int, anchor: bool
+    ) -> None:
+        rng = np.random.default_rng(7 * length + tokens)
+        kv_heads, heads, width = shape["kv_heads"], shape["kv_heads"] * shape["group"], shape["width"]
+        k, v = (rng.standard_normal((length, kv_heads, width), np.float32) for _ in range(2))
+        self.cache = filled_cache(backend, k, v, 16, random_pieces(rng, length))
+        self.cache.reserve(length + 2 * tokens)
+        rows = tokens * shape["group"] if anchor else 0
+        self.slot = backend.new_slot(StoredResults(tokens, True, COUNT if anchor else 0, rows))
+        first = rng.standard_normal((tokens, heads, width), np.float32)
+        changed = rng.random(tokens) < 0.4
+        later = first + changed[:, None, None] * rng.standard_normal(first.shape, np.float32)
+        self.q = [first, later, rng.standard_normal(first.shape, np.float32)]
+        self.k, self.v = (
+            [rng.standard_normal((tokens, kv_heads, width), np.float32) for _ in range(3)] for _ in range(2)
+        )
+        self.masked = np.flatnonzero(rng.random(tokens) < 0.6)
+
+
+def passes(backend: Any, prefixes: list[Prefix], tokens: int, anchor: bool, masked_only: bool) -> list[Any]:
+    """What a first pass, a later one, and a commit with the next first pass give, of each sequence."""
+    found: list[list[Any]] = [[] for _ in prefixes]
+
+    def placed(kind: PassKind, rides: bool = False) -> tuple[Any, PassBatch]:
+        sequences: list[Any] = []
+        for one in prefixes:
+            if rides:
+                sequences += block_batch(one.cache, tokens, PassKind.COMMIT).sequences
+                one.cache.length += tokens
+            batch = block_batch(one.cache, tokens, kind, slot=one.slot, masked=one.masked)
+            sequences += batch.sequences
+            one.cache.length -= tokens * rides
+        batch = PassBatch(tuple(sequences))
+        return backend.runner.place(batch), batch
+
+    def block(index: int, rides: bool = False) -> list[Any]:
+        arrays = []
+        for name in ("q", "k", "v"):
+            numbers = (index, index - 1) if rides else (index,)
+            rows = [getattr(one, name)[number] for one in prefixes for number in numbers]
+            arrays.append(to_device(backend, np.concatenate(rows)))
+        return arrays
+
+    def keep(o: Any, rows: int) -> None:
+        o = on_host(backend, o)
+        for index, of_sequence in enumerate(found):
+            of_sequence.append(o[index * rows : (index + 1) * rows])
+            names = ("queries", "o", "lse")
+            of_sequence += on_host(
+                backend, *(stored_array(backend, prefixes[index].slot, name) for name in names)
+            )
+
+    selector = backend.selectors["auto"]
+    with backend.memory.stream:
+        batch, _ = placed(PassKind.FIRST)
+        q, k, v = block(0)
+        if anchor:
+            parts, masses = backend.prefix_attention_and_masses(0, q, batch)
+            backend.store_top_pages(0, masses, batch, COUNT, summed=False)
+        else:
+            parts = backend.prefix_attention(0, q, batch)
+        parts = backend.store_attention(0, q, parts, batch)
+        keep(backend.block_attention(q, k, v, parts, batch), tokens)
+
+        batch, host = placed(PassKind.LATER)
+        q, k, v = block(1)
+        rule = ActiveRule(tokens, 0.3, masked_only, follow=False)
+        active = selector.select_active(0, q, batch, rule)
+        if anchor:
+            selection = selector.select_stored_pages(0, active, batch)
+        else:
+            selection = selector.select_pages(0, q, active, batch, COUNT)
+        parts = backend.refresh_prefix_attention(0, q, selection, batch, store_queries=True)
+        keep(backend.block_attention(q, k, v, parts, batch), tokens)
+        reads, _ = batch.buffers.fetch()
+        for of_sequence, selected, read in zip(found, backend.on_host(selection, host), reads, strict=False):
+            of_sequence += [selected.tokens, selected.change, *selected.pages, read]
+
+        batch, _ = placed(PassKind.FIRST, rides=True)
+        q, k, v = block(2, rides=True)
+        backend.write_kv(0, k, v, batch)
+        parts = backend.store_attention(0, q, backend.prefix_attention(0, q, batch), batch)
+        keep(backend.block_attention(q, k, v, parts, batch), 2 * tokens)
+    return found
+
+
+@steady(40)
+@given(
+    st.sampled_from(DTYPES),
+    shapes(),
+    st.sampled_from([1, 3, 4, 16]),
+    st.lists(st.one_of(st.integers(0, 60), st.integers(200, 1500)), min_size=2, max_size=5),
+    cards(),
+    st.booleans(),
+    st.booleans(),
+)
+@example("bfloat16", {"kv_heads": 8, "group": 4, "width": 128}, 16, [2300, 40, 9000], {}, False, False)
+@example("bfloat16", {"kv_heads": 8, "group": 4, "width": 128}, 4, [700] * 20 + [0, 3], {}, False, True)
+@example("float32", {"kv_heads": 2, "group": 2, "width": 16}, 4, [100] * 19, {}, True, False)
+def test_operations_of_several_sequences(dtype, shape, tokens, lengths, card, anchor, masked_only):
+    backend = new_backend(dtype, card, layers=2, max_positions=1 << 14, **shape)
+
+    def prefixes() -> list[Prefix]:
+        return [Prefix(backend, dtype, shape, tokens, length, anchor) for length in lengths]
+
+    together = passes(backend, prefixes(), tokens, anchor, masked_only)
+    for one, found in zip(prefixes(), together, strict=True):
+        (alone,) = passes(backend, [one], tokens, anchor, masked_only)
+        assert len(found) == len(alone)
+        for array, expected in zip(found, alone, strict=True):
+            if array.dtype == np.uint16:
+                array, expected = (widened(x, dtype) for x in (array, expected))
+            if dtype == "float32" or not np.issubdtype(array.dtype, np.floating):
+                np.testing.assert_array_equal(array, expected)
+            elif np.isfinite(expected).all():
+                assert_close(array, expected, TOLERANCE[dtype])
+            else:
+                np.testing.assert_array_equal(array, expected)
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"block_length": 7, "temperature": 0.8, "seed": 5},
+    {"attention": "losa", "budget": 32},
+    {"attention": "losa", "budget": 32, "active": 2, "candidates": "masked", "remasking": "sequential"},
+    {"attention": "losa", "budget": 32, "selector": "anchor", "block_length": 6},
+    {"attention": "losa", "budget": 32, "commit": "sparse", "first_pass": "sparse"},
+    {"attention": "losa", "budget": 32, "planner": "host"},
+    {"attention": "quest", "budget": 48, "page_size": 48},
+    {"attention": "sparsed", "budget": 32, "remasking": "low_confidence_static", "denoising_steps": 3},
+    {"remasking": "entropy_bounded", "eb_threshold": 2.0, "top_k": 5, "temperature": 1.0, "seed": 1},
+]
+PROMPTS = [np.random.default_rng(seed).integers(0, 300, 3 + 90 * seed).tolist() for seed in range(5)]
+
+
+def options_of(number: int, new: int) -> dict[str, Any]:
+    return {"block_length": 4, "stop_token_ids": [], "max_new_tokens": new, **OPTIONS[number]}
+
+
+def facts(result: losart.GenerationResult) -> Any:
+    stats = result.stats
+    counts = stats.denoising_passes, stats.commit_passes, stats.rides, stats.prefilled_tokens
+    return result.token_ids, counts, (stats.density, stats.sparse_density, stats.active_fraction)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_checkpoint) -> losart.Model:
+    return losart.load(tiny_checkpoint, "cuda", "float32")
+
+
+ALONE: dict[Any, Any] = {}
+
+
+def alone(model: losart.Model, prompt: int, number: int, new: int) -> Any:
+    key = prompt, number, new
+    if key not in ALONE:
+        ALONE[key] = facts(model.generate(PROMPTS[prompt], **options_of(number, new)))
+    return ALONE[key]
+
+
+@pytest.mark.parametrize("number", range(len(OPTIONS)))
+def test_a_list_of_prompts_is_decoded_together(model, number):
+    expected = [alone(model, prompt, number, 24) for prompt in range(len(PROMPTS))]
+    for _ in range(3):  # launched one by one, captured, and replayed
+        results = model.generate(PROMPTS, **options_of(number, 24))
+        assert [facts(result) for result in results] == expected
+        assert results[-1].stats.mean_sequences > 2
+
+
+requests = st.tuples(
+    st.integers(0, len(PROMPTS) - 1),
+    st.integers(0, len(OPTIONS) - 1),
+    st.sampled_from([1, 5, 16, 30]),
+    st.integers(0, 12),  # steps of others before it comes
+    st.one_of(st.none(), st.integers(0, 3)),  # own steps before it is cancelled
+)
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.lists(requests, min_size=2, max_size=12), st.sampled_from([3, 16]), st.randoms())
+def test_each_generation_is_what_it_is_alone(model, asked, places, random):
+    engine = losart.Engine(model, max_sequences=places)
+    coming = sorted(enumerate(asked), key=lambda one: one[1][3])
+    streams: dict[int, Stream] = {}
+    taken = dict.fromkeys(range(len(asked)), 0)
+    steps = 0
+    while coming or streams:
+        while coming and (not streams or coming[0][1][3] <= steps):
+            index, (prompt, number, new, *_) = coming.pop(0)
+            streams[index] = engine.submit(PROMPTS[prompt], **options_of(number, new))
+        index = random.choice(list(streams))
+        prompt, number, new, _, cancelled = asked[index]
+        if taken[index] == cancelled:
+            streams.pop(index).cancel()
+            continue
+        step = next(streams[index])
+        steps, taken[index] = steps + 1, taken[index] + 1
+        if step.result is not None:
+            assert facts(step.result) == alone(model, prompt, number, new)
+            del streams[index]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_answers_of_the_shipped_checkpoint_in_16_bits(dtype):
+    """Rounding may differ; what it answers does not."""
+    model = losart.load(device="cuda", dtype=dtype)
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(200, model.config.vocab_size, 300 + 211 * n).tolist() for n in range(7)]
+    for options in ({}, {"attention": "losa", "budget": 64}, {"attention": "quest", "budget": 64}):
+        options |= {"max_new_tokens": 48, "stop_token_ids": []}
+        together = model.generate(prompts, **options)
+        equal = 0
+        for prompt, result in zip(prompts, together, strict=True):
+            one = model.generate(prompt, **options)
+            equal += one.token_ids == result.token_ids
+            assert result.stats.density == pytest.approx(one.stats.density, rel=0.2)
+        assert equal >= len(prompts) - 2
