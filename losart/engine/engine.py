@@ -331,8 +331,9 @@ class Engine:
             if not asked.ended and asked.commits:
                 self._run(running)
             return
-        prefilling = [run for run in running if run.prefills]
-        decoding = [run for run in running if not run.prefills]
+        prefilling, decoding = list[Run](), list[Run]()
+        for run in running:
+            (prefilling if run.prefills else decoding).append(run)
         # Others have a pass after so many tokens of prompts, which is one piece of a long one.
         if prefilling and not (self._prefilled >= self.runner.prefill_tokens and decoding):
             run = asked if asked in prefilling else prefilling[0]
@@ -390,7 +391,7 @@ class Engine:
                 [next(layers) for _ in requests] if result.layers else (),
             )
             if not run.left:
-                run.sequence.shared += 0 if run.prefills else len(passes)
+                run.sequence.shared += 0 if batch.kind is PassKind.PREFILL else len(passes)
                 self._apply(run, requests, of_run, seconds)
 
     def _request(self, run: Run) -> tuple[SequencePass, ...]:
@@ -415,7 +416,7 @@ class Engine:
         """Apply a pass's result to its sequence and call its listeners; an error ends this run alone."""
         sequence = run.sequence
         try:
-            if run.prefills:
+            if requests[0].kind is PassKind.PREFILL:
                 sequence.prefill_seconds += seconds
             else:
                 sequence.decode_seconds += seconds
@@ -451,7 +452,7 @@ class Engine:
 def _order(requests: tuple[SequencePass, ...]) -> tuple[Any, ...]:
     """Equal for passes that share their operations, and comparable."""
     *key, attention = operations_key(requests)
-    return *key, hash(attention)
+    return *key, id(attention)  # equal ones are one: generation_config
 
 
 def _known(proposals: Ids[Proposals | NumericalError]) -> list[Proposals]:

@@ -172,19 +172,21 @@ class Sequence:
 
     def _fix(self, proposals: Proposals) -> list[int]:
         """Fix proposals as the remasking strategy says; the last pass that is allowed fixes all."""
-        chosen = np.zeros(len(self._masked), bool)
+        masked, tokens = self._masked, proposals.tokens
         if self._passes < len(self._counts) - 1:
+            chosen = np.zeros(len(masked), bool)
             chosen[self._select(proposals, self._counts[self._passes], self.options)] = True
+            fixed, tokens = masked[chosen], tokens[chosen]
+            self._masked = masked[~chosen]
         else:
-            chosen[:] = True
-        fixed = self._masked[chosen]
-        self._block[fixed] = proposals.tokens[chosen]
-        self._masked = self._masked[~chosen]
+            fixed, self._masked = masked, masked[:0]
+        self._block[fixed] = tokens
         self._passes += 1
         self.denoising_passes += 1
         gap = int(self._masked[0]) if len(self._masked) else len(self._block)
-        self.output.extend(self._block[self._known : gap].tolist())
-        self._known = gap
+        if gap > self._known:
+            self.output.extend(self._block[self._known : gap].tolist())
+            self._known = gap
         return fixed.tolist()
 
     def _step(self, kind: PassKind, start: int, fixed: list[int]) -> Step:

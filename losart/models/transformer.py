@@ -139,8 +139,11 @@ class Transformer:
         output = self.backend.run(batch, PassBody(self._pass, self._key(batch)), observe)
         if batch.kind is PassKind.PREFILL:
             return PassResult()
-        counted = zip(batch.sequences, output.positions, output.tokens, strict=True)
-        reads = [self.policy(sequence.options).reads(sequence.kind, *read) for sequence, *read in counted]
+        counted = iter(zip(output.positions, output.tokens, strict=True))
+        reads = []
+        for group, _ in batch.groups():
+            policy = self.policy(group.options)
+            reads += [policy.reads(one.kind, *next(counted)) for one in group.sequences]
         if not observe:
             return PassResult(output.proposals, reads)
         layers = []

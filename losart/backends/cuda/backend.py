@@ -28,7 +28,14 @@ from losart.backends.cuda.matmul import blas_matmul
 from losart.backends.cuda.matmul_plans import matmul_plan
 from losart.backends.cuda.memory import DeviceMemory
 from losart.backends.cuda.pages import CudaPageTable
-from losart.backends.cuda.plans import Card, causal_plan, masses_plan, prefix_plan, sparse_plan
+from losart.backends.cuda.plans import (
+    Card,
+    block_plan,
+    causal_plan,
+    masses_plan,
+    prefix_plan,
+    sparse_plan,
+)
 from losart.backends.cuda.results import NO_MATMUL, NOTHING_STORED, Matmul, PrefixParts, Weight
 from losart.backends.cuda.runner import PassRunner
 from losart.backends.cuda.selector import DeviceSelector
@@ -44,6 +51,7 @@ from losart.kernels_cu import constants as cu
 from losart.kernels_cu.tensor_map import tensor_map
 
 LOGIT_SLICES = 64  # of a row of logits, each a thread block's
+MANY_NORM_THREADS = 256  # of add_rms_norm where there are more tokens than SMs
 
 
 class CudaBackend:
@@ -161,7 +169,8 @@ class CudaBackend:
         if plan.boxes:
             boxes = zip((x, weight.values), plan.boxes, strict=True)
             maps = (tensor_map(matrix.data.ptr, *matrix.shape, box_rows) for matrix, box_rows in boxes)
-            self.kernels.launch_plan(plan, *maps, planes, tokens, rows, inner)
+            self.kernels.launch_plan(plan, *maps, planes, tokens, rows, inner, plan.parts)
+            return Matmul(planes, bias, plan.parts)
         elif plan.kernel == "linear_tensor":
             self.kernels.launch_plan(plan, x, weight.view, planes, tokens, plan.share)
             return Matmul(planes, bias, -(-inner // cu.STEP_COLUMNS), plan.share)
@@ -180,10 +189,14 @@ class CudaBackend:
     def add_rms_norm(self, x: Any, delta: Matmul | None, gain: Any) -> tuple[Any, Any]:
         tokens, hidden = x.shape
         total, y = cupy.empty_like(x), self._activations(x.shape)
+        # Of many tokens several thread blocks at once hide each other's latency; float32 sums the same way
+        # however many tokens there are.
+        many = tokens > self.kernels.card.sms and self.precision.activations.bits == 16
+        most = MANY_NORM_THREADS if many else cu.NORM_MAX_THREADS
         self.kernels.launch(
             "add_rms_norm",
             (tokens,),
-            min(cu.NORM_MAX_THREADS, -(-hidden // (4 * cu.WARP)) * cu.WARP),
+            min(most, -(-hidden // (4 * cu.WARP)) * cu.WARP),
             *(x, NO_MATMUL if delta is None else delta.view, gain, total, y, hidden),
             self.config.rms_norm_eps,
             shared=cu.NORM_CHANNEL_BYTES * hidden,
@@ -281,14 +294,13 @@ class CudaBackend:
         c, (tokens, heads, head_dim) = self.config, q.shape
         o, fresh, shape = self._activations(q.shape), prefix.tokens, batch.shape
         fresh_count = 0 if fresh is None else fresh.shape[1]
-        self.kernels.launch_rows(
-            "block_attention",
-            tokens,
-            heads,
+        sixteen_bit = self.precision.activations.bits == 16
+        plan = block_plan(self.kernels.card, tokens, heads, shape.tokens, sixteen_bit)
+        self.kernels.launch_plan(
+            plan,
             *(q, k, v, prefix.view, fresh, fresh_count),
             *(prefix.stored_queries, prefix.stored_o, prefix.stored_lse),
             *(o, shape.tokens, shape.per_cache * shape.tokens, heads, c.num_kv_heads, head_dim),
-            shared=4 * cu.WARP_ROWS * shape.tokens,
         )
         return o
 

@@ -21,6 +21,7 @@ TENSOR_HEAD_DIMS = (64, 128)
 # itself. Where caches are many, they alone keep all SMs at work.
 SPLITS, FEW_SPLITS, FEW = 4, 2, 16
 LEAST_PART_TILES = 4
+FEW_BLOCKS, MANY_BLOCKS = 4, 8  # of block_attention per SM
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Plan:
     Attributes
     ----------
     parts : int
-        linear_tensor: planes of partial sums; prefix attention: parts to be merged.
+        linear_tensor, linear_hopper: planes of partial sums; prefix attention: parts to be merged.
     share : int
         linear_tensor: units per block; dense prefix attention: parts of one cache by itself.
     tile : int
@@ -140,6 +141,17 @@ def divide_prefixes(lengths: np.ndarray, plan: Plan) -> tuple[np.ndarray, np.nda
     return starts, owners
 
 
+def block_plan(card: Card, tokens: int, heads: int, block_tokens: int, sixteen_bit: bool) -> Plan:
+    """Attention of so many tokens in all over their blocks."""
+    grid = (tokens, ceil(heads / cu.WARP_ROWS))
+    # In 16 bits only: parts are summed in another order, which float32 does not depend on. Registers spill on
+    # other architectures.
+    many = sixteen_bit and card.hopper and grid[0] * grid[1] > 2 * FEW_BLOCKS * card.sms
+    parts, keys, blocks = (4, 4, MANY_BLOCKS) if many else (16, 8, FEW_BLOCKS)
+    defines = (("PART_BATCH", parts), ("KEY_BATCH", keys), ("BLOCKS_PER_SM", blocks))
+    return Plan("block_attention", grid, cu.WARP_ROWS_THREADS, 4 * cu.WARP_ROWS * block_tokens, defines)
+
+
 def sparse_plan(
     card: Card,
     tensor: bool,
@@ -161,7 +173,7 @@ def sparse_plan(
     tile = cu.TENSOR_TILE if tensor else cu.PLAIN_TILE
     plan = _split_plan(*shape)
     # Without tensor cores as many as for one sequence, so that it gives the same sums.
-    parts = plan.parts if sequences == 1 or not tensor else ceil(2 * plan.parts / sequences)
+    parts = plan.parts if sequences == 1 or not tensor else max(1, plan.parts // sequences)
     while True:
         capacity = ceil(ceil(ceil(pages * page_size / tile) / parts) * tile / page_size) + 1
         plan = _split_plan(*shape, extra=4 * (capacity + words))

@@ -170,14 +170,14 @@ class PassRunner:
         if not launched.proposes:
             return PassOutput((), positions, reading, launched.reads)
         ids, (confidence, entropy) = results[0].astype(np.int64), results[1:3].view(np.float32)
+        finite = results[3].tolist()
         proposals: list[Proposals | NumericalError] = []
         end = 0
         for sequence in batch.sequences:
             if sequence.kind.denoises:
                 rows = slice(end, end := end + len(sequence.masked))
-                finite = results[3, rows].all()
                 of_rows = Proposals(ids[rows], confidence[rows], entropy[rows])
-                proposals.append(of_rows if finite else NumericalError(NOT_FINITE))
+                proposals.append(of_rows if all(finite[rows]) else NumericalError(NOT_FINITE))
         return PassOutput(proposals, positions, reading, launched.reads)
 
 
