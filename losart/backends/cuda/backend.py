@@ -50,7 +50,8 @@ from losart.errors import ConfigError
 from losart.kernels_cu import constants as cu
 from losart.kernels_cu.tensor_map import tensor_map
 
-LOGIT_SLICES = 64  # of a row of logits, each a thread block's
+LOGIT_SLICES, MANY_LOGIT_SLICES = 64, 16  # of a row of logits, each a thread block's, of few rows and many
+MANY_LOGITS = 64  # rows
 MANY_NORM_THREADS = 256  # of add_rms_norm where there are more tokens than SMs
 
 
@@ -189,9 +190,8 @@ class CudaBackend:
     def add_rms_norm(self, x: Any, delta: Matmul | None, gain: Any) -> tuple[Any, Any]:
         tokens, hidden = x.shape
         total, y = cupy.empty_like(x), self._activations(x.shape)
-        # Of many tokens several thread blocks at once hide each other's latency; float32 sums the same way
-        # however many tokens there are.
-        many = tokens > self.kernels.card.sms and self.precision.activations.bits == 16
+        # Of many tokens several thread blocks at once hide each other's latency.
+        many = tokens > self.kernels.card.sms and self._sixteen_bit
         most = MANY_NORM_THREADS if many else cu.NORM_MAX_THREADS
         self.kernels.launch(
             "add_rms_norm",
@@ -235,6 +235,11 @@ class CudaBackend:
             threads,
             *(batch.caches_view(layer), k, v, shape.tokens, stride, shape.per_cache),
         )
+
+    @property
+    def _sixteen_bit(self) -> bool:
+        """Whether sums may depend on how many rows there are: not those of float32."""
+        return self.precision.activations.bits == 16
 
     def _activations(self, shape: tuple[int, ...]) -> Any:
         return cupy.empty(shape, self.precision.activations.bits_array)
@@ -294,8 +299,7 @@ class CudaBackend:
         c, (tokens, heads, head_dim) = self.config, q.shape
         o, fresh, shape = self._activations(q.shape), prefix.tokens, batch.shape
         fresh_count = 0 if fresh is None else fresh.shape[1]
-        sixteen_bit = self.precision.activations.bits == 16
-        plan = block_plan(self.kernels.card, tokens, heads, shape.tokens, sixteen_bit)
+        plan = block_plan(self.kernels.card, tokens, heads, shape.tokens, self._sixteen_bit)
         self.kernels.launch_plan(
             plan,
             *(q, k, v, prefix.view, fresh, fresh_count),
@@ -345,16 +349,17 @@ class CudaBackend:
             gathered = hidden[-rows:]
         logits = self.linear(gathered, head)
         vocab = logits.rows
-        slices = cupy.empty((rows, LOGIT_SLICES, cu.LOGIT_ROW_BYTES), np.uint8)
+        count = MANY_LOGIT_SLICES if rows > MANY_LOGITS and self._sixteen_bit else LOGIT_SLICES
+        slices = cupy.empty((rows, count, cu.LOGIT_ROW_BYTES), np.uint8)
         kept = cupy.empty((rows, vocab), np.float32) if batch.samples else None
         self.kernels.launch(
             "logit_slices",
-            (LOGIT_SLICES, rows),
+            (count, rows),
             cu.SLICE_THREADS,
             *(logits.view, batch.view, slices, kept),
-            shared=16 * -(-vocab // (4 * LOGIT_SLICES)),
+            shared=16 * -(-vocab // (4 * count)),
         )
-        arguments = (slices, LOGIT_SLICES, kept, vocab, batch.view, *results)
+        arguments = (slices, count, kept, vocab, batch.view, *results)
         self.kernels.launch("sample", (rows,), cu.SAMPLE_THREADS, *arguments)
         return results
 

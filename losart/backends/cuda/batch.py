@@ -183,10 +183,14 @@ class BatchBuffers:
             host.ids[row : row + len(of_group) * tokens] = np.concatenate([one.ids for one in of_group])
             positions = host.lengths[every, None] + np.arange(tokens, dtype=np.int32)
             host.positions[row : row + shape.rows] = positions.reshape(-1)
-            for number, one in enumerate(of_group):
-                if one.kind.denoises:
-                    rows.append(one.masked + (row + number * tokens))
-                    denoised.append(one)
+            if shape.denoises:
+                per_cache = shape.per_cache
+                denoised += of_group[per_cache - 1 :: per_cache]
+                offsets = range(row + (per_cache - 1) * tokens, row + shape.rows, per_cache * tokens)
+                rows += [
+                    offset + one.masked
+                    for offset, one in zip(offsets, of_group[per_cache - 1 :: per_cache], strict=False)
+                ]
             if (parts := self._parts[index]) is not None:
                 ends = host.lengths[every][shape.per_cache - 1 :: shape.per_cache]
                 host.starts[parts[0]], host.owners[parts[1]] = divide_prefixes(ends, self._plans[index])

@@ -17,6 +17,7 @@ MEMORY_BYTES = 2000  # per clock, of all SMs
 TILE_CLOCKS = 2000  # of a tile, before its first step's copies have arrived and after its last one
 SPLITS = (1, 2, 3, 4, 6, 8)  # of a tile's columns
 LEAST_STEPS = 8  # of a split
+MOST_SKINNY_ON_HOPPER = 32  # by single matmuls on an H200; of up to 32 tokens linear_tensor sums alike
 MIN_SHARE = 16  # units per block of linear_tensor with one block per SM: adding up planes costs time too
 
 
@@ -26,7 +27,7 @@ def matmul_plan(card: Card, tensor: bool, tokens: int, rows: int, inner: int) ->
     if not tensor or inner % 8:
         grid = (ceil(rows / cu.LINEAR_ROWS), ceil(tokens / cu.LINEAR_TOKENS))
         return Plan("linear", grid, cu.LINEAR_THREADS, 0)
-    if tokens > cu.SKINNY_TOKENS and card.hopper:
+    if tokens > MOST_SKINNY_ON_HOPPER and card.hopper:
         return min(hopper_matmul_plans(card, tokens, rows, inner), key=lambda timed: timed[0])[1]
     if tokens > cu.SKINNY_TOKENS:
         stage = (cu.TILE_TOKENS + cu.TILE_ROWS) * cu.STEP_COLUMNS * 2
