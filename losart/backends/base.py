@@ -193,6 +193,10 @@ class Backend(Protocol):
     batch_rows: int  # that a pass over several sequences may have; 0: a pass has one sequence
 
     @property
+    def beside_tokens(self) -> int:
+        """The same while other sequences wait for their passes."""
+
+    @property
     def selectors(self) -> Mapping[str, Selector]:
         """What selects tokens and pages, by `AttentionConfig.planner`."""
 

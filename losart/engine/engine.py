@@ -36,6 +36,10 @@ class Runner(Protocol):
         """Tokens of a prompt that go through the model at a time, about."""
 
     @property
+    def beside_tokens(self) -> int:
+        """The same while other sequences wait for their passes."""
+
+    @property
     def batch_rows(self) -> int:
         """Rows that a pass over several sequences may have; 0: a pass has one sequence."""
 
@@ -335,9 +339,10 @@ class Engine:
         for run in running:
             (prefilling if run.prefills else decoding).append(run)
         # Others have a pass after so many tokens of prompts, which is one piece of a long one.
-        if prefilling and not (self._prefilled >= self.runner.prefill_tokens and decoding):
+        if prefilling and not (self._prefilled >= self.runner.beside_tokens and decoding):
             run = asked if asked in prefilling else prefilling[0]
-            before = run.sequence.cache.length
+            before, runner = run.sequence.cache.length, self.runner
+            run.sequence.prefill_tokens = runner.beside_tokens if decoding else runner.prefill_tokens
             self._run([run])
             self._prefilled += run.sequence.cache.length - before
             return

@@ -46,6 +46,8 @@ class Sequence:
     reads : ReadLog
     prefill_end : int
         Positions that prefill takes into the cache.
+    prefill_tokens : int
+        For the engine to change.
     queue_seconds, prefill_seconds, decode_seconds : float
         For the engine to add to.
     first_token_seconds : float or None
@@ -82,7 +84,8 @@ class Sequence:
         self.shared = 0
         self.reads = ReadLog(block_length=length)
         self._prompt_tokens = len(self.ids)
-        self._prefill_step = -(-prefill_tokens // length) * length
+        self.prefill_tokens = prefill_tokens
+        self._piece = 0  # tokens of the one that is under way
         self._select = strategy(options.remasking)
         self._rng = np.random.default_rng(options.seed)
         # Every pass fixes one position at least: there are never more passes than positions.
@@ -124,7 +127,10 @@ class Sequence:
         self.pending = True
         kind, start = self.next_kind, self.cache.length
         if kind is PassKind.PREFILL:
-            piece = np.array(self.ids[start : min(start + self._prefill_step, self.prefill_end)], np.int64)
+            length = self.options.block_length
+            step = -(-self.prefill_tokens // length) * length
+            piece = np.array(self.ids[start : min(start + step, self.prefill_end)], np.int64)
+            self._piece = len(piece)
             return (SequencePass(kind, piece, start, self.options, self.cache, self.slot),)
         if kind is not PassKind.COMMIT:
             return (self._denoising(kind, self._block.copy(), self._masked, start),)
@@ -157,7 +163,7 @@ class Sequence:
         """
         kind, start, steps = self.next_kind, self.cache.length, []
         if kind is PassKind.PREFILL:
-            self.cache.advance(min(self._prefill_step, self.prefill_end - start))
+            self.cache.advance(self._piece)
         elif kind is PassKind.COMMIT:
             self.ids[start:] = self._block.tolist()
             self.cache.advance(len(self._block))

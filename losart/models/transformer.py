@@ -94,6 +94,11 @@ class Transformer:
         return self.backend.prefill_tokens
 
     @property
+    def beside_tokens(self) -> int:
+        """The same while other sequences wait for their passes."""
+        return self.backend.beside_tokens
+
+    @property
     def batch_rows(self) -> int:
         """Rows that a pass over several sequences may have; 0: a pass has one sequence."""
         return self.backend.batch_rows

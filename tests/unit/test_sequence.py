@@ -45,6 +45,7 @@ class Scripted:
 
     logits: np.ndarray | None = None
     prefill_tokens: int = PREFILL_TOKENS
+    beside_tokens: int = PREFILL_TOKENS
     rides: bool = False
     batch_rows: int = 0
     turns: Turns = field(default_factory=Turns)

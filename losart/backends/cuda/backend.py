@@ -237,6 +237,14 @@ class CudaBackend:
         )
 
     @property
+    def beside_tokens(self) -> int:
+        """Of a prompt that go through the model at a time while other sequences wait for their passes.
+
+        In float32 no fewer than else, since cuBLAS sums by how many there are.
+        """
+        return 512 if self._sixteen_bit else self.prefill_tokens
+
+    @property
     def _sixteen_bit(self) -> bool:
         """Whether sums may depend on how many rows there are: not those of float32."""
         return self.precision.activations.bits == 16
