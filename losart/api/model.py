@@ -39,13 +39,14 @@ class Model:
         device: str = "auto",
         dtype: str = "auto",
         progress: Progress | None = None,
+        deterministic: bool = False,
     ) -> None:
         precision = Precision.chosen(dtype, checkpoint.dtype)
         self.config: ModelConfig = checkpoint.config
         self.tokenizer: Tokenizer | None = checkpoint.tokenizer
         self.chat_template: ChatTemplate | None = checkpoint.chat_template
         self.dtype = precision.weights.name
-        backend = make_backend(device, self.config, precision)
+        backend = make_backend(device, self.config, precision, deterministic)
         self.device = backend.name
         self._engine = Engine(Transformer(self.config, checkpoint.tensors, backend, progress))
 
@@ -179,6 +180,7 @@ def load(
     dtype: str = "auto",
     *,
     progress: Progress | None = None,
+    deterministic: bool = False,
 ) -> Model:
     """Load a checkpoint.
 
@@ -194,6 +196,9 @@ def load(
         float32 on the CPU.
     progress : callable, optional
         Called after each layer's weights with the layers loaded and in all.
+    deterministic : bool
+        Generations that share passes give bit for bit what each gives alone, which is slower with more than
+        32 rows per pass on a GPU, 8 on the CPU. Else sums are rounded otherwise, but for float32 on a GPU.
 
     Raises
     ------
@@ -202,7 +207,7 @@ def load(
     DeviceError
         The device is missing.
     """
-    return Model(open_checkpoint(model), device, dtype, progress)
+    return Model(open_checkpoint(model), device, dtype, progress, deterministic)
 
 
 def generate(

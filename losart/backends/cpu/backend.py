@@ -68,11 +68,12 @@ class CpuBackend:
     config : ModelConfig
     precision : Precision
         bfloat16 is held as its bits in uint16.
+    deterministic : bool
+        Whether sums must not depend on what else a pass has.
     """
 
     name = "cpu"
     prefill_tokens = 512
-    beside_tokens = 128
     batch_rows = SKINNY_ROWS
     # Two blocks' rows are summed by the same kernel as one's, so that no rounding differs.
     riding_blocks: Container[int] = (
@@ -80,13 +81,16 @@ class CpuBackend:
         *range(skinny_linear.FEW_TOKENS + 1, SKINNY_ROWS // 2 + 1),
     )
 
-    def __init__(self, config: ModelConfig, precision: Precision) -> None:
+    def __init__(self, config: ModelConfig, precision: Precision, deterministic: bool = False) -> None:
         if config.head_dim % kernels.SLAB_POSITIONS:
             raise ConfigError(
                 f"head_dim must be a multiple of {kernels.SLAB_POSITIONS} on the CPU, not {config.head_dim}"
             )
         self.config = config
         self.precision = precision
+        self.deterministic = deterministic
+        # As many as else where sums must be the same: those of a prompt depend on the size of its pieces.
+        self.beside_tokens = self.prefill_tokens if deterministic else 128
         self.selectors = dict.fromkeys(CHOICES["planner"], Selector())
         self._frequencies, self._rope_factor = inverse_frequencies(config.rope, config.head_dim)
         self._rotation: tuple[Hashable, np.ndarray, np.ndarray] | None = None
@@ -152,6 +156,13 @@ class CpuBackend:
         return widen(table.matrices[0][np.concatenate([sequence.ids for sequence in batch.sequences])])
 
     def linear(self, x: np.ndarray, weight: Weight, bias: np.ndarray | None = None) -> np.ndarray:
+        few = skinny_linear.FEW_TOKENS
+        if not self.deterministic or len(x) <= few:
+            return self.prefill_linear(x, weight, bias)
+        slices = (x[first : first + few] for first in range(0, len(x), few))
+        return np.concatenate([self.prefill_linear(rows, weight, bias) for rows in slices])
+
+    def prefill_linear(self, x: np.ndarray, weight: Weight, bias: np.ndarray | None = None) -> np.ndarray:
         y = np.empty((len(x), sum(map(len, weight.matrices))), np.float32)
         prepared = skinny_linear.prepared(x) if len(x) <= SKINNY_ROWS else None
         column = 0
@@ -164,8 +175,6 @@ class CpuBackend:
         if bias is not None:
             y += bias
         return y
-
-    prefill_linear = linear
 
     def add_rms_norm(
         self, x: np.ndarray, delta: np.ndarray | None, gain: np.ndarray

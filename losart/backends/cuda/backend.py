@@ -52,6 +52,7 @@ from losart.kernels_cu.tensor_map import tensor_map
 
 LOGIT_SLICES, MANY_LOGIT_SLICES = 64, 16  # of a row of logits, each a thread block's, of few rows and many
 MANY_LOGITS = 64  # rows
+ALIKE_TOKENS = 32  # up to which matmuls of 16 bits divide their sums alike (matmul_plan)
 MANY_NORM_THREADS = 256  # of add_rms_norm where there are more tokens than SMs
 
 
@@ -63,6 +64,8 @@ class CudaBackend:
     config : ModelConfig
     precision : Precision
         Arrays of 16-bit formats hold their bits.
+    deterministic : bool
+        Whether sums must not depend on what else a pass has.
 
     Attributes
     ----------
@@ -74,10 +77,10 @@ class CudaBackend:
     name = "cuda"
     prefill_tokens = 2048
     batch_rows = 1024
-    # Matmuls of up to 32 rows of 16 bits divide their sums alike (matmul_plan).
+    # Two blocks' matmuls divide their sums as one's (ALIKE_TOKENS).
     riding_blocks: Container[int] = range(1, 17)
 
-    def __init__(self, config: ModelConfig, precision: Precision) -> None:
+    def __init__(self, config: ModelConfig, precision: Precision, deterministic: bool = False) -> None:
         for name, unit in (("hidden_size", 4), ("intermediate_size", 4), ("head_dim", 8)):
             if getattr(config, name) % unit:
                 raise ConfigError(f"{name} must be a multiple of {unit} on CUDA, not {getattr(config, name)}")
@@ -91,7 +94,7 @@ class CudaBackend:
         card = Card.of(self.memory.device)
         if cu.NORM_CHANNEL_BYTES * config.hidden_size > card.shared_per_block:
             raise ConfigError(f"hidden_size {config.hidden_size} is too large for this GPU's shared memory")
-        self.kernels = Kernels(precision, card)
+        self.kernels = Kernels(precision, card, deterministic)
         self.runner = PassRunner(self.memory, config, self.kernels)
         self._loader = WeightLoader(precision.weights, self.memory.stream)
         frequencies, self._rope_factor = inverse_frequencies(config.rope, config.head_dim)
@@ -164,6 +167,19 @@ class CudaBackend:
         return x
 
     def linear(self, x: Any, weight: Weight, bias: Any | None = None) -> Matmul:
+        tokens, (rows, inner), kernels = len(x), weight.values.shape, self.kernels
+        plan = matmul_plan(kernels.card, kernels.tensor_matmul, min(tokens, ALIKE_TOKENS), rows, inner)
+        if not kernels.same_sums or tokens <= ALIKE_TOKENS or plan.kernel != "linear_tensor":
+            return self._linear(x, weight, bias)
+        planes = cupy.empty((plan.parts, tokens, rows), np.float32)
+        for first in range(0, tokens, ALIKE_TOKENS):
+            count = min(ALIKE_TOKENS, tokens - first)
+            plan = matmul_plan(kernels.card, True, count, rows, inner)
+            to = planes[:, first:]
+            kernels.launch_plan(plan, x[first:], weight.view, to, count, tokens, plan.share)
+        return Matmul(planes, bias, -(-inner // cu.STEP_COLUMNS), plan.share)
+
+    def _linear(self, x: Any, weight: Weight, bias: Any | None) -> Matmul:
         tokens, rows, inner = len(x), weight.view.rows, weight.view.inner
         plan = matmul_plan(self.kernels.card, self.kernels.tensor_matmul, tokens, rows, inner)
         planes = cupy.empty((plan.parts, tokens, rows), np.float32)
@@ -173,7 +189,7 @@ class CudaBackend:
             self.kernels.launch_plan(plan, *maps, planes, tokens, rows, inner, plan.parts)
             return Matmul(planes, bias, plan.parts)
         elif plan.kernel == "linear_tensor":
-            self.kernels.launch_plan(plan, x, weight.view, planes, tokens, plan.share)
+            self.kernels.launch_plan(plan, x, weight.view, planes, tokens, tokens, plan.share)
             return Matmul(planes, bias, -(-inner // cu.STEP_COLUMNS), plan.share)
         else:
             self.kernels.launch_plan(plan, x, weight.view, planes, tokens)
@@ -185,13 +201,13 @@ class CudaBackend:
             y = blas_matmul(x, weight.values, self.precision.weights)
             if y is not None:
                 return Matmul(y[None], bias)
-        return self.linear(x, weight, bias)
+        return self._linear(x, weight, bias)
 
     def add_rms_norm(self, x: Any, delta: Matmul | None, gain: Any) -> tuple[Any, Any]:
         tokens, hidden = x.shape
         total, y = cupy.empty_like(x), self._activations(x.shape)
         # Of many tokens several thread blocks at once hide each other's latency.
-        many = tokens > self.kernels.card.sms and self._sixteen_bit
+        many = tokens > self.kernels.card.sms and not self.kernels.same_sums
         most = MANY_NORM_THREADS if many else cu.NORM_MAX_THREADS
         self.kernels.launch(
             "add_rms_norm",
@@ -240,14 +256,9 @@ class CudaBackend:
     def beside_tokens(self) -> int:
         """Of a prompt that go through the model at a time while other sequences wait for their passes.
 
-        In float32 no fewer than else, since cuBLAS sums by how many there are.
+        As many as else where sums must be the same, since those of a prompt depend on the size of its pieces.
         """
-        return 512 if self._sixteen_bit else self.prefill_tokens
-
-    @property
-    def _sixteen_bit(self) -> bool:
-        """Whether sums may depend on how many rows there are: not those of float32."""
-        return self.precision.activations.bits == 16
+        return self.prefill_tokens if self.kernels.same_sums else 512
 
     def _activations(self, shape: tuple[int, ...]) -> Any:
         return cupy.empty(shape, self.precision.activations.bits_array)
@@ -264,7 +275,7 @@ class CudaBackend:
     def prefix_attention(self, layer: int, q: Any, batch: DeviceBatch) -> PrefixParts:
         shape, (starts, owners) = batch.shape, batch.parts
         tokens, (_, heads, head_dim) = shape.per_cache * shape.tokens, q.shape
-        plan = prefix_plan(*self._shape(tokens), shape.caches)
+        plan = prefix_plan(*self._shape(tokens), shape.caches, self.kernels.same_sums)
         parts = PrefixParts.empty(plan.parts, tokens, heads, head_dim, shape.caches, starts)
         view = batch.caches_view(layer)
         self.kernels.launch_plan(plan, q, view, parts.view, owners, heads, shape.per_cache)
@@ -288,7 +299,8 @@ class CudaBackend:
         if not count:
             return PrefixParts.empty(sequences, 0, c.num_heads, c.head_dim, sequences)
         words = batch.mark_words if pages.marks is None else 0
-        plan = sparse_plan(*self._shape(count), pages.limit, shape.page_size, words, sequences)
+        size = pages.limit, shape.page_size, words
+        plan = sparse_plan(*self._shape(count), *size, sequences, self.kernels.same_sums)
         parts = PrefixParts.empty(plan.parts * sequences, count, c.num_heads, c.head_dim, sequences)
         self.kernels.launch_plan(
             plan,
@@ -307,7 +319,7 @@ class CudaBackend:
         c, (tokens, heads, head_dim) = self.config, q.shape
         o, fresh, shape = self._activations(q.shape), prefix.tokens, batch.shape
         fresh_count = 0 if fresh is None else fresh.shape[1]
-        plan = block_plan(self.kernels.card, tokens, heads, shape.tokens, self._sixteen_bit)
+        plan = block_plan(self.kernels.card, tokens, heads, shape.tokens, self.kernels.same_sums)
         self.kernels.launch_plan(
             plan,
             *(q, k, v, prefix.view, fresh, fresh_count),
@@ -357,7 +369,7 @@ class CudaBackend:
             gathered = hidden[-rows:]
         logits = self.linear(gathered, head)
         vocab = logits.rows
-        count = MANY_LOGIT_SLICES if rows > MANY_LOGITS and self._sixteen_bit else LOGIT_SLICES
+        count = MANY_LOGIT_SLICES if rows > MANY_LOGITS and not self.kernels.same_sums else LOGIT_SLICES
         slices = cupy.empty((rows, count, cu.LOGIT_ROW_BYTES), np.uint8)
         kept = cupy.empty((rows, vocab), np.float32) if batch.samples else None
         self.kernels.launch(

@@ -110,7 +110,7 @@ class PassRunner:
         c, kernels, plans = self._config, self._kernels, []
         for shape in shapes:
             sizes = shape.per_cache * shape.tokens, c.num_heads, c.num_kv_heads, c.head_dim, shape.caches
-            plans.append(prefix_plan(kernels.card, kernels.tensor_attention, *sizes))
+            plans.append(prefix_plan(kernels.card, kernels.tensor_attention, *sizes, kernels.same_sums))
         return BatchBuffers(shapes, plans)
 
     def _scratch_slot(self, group: PassBatch, shape: GroupShape) -> int:

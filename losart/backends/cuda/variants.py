@@ -53,7 +53,7 @@ def plans(card: Card) -> Iterator[Plan]:
                     yield from (sparse_plan(*shape, pages, 16, pages // 32) for pages in (640, 8192, 1 << 16))
                     yield scores_plan(card, tensor, tokens * heads // kv_heads, kv_heads, head_dim)
                 yield causal_plan(card, tensor, 2048, heads, kv_heads, head_dim)
-                yield from (block_plan(card, tokens, heads, 16, tensor) for tokens in (16, 1024))
+                yield from (block_plan(card, tokens, heads, 16, False) for tokens in (16, 1024))
     if card.hopper:
         yield from (plan for _, plan in hopper_matmul_plans(card, 2048, 4096, 4096))
 
