@@ -61,7 +61,7 @@ def rows(bandwidth: float, quick: bool = False) -> Iterator[dict[str, Any]]:
             yield row | {"method": caches}
             continue
         dense = None
-        theirs = attempt(their_milliseconds, size, sequences, prompt, block) if sequences > MANY else None
+        theirs = attempt(their_milliseconds, size, sequences, prompt, block) if sequences > MANY and passes == block else None
         for name in methods:
             options = METHODS[name] | {"block_length": block, "denoising_steps": passes}
             measured = attempt(decode, model, caches, prompt, options)
@@ -77,7 +77,7 @@ def rows(bandwidth: float, quick: bool = False) -> Iterator[dict[str, Any]]:
                 "transformers ms": theirs,
             }
             yield row | {"method": name} | measured | more
-        if sequences > MANY:
+        if sequences > MANY and passes == block:
             beside = attempt(prefill_beside, model, caches, prompt, block)
             failed = {"tokens a second": beside} if isinstance(beside, str) else beside
             yield row | {"method": f"{LONG_PROMPT} tokens prefilled beside"} | failed
