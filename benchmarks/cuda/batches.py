@@ -61,7 +61,11 @@ def rows(bandwidth: float, quick: bool = False) -> Iterator[dict[str, Any]]:
             yield row | {"method": caches}
             continue
         dense = None
-        theirs = attempt(their_milliseconds, size, sequences, prompt, block) if sequences > MANY and passes == block else None
+        theirs = (
+            attempt(their_milliseconds, size, sequences, prompt, block)
+            if sequences > MANY and passes == block
+            else None
+        )
         for name in methods:
             options = METHODS[name] | {"block_length": block, "denoising_steps": passes}
             measured = attempt(decode, model, caches, prompt, options)

@@ -51,7 +51,7 @@ class SequencePass:
     masked : int32 [any]
         Rows that are masked, ascending; none but in denoising passes.
     uniforms : float64 [tokens]
-        Random numbers in [0, 1), one per row; empty but in denoising passes.
+        Random numbers in [0, 1), one per row; empty but in denoising passes that draw tokens.
     """
 
     kind: PassKind

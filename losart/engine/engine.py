@@ -388,13 +388,12 @@ class Engine:
         batch = PassBatch(tuple(request for _, requests in passes for request in requests))
         result = self.runner.forward(batch, any(run.observer is not None for run, _ in passes))
         seconds = time.perf_counter() - began
-        proposals, reads, layers = iter(result.proposals), iter(result.reads), iter(result.layers)
+        first, denoised = 0, 0
         for run, requests in passes:
-            of_run = PassResult(
-                [next(proposals) for request in requests if request.kind.denoises],
-                [next(reads) for _ in requests] if result.reads else (),
-                [next(layers) for _ in requests] if result.layers else (),
-            )
+            last = first + len(requests)
+            proposals = result.proposals[denoised : denoised + requests[-1].kind.denoises]
+            of_run = PassResult(proposals, result.reads[first:last], result.layers[first:last])
+            first, denoised = last, denoised + len(proposals)
             if not run.left:
                 run.sequence.shared += 0 if batch.kind is PassKind.PREFILL else len(passes)
                 self._apply(run, requests, of_run, seconds)

@@ -14,6 +14,8 @@ from losart.engine.output import Output
 from losart.engine.sampling import Proposals, strategy, transfer_counts
 from losart.observe.step import GenerationResult, Stats, Step
 
+NO_NUMBERS = np.empty(0)
+
 
 class Sequence:
     """What pass comes next, and what its result changes.
@@ -144,7 +146,7 @@ class Sequence:
 
     def _denoising(self, kind: PassKind, block: np.ndarray, masked: np.ndarray, start: int) -> SequencePass:
         # One number per position and pass, so that a draw does not depend on what else is masked.
-        uniforms = self._rng.random(len(block))
+        uniforms = self._rng.random(len(block)) if self.options.temperature > 0 else NO_NUMBERS
         options = self.options, self.cache, self.slot
         return SequencePass(kind, block, start, *options, masked=masked, uniforms=uniforms)
 

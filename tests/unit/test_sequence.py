@@ -98,7 +98,7 @@ class Scripted:
         logits[:, config.mask_token_id] = -np.inf
         proposals = propose(
             logits,
-            sequence.uniforms[sequence.masked],
+            sequence.uniforms[sequence.masked] if config.temperature else sequence.uniforms,
             temperature=config.temperature,
             top_k=config.top_k,
             top_p=config.top_p,

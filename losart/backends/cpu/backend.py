@@ -352,7 +352,7 @@ class CpuBackend:
             try:
                 proposed = propose(
                     of_sequence,
-                    sequence.uniforms[sequence.masked],
+                    sequence.uniforms[sequence.masked] if options.temperature > 0 else sequence.uniforms,
                     temperature=options.temperature,
                     top_k=options.top_k,
                     top_p=options.top_p,

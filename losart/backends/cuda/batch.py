@@ -205,11 +205,11 @@ class BatchBuffers:
         host.masked_count[0] = count
         host.masked[:count], host.is_masked[rows] = rows, 1
         host.logits[:count] = np.arange(count) if self.gathers else sequences[0].masked
-        drawn = [
-            one.uniforms[one.masked] for one in sequences if len(one.uniforms)
-        ]  # greedy ones may have none
-        if drawn:
-            host.uniforms[:count] = np.concatenate(drawn)
+        first = 0
+        for one, of_one in zip(sequences, counts, strict=True):
+            if len(one.uniforms):  # greedy ones have none
+                host.uniforms[first : first + of_one] = one.uniforms[one.masked]
+            first += of_one
         for to, values in (
             (host.top_p, [one.top_p for one in options]),
             (host.mask_token, [one.mask_token_id for one in options]),
