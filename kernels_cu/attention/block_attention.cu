@@ -10,9 +10,9 @@
  *
  * Before the wait it reads q, k, v and `fresh`: the previous kernel is prefix attention or one that follows it, which
  * has waited for them. While that runs, an SM has room for one thread block of this kernel: with one warp per row, few
- * thread blocks hold all rows, and whatever precedes the wait takes no time. BLOCKS_PER_SM = 4 keeps the compiler to 128
- * registers. Where there are more rows than run at once, more thread blocks with fewer loads in flight each are faster:
- * compiled with PART_BATCH, KEY_BATCH and BLOCKS_PER_SM for few or many rows.
+ * thread blocks hold all rows, and whatever precedes the wait takes no time. BLOCKS_PER_SM = 4 keeps the compiler to
+ * 128 registers. Where there are more rows than run at once, more thread blocks with fewer loads in flight each are
+ * faster: compiled with PART_BATCH, KEY_BATCH and BLOCKS_PER_SM for few or many rows.
  *
  * Grid: (tokens, heads / WARP_ROWS), WARP_ROWS * block_tokens floats of dynamic shared memory. Must read the parts
  * once, and reads each kv head's keys and values once per row, from the L2 cache. */

@@ -43,7 +43,6 @@ from losart.backends.cuda.slots import Slot
 from losart.backends.cuda.weights import WeightLoader
 from losart.config.model import ModelConfig
 from losart.config.precision import Format, Precision
-from losart.config.rope import inverse_frequencies
 from losart.engine.batch import PassBatch
 from losart.engine.kv_cache import PagedKVCache, chunk_positions
 from losart.errors import ConfigError
@@ -97,9 +96,7 @@ class CudaBackend:
         self.kernels = Kernels(precision, card, deterministic)
         self.runner = PassRunner(self.memory, config, self.kernels)
         self._loader = WeightLoader(precision.weights, self.memory.stream)
-        frequencies, self._rope_factor = inverse_frequencies(config.rope, config.head_dim)
         with self.memory.running("the model"):
-            self._frequencies = cupy.asarray(frequencies / np.pi)  # in half turns per position
             self._device_selector = DeviceSelector(config, self.kernels)
         device, host = self._device_selector, HostSelector(config, self._device_selector)
         self.selectors: dict[str, Selector] = {"auto": device, "device": device, "host": host}
@@ -228,7 +225,7 @@ class CudaBackend:
             "split_heads",
             tokens,
             c.num_heads + 2 * c.num_kv_heads,
-            *(qkv.view, q_norm, k_norm, self._frequencies, float(self._rope_factor), batch.view),
+            *(qkv.view, q_norm, k_norm, batch.view),
             *(q, k, v, c.num_heads, c.num_kv_heads, c.head_dim, c.rms_norm_eps),
         )
         return q, k, v

@@ -91,6 +91,7 @@ class BatchBuffers:
     shapes : tuple of GroupShape
     plans : sequence of Plan
         Of each group's dense prefix attention.
+    head_dim : int
 
     Attributes
     ----------
@@ -98,6 +99,7 @@ class BatchBuffers:
         slots, tables : uint64 [sequences], addresses of stored results and of page tables, 0 for none.
         lengths : int32 [sequences], of the prefixes.
         ids, positions, is_masked : int32 [rows]
+        rotations : float32 [rows, 2, head_dim / 2], made from the positions on the device.
         masked_count : int32 [1]
         masked, logits, mask_token, top_k : int32 [denoised rows], temperature : float32, uniforms, top_p :
         float64, of all masked rows one after the other: the row, that of its logits, and how it is sampled.
@@ -114,7 +116,7 @@ class BatchBuffers:
         Of layers of the groups' caches.
     """
 
-    def __init__(self, shapes: tuple[GroupShape, ...], plans: Sequence[Plan]) -> None:
+    def __init__(self, shapes: tuple[GroupShape, ...], plans: Sequence[Plan], head_dim: int) -> None:
         self.shapes = shapes
         self._plans = plans
         sequences, rows, denoised = (
@@ -149,6 +151,7 @@ class BatchBuffers:
         self._words = np.zeros(size, np.uint8)
         self.device, self._host = _fields(self._from_host, fields), _fields(self._words, fields)
         self.device.reads = self.device.reads.reshape(sequences, 2)
+        self.device.rotations = cupy.empty((rows, 2, head_dim // 2), np.float32)
         self.results = self._to_host[2 * sequences :].reshape(4, denoised)
         self.view = BatchView(*(getattr(self.device, name).data.ptr for name, *_ in BatchView._fields_))
         self.views: dict[tuple[int, int], CachesView] = {}

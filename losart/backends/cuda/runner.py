@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
+import cupy
 import numpy as np
 
 from losart.backends.base import PassBody, PassOutput, Selection, StoredResults
@@ -21,9 +22,11 @@ from losart.backends.cuda.memory import DeviceMemory
 from losart.backends.cuda.plans import prefix_plan
 from losart.backends.cuda.slots import Slot
 from losart.config.model import ModelConfig
+from losart.config.rope import inverse_frequencies
 from losart.engine.batch import PassBatch, PassKind
 from losart.engine.sampling import NOT_FINITE, Proposals
 from losart.errors import NumericalError, OutOfMemoryError
+from losart.kernels_cu.constants import ROTATION_THREADS
 
 CAPTURED_PASSES = 64  # kept, those used last
 KEPT_SHAPES = 1024  # of passes whose inputs have a place
@@ -70,6 +73,9 @@ class PassRunner:
         self._kernels = kernels
         self._buffers: OrderedDict[tuple[GroupShape, ...], BatchBuffers] = OrderedDict()
         self._scratch: dict[StoredResults, Slot] = {}
+        frequencies, self._rope_factor = inverse_frequencies(config.rope, config.head_dim)
+        with memory.running("the model"):
+            self._frequencies = cupy.asarray(frequencies / np.pi)  # in half turns per position
         self.passes: OrderedDict[Hashable, Launched | None] = OrderedDict()
         memory.drop_graphs = self.passes.clear
 
@@ -96,6 +102,15 @@ class PassRunner:
             buffers = self._buffers.get(shapes) or self._kept_buffers(shapes)
         scratch = [self._scratch_slot(*group) for group in zip(groups, shapes, strict=True)]
         buffers.fill(batch, scratch, self._memory.stream)
+        tokens, _, pairs = buffers.device.rotations.shape
+        arguments = (
+            self._frequencies,
+            float(self._rope_factor),
+            buffers.view,
+            buffers.device.rotations,
+            pairs,
+        )
+        self._kernels.launch("rotations", (tokens,), ROTATION_THREADS, *arguments)
         return DeviceBatch(batch, buffers)
 
     def _kept_buffers(self, shapes: tuple[GroupShape, ...]) -> BatchBuffers:
@@ -111,7 +126,7 @@ class PassRunner:
         for shape in shapes:
             sizes = shape.per_cache * shape.tokens, c.num_heads, c.num_kv_heads, c.head_dim, shape.caches
             plans.append(prefix_plan(kernels.card, kernels.tensor_attention, *sizes, kernels.same_sums))
-        return BatchBuffers(shapes, plans)
+        return BatchBuffers(shapes, plans, c.head_dim)
 
     def _scratch_slot(self, group: PassBatch, shape: GroupShape) -> int:
         """The address of a slot for the sequences that pad a group; 0 where none do, or it stores nothing."""
