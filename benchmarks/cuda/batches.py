@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import cupy
@@ -96,13 +96,18 @@ class PassTimes(Transformer):
         super().__init__(*args)
         self.passes: list[tuple[float, float, PassBatch]] = []
 
-    def forward(self, batch: PassBatch, observe: bool = False) -> PassResult:
+    def begin(self, batch: PassBatch, observe: bool = False) -> Callable[[], PassResult]:
         backend: Any = self.backend
         began = time.perf_counter()
-        result = super().forward(batch, observe)
-        backend.memory.stream.synchronize()
-        self.passes.append((began, time.perf_counter(), batch))
-        return result
+        finish = super().begin(batch, observe)
+
+        def timed() -> PassResult:
+            result = finish()
+            backend.memory.stream.synchronize()
+            self.passes.append((began, time.perf_counter(), batch))
+            return result
+
+        return timed
 
 
 def noise_caches(model: NoiseModel, sequences: int, prompt: int, block: int) -> list[Any]:

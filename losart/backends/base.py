@@ -216,8 +216,11 @@ class Backend(Protocol):
 
     # -- running
 
-    def run(self, batch: PassBatch, body: PassBody, observe: bool = False) -> PassOutput:
-        """Run one pass; with `observe` its output has what each layer read."""
+    def begin(self, batch: PassBatch, body: PassBody, observe: bool = False) -> Callable[[], PassOutput]:
+        """Run one pass, or launch it: the function returned waits for it, and must be called before the next.
+
+        With `observe` its output has what each layer read.
+        """
 
     def on_host(self, selection: Selection, batch: PassBatch) -> list[HostSelection]:
         """What each sequence of a group read, of the pass that was run last."""

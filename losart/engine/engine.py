@@ -13,7 +13,14 @@ from typing import Any, Protocol
 
 from losart.config.model import ModelConfig
 from losart.config.options import GenerationConfig
-from losart.engine.batch import PassBatch, PassKind, PassResult, SequencePass, operations_key
+from losart.engine.batch import (
+    PassBatch,
+    PassKind,
+    PassReads,
+    PassResult,
+    SequencePass,
+    operations_key,
+)
 from losart.engine.kv_cache import PagedKVCache
 from losart.engine.output import Decode, Output
 from losart.engine.sampling import Proposals, strategy
@@ -55,8 +62,8 @@ class Runner(Protocol):
     def new_slot(self, options: GenerationConfig) -> Any:
         """Room for a sequence's stored results; None where its attention method stores none."""
 
-    def forward(self, batch: PassBatch, observe: bool = False) -> PassResult:
-        """Run one pass."""
+    def begin(self, batch: PassBatch, observe: bool = False) -> Callable[[], PassResult]:
+        """Launch one pass; the function returned waits for its result, before the next is begun."""
 
 
 class Stream:
@@ -192,6 +199,7 @@ class Engine:
         self._running: list[Run] = []
         self._passes = 0
         self._prefilled = 0  # tokens of prompts since the last pass over blocks
+        self._untold: dict[Run, tuple[tuple[SequencePass, ...], Ids[PassReads]]] = {}
 
     def check(self, options: GenerationConfig, decode: Decode | None) -> None:
         """See that a generation with these options can be run.
@@ -283,11 +291,14 @@ class Engine:
 
     def _advance(self, run: Run) -> bool:
         """Run passes, or wait while another thread does, until a run has a step; False: it has ended."""
+        self._tell(run)
         while not run.steps and not run.ended:
             with self.runner.turns.turn():
+                self._tell(run)
                 if not run.steps and not run.ended:  # another thread's pass was its too
                     self._join(run)
                     self._step(run)
+                    self._tell(run)
         return bool(run.steps)
 
     def _join(self, run: Run) -> None:
@@ -301,6 +312,7 @@ class Engine:
         """Free what a run holds; it takes part in no pass any more."""
         with self._lock:
             run.left = True
+            self._untold.pop(run, None)
             for runs in (self._waiting, self._running):
                 if run in runs:
                     runs.remove(run)
@@ -386,7 +398,9 @@ class Engine:
             return
         passes.sort(key=lambda one: _order(one[1]))  # neighbours of a kind share their attention's operations
         batch = PassBatch(tuple(request for _, requests in passes for request in requests))
-        result = self.runner.forward(batch, any(run.observer is not None for run, _ in passes))
+        finish = self.runner.begin(batch, any(run.observer is not None for run, _ in passes))
+        self._tell()  # of the pass before, while this one is under way
+        result = finish()
         seconds = time.perf_counter() - began
         first, denoised = 0, 0
         for run, requests in passes:
@@ -424,16 +438,14 @@ class Engine:
                 sequence.prefill_seconds += seconds
             else:
                 sequence.decode_seconds += seconds
-            steps = sequence.apply(_known(result.proposals))
-            if sequence.output.tokens and sequence.first_token_seconds is None:
+            sequence.apply(_known(result.proposals))
+            if sequence.first_token_seconds is None and sequence.output.tokens:
                 sequence.first_token_seconds = time.perf_counter() - run.joined
-            for request, read in zip(requests, result.reads, strict=False):  # prefill has none
-                sequence.reads.add(read, request.prefix_length, self.runner.config.num_kv_heads)
-            if not steps and run.progress is not None:
+            if requests[0].kind is PassKind.PREFILL and run.progress is not None:
                 done, of = (end - sequence.reused for end in (sequence.cache.length, sequence.prefill_end))
                 run.progress(done, of)
             if run.observer is not None:
-                for step, layers in zip(steps, result.layers, strict=True):
+                for step, layers in zip(sequence.steps(), result.layers, strict=True):
                     run.observer(replace(step, layers=layers))
         except Exception as error:
             self._end(run, error)
@@ -441,14 +453,30 @@ class Engine:
         except BaseException:
             self._end(run, LosartError("the pass was interrupted"))
             raise
-        for step in steps:
-            if step.kind != PassKind.COMMIT.value:
-                run.steps.append(replace(step, result=sequence.result()) if sequence.finished else step)
+        if requests[0].kind is not PassKind.PREFILL:
+            with self._lock:
+                self._untold[run] = requests, result.reads
         if sequence.finished:
             self._end(run)
 
+    def _tell(self, *runs: Run) -> None:
+        """Give these runs, or all, their steps of the last pass, and note what they read in it."""
+        with self._lock:
+            for run in runs or list(self._untold):
+                if run not in self._untold:
+                    continue
+                requests, reads = self._untold.pop(run)
+                sequence = run.sequence
+                for request, read in zip(requests, reads, strict=True):
+                    sequence.reads.add(read, request.prefix_length, self.runner.config.num_kv_heads)
+                for step in sequence.steps():
+                    if step.kind != PassKind.COMMIT.value:
+                        result = sequence.result() if sequence.finished else None
+                        run.steps.append(replace(step, result=result) if result else step)
+
     def _end(self, run: Run, error: Exception | None = None) -> None:
         """Take a run that has ended out of the passes to come."""
+        self._tell(run)
         run.error = error
         self._leave(run)
 

@@ -88,6 +88,8 @@ class Sequence:
         self._prompt_tokens = len(self.ids)
         self.prefill_tokens = prefill_tokens
         self._piece = 0  # tokens of the one that is under way
+        self._committed: tuple[int, list[int | None], str] | None = None  # start, tokens, text
+        self._denoised: tuple[PassKind, int, np.ndarray] | None = None  # kind, start, fixed positions
         self._select = strategy(options.remasking)
         self._rng = np.random.default_rng(options.seed)
         # Every pass fixes one position at least: there are never more passes than positions.
@@ -150,35 +152,47 @@ class Sequence:
         options = self.options, self.cache, self.slot
         return SequencePass(kind, block, start, *options, masked=masked, uniforms=uniforms)
 
-    def apply(self, proposals: Ids[Proposals] = ()) -> list[Step]:
-        """Take a pass's result.
+    def apply(self, proposals: Ids[Proposals] = ()) -> None:
+        """Take a pass's result; `steps` tells what it did.
 
         Parameters
         ----------
         proposals : sequence of Proposals
             One for each of `next_pass` that denoises, for its masked rows.
-
-        Returns
-        -------
-        list of Step
-            One for each of `next_pass`; none for a piece of the prompt.
         """
-        kind, start, steps = self.next_kind, self.cache.length, []
+        kind, start = self.next_kind, self.cache.length
+        self._committed = self._denoised = None
         if kind is PassKind.PREFILL:
             self.cache.advance(self._piece)
         elif kind is PassKind.COMMIT:
             self.ids[start:] = self._block.tolist()
             self.cache.advance(len(self._block))
             self.commit_passes += 1
-            steps.append(self._step(kind, start, []))
+            self._committed = start, list(self._block.tolist()), self.output.text
             self._begin_block()
         for of_pass in proposals:
             kind, start = self.next_kind, self.cache.length
-            steps.append(self._step(kind, start, self._fix(of_pass)))
+            self._denoised = kind, start, self._fix(of_pass)
         self.pending = False
+
+    def steps(self) -> list[Step]:
+        """What the last pass did, until the next is applied: a step for each of `next_pass`.
+
+        None for a piece of the prompt.
+        """
+        steps = []
+        if self._committed is not None:
+            start, tokens, text = self._committed
+            steps.append(Step(PassKind.COMMIT.value, start, tokens, [], text))
+        if self._denoised is not None:
+            kind, start, fixed = self._denoised
+            block: list[int | None] = list(self._block.tolist())
+            for row in self._masked.tolist():
+                block[row] = None
+            steps.append(Step(kind.value, start, block, fixed.tolist(), self.output.text))
         return steps
 
-    def _fix(self, proposals: Proposals) -> list[int]:
+    def _fix(self, proposals: Proposals) -> np.ndarray:
         """Fix proposals as the remasking strategy says; the last pass that is allowed fixes all."""
         masked, tokens = self._masked, proposals.tokens
         if self._passes < len(self._counts) - 1:
@@ -195,13 +209,7 @@ class Sequence:
         if gap > self._known:
             self.output.extend(self._block[self._known : gap].tolist())
             self._known = gap
-        return fixed.tolist()
-
-    def _step(self, kind: PassKind, start: int, fixed: list[int]) -> Step:
-        block: list[int | None] = list(self._block.tolist())
-        for row in self._masked.tolist():
-            block[row] = None
-        return Step(kind.value, start, block, fixed, self.output.text)
+        return fixed
 
     def result(self) -> GenerationResult:
         """What the finished sequence gave."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from losart.attention import AttentionPolicy, make_policy
-from losart.backends.base import Array, Backend, Batch, PassBody, Selection, Slot, Weight
+from losart.backends.base import Array, Backend, Batch, PassBody, PassOutput, Selection, Slot, Weight
 from losart.config.model import ModelConfig
 from losart.config.options import AttentionConfig, GenerationConfig
 from losart.engine.batch import PassBatch, PassKind, PassResult
@@ -141,7 +141,14 @@ class Transformer:
 
         With `observe` the result says what each layer read of the prefix.
         """
-        output = self.backend.run(batch, PassBody(self._pass, self._key(batch)), observe)
+        return self.begin(batch, observe)()
+
+    def begin(self, batch: PassBatch, observe: bool = False) -> Callable[[], PassResult]:
+        """Launch one pass; the function returned waits for its result, before the next is begun."""
+        finish = self.backend.begin(batch, PassBody(self._pass, self._key(batch)), observe)
+        return lambda: self._result(batch, finish(), observe)
+
+    def _result(self, batch: PassBatch, output: PassOutput, observe: bool) -> PassResult:
         if batch.kind is PassKind.PREFILL:
             return PassResult()
         counted = iter(zip(output.positions, output.tokens, strict=True))

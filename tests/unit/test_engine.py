@@ -6,6 +6,7 @@ import itertools
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,6 +67,10 @@ class Scripted:
     def new_slot(self, options: GenerationConfig) -> int:
         self.slots += 1
         return self.slots
+
+    def begin(self, batch: PassBatch, observe: bool = False) -> Callable[[], PassResult]:
+        result = self.forward(batch, observe)
+        return lambda: result
 
     def forward(self, batch: PassBatch, observe: bool = False) -> PassResult:
         self.passes.append([(one.kind.value, one.cache.name) for one in batch.sequences])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -64,6 +64,10 @@ class Scripted:
 
     def new_slot(self, options: GenerationConfig) -> None:
         pass
+
+    def begin(self, batch: PassBatch, observe: bool = False) -> Callable[[], PassResult]:
+        result = self.forward(batch, observe)
+        return lambda: result
 
     def forward(self, batch: PassBatch, observe: bool = False) -> PassResult:
         sequence = batch.sequences[-1]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Hashable, Sequence
+from collections.abc import Callable, Container, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -129,13 +129,14 @@ class CpuBackend:
 
     # -- running
 
-    def run(self, batch: PassBatch, body: PassBody, observe: bool = False) -> PassOutput:
+    def begin(self, batch: PassBatch, body: PassBody, observe: bool = False) -> Callable[[], PassOutput]:
         proposals, reads = body.launch(batch)
         counted = [
             _count_reads(group, of_group) for (group, _), of_group in zip(batch.groups(), reads, strict=False)
         ]
         positions, tokens = np.concatenate(counted, axis=1).tolist() if counted else ([], [])
-        return PassOutput(proposals or (), positions, tokens, reads if observe else ())
+        output = PassOutput(proposals or (), positions, tokens, reads if observe else ())
+        return lambda: output
 
     def on_host(self, selection: Selection, batch: PassBatch) -> list[HostSelection]:
         found = []

@@ -6,7 +6,7 @@ selected, unless it selects itself (host_selector.py), so that a captured pass c
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -129,8 +129,8 @@ class CudaBackend:
 
     # -- running
 
-    def run(self, batch: PassBatch, body: PassBody, observe: bool = False) -> PassOutput:
-        return self.runner.run(batch, body, observe)
+    def begin(self, batch: PassBatch, body: PassBody, observe: bool = False) -> Callable[[], PassOutput]:
+        return self.runner.begin(batch, body, observe)
 
     def on_host(self, selection: Selection, batch: PassBatch) -> list[HostSelection]:
         c, stream, found = self.config, self.memory.stream, []

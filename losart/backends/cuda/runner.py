@@ -7,7 +7,7 @@ place, so that a captured pass can be replayed for another sequence and as the p
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -79,8 +79,8 @@ class PassRunner:
         self.passes: OrderedDict[Hashable, Launched | None] = OrderedDict()
         memory.drop_graphs = self.passes.clear
 
-    def run(self, batch: PassBatch, body: PassBody, observe: bool = False) -> PassOutput:
-        """Run one pass, as `losart.backends.base.Backend.run` has it."""
+    def begin(self, batch: PassBatch, body: PassBody, observe: bool = False) -> Callable[[], PassOutput]:
+        """Launch one pass, as `losart.backends.base.Backend.begin` has it."""
         if batch.kind is PassKind.PREFILL:
             return self._prefill(batch, body)
         memory = self._memory
@@ -90,7 +90,7 @@ class PassRunner:
             launched = None if body.key is None else self._replay(placed, body, observe)
             if launched is None:  # launch by launch, which compiles the kernels and fills the pool
                 launched = _launch(placed, body, observe)
-            return self._output(placed, launched)
+        return lambda: self._output(placed, launched)
 
     def place(self, batch: PassBatch) -> DeviceBatch:
         """Bring a pass's inputs to where its kernels look for them, on the current stream."""
@@ -139,12 +139,18 @@ class PassRunner:
                 self._scratch[slot.stored].memory.fill(0)
         return int(self._scratch[slot.stored].memory.data.ptr)
 
-    def _prefill(self, batch: PassBatch, body: PassBody) -> PassOutput:
+    def _prefill(self, batch: PassBatch, body: PassBody) -> Callable[[], PassOutput]:
         memory = self._memory
         with memory.running("a piece of the prompt", memory.prefill_pool):
-            body.launch(self.place(batch))
-            memory.stream.synchronize()
-        return PassOutput((), (0,), (0,), ())
+            placed = self.place(batch)
+            body.launch(placed)
+
+        def finish() -> PassOutput:
+            with memory.running("a piece of the prompt"):
+                memory.stream.synchronize()
+            return PassOutput((), (0,) * len(placed.sequences), (0,) * len(placed.sequences), ())
+
+        return finish
 
     def _replay(self, batch: DeviceBatch, body: PassBody, observe: bool) -> Launched | None:
         """Replay a pass; None where it comes for the first time, or there is no memory to capture it."""
@@ -180,7 +186,8 @@ class PassRunner:
         nothing = (0,) * len(batch.sequences)
         if not launched.proposes and not launched.counts:
             return PassOutput((), nothing, nothing, launched.reads)
-        reads, results = batch.buffers.fetch()
+        with self._memory.running("what a pass gives"):
+            reads, results = batch.buffers.fetch()
         positions, reading = reads[batch.placed].T.tolist()
         if not launched.proposes:
             return PassOutput((), positions, reading, launched.reads)
