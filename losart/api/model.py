@@ -12,6 +12,7 @@ from losart.config.model import ModelConfig
 from losart.config.options import generation_config
 from losart.config.precision import Precision
 from losart.engine.engine import MAX_SEQUENCES, Engine, Stream
+from losart.engine.kv_pool import KVPool
 from losart.errors import PromptError
 from losart.loaders import ChatTemplate, Checkpoint, Tokenizer, open_checkpoint
 from losart.loaders.tokenizer import Prompt, is_batch, prompt_ids
@@ -125,7 +126,8 @@ class Model:
         if not is_batch(prompt):
             return self._submit(self._engine, prompt, progress, observer, options).result()
         # Where somebody observes, who could not tell one prompt's steps from another's, one after another.
-        engine = Engine(self._engine.runner, MAX_SEQUENCES if observer is None else 1)
+        sequences = MAX_SEQUENCES if observer is None else 1
+        engine = Engine(self._engine.runner, sequences, KVPool(sequences))
         streams = []
         for index, one in enumerate(prompt):
             try:

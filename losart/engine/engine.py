@@ -9,12 +9,13 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from losart.config.model import ModelConfig
 from losart.config.options import GenerationConfig
 from losart.engine.batch import PassBatch, PassKind, PassResult, SequencePass, operations_key
 from losart.engine.kv_cache import PagedKVCache
+from losart.engine.kv_pool import KVPool
 from losart.engine.output import Decode, Output
 from losart.engine.sampling import Proposals, strategy
 from losart.engine.sequence import Sequence
@@ -23,6 +24,7 @@ from losart.errors import LosartError, NumericalError, OptionError
 from losart.observe.step import GenerationResult, Observer, Progress, Step
 
 MAX_SEQUENCES = 16
+Room = TypeVar("Room")  # whatever takes memory
 
 
 class Runner(Protocol):
@@ -176,12 +178,16 @@ class Engine:
     ----------
     runner : Runner
     max_sequences : int
-        That share passes; others wait in the order in which they came.
+        That share passes; others wait in the order in which they came, or for a prefill under way that has
+        more in common with them than is held so far.
+    pool : KVPool, optional
+        Shares what prompts begin with in common. None: each has a cache of its own.
     """
 
-    def __init__(self, runner: Runner, max_sequences: int = 1) -> None:
+    def __init__(self, runner: Runner, max_sequences: int = 1, pool: KVPool | None = None) -> None:
         self.runner = runner
         self.max_sequences = max_sequences
+        self._pool = pool
         self._together = runner.batch_rows > 0 and max_sequences > 1
         self._lock = threading.RLock()  # guards who waits and who runs
         self._waiting: deque[Run] = deque()
@@ -296,6 +302,10 @@ class Engine:
     def _leave(self, run: Run) -> None:
         """Free what a run holds; it takes part in no pass any more."""
         with self._lock:
+            if self._pool is not None:
+                finished = run.sequence.finished and run.error is None and not run.left
+                self._pool.leave(run.sequence, keep=finished)
+                run.sequence.cache = run.sequence.cache.emptied()
             run.left = True
             for runs in (self._waiting, self._running):
                 if run in runs:
@@ -315,16 +325,14 @@ class Engine:
     def _step(self, asked: Run) -> None:
         """Run one pass, and bring `asked` nearer to its next step."""
         with self._lock:
-            while self._together and self._waiting and len(self._running) < self.max_sequences:
-                self._admit(self._waiting.popleft())
-            if not self._together and asked in self._waiting:
-                self._waiting.remove(asked)
-                self._admit(asked)
+            self._admit_waiting(asked)
             running = [
                 run for run in self._running if (self._together or run is asked) and not run.sequence.pending
             ]
         if asked.sequence.pending and not asked.ended:
             raise LosartError("an observer cannot ask for a step of a generation whose pass it is told of")
+        if not running and not asked.ended:
+            raise LosartError("an observer cannot ask for a generation that waits for those it is told of")
         if not self._together:
             self._run(running)
             # A session can go on from a block whose last step it has given.
@@ -336,9 +344,9 @@ class Engine:
         # Others have a pass after so many tokens of prompts, which is one piece of a long one.
         if prefilling and not (self._prefilled >= self.runner.prefill_tokens and decoding):
             run = asked if asked in prefilling else prefilling[0]
-            before = run.sequence.cache.length
+            before = run.sequence.prefilled
             self._run([run])
-            self._prefilled += run.sequence.cache.length - before
+            self._prefilled += run.sequence.prefilled - before
             return
         self._prefilled = 0
         decoding.sort(key=lambda run: (run is not asked, run.last_pass))
@@ -350,12 +358,37 @@ class Engine:
             batch.append(run)
         self._run(batch)
 
+    def _admit_waiting(self, asked: Run) -> None:
+        """Let waiting runs take part for which there are places; without shared passes the one asked."""
+        places = self.max_sequences - len(self._running) if self._together else 1
+        for run in list(self._waiting)[: max(0, places)] if self._together else [asked]:
+            if run not in self._waiting:
+                continue
+            # Its place is kept meanwhile.
+            if self._together and self._pool is not None and self._pool.awaits(run.sequence):
+                continue
+            self._waiting.remove(run)
+            self._admit(run)
+
     def _admit(self, run: Run) -> None:
         self._running.append(run)
+        sequence = run.sequence
         try:
-            run.sequence.slot = self.runner.new_slot(run.sequence.options)
+            if self._pool is not None:
+                self._pool.join(sequence)
+            sequence.slot = self._with_room(lambda: self.runner.new_slot(sequence.options))
         except Exception as error:
             self._end(run, error)
+
+    def _with_room(self, allocate: Callable[[], Room]) -> Room:
+        """Allocate something, if need be where prefixes were held for nobody."""
+        while True:
+            try:
+                return allocate()
+            except MemoryError:
+                with self._lock:
+                    if self._pool is None or not self._pool.give_up():
+                        raise
 
     def _run(self, runs: list[Run]) -> None:
         """Run the passes that some sequences want next as one; what raises ends those whose pass it was."""
@@ -380,7 +413,8 @@ class Engine:
             return
         passes.sort(key=lambda one: _order(one[1]))  # neighbours of a kind share their attention's operations
         batch = PassBatch(tuple(request for _, requests in passes for request in requests))
-        result = self.runner.forward(batch, any(run.observer is not None for run, _ in passes))
+        observe = any(run.observer is not None for run, _ in passes)
+        result = self._with_room(lambda: self.runner.forward(batch, observe))
         seconds = time.perf_counter() - began
         proposals, reads, layers = iter(result.proposals), iter(result.reads), iter(result.layers)
         for run, requests in passes:
@@ -397,10 +431,11 @@ class Engine:
         """What a run wants next, with room in its cache; nothing where there is none, which ends it."""
         sequence = run.sequence
         try:
-            if run.prefills:
-                sequence.cache.reserve(sequence.prefill_end)
-            requests = sequence.next_pass()
-            sequence.cache.reserve(requests[-1].prefix_length + len(requests[-1].ids))
+            with self._lock:  # one that another thread closes has no cache any more
+                if run.left:
+                    return ()
+                self._with_room(lambda: sequence.cache.reserve(sequence.next_end))
+                requests = sequence.next_pass()
         except Exception as error:
             self._end(run, error)
             return ()

@@ -28,6 +28,7 @@ class Output:
 
     Attributes
     ----------
+    limit : int
     tokens : list of int
         Kept so far.
     finish_reason : {"stop", "length"} or None
@@ -43,7 +44,7 @@ class Output:
     ) -> None:
         self.tokens: list[int] = []
         self.finish_reason: str | None = None
-        self._limit = limit
+        self.limit = limit
         self._stop_token_ids = frozenset(stop_token_ids)
         self._stop_strings = tuple(stop_strings)
         self._decode = decode
@@ -71,7 +72,7 @@ class Output:
             self.tokens.append(token)
             if token in self._stop_token_ids:
                 self.finish_reason = "stop"
-            elif len(self.tokens) == self._limit:
+            elif len(self.tokens) == self.limit:
                 self.finish_reason = "length"
         if self._decode is None or not tokens:
             return

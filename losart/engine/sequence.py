@@ -44,8 +44,12 @@ class Sequence:
     slot : optional
         The backend's, for stored results; for the engine to set.
     reads : ReadLog
-    prefill_end : int
-        Positions that prefill takes into the cache.
+    prefix : int64 [positions]
+        What prefill takes into the cache.
+    reused : int
+        Of the prompt, positions that the cache held at first.
+    prefilled : int
+        Positions that prefill has taken into a cache, in all.
     queue_seconds, prefill_seconds, decode_seconds : float
         For the engine to add to.
     first_token_seconds : float or None
@@ -70,7 +74,8 @@ class Sequence:
         self.slot: Any = None
         self.ids = list(prompt)
         self.reused = cache.length
-        self.prefill_end = len(self.ids) // length * length
+        self.prefix = self._whole_blocks()
+        self.prefilled = 0
         self.pending = False
         self.commits_ride = commits_ride
         self.denoising_passes = 0
@@ -82,12 +87,17 @@ class Sequence:
         self.shared = 0
         self.reads = ReadLog(block_length=length)
         self._prompt_tokens = len(self.ids)
+        self._prompt_end = len(self.prefix)
         self._prefill_step = -(-prefill_tokens // length) * length
         self._select = strategy(options.remasking)
         self._rng = np.random.default_rng(options.seed)
         # Every pass fixes one position at least: there are never more passes than positions.
         self._counts = transfer_counts(length, min(length, options.denoising_steps))
         self._begin_block()
+
+    def _whole_blocks(self) -> np.ndarray:
+        length = self.options.block_length
+        return np.array(self.ids[: len(self.ids) // length * length], np.int64)
 
     def _begin_block(self) -> None:
         known = self.ids[max(self.cache.length, self.prefill_end) :]
@@ -101,6 +111,34 @@ class Sequence:
     def finished(self) -> bool:
         """Whether no pass follows."""
         return self.output.finish_reason is not None
+
+    @property
+    def prefill_end(self) -> int:
+        """Positions that prefill takes into the cache."""
+        return len(self.prefix)
+
+    @property
+    def begun(self) -> bool:
+        """Whether a pass has been applied."""
+        return self.prefilled > 0 or self.denoising_passes > 0
+
+    def shareable(self) -> np.ndarray:
+        """Ids of the positions in the cache whose keys and values are those that prefill gives."""
+        dense = self.options.attention.commit == "dense"
+        return np.array(self.ids[: self.cache.length if dense else self._prompt_end][: self.cache.length])
+
+    @property
+    def end(self) -> int:
+        """Positions that the cache has room for in the end, at most."""
+        length = self.options.block_length
+        return -(-(self._prompt_tokens + self.output.limit) // length) * length
+
+    @property
+    def next_end(self) -> int:
+        """Positions that the cache must have room for before the next pass."""
+        if self.next_kind is PassKind.PREFILL:
+            return self.prefill_end
+        return self.cache.length + self.options.block_length * (1 + self.rides_next)
 
     @property
     def next_kind(self) -> PassKind:
@@ -157,7 +195,9 @@ class Sequence:
         """
         kind, start, steps = self.next_kind, self.cache.length, []
         if kind is PassKind.PREFILL:
-            self.cache.advance(min(self._prefill_step, self.prefill_end - start))
+            tokens = min(self._prefill_step, self.prefill_end - start)
+            self.cache.advance(tokens)
+            self.prefilled += tokens
         elif kind is PassKind.COMMIT:
             self.ids[start:] = self._block.tolist()
             self.cache.advance(len(self._block))
@@ -202,7 +242,7 @@ class Sequence:
             prompt_tokens=self._prompt_tokens,
             new_tokens=len(output.tokens),
             reused_tokens=self.reused,
-            prefilled_tokens=self.prefill_end - self.reused,
+            prefilled_tokens=self._prompt_end - self.reused,
             denoising_passes=self.denoising_passes,
             commit_passes=self.commit_passes,
             prefill_seconds=self.prefill_seconds,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import cupy
@@ -9,6 +10,18 @@ import numpy as np
 
 from losart.config.model import ModelConfig
 from losart.config.precision import GROUP_PAGES, Format
+
+
+def copy_beginning(to: Any, source: Any, axis: int, count: int, stream: Any) -> None:
+    """Copy the first `count` along an axis from one array to another of the same shape and format."""
+    rows = math.prod(source.shape[:axis])
+    pitch = source.nbytes // rows
+    width = pitch // source.shape[axis] * count
+    runtime = cupy.cuda.runtime
+    runtime.memcpy2DAsync(
+        *(to.data.ptr, pitch, source.data.ptr, pitch, width, rows),
+        *(runtime.memcpyDeviceToDevice, stream.ptr),
+    )
 
 
 class CudaPageTable:
