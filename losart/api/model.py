@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 from losart.api.session import Session
@@ -16,6 +17,7 @@ from losart.engine.kv_pool import KVPool
 from losart.errors import PromptError
 from losart.loaders import ChatTemplate, Checkpoint, Tokenizer, open_checkpoint
 from losart.loaders.tokenizer import Prompt, is_batch, prompt_ids
+from losart.models.fingerprint import model_fingerprint
 from losart.models.transformer import Transformer
 from losart.observe.step import GenerationResult, Observer, Progress
 
@@ -48,7 +50,13 @@ class Model:
         self.dtype = precision.weights.name
         backend = make_backend(device, self.config, precision)
         self.device = backend.name
+        self._tensors = checkpoint.tensors
         self._engine = Engine(Transformer(self.config, checkpoint.tensors, backend, progress))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A digest of the configuration and of some bytes of each tensor: models of another one differ."""
+        return model_fingerprint(self.config, self._tensors)
 
     def generate(
         self,

@@ -15,12 +15,13 @@ from losart.config.model import ModelConfig
 from losart.config.options import GenerationConfig
 from losart.engine.batch import PassBatch, PassKind, PassResult, SequencePass, operations_key
 from losart.engine.kv_cache import PagedKVCache
-from losart.engine.kv_pool import KVPool
+from losart.engine.kv_pool import KVPool, Prefix
 from losart.engine.output import Decode, Output
 from losart.engine.sampling import Proposals, strategy
 from losart.engine.sequence import Sequence
 from losart.engine.turns import Turns
 from losart.errors import LosartError, NumericalError, OptionError
+from losart.observe.engine_stats import EngineStats
 from losart.observe.step import GenerationResult, Observer, Progress, Step
 
 MAX_SEQUENCES = 16
@@ -139,6 +140,8 @@ class Run:
         Number of its last pass; 0 before the first.
     joined : float
         When it was queued, by `time.perf_counter`.
+    kept : list of Prefix, optional
+        Takes what is held of it when it has ended.
     """
 
     sequence: Sequence
@@ -149,6 +152,7 @@ class Run:
     left: bool = False
     last_pass: int = 0
     joined: float = 0.0
+    kept: list[Prefix] | None = None
 
     @property
     def ended(self) -> bool:
@@ -192,8 +196,31 @@ class Engine:
         self._lock = threading.RLock()  # guards who waits and who runs
         self._waiting: deque[Run] = deque()
         self._running: list[Run] = []
+        self._full = False  # whether memory ran out, and no running one has ended since
+        self._set_backs = 0
         self._passes = 0
+        self._block_passes = 0
+        self._block_sequences = 0  # of those passes, in all
+        self._prefilled_tokens = 0
         self._prefilled = 0  # tokens of prompts since the last pass over blocks
+
+    @property
+    def stats(self) -> EngineStats:
+        """Figures of this moment."""
+        with self._lock:
+            pool = self._pool or KVPool(0)
+            return EngineStats(
+                running=len(self._running),
+                waiting=len(self._waiting),
+                kv_bytes_in_use=pool.bytes_in_use,
+                kv_bytes_held=pool.bytes_held,
+                kv_memory=pool.limit,
+                reused_tokens=pool.reused_tokens,
+                prefilled_tokens=self._prefilled_tokens,
+                passes=self._block_passes,
+                mean_sequences=self._block_sequences / max(1, self._block_passes),
+                set_back=self._set_backs,
+            )
 
     def check(self, options: GenerationConfig, decode: Decode | None) -> None:
         """See that a generation with these options can be run.
@@ -233,10 +260,14 @@ class Engine:
         ------
         OptionError
             See `check`.
+        OutOfMemoryError
+            There is less memory for caches than it may need.
         """
         self.check(options, decode)
         cache = self.new_cache(prompt, options)
         run = Run(self.sequence(prompt, options, cache, decode), observer, progress)
+        if self._pool is not None:
+            self._pool.check(run.sequence)
         # The iterator alone holds the run, so that its cache is freed with its end.
         reference = weakref.ref(run)
 
@@ -263,6 +294,36 @@ class Engine:
         output = Output(limit, options.stop_token_ids, options.stop, decode)
         runner = self.runner
         return Sequence(prompt, options, output, cache, runner.prefill_tokens, runner.commits_ride(options))
+
+    def prefix(self, prompt: Ids[int], options: GenerationConfig, progress: Progress | None = None) -> Prefix:
+        """Prefill a prompt's whole pages and blocks, or find them, and hold them.
+
+        Raises
+        ------
+        OutOfMemoryError
+            There is less memory for caches than it needs.
+        """
+        assert self._pool is not None
+        output, cache, kept = Output(0), self.new_cache(prompt, options), list[Prefix]()
+        sequence = Sequence(prompt, options, output, cache, self.runner.prefill_tokens)
+        self._pool.check(sequence)
+        list(self._steps(Run(sequence, progress=progress, kept=kept)))
+        return kept[0]
+
+    def hold(self, size: int, load: Callable[[], Prefix]) -> Prefix:
+        """Load a prefix when there is room for so many bytes, and hold it.
+
+        Raises
+        ------
+        OutOfMemoryError
+            There is no room beside what generations under way may need.
+        """
+        assert self._pool is not None
+        with self.runner.turns.turn(), self._lock:
+            self._pool.make_room(size)
+            prefix = self._with_room(load)
+            self._pool.hold(prefix)
+        return prefix
 
     def steps(
         self, sequence: Sequence, observer: Observer | None = None, progress: Progress | None = None
@@ -304,9 +365,12 @@ class Engine:
         with self._lock:
             if self._pool is not None:
                 finished = run.sequence.finished and run.error is None and not run.left
-                self._pool.leave(run.sequence, keep=finished)
+                held = self._pool.leave(run.sequence, keep=finished)
+                if run.kept is not None and held is not None:
+                    run.kept.append(held)
                 run.sequence.cache = run.sequence.cache.emptied()
             run.left = True
+            self._full &= run not in self._running
             for runs in (self._waiting, self._running):
                 if run in runs:
                     runs.remove(run)
@@ -326,17 +390,17 @@ class Engine:
         """Run one pass, and bring `asked` nearer to its next step."""
         with self._lock:
             self._admit_waiting(asked)
-            running = [
-                run for run in self._running if (self._together or run is asked) and not run.sequence.pending
-            ]
+            # For one that waits for memory without shared passes, those that have it go on, one by one.
+            running = self._running if self._together or asked not in self._running else [asked]
+            running = [run for run in running if not run.sequence.pending and not run.ended]
         if asked.sequence.pending and not asked.ended:
             raise LosartError("an observer cannot ask for a step of a generation whose pass it is told of")
         if not running and not asked.ended:
             raise LosartError("an observer cannot ask for a generation that waits for those it is told of")
         if not self._together:
-            self._run(running)
+            self._run(running[:1])
             # A session can go on from a block whose last step it has given.
-            if not asked.ended and asked.commits:
+            if asked in running and not asked.ended and asked.commits:
                 self._run(running)
             return
         prefilling = [run for run in running if run.prefills]
@@ -367,18 +431,51 @@ class Engine:
             # Its place is kept meanwhile.
             if self._together and self._pool is not None and self._pool.awaits(run.sequence):
                 continue
-            self._waiting.remove(run)
-            self._admit(run)
+            if not self._admit(run):
+                break
 
-    def _admit(self, run: Run) -> None:
-        self._running.append(run)
+    def _admit(self, run: Run) -> bool:
+        """Let a waiting run take part; False: it waits for memory."""
         sequence = run.sequence
         try:
-            if self._pool is not None:
-                self._pool.join(sequence)
-            sequence.slot = self._with_room(lambda: self.runner.new_slot(sequence.options))
+            if self._pool is not None and ((self._full and self._running) or not self._pool.join(sequence)):
+                return False
+            self._waiting.remove(run)
+            self._running.append(run)
+            if sequence.finished:  # all that it was to prefill was there
+                self._end(run)
+            elif sequence.slot is None:
+                sequence.slot = self._with_room(lambda: self.runner.new_slot(sequence.options))
+        except MemoryError as error:
+            if self._pool is None or not any(other is not run for other in self._running):
+                self._end(run, error)
+                return True
+            self._set_back(run)
+            return False
         except Exception as error:
             self._end(run, error)
+        return True
+
+    def _set_back(self, run: Run) -> None:
+        """Let a run wait, first of all, until memory comes free; its cache is given up."""
+        assert self._pool is not None
+        sequence = run.sequence
+        cache = self.new_cache(sequence.prompt, sequence.options)
+        self._pool.leave(sequence, keep=False)
+        sequence.set_back(cache)
+        self._full = True
+        self._set_backs += 1
+        if run in self._running:
+            self._running.remove(run)
+            self._waiting.appendleft(run)
+
+    def _set_back_youngest(self) -> bool:
+        """Set back the run that was admitted last; False: it would help nobody, or none can go on from it."""
+        able = [run for run in self._running if run.sequence.replaceable]
+        if self._pool is None or len(self._running) < 2 or not able:
+            return False
+        self._set_back(able[-1])
+        return True
 
     def _with_room(self, allocate: Callable[[], Room]) -> Room:
         """Allocate something, if need be where prefixes were held for nobody."""
@@ -390,10 +487,33 @@ class Engine:
                     if self._pool is None or not self._pool.give_up():
                         raise
 
+    def _reserve(self, runs: list[Run]) -> list[Run]:
+        """Make room in some runs' caches for their next pass; returns those that have it and go on."""
+        for run in runs:
+            try:
+                while not self._reserve_one(run):
+                    pass
+            except Exception as error:
+                self._end(run, error)
+        return [run for run in runs if not run.ended and run not in self._waiting]
+
+    def _reserve_one(self, run: Run) -> bool:
+        with self._lock:  # one that another thread closes has no cache any more
+            if run.ended or run in self._waiting:
+                return True
+            sequence = run.sequence
+            try:
+                self._with_room(lambda: sequence.cache.reserve(sequence.next_end))
+            except MemoryError:
+                if not self._set_back_youngest():
+                    raise
+                return False
+        return True
+
     def _run(self, runs: list[Run]) -> None:
         """Run the passes that some sequences want next as one; what raises ends those whose pass it was."""
         try:
-            self._forward(runs)
+            self._forward(self._reserve(runs))
         except Exception as error:
             self._end_pending(runs, error)
         except BaseException:
@@ -415,6 +535,7 @@ class Engine:
         batch = PassBatch(tuple(request for _, requests in passes for request in requests))
         observe = any(run.observer is not None for run, _ in passes)
         result = self._with_room(lambda: self.runner.forward(batch, observe))
+        self._count(batch, len(passes))
         seconds = time.perf_counter() - began
         proposals, reads, layers = iter(result.proposals), iter(result.reads), iter(result.layers)
         for run, requests in passes:
@@ -427,14 +548,20 @@ class Engine:
                 run.sequence.shared += 0 if run.prefills else len(passes)
                 self._apply(run, requests, of_run, seconds)
 
+    def _count(self, batch: PassBatch, sequences: int) -> None:
+        if batch.kind is PassKind.PREFILL:
+            self._prefilled_tokens += batch.tokens
+        else:
+            self._block_passes += 1
+            self._block_sequences += sequences
+
     def _request(self, run: Run) -> tuple[SequencePass, ...]:
-        """What a run wants next, with room in its cache; nothing where there is none, which ends it."""
+        """What a run wants next; nothing where it has been closed, or an error ends it."""
         sequence = run.sequence
         try:
-            with self._lock:  # one that another thread closes has no cache any more
+            with self._lock:
                 if run.left:
                     return ()
-                self._with_room(lambda: sequence.cache.reserve(sequence.next_end))
                 requests = sequence.next_pass()
         except Exception as error:
             self._end(run, error)

@@ -26,10 +26,21 @@ def chunk_positions(page_size: int, expected: int | None = None) -> int:
     return math.ceil((SMALL_CHUNK_POSITIONS if few else CHUNK_POSITIONS) / group) * group
 
 
-def copy_on_host(to: np.ndarray, source: np.ndarray, axis: int, count: int) -> None:
-    """Copy the first `count` along an axis."""
-    first = (slice(None),) * axis + (slice(count),)
-    to[first] = source[first]
+class HostArrays:
+    """What is done with the arrays of chunks beside passes, in the host's memory."""
+
+    def copy(self, to: Any, source: Any, axis: int, count: int) -> None:
+        """Copy the first `count` along an axis."""
+        first = (slice(None),) * axis + (slice(count),)
+        to[first] = source[first]
+
+    def to_host(self, array: Any) -> np.ndarray:
+        """The array, or a copy of it on the host."""
+        return array
+
+    def from_host(self, values: np.ndarray, shape: tuple[int, ...], format: Format) -> Any:
+        """Bytes on the host as an array of a cache, which may be the same memory."""
+        return values.view(format.array).reshape(shape)
 
 
 class PagedKVCache:
@@ -42,8 +53,8 @@ class PagedKVCache:
         `kv_format`, `kv_shape`, `bounds_format`, `bounds_shape` and `add_chunk`.
     allocate : callable
         (shape, format) -> an array of zeros.
-    copy : callable
-        As `copy_on_host`, of the backend's arrays.
+    arrays : HostArrays, optional
+        Or what does the same with the backend's arrays.
 
     Attributes
     ----------
@@ -58,13 +69,13 @@ class PagedKVCache:
         self,
         table: Any,
         allocate: Callable[[tuple[int, ...], Format], Any],
-        copy: Callable[[Any, Any, int, int], None] = copy_on_host,
+        arrays: HostArrays | None = None,
     ) -> None:
         self.table = table
         self.length = 0
         self.chunks: list[tuple[Any, Any]] = []
         self._allocate = allocate
-        self._copy = copy
+        self.arrays = arrays or HostArrays()
 
     @property
     def page_size(self) -> int:
@@ -143,8 +154,8 @@ class PagedKVCache:
         if rest:
             # No more than these positions: what comes after them in the other may not be finite.
             kv, bounds = shared_copy = self._new_chunk()
-            self._copy(kv, chunks[full][0], 3, rest)
-            self._copy(bounds, chunks[full][1], 2, -(-rest // (GROUP_PAGES * self.page_size)))
+            self.arrays.copy(kv, chunks[full][0], 3, rest)
+            self.arrays.copy(bounds, chunks[full][1], 2, -(-rest // (GROUP_PAGES * self.page_size)))
             shared.append(shared_copy)
         for chunk in shared:
             self._add(chunk)

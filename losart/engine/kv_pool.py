@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from losart.engine.sequence import Sequence
+from losart.errors import OutOfMemoryError
 
 Chunk = tuple[Any, Any]  # keys and values, and page bounds
 
@@ -72,7 +73,10 @@ class KVPool:
     Parameters
     ----------
     kept : int
-        Prefixes that are held for nobody, at most; those used last.
+        Prefixes that are held for nobody at most, those used last, where there is no limit.
+    limit : int, optional
+        Bytes of keys, values and page bounds. A sequence joins when all that it may need in the end fits
+        beside what the others may, and prefixes that are held for nobody make room.
 
     Attributes
     ----------
@@ -80,14 +84,40 @@ class KVPool:
         That sequences have found when they joined, so far.
     """
 
-    def __init__(self, kept: int) -> None:
+    def __init__(self, kept: int, limit: int | None = None) -> None:
         self.kept = kept
+        self.limit = limit
         self.reused_tokens = 0
         self._running: list[Sequence] = []
         self._held: dict[Prefix, None] = {}  # in the order of their last use
 
-    def join(self, sequence: Sequence) -> None:
-        """Give a sequence's empty cache what is held of its prefix.
+    @property
+    def bytes_in_use(self) -> int:
+        """Memory of the running sequences' caches, what they share counted once."""
+        return sum(_sizes(one.cache.chunks for one in tuple(self._running)).values())
+
+    @property
+    def bytes_held(self) -> int:
+        """Memory of prefixes beside that, held for nobody."""
+        used = _sizes(one.cache.chunks for one in tuple(self._running))
+        return sum(size for chunk, size in self._held_sizes().items() if chunk not in used)
+
+    def check(self, sequence: Sequence) -> None:
+        """Refuse a sequence that can never join.
+
+        Raises
+        ------
+        OutOfMemoryError
+        """
+        need = sequence.cache.bytes_for(sequence.end)
+        if self.limit is not None and need > self.limit:
+            raise OutOfMemoryError(
+                f"the KV cache of prompt and answer, {sequence.end} positions in chunks of "
+                f"{sequence.cache.positions_per_chunk}, takes {need} bytes, and kv_memory is {self.limit}"
+            )
+
+    def join(self, sequence: Sequence) -> bool:
+        """Give a sequence's empty cache what is held of its prefix; False: there is no room for it yet.
 
         Raises
         ------
@@ -97,6 +127,8 @@ class KVPool:
         """
         while True:
             found = self._find(sequence)
+            if not self._make_room(*self._planned(sequence, found)):
+                return False
             try:
                 sequence.cache.share(found.chunks, len(found.ids))
                 break
@@ -107,21 +139,67 @@ class KVPool:
             sequence.reused = len(found.ids)
         self.reused_tokens += len(found.ids)
         self._running.append(sequence)
+        return True
 
-    def leave(self, sequence: Sequence, keep: bool) -> None:
-        """Take a sequence out, and with `keep` hold what its cache has for others to come."""
+    def _planned(
+        self, sequence: Sequence | None = None, found: Prefix | None = None
+    ) -> tuple[int, dict[int, int]]:
+        """Bytes that running sequences may need, and one more that shares a prefix; and what they have."""
+        caches = [(one.cache, len(one.cache.chunks), one.end) for one in tuple(self._running)]
+        used = _sizes(cache.chunks for cache, *_ in caches)
+        if sequence is not None and found is not None:
+            shared = found.chunks[: len(found.ids) // found.kind.positions_per_chunk]
+            used |= _sizes([shared])
+            caches.append((sequence.cache, len(shared), sequence.end))
+        to_come = (cache.bytes_for(end) - count * cache.chunk_bytes for cache, count, end in caches)
+        return sum(used.values()) + sum(to_come), used
+
+    def _make_room(self, planned: int, used: dict[int, int]) -> bool:
+        """Whether what is planned fits, if need be where prefixes were held for nobody."""
+        while self.limit is not None:
+            if planned > self.limit:
+                return False
+            beside = sum(size for chunk, size in self._held_sizes().items() if chunk not in used)
+            if planned + beside <= self.limit:
+                break
+            self.give_up()
+        return True
+
+    def _held_sizes(self) -> dict[int, int]:
+        return _sizes(prefix.chunks for prefix in tuple(self._held))
+
+    def leave(self, sequence: Sequence, keep: bool) -> Prefix | None:
+        """Take a sequence out, and with `keep` hold what its cache has for others to come, and return it."""
         if sequence not in self._running:
-            return
+            return None
         self._running.remove(sequence)
-        if keep:
-            kind, cache = PrefixKind.of(sequence), sequence.cache
-            ids = sequence.shareable()
-            ids = ids[: kind.whole(len(ids))]
-            chunks = cache.chunks[: -(-len(ids) // kind.positions_per_chunk)]
-            self.hold(Prefix(kind, ids, tuple(chunks)))
+        if not keep:
+            return None
+        kind, cache = PrefixKind.of(sequence), sequence.cache
+        ids = sequence.shareable()
+        ids = ids[: kind.whole(len(ids))]
+        chunks = cache.chunks[: -(-len(ids) // kind.positions_per_chunk)]
+        prefix = Prefix(kind, ids, tuple(chunks))
+        self.hold(prefix)
+        return prefix
+
+    def make_room(self, size: int) -> None:
+        """Give up what is held, until so many bytes more can be.
+
+        Raises
+        ------
+        OutOfMemoryError
+            Running sequences may need too much.
+        """
+        planned, used = self._planned()
+        if not self._make_room(planned + size, used):
+            raise OutOfMemoryError(
+                f"the prefix takes {size} bytes, generations under way may take {planned}, and kv_memory is "
+                f"{self.limit}"
+            )
 
     def hold(self, prefix: Prefix) -> None:
-        """Hold a prefix until memory is wanted."""
+        """Hold a prefix, for which there is room, until memory is wanted."""
         for held in tuple(self._held):
             if held.kind == prefix.kind:
                 common = common_length(held.ids, prefix.ids)
@@ -131,7 +209,7 @@ class KVPool:
                 if common == len(held.ids):
                     self._held.pop(held, None)
         self._held[prefix] = None
-        while len(self._held) > self.kept:
+        while self.limit is None and len(self._held) > self.kept:
             self.give_up()
 
     def give_up(self) -> bool:
@@ -171,3 +249,8 @@ class KVPool:
     def _used(self, prefix: Prefix) -> None:
         if prefix in self._held:
             self._held[prefix] = self._held.pop(prefix)
+
+
+def _sizes(caches: Iterable[Ids[Chunk]]) -> dict[int, int]:
+    """Bytes of the chunks of some caches, by what identifies a chunk."""
+    return {id(kv): kv.nbytes + bounds.nbytes for chunks in caches for kv, bounds in chunks}

@@ -17,7 +17,7 @@ class Output:
     Parameters
     ----------
     limit : int
-        New tokens at most.
+        New tokens at most; 0 for a prompt that is prefilled and no more.
     stop_token_ids : sequence of int
         Each ends the generation and is the last token kept.
     stop_strings : sequence of str
@@ -43,7 +43,7 @@ class Output:
         decode: Decode | None = None,
     ) -> None:
         self.tokens: list[int] = []
-        self.finish_reason: str | None = None
+        self.finish_reason: str | None = None if limit else "length"
         self.limit = limit
         self._stop_token_ids = frozenset(stop_token_ids)
         self._stop_strings = tuple(stop_strings)

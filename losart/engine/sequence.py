@@ -110,7 +110,7 @@ class Sequence:
     @property
     def finished(self) -> bool:
         """Whether no pass follows."""
-        return self.output.finish_reason is not None
+        return self.output.finish_reason is not None and self.cache.length >= self.prefill_end
 
     @property
     def prefill_end(self) -> int:
@@ -118,9 +118,25 @@ class Sequence:
         return len(self.prefix)
 
     @property
+    def prompt(self) -> list[int]:
+        """The prompt's ids."""
+        return self.ids[: self._prompt_tokens]
+
+    @property
     def begun(self) -> bool:
         """Whether a pass has been applied."""
         return self.prefilled > 0 or self.denoising_passes > 0
+
+    @property
+    def replaceable(self) -> bool:
+        """Whether prefill gives what the cache holds, and `set_back` may be called."""
+        return not self.pending and len(self.shareable()) == self.cache.length
+
+    def set_back(self, cache: PagedKVCache) -> None:
+        """Go on with an empty cache, which prefill fills again; all else stays as it is."""
+        if self.cache.length > self.prefill_end:
+            self.prefix = self._whole_blocks()
+        self.cache = cache
 
     def shareable(self) -> np.ndarray:
         """Ids of the positions in the cache whose keys and values are those that prefill gives."""

@@ -134,21 +134,24 @@ def test_who_waited_for_a_prefill_goes_on_without_it(model, end):
     assert result.token_ids == model.generate(RANDOM, **options()).token_ids
 
 
-def test_numbers_that_are_not_finite_are_not_shared(make_checkpoint):
+@pytest.mark.parametrize("attention", [{}, {"attention": "quest", "budget": 32}], ids=["dense", "quest"])
+def test_numbers_that_are_not_finite_are_not_shared(make_checkpoint, attention):
     """Not even past the end of what is common, where zero weights would make NaN of them."""
     path = with_tensor(make_checkpoint(), "model.embed_tokens.weight", spoil_row(3, np.nan))
     model = losart.load(path, "cpu")
     clean = [4 + token for token in range(100)]
     engine = losart.Engine(model)
     for prompt in ([*clean, *[3] * 20], [*clean, 3]):
-        bad = engine.submit(prompt, **options())
-        good = engine.submit([*clean, *RANDOM[:6]], **options())
+        bad = engine.submit(prompt, **options(**attention))
+        good = engine.submit([*clean, *RANDOM[:6]], **options(**attention))
         with pytest.raises(losart.NumericalError):
             bad.result()
-        assert good.result().token_ids == model.generate([*clean, *RANDOM[:6]], **options()).token_ids
-        again = engine.submit([*clean, *RANDOM[:7]], **options()).result()
+        assert (
+            good.result().token_ids == model.generate([*clean, *RANDOM[:6]], **options(**attention)).token_ids
+        )
+        again = engine.submit([*clean, *RANDOM[:7]], **options(**attention)).result()
         assert again.stats.reused_tokens == 96
-        assert again.token_ids == model.generate([*clean, *RANDOM[:7]], **options()).token_ids
+        assert again.token_ids == model.generate([*clean, *RANDOM[:7]], **options(**attention)).token_ids
 
 
 def test_what_was_used_least_recently_is_given_up(model):

@@ -27,7 +27,7 @@ from losart.backends.cuda.kernels import Kernels
 from losart.backends.cuda.matmul import blas_matmul
 from losart.backends.cuda.matmul_plans import matmul_plan
 from losart.backends.cuda.memory import DeviceMemory
-from losart.backends.cuda.pages import CudaPageTable, copy_beginning
+from losart.backends.cuda.pages import CudaPageTable, DeviceArrays
 from losart.backends.cuda.plans import Card, causal_plan, masses_plan, prefix_plan, sparse_plan
 from losart.backends.cuda.results import NO_MATMUL, NOTHING_STORED, Matmul, PrefixParts, Weight
 from losart.backends.cuda.runner import PassRunner
@@ -110,13 +110,9 @@ class CudaBackend:
                 self.memory.prefill_pool.free_all_blocks()  # an interrupted prompt may have left some
                 return cupy.zeros(shape, format.bits_array)
 
-        def copy(to: Any, source: Any, axis: int, count: int) -> None:
-            with self.memory.running("the KV cache"):
-                copy_beginning(to, source, axis, count, self.memory.stream)
-
         with self.memory.running("the page table"):
             table = CudaPageTable(self.config, page_size, positions, self.precision.kv)
-        return PagedKVCache(table, allocate, copy)
+        return PagedKVCache(table, allocate, DeviceArrays(self.memory))
 
     def new_slot(self, stored: StoredResults) -> Slot:
         with self.memory.running("stored results"):
