@@ -17,11 +17,13 @@ from losart.errors import (
     NumericalError,
     OptionError,
     OutOfMemoryError,
+    PrefixError,
     PromptError,
     TensorError,
     TraceError,
     explain_unbuilt,
 )
+from losart.observe.engine_stats import EngineStats
 from losart.observe.step import GenerationResult, ObservedLayer, Stats, Step
 from losart.observe.trace import Trace, TraceWriter, read_trace
 from losart.version import __version__
@@ -43,6 +45,7 @@ __all__ = [
     "DataError",
     "DeviceError",
     "Engine",
+    "EngineStats",
     "GenerationConfig",
     "GenerationResult",
     "LosartError",
@@ -52,6 +55,7 @@ __all__ = [
     "ObservedLayer",
     "OptionError",
     "OutOfMemoryError",
+    "PrefixError",
     "PromptError",
     "Session",
     "Stats",

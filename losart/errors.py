@@ -45,6 +45,10 @@ class TraceError(LosartError, ValueError):
     """A trace file is damaged, or something else."""
 
 
+class PrefixError(LosartError, ValueError):
+    """A saved prefix is missing, damaged, or of another model, device or format."""
+
+
 class NumericalError(LosartError, RuntimeError):
     """The model produced values that are not numbers."""
 

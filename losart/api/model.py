@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 from losart.api.session import Session
@@ -12,9 +13,11 @@ from losart.config.model import ModelConfig
 from losart.config.options import generation_config
 from losart.config.precision import Precision
 from losart.engine.engine import MAX_SEQUENCES, Engine, Stream
+from losart.engine.kv_pool import KVPool
 from losart.errors import PromptError
 from losart.loaders import ChatTemplate, Checkpoint, Tokenizer, open_checkpoint
 from losart.loaders.tokenizer import Prompt, is_batch, prompt_ids
+from losart.models.fingerprint import model_fingerprint
 from losart.models.transformer import Transformer
 from losart.observe.step import GenerationResult, Observer, Progress
 
@@ -48,7 +51,13 @@ class Model:
         self.dtype = precision.weights.name
         backend = make_backend(device, self.config, precision, deterministic)
         self.device = backend.name
+        self._tensors = checkpoint.tensors
         self._engine = Engine(Transformer(self.config, checkpoint.tensors, backend, progress))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A digest of the configuration and of some bytes of each tensor: models of another one differ."""
+        return model_fingerprint(self.config, self._tensors)
 
     def generate(
         self,
@@ -126,7 +135,8 @@ class Model:
         if not is_batch(prompt):
             return self._submit(self._engine, prompt, progress, observer, options).result()
         # Where somebody observes, who could not tell one prompt's steps from another's, one after another.
-        engine = Engine(self._engine.runner, MAX_SEQUENCES if observer is None else 1)
+        sequences = MAX_SEQUENCES if observer is None else 1
+        engine = Engine(self._engine.runner, sequences, KVPool(sequences))
         streams = []
         for index, one in enumerate(prompt):
             try:
@@ -197,8 +207,9 @@ def load(
     progress : callable, optional
         Called after each layer's weights with the layers loaded and in all.
     deterministic : bool
-        Generations that share passes give bit for bit what each gives alone, which is slower with more than
-        32 rows per pass on a GPU, 8 on the CPU. Else sums are rounded otherwise, but for float32 on a GPU.
+        Generations that share passes and beginnings give bit for bit what each gives alone, which is slower
+        with more than 32 rows per pass on a GPU, 8 on the CPU, and for prompts. Else sums may be rounded
+        otherwise.
 
     Raises
     ------

@@ -8,6 +8,7 @@ from typing import Any
 from losart.config.options import GenerationConfig, generation_config
 from losart.engine.engine import Engine, Stream
 from losart.engine.kv_cache import PagedKVCache
+from losart.engine.kv_pool import common_length
 from losart.engine.sequence import Sequence
 from losart.errors import OptionError, PromptError
 from losart.loaders.chat_template import ChatTemplate
@@ -160,15 +161,7 @@ class Session:
         last = self._sequence
         if last is None:
             return
-        common = _common(last.ids, ids)
+        common = common_length(last.ids, ids)
         # A pass that was interrupted may have written to the cache without taking it into the prefix.
         if last.pending or common < cache.length:
             cache.rewind(common, self.options.block_length)
-
-
-def _common(a: list[int], b: list[int]) -> int:
-    """How many ids two sequences begin with in common."""
-    shorter = min(len(a), len(b))
-    if a[:shorter] == b[:shorter]:
-        return shorter
-    return next(index for index in range(shorter) if a[index] != b[index])

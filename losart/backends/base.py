@@ -189,12 +189,9 @@ class Backend(Protocol):
     config: ModelConfig
     precision: Precision
     prefill_tokens: int  # of a prompt that go through the model at a time
+    beside_tokens: int  # the same while other sequences wait for their passes
     riding_blocks: Container[int]  # lengths of blocks whose commits may ride
     batch_rows: int  # that a pass over several sequences may have; 0: a pass has one sequence
-
-    @property
-    def beside_tokens(self) -> int:
-        """The same while other sequences wait for their passes."""
 
     @property
     def selectors(self) -> Mapping[str, Selector]:

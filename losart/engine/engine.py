@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from losart.config.model import ModelConfig
 from losart.config.options import GenerationConfig
@@ -22,14 +22,17 @@ from losart.engine.batch import (
     operations_key,
 )
 from losart.engine.kv_cache import PagedKVCache
+from losart.engine.kv_pool import KVPool, Prefix
 from losart.engine.output import Decode, Output
 from losart.engine.sampling import Proposals, strategy
 from losart.engine.sequence import Sequence
 from losart.engine.turns import Turns
 from losart.errors import LosartError, NumericalError, OptionError
+from losart.observe.engine_stats import EngineStats
 from losart.observe.step import GenerationResult, Observer, Progress, Step
 
 MAX_SEQUENCES = 16
+Room = TypeVar("Room")  # whatever takes memory
 
 
 class Runner(Protocol):
@@ -148,6 +151,8 @@ class Run:
         Number of its last pass; 0 before the first.
     joined : float
         When it was queued, by `time.perf_counter`.
+    kept : list of Prefix, optional
+        Takes what is held of it when it has ended.
     """
 
     sequence: Sequence
@@ -158,6 +163,7 @@ class Run:
     left: bool = False
     last_pass: int = 0
     joined: float = 0.0
+    kept: list[Prefix] | None = None
 
     @property
     def ended(self) -> bool:
@@ -187,19 +193,46 @@ class Engine:
     ----------
     runner : Runner
     max_sequences : int
-        That share passes; others wait in the order in which they came.
+        That share passes; others wait in the order in which they came, or for a prefill under way that has
+        more in common with them than is held so far.
+    pool : KVPool, optional
+        Shares what prompts begin with in common. None: each has a cache of its own.
     """
 
-    def __init__(self, runner: Runner, max_sequences: int = 1) -> None:
+    def __init__(self, runner: Runner, max_sequences: int = 1, pool: KVPool | None = None) -> None:
         self.runner = runner
         self.max_sequences = max_sequences
+        self._pool = pool
         self._together = runner.batch_rows > 0 and max_sequences > 1
         self._lock = threading.RLock()  # guards who waits and who runs
         self._waiting: deque[Run] = deque()
         self._running: list[Run] = []
+        self._full = False  # whether memory ran out, and no running one has ended since
+        self._set_backs = 0
         self._passes = 0
+        self._block_passes = 0
+        self._block_sequences = 0  # of those passes, in all
+        self._prefilled_tokens = 0
         self._prefilled = 0  # tokens of prompts since the last pass over blocks
         self._untold: dict[Run, tuple[tuple[SequencePass, ...], Ids[PassReads]]] = {}
+
+    @property
+    def stats(self) -> EngineStats:
+        """Figures of this moment."""
+        with self._lock:
+            pool = self._pool or KVPool(0)
+            return EngineStats(
+                running=len(self._running),
+                waiting=len(self._waiting),
+                kv_bytes_in_use=pool.bytes_in_use,
+                kv_bytes_held=pool.bytes_held,
+                kv_memory=pool.limit,
+                reused_tokens=pool.reused_tokens,
+                prefilled_tokens=self._prefilled_tokens,
+                passes=self._block_passes,
+                mean_sequences=self._block_sequences / max(1, self._block_passes),
+                set_back=self._set_backs,
+            )
 
     def check(self, options: GenerationConfig, decode: Decode | None) -> None:
         """See that a generation with these options can be run.
@@ -239,10 +272,14 @@ class Engine:
         ------
         OptionError
             See `check`.
+        OutOfMemoryError
+            There is less memory for caches than it may need.
         """
         self.check(options, decode)
         cache = self.new_cache(prompt, options)
         run = Run(self.sequence(prompt, options, cache, decode), observer, progress)
+        if self._pool is not None:
+            self._pool.check(run.sequence)
         # The iterator alone holds the run, so that its cache is freed with its end.
         reference = weakref.ref(run)
 
@@ -269,6 +306,36 @@ class Engine:
         output = Output(limit, options.stop_token_ids, options.stop, decode)
         runner = self.runner
         return Sequence(prompt, options, output, cache, runner.prefill_tokens, runner.commits_ride(options))
+
+    def prefix(self, prompt: Ids[int], options: GenerationConfig, progress: Progress | None = None) -> Prefix:
+        """Prefill a prompt's whole pages and blocks, or find them, and hold them.
+
+        Raises
+        ------
+        OutOfMemoryError
+            There is less memory for caches than it needs.
+        """
+        assert self._pool is not None
+        output, cache, kept = Output(0), self.new_cache(prompt, options), list[Prefix]()
+        sequence = Sequence(prompt, options, output, cache, self.runner.prefill_tokens)
+        self._pool.check(sequence)
+        list(self._steps(Run(sequence, progress=progress, kept=kept)))
+        return kept[0]
+
+    def hold(self, size: int, load: Callable[[], Prefix]) -> Prefix:
+        """Load a prefix when there is room for so many bytes, and hold it.
+
+        Raises
+        ------
+        OutOfMemoryError
+            There is no room beside what generations under way may need.
+        """
+        assert self._pool is not None
+        with self.runner.turns.turn(), self._lock:
+            self._pool.make_room(size)
+            prefix = self._with_room(load)
+            self._pool.hold(prefix)
+        return prefix
 
     def steps(
         self, sequence: Sequence, observer: Observer | None = None, progress: Progress | None = None
@@ -311,8 +378,15 @@ class Engine:
     def _leave(self, run: Run) -> None:
         """Free what a run holds; it takes part in no pass any more."""
         with self._lock:
+            if self._pool is not None:
+                finished = run.sequence.finished and run.error is None and not run.left
+                held = self._pool.leave(run.sequence, keep=finished)
+                if run.kept is not None and held is not None:
+                    run.kept.append(held)
+                run.sequence.cache = run.sequence.cache.emptied()
             run.left = True
             self._untold.pop(run, None)
+            self._full &= run not in self._running
             for runs in (self._waiting, self._running):
                 if run in runs:
                     runs.remove(run)
@@ -331,20 +405,18 @@ class Engine:
     def _step(self, asked: Run) -> None:
         """Run one pass, and bring `asked` nearer to its next step."""
         with self._lock:
-            while self._together and self._waiting and len(self._running) < self.max_sequences:
-                self._admit(self._waiting.popleft())
-            if not self._together and asked in self._waiting:
-                self._waiting.remove(asked)
-                self._admit(asked)
-            running = [
-                run for run in self._running if (self._together or run is asked) and not run.sequence.pending
-            ]
+            self._admit_waiting(asked)
+            # For one that waits for memory without shared passes, those that have it go on, one by one.
+            running = self._running if self._together or asked not in self._running else [asked]
+            running = [run for run in running if not run.sequence.pending and not run.ended]
         if asked.sequence.pending and not asked.ended:
             raise LosartError("an observer cannot ask for a step of a generation whose pass it is told of")
+        if not running and not asked.ended:
+            raise LosartError("an observer cannot ask for a generation that waits for those it is told of")
         if not self._together:
-            self._run(running)
+            self._run(running[:1])
             # A session can go on from a block whose last step it has given.
-            if not asked.ended and asked.commits:
+            if asked in running and not asked.ended and asked.commits:
                 self._run(running)
             return
         prefilling, decoding = list[Run](), list[Run]()
@@ -353,10 +425,10 @@ class Engine:
         # Others have a pass after so many tokens of prompts, which is one piece of a long one.
         if prefilling and not (self._prefilled >= self.runner.beside_tokens and decoding):
             run = asked if asked in prefilling else prefilling[0]
-            before, runner = run.sequence.cache.length, self.runner
+            before, runner = run.sequence.prefilled, self.runner
             run.sequence.prefill_tokens = runner.beside_tokens if decoding else runner.prefill_tokens
             self._run([run])
-            self._prefilled += run.sequence.cache.length - before
+            self._prefilled += run.sequence.prefilled - before
             return
         self._prefilled = 0
         decoding.sort(key=lambda run: (run is not asked, run.last_pass))
@@ -368,17 +440,98 @@ class Engine:
             batch.append(run)
         self._run(batch)
 
-    def _admit(self, run: Run) -> None:
-        self._running.append(run)
+    def _admit_waiting(self, asked: Run) -> None:
+        """Let waiting runs take part for which there are places; without shared passes the one asked."""
+        places = self.max_sequences - len(self._running) if self._together else 1
+        for run in list(self._waiting)[: max(0, places)] if self._together else [asked]:
+            if run not in self._waiting:
+                continue
+            # Its place is kept meanwhile.
+            if self._together and self._pool is not None and self._pool.awaits(run.sequence):
+                continue
+            if not self._admit(run):
+                break
+
+    def _admit(self, run: Run) -> bool:
+        """Let a waiting run take part; False: it waits for memory."""
+        sequence = run.sequence
         try:
-            run.sequence.slot = self.runner.new_slot(run.sequence.options)
+            if self._pool is not None and ((self._full and self._running) or not self._pool.join(sequence)):
+                return False
+            self._waiting.remove(run)
+            self._running.append(run)
+            if sequence.finished:  # all that it was to prefill was there
+                self._end(run)
+            elif sequence.slot is None:
+                sequence.slot = self._with_room(lambda: self.runner.new_slot(sequence.options))
+        except MemoryError as error:
+            if self._pool is None or not any(other is not run for other in self._running):
+                self._end(run, error)
+                return True
+            self._set_back(run)
+            return False
         except Exception as error:
             self._end(run, error)
+        return True
+
+    def _set_back(self, run: Run) -> None:
+        """Let a run wait, first of all, until memory comes free; its cache is given up."""
+        assert self._pool is not None
+        sequence = run.sequence
+        cache = self.new_cache(sequence.prompt, sequence.options)
+        self._pool.leave(sequence, keep=False)
+        sequence.set_back(cache)
+        self._full = True
+        self._set_backs += 1
+        if run in self._running:
+            self._running.remove(run)
+            self._waiting.appendleft(run)
+
+    def _set_back_youngest(self) -> bool:
+        """Set back the run that was admitted last; False: it would help nobody, or none can go on from it."""
+        able = [run for run in self._running if run.sequence.replaceable]
+        if self._pool is None or len(self._running) < 2 or not able:
+            return False
+        self._set_back(able[-1])
+        return True
+
+    def _with_room(self, allocate: Callable[[], Room]) -> Room:
+        """Allocate something, if need be where prefixes were held for nobody."""
+        while True:
+            try:
+                return allocate()
+            except MemoryError:
+                with self._lock:
+                    if self._pool is None or not self._pool.give_up():
+                        raise
+
+    def _reserve(self, runs: list[Run]) -> list[Run]:
+        """Make room in some runs' caches for their next pass; returns those that have it and go on."""
+        for run in runs:
+            try:
+                while not self._reserve_one(run):
+                    pass
+            except Exception as error:
+                self._end(run, error)
+        return [run for run in runs if not run.ended and run not in self._waiting]
+
+    def _reserve_one(self, run: Run) -> bool:
+        with self._lock:  # one that another thread closes has no cache any more
+            if run.ended or run in self._waiting:
+                return True
+            sequence = run.sequence
+            try:
+                self._with_room(lambda: sequence.cache.reserve(sequence.next_end))
+            except MemoryError:
+                if not self._set_back_youngest():
+                    raise
+                return False
+        return True
 
     def _run(self, runs: list[Run]) -> None:
         """Run the passes that some sequences want next as one; what raises ends those whose pass it was."""
         try:
-            self._forward(runs)
+            self._forward(self._reserve(runs))
         except Exception as error:
             self._end_pending(runs, error)
         except BaseException:
@@ -398,9 +551,11 @@ class Engine:
             return
         passes.sort(key=lambda one: _order(one[1]))  # neighbours of a kind share their attention's operations
         batch = PassBatch(tuple(request for _, requests in passes for request in requests))
-        finish = self.runner.begin(batch, any(run.observer is not None for run, _ in passes))
+        observe = any(run.observer is not None for run, _ in passes)
+        finish = self._with_room(lambda: self.runner.begin(batch, observe))
         self._tell()  # of the pass before, while this one is under way
         result = finish()
+        self._count(batch, len(passes))
         seconds = time.perf_counter() - began
         first, denoised = 0, 0
         for run, requests in passes:
@@ -412,14 +567,21 @@ class Engine:
                 run.sequence.shared += 0 if batch.kind is PassKind.PREFILL else len(passes)
                 self._apply(run, requests, of_run, seconds)
 
+    def _count(self, batch: PassBatch, sequences: int) -> None:
+        if batch.kind is PassKind.PREFILL:
+            self._prefilled_tokens += batch.tokens
+        else:
+            self._block_passes += 1
+            self._block_sequences += sequences
+
     def _request(self, run: Run) -> tuple[SequencePass, ...]:
-        """What a run wants next, with room in its cache; nothing where there is none, which ends it."""
+        """What a run wants next; nothing where it has been closed, or an error ends it."""
         sequence = run.sequence
         try:
-            if run.prefills:
-                sequence.cache.reserve(sequence.prefill_end)
-            requests = sequence.next_pass()
-            sequence.cache.reserve(requests[-1].prefix_length + len(requests[-1].ids))
+            with self._lock:
+                if run.left:
+                    return ()
+                requests = sequence.next_pass()
         except Exception as error:
             self._end(run, error)
             return ()

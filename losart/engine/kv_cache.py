@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
+
+import numpy as np
 
 from losart.config.precision import GROUP_PAGES, Format
 from losart.errors import OutOfMemoryError
@@ -24,6 +26,23 @@ def chunk_positions(page_size: int, expected: int | None = None) -> int:
     return math.ceil((SMALL_CHUNK_POSITIONS if few else CHUNK_POSITIONS) / group) * group
 
 
+class HostArrays:
+    """What is done with the arrays of chunks beside passes, in the host's memory."""
+
+    def copy(self, to: Any, source: Any, axis: int, count: int) -> None:
+        """Copy the first `count` along an axis."""
+        first = (slice(None),) * axis + (slice(count),)
+        to[first] = source[first]
+
+    def to_host(self, array: Any) -> np.ndarray:
+        """The array, or a copy of it on the host."""
+        return array
+
+    def from_host(self, values: np.ndarray, shape: tuple[int, ...], format: Format) -> Any:
+        """Bytes on the host as an array of a cache, which may be the same memory."""
+        return values.view(format.array).reshape(shape)
+
+
 class PagedKVCache:
     """Keys, values and page key bounds of the committed prefix, allocated in chunks as it grows.
 
@@ -34,17 +53,29 @@ class PagedKVCache:
         `kv_format`, `kv_shape`, `bounds_format`, `bounds_shape` and `add_chunk`.
     allocate : callable
         (shape, format) -> an array of zeros.
+    arrays : HostArrays, optional
+        Or what does the same with the backend's arrays.
 
     Attributes
     ----------
     length : int
         Committed positions. The block being denoised begins here.
+    chunks : list of tuple
+        Arrays of keys and values, and of page bounds. Those that `length` is past are never written again,
+        but for a rewind.
     """
 
-    def __init__(self, table: Any, allocate: Callable[[tuple[int, ...], Format], Any]) -> None:
+    def __init__(
+        self,
+        table: Any,
+        allocate: Callable[[tuple[int, ...], Format], Any],
+        arrays: HostArrays | None = None,
+    ) -> None:
         self.table = table
         self.length = 0
+        self.chunks: list[tuple[Any, Any]] = []
         self._allocate = allocate
+        self.arrays = arrays or HostArrays()
 
     @property
     def page_size(self) -> int:
@@ -62,14 +93,15 @@ class PagedKVCache:
         return -(-self.length // self.page_size)
 
     @property
-    def _chunk_bytes(self) -> int:
+    def chunk_bytes(self) -> int:
+        """Memory that a chunk takes."""
         table = self.table
         kv, bounds = math.prod(table.kv_shape), math.prod(table.bounds_shape)
         return kv * table.kv_format.itemsize + bounds * table.bounds_format.itemsize
 
     def bytes_for(self, positions: int) -> int:
         """Memory that this many positions take, in whole chunks."""
-        return -(-positions // self.table.positions_per_chunk) * self._chunk_bytes
+        return -(-positions // self.table.positions_per_chunk) * self.chunk_bytes
 
     def reserve(self, positions: int) -> None:
         """Make room for this many positions in all.
@@ -81,18 +113,59 @@ class PagedKVCache:
         """
         while self.table.capacity < positions:
             try:
-                chunk = (
-                    self._allocate(self.table.kv_shape, self.table.kv_format),
-                    self._allocate(self.table.bounds_shape, self.table.bounds_format),
-                )
+                chunk = self._new_chunk()
             except MemoryError as error:
                 missing = -(-(positions - self.table.capacity) // self.table.positions_per_chunk)
                 raise OutOfMemoryError(
                     f"no memory for {positions} positions of the KV cache: there is room for "
-                    f"{self.table.capacity}, {missing * self._chunk_bytes >> 20} MiB more are needed "
+                    f"{self.table.capacity}, {missing * self.chunk_bytes >> 20} MiB more are needed "
                     f"({error})"
                 ) from error
-            self.table.add_chunk(*chunk)
+            self._add(chunk)
+
+    def _new_chunk(self) -> tuple[Any, Any]:
+        table = self.table
+        return (
+            self._allocate(table.kv_shape, table.kv_format),
+            self._allocate(table.bounds_shape, table.bounds_format),
+        )
+
+    def _add(self, chunk: tuple[Any, Any]) -> None:
+        self.table.add_chunk(*chunk)
+        self.chunks.append(chunk)
+
+    def share(self, chunks: Sequence[tuple[Any, Any]], positions: int) -> None:
+        """Begin with what another cache, of the same sizes, holds.
+
+        Parameters
+        ----------
+        chunks : sequence of tuple
+            The other's. Those that the positions fill are shared; of the last one the beginning is copied.
+        positions : int
+            Whole pages, and a multiple of the block length.
+
+        Raises
+        ------
+        MemoryError
+            When the copy cannot be allocated; the cache stays empty.
+        """
+        full, rest = divmod(positions, self.positions_per_chunk)
+        shared = list(chunks[:full])
+        if rest:
+            # No more than these positions: what comes after them in the other may not be finite.
+            kv, bounds = shared_copy = self._new_chunk()
+            self.arrays.copy(kv, chunks[full][0], 3, rest)
+            self.arrays.copy(bounds, chunks[full][1], 2, -(-rest // (GROUP_PAGES * self.page_size)))
+            shared.append(shared_copy)
+        for chunk in shared:
+            self._add(chunk)
+        self.length = positions
+
+    def emptied(self) -> PagedKVCache:
+        """What is left of it when a sequence has ended: the length. No pass can read or write it."""
+        left = PagedKVCache(None, self._allocate)
+        left.length = self.length
+        return left
 
     def advance(self, tokens: int) -> None:
         """Take `tokens` positions into the prefix: their keys and values are written in all layers."""

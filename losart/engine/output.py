@@ -17,7 +17,7 @@ class Output:
     Parameters
     ----------
     limit : int
-        New tokens at most.
+        New tokens at most; 0 for a prompt that is prefilled and no more.
     stop_token_ids : sequence of int
         Each ends the generation and is the last token kept.
     stop_strings : sequence of str
@@ -28,6 +28,7 @@ class Output:
 
     Attributes
     ----------
+    limit : int
     tokens : list of int
         Kept so far.
     finish_reason : {"stop", "length"} or None
@@ -42,8 +43,8 @@ class Output:
         decode: Decode | None = None,
     ) -> None:
         self.tokens: list[int] = []
-        self.finish_reason: str | None = None
-        self._limit = limit
+        self.finish_reason: str | None = None if limit else "length"
+        self.limit = limit
         self._stop_token_ids = frozenset(stop_token_ids)
         self._stop_strings = tuple(stop_strings)
         self._decode = decode
@@ -71,7 +72,7 @@ class Output:
             self.tokens.append(token)
             if token in self._stop_token_ids:
                 self.finish_reason = "stop"
-            elif len(self.tokens) == self._limit:
+            elif len(self.tokens) == self.limit:
                 self.finish_reason = "length"
         if self._decode is None or not tokens:
             return

@@ -46,8 +46,12 @@ class Sequence:
     slot : optional
         The backend's, for stored results; for the engine to set.
     reads : ReadLog
-    prefill_end : int
-        Positions that prefill takes into the cache.
+    prefix : int64 [positions]
+        What prefill takes into the cache.
+    reused : int
+        Of the prompt, positions that the cache held at first.
+    prefilled : int
+        Positions that prefill has taken into a cache, in all.
     prefill_tokens : int
         For the engine to change.
     queue_seconds, prefill_seconds, decode_seconds : float
@@ -74,7 +78,8 @@ class Sequence:
         self.slot: Any = None
         self.ids = list(prompt)
         self.reused = cache.length
-        self.prefill_end = len(self.ids) // length * length
+        self.prefix = self._whole_blocks()
+        self.prefilled = 0
         self.pending = False
         self.commits_ride = commits_ride
         self.denoising_passes = 0
@@ -86,6 +91,7 @@ class Sequence:
         self.shared = 0
         self.reads = ReadLog(block_length=length)
         self._prompt_tokens = len(self.ids)
+        self._prompt_end = len(self.prefix)
         self.prefill_tokens = prefill_tokens
         self._piece = 0  # tokens of the one that is under way
         self._committed: tuple[int, list[int | None], str] | None = None  # start, tokens, text
@@ -95,6 +101,10 @@ class Sequence:
         # Every pass fixes one position at least: there are never more passes than positions.
         self._counts = transfer_counts(length, min(length, options.denoising_steps))
         self._begin_block()
+
+    def _whole_blocks(self) -> np.ndarray:
+        length = self.options.block_length
+        return np.array(self.ids[: len(self.ids) // length * length], np.int64)
 
     def _begin_block(self) -> None:
         known = self.ids[max(self.cache.length, self.prefill_end) :]
@@ -107,7 +117,51 @@ class Sequence:
     @property
     def finished(self) -> bool:
         """Whether no pass follows."""
-        return self.output.finish_reason is not None
+        return self.output.finish_reason is not None and self.cache.length >= self.prefill_end
+
+    @property
+    def prefill_end(self) -> int:
+        """Positions that prefill takes into the cache."""
+        return len(self.prefix)
+
+    @property
+    def prompt(self) -> list[int]:
+        """The prompt's ids."""
+        return self.ids[: self._prompt_tokens]
+
+    @property
+    def begun(self) -> bool:
+        """Whether a pass has been applied."""
+        return self.prefilled > 0 or self.denoising_passes > 0
+
+    @property
+    def replaceable(self) -> bool:
+        """Whether prefill gives what the cache holds, and `set_back` may be called."""
+        return not self.pending and len(self.shareable()) == self.cache.length
+
+    def set_back(self, cache: PagedKVCache) -> None:
+        """Go on with an empty cache, which prefill fills again; all else stays as it is."""
+        if self.cache.length > self.prefill_end:
+            self.prefix = self._whole_blocks()
+        self.cache = cache
+
+    def shareable(self) -> np.ndarray:
+        """Ids of the positions in the cache whose keys and values are those that prefill gives."""
+        dense = self.options.attention.commit == "dense"
+        return np.array(self.ids[: self.cache.length if dense else self._prompt_end][: self.cache.length])
+
+    @property
+    def end(self) -> int:
+        """Positions that the cache has room for in the end, at most."""
+        length = self.options.block_length
+        return -(-(self._prompt_tokens + self.output.limit) // length) * length
+
+    @property
+    def next_end(self) -> int:
+        """Positions that the cache must have room for before the next pass."""
+        if self.next_kind is PassKind.PREFILL:
+            return self.prefill_end
+        return self.cache.length + self.options.block_length * (1 + self.rides_next)
 
     @property
     def next_kind(self) -> PassKind:
@@ -164,6 +218,7 @@ class Sequence:
         self._committed = self._denoised = None
         if kind is PassKind.PREFILL:
             self.cache.advance(self._piece)
+            self.prefilled += self._piece
         elif kind is PassKind.COMMIT:
             self.ids[start:] = self._block.tolist()
             self.cache.advance(len(self._block))
@@ -220,7 +275,7 @@ class Sequence:
             prompt_tokens=self._prompt_tokens,
             new_tokens=len(output.tokens),
             reused_tokens=self.reused,
-            prefilled_tokens=self.prefill_end - self.reused,
+            prefilled_tokens=self._prompt_end - self.reused,
             denoising_passes=self.denoising_passes,
             commit_passes=self.commit_passes,
             prefill_seconds=self.prefill_seconds,

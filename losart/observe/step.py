@@ -16,8 +16,8 @@ class Stats:
     ----------
     prompt_tokens, new_tokens : int
     reused_tokens, prefilled_tokens : int
-        Of the prompt: those whose keys and values a session held already, and those that went
-        through the model. Less than a block is left, which is decoded with the first new tokens.
+        Of the prompt: those whose keys and values a session or an engine held already, and those that
+        went through the model. Less than a block is left, which is decoded with the first new tokens.
     denoising_passes, commit_passes : int
         Passes over a block; those of prefill are not among them.
     prefill_seconds, decode_seconds : float

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import losart
 
 PROMPTS = [np.random.default_rng(seed).integers(0, 300, 3 + 70 * seed).tolist() for seed in range(4)]
+PROMPTS.append(PROMPTS[3][:130] + PROMPTS[1])  # begins as another: of that it prefills the rest alone
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -40,3 +42,5 @@ def test_what_shares_a_pass_changes_nothing(tiny_checkpoint, monkeypatch, dtype,
     assert together[0].stats.mean_sequences > 1
     first, *others = confidences
     assert sorted(first) == sorted(x for of_one in others for x in of_one)
+    step = math.lcm(block_length, 16)
+    assert together[-1].stats.reused_tokens == 130 // step * step

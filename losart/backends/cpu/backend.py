@@ -74,6 +74,7 @@ class CpuBackend:
 
     name = "cpu"
     prefill_tokens = 512
+    beside_tokens = 128
     batch_rows = SKINNY_ROWS
     # Two blocks' rows are summed by the same kernel as one's, so that no rounding differs.
     riding_blocks: Container[int] = (
@@ -89,8 +90,6 @@ class CpuBackend:
         self.config = config
         self.precision = precision
         self.deterministic = deterministic
-        # As many as else where sums must be the same: those of a prompt depend on the size of its pieces.
-        self.beside_tokens = self.prefill_tokens if deterministic else 128
         self.selectors = dict.fromkeys(CHOICES["planner"], Selector())
         self._frequencies, self._rope_factor = inverse_frequencies(config.rope, config.head_dim)
         self._rotation: tuple[Hashable, np.ndarray, np.ndarray] | None = None
@@ -157,13 +156,22 @@ class CpuBackend:
         return widen(table.matrices[0][np.concatenate([sequence.ids for sequence in batch.sequences])])
 
     def linear(self, x: np.ndarray, weight: Weight, bias: np.ndarray | None = None) -> np.ndarray:
-        few = skinny_linear.FEW_TOKENS
-        if not self.deterministic or len(x) <= few:
-            return self.prefill_linear(x, weight, bias)
-        slices = (x[first : first + few] for first in range(0, len(x), few))
-        return np.concatenate([self.prefill_linear(rows, weight, bias) for rows in slices])
+        if not self.deterministic:
+            return self._multiply(x, weight, bias)
+        rows = skinny_linear.FEW_TOKENS
+        slices = (x[first : first + rows] for first in range(0, len(x), rows))
+        return np.concatenate([self._multiply(some, weight, bias) for some in slices])
 
     def prefill_linear(self, x: np.ndarray, weight: Weight, bias: np.ndarray | None = None) -> np.ndarray:
+        if not self.deterministic:
+            return self._multiply(x, weight, bias)
+        # However a prompt is cut into pieces, by the kernel for more than FEW_TOKENS rows.
+        padding = max(0, skinny_linear.FEW_TOKENS + 1 - len(x) % SKINNY_ROWS) if len(x) % SKINNY_ROWS else 0
+        padded = np.concatenate([x, np.zeros((padding, x.shape[1]), x.dtype)])
+        slices = (padded[first : first + SKINNY_ROWS] for first in range(0, len(padded), SKINNY_ROWS))
+        return np.concatenate([self._multiply(some, weight, bias) for some in slices])[: len(x)]
+
+    def _multiply(self, x: np.ndarray, weight: Weight, bias: np.ndarray | None) -> np.ndarray:
         y = np.empty((len(x), sum(map(len, weight.matrices))), np.float32)
         prepared = skinny_linear.prepared(x) if len(x) <= SKINNY_ROWS else None
         column = 0

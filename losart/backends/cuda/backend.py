@@ -27,7 +27,7 @@ from losart.backends.cuda.kernels import Kernels
 from losart.backends.cuda.matmul import blas_matmul
 from losart.backends.cuda.matmul_plans import matmul_plan
 from losart.backends.cuda.memory import DeviceMemory
-from losart.backends.cuda.pages import CudaPageTable
+from losart.backends.cuda.pages import CudaPageTable, DeviceArrays
 from losart.backends.cuda.plans import (
     Card,
     block_plan,
@@ -75,6 +75,7 @@ class CudaBackend:
 
     name = "cuda"
     prefill_tokens = 2048
+    beside_tokens = 512
     batch_rows = 1024
     # Two blocks' matmuls divide their sums as one's (ALIKE_TOKENS).
     riding_blocks: Container[int] = range(1, 17)
@@ -121,7 +122,7 @@ class CudaBackend:
 
         with self.memory.running("the page table"):
             table = CudaPageTable(self.config, page_size, positions, self.precision.kv)
-        return PagedKVCache(table, allocate)
+        return PagedKVCache(table, allocate, DeviceArrays(self.memory))
 
     def new_slot(self, stored: StoredResults) -> Slot:
         with self.memory.running("stored results"):
@@ -165,9 +166,9 @@ class CudaBackend:
 
     def linear(self, x: Any, weight: Weight, bias: Any | None = None) -> Matmul:
         tokens, (rows, inner), kernels = len(x), weight.values.shape, self.kernels
-        plan = matmul_plan(kernels.card, kernels.tensor_matmul, min(tokens, ALIKE_TOKENS), rows, inner)
-        if not kernels.same_sums or tokens <= ALIKE_TOKENS or plan.kernel != "linear_tensor":
+        if tokens <= ALIKE_TOKENS or not kernels.same_sums or not kernels.tensor_matmul or inner % 8:
             return self._linear(x, weight, bias)
+        plan = matmul_plan(kernels.card, True, ALIKE_TOKENS, rows, inner)
         planes = cupy.empty((plan.parts, tokens, rows), np.float32)
         for first in range(0, tokens, ALIKE_TOKENS):
             count = min(ALIKE_TOKENS, tokens - first)
@@ -176,29 +177,29 @@ class CudaBackend:
             kernels.launch_plan(plan, x[first:], weight.view, to, count, tokens, plan.share)
         return Matmul(planes, bias, -(-inner // cu.STEP_COLUMNS), plan.share)
 
-    def _linear(self, x: Any, weight: Weight, bias: Any | None) -> Matmul:
+    def prefill_linear(self, x: Any, weight: Weight, bias: Any | None = None) -> Matmul:
+        kernels, whole = self.kernels, self.kernels.deterministic
+        plan = matmul_plan(kernels.card, kernels.tensor_matmul, len(x), *weight.values.shape, whole)
+        if len(x) > cu.SKINNY_TOKENS and plan.kernel != "linear_hopper" and not whole:
+            y = blas_matmul(x, weight.values, self.precision.weights)
+            if y is not None:
+                return Matmul(y[None], bias)
+        return self._linear(x, weight, bias, whole)
+
+    def _linear(self, x: Any, weight: Weight, bias: Any | None, whole: bool = False) -> Matmul:
         tokens, rows, inner = len(x), weight.view.rows, weight.view.inner
-        plan = matmul_plan(self.kernels.card, self.kernels.tensor_matmul, tokens, rows, inner)
+        plan = matmul_plan(self.kernels.card, self.kernels.tensor_matmul, tokens, rows, inner, whole)
         planes = cupy.empty((plan.parts, tokens, rows), np.float32)
         if plan.boxes:
             boxes = zip((x, weight.values), plan.boxes, strict=True)
             maps = (tensor_map(matrix.data.ptr, *matrix.shape, box_rows) for matrix, box_rows in boxes)
             self.kernels.launch_plan(plan, *maps, planes, tokens, rows, inner, plan.parts)
             return Matmul(planes, bias, plan.parts)
-        elif plan.kernel == "linear_tensor":
+        if plan.kernel == "linear_tensor":
             self.kernels.launch_plan(plan, x, weight.view, planes, tokens, tokens, plan.share)
             return Matmul(planes, bias, -(-inner // cu.STEP_COLUMNS), plan.share)
-        else:
-            self.kernels.launch_plan(plan, x, weight.view, planes, tokens)
+        self.kernels.launch_plan(plan, x, weight.view, planes, tokens)
         return Matmul(planes, bias)
-
-    def prefill_linear(self, x: Any, weight: Weight, bias: Any | None = None) -> Matmul:
-        plan = matmul_plan(self.kernels.card, self.kernels.tensor_matmul, len(x), *weight.values.shape)
-        if len(x) > cu.SKINNY_TOKENS and plan.kernel != "linear_hopper":
-            y = blas_matmul(x, weight.values, self.precision.weights)
-            if y is not None:
-                return Matmul(y[None], bias)
-        return self._linear(x, weight, bias)
 
     def add_rms_norm(self, x: Any, delta: Matmul | None, gain: Any) -> tuple[Any, Any]:
         tokens, hidden = x.shape
@@ -248,14 +249,6 @@ class CudaBackend:
             threads,
             *(batch.caches_view(layer), k, v, shape.tokens, stride, shape.per_cache),
         )
-
-    @property
-    def beside_tokens(self) -> int:
-        """Of a prompt that go through the model at a time while other sequences wait for their passes.
-
-        As many as else where sums must be the same, since those of a prompt depend on the size of its pieces.
-        """
-        return self.prefill_tokens if self.kernels.same_sums else 512
 
     def _activations(self, shape: tuple[int, ...]) -> Any:
         return cupy.empty(shape, self.precision.activations.bits_array)

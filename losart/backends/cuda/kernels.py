@@ -20,14 +20,15 @@ class Kernels:
     card : Card
         What launches are planned for.
     deterministic : bool
+        Whether sums must not depend on what else a pass has, or on how a prompt is cut into pieces.
 
     Attributes
     ----------
     tensor_matmul, tensor_attention : bool
         Whether tensor cores can multiply activations by weights, and queries by keys.
     same_sums : bool
-        Whether each row is summed in the same order however many rows and sequences a pass has: where
-        `deterministic`, and in float32, for which little depends on it.
+        Whether each row of a block is summed in the same order however many rows and sequences a pass has:
+        where `deterministic`, and in float32, for which little depends on it.
     """
 
     def __init__(self, precision: Precision, card: Card, deterministic: bool = False) -> None:
@@ -35,6 +36,7 @@ class Kernels:
         self.card = card
         self.tensor_matmul = precision.weights.bits == precision.activations.bits == 16
         self.tensor_attention = precision.kv.bits == 16
+        self.deterministic = deterministic
         self.same_sums = deterministic or precision.activations.bits == 32
         self._loaded: dict[tuple[str, Defines], Kernel] = {}
 

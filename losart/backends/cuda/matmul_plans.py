@@ -22,14 +22,18 @@ MIN_SHARE = 16  # units per block of linear_tensor with one block per SM: adding
 
 
 @lru_cache(1024)  # asked for each matmul of each layer, some of which take less time than a plan
-def matmul_plan(card: Card, tensor: bool, tokens: int, rows: int, inner: int) -> Plan:
-    """A matmul [tokens, inner] x [rows, inner]; `tensor`: of 16-bit values."""
+def matmul_plan(card: Card, tensor: bool, tokens: int, rows: int, inner: int, whole: bool = False) -> Plan:
+    """A matmul [tokens, inner] x [rows, inner]; `tensor`: of 16-bit values.
+
+    With `whole` each sum is one thread block's, in the same order for any number of tokens.
+    """
     if not tensor or inner % 8:
         grid = (ceil(rows / cu.LINEAR_ROWS), ceil(tokens / cu.LINEAR_TOKENS))
         return Plan("linear", grid, cu.LINEAR_THREADS, 0)
-    if tokens > MOST_SKINNY_ON_HOPPER and card.hopper:
-        return min(hopper_matmul_plans(card, tokens, rows, inner), key=lambda timed: timed[0])[1]
-    if tokens > cu.SKINNY_TOKENS:
+    if card.hopper and (whole or tokens > MOST_SKINNY_ON_HOPPER):
+        plans = hopper_matmul_plans(card, tokens, rows, inner)
+        return min((one for one in plans if one[1].parts == 1 or not whole), key=lambda timed: timed[0])[1]
+    if whole or tokens > cu.SKINNY_TOKENS:
         stage = (cu.TILE_TOKENS + cu.TILE_ROWS) * cu.STEP_COLUMNS * 2
         stages = min(4, card.shared_per_block // stage)
         grid = (ceil(tokens / cu.TILE_TOKENS), ceil(rows / cu.TILE_ROWS))

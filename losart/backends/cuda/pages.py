@@ -2,13 +2,49 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import cupy
 import numpy as np
 
+from losart.backends.cuda.memory import DeviceMemory
 from losart.config.model import ModelConfig
 from losart.config.precision import GROUP_PAGES, Format
+from losart.engine.kv_cache import HostArrays
+
+
+class DeviceArrays(HostArrays):
+    """What is done with the arrays of chunks beside passes, in the device's memory.
+
+    Parameters
+    ----------
+    memory : DeviceMemory
+    """
+
+    def __init__(self, memory: DeviceMemory) -> None:
+        self._memory = memory
+
+    def copy(self, to: Any, source: Any, axis: int, count: int) -> None:
+        rows = math.prod(source.shape[:axis])
+        pitch = source.nbytes // rows
+        width = pitch // source.shape[axis] * count
+        runtime = cupy.cuda.runtime
+        with self._memory.running("the KV cache"):
+            runtime.memcpy2DAsync(
+                *(to.data.ptr, pitch, source.data.ptr, pitch, width, rows),
+                *(runtime.memcpyDeviceToDevice, self._memory.stream.ptr),
+            )
+
+    def to_host(self, array: Any) -> np.ndarray:
+        with self._memory.running("the KV cache"):
+            return array.get(stream=self._memory.stream)
+
+    def from_host(self, values: np.ndarray, shape: tuple[int, ...], format: Format) -> Any:
+        with self._memory.running("the KV cache"):
+            array = cupy.empty(shape, format.bits_array)
+            array.set(values.view(format.bits_array).reshape(shape), stream=self._memory.stream)
+            return array
 
 
 class CudaPageTable:

@@ -1,0 +1,256 @@
+"""A pool of KV caches: what sequences begin with in common is held once, also after they have ended."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from collections.abc import Sequence as Ids
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from losart.engine.sequence import Sequence
+from losart.errors import OutOfMemoryError
+
+Chunk = tuple[Any, Any]  # keys and values, and page bounds
+
+
+def common_length(a: Ids[int] | np.ndarray, b: Ids[int] | np.ndarray) -> int:
+    """How many ids two sequences begin with in common."""
+    shorter = min(len(a), len(b))
+    differ = np.asarray(a[:shorter]) != np.asarray(b[:shorter])
+    return int(differ.argmax()) if differ.any() else shorter
+
+
+@dataclass(frozen=True)
+class PrefixKind:
+    """What prefixes must agree in, beside their ids, for one to serve as the other.
+
+    Keys and values depend on the block length, since a token sees all of its block.
+    """
+
+    block_length: int
+    page_size: int
+    positions_per_chunk: int
+
+    @classmethod
+    def of(cls, sequence: Sequence) -> PrefixKind:
+        """That of a sequence's cache."""
+        cache = sequence.cache
+        return cls(sequence.options.block_length, cache.page_size, cache.positions_per_chunk)
+
+    def whole(self, positions: int) -> int:
+        """Of so many positions those in whole pages and whole blocks."""
+        step = math.lcm(self.page_size, self.block_length)
+        return positions // step * step
+
+
+@dataclass(frozen=True, eq=False)
+class Prefix:
+    """Keys and values of a beginning that some sequences may have in common.
+
+    Attributes
+    ----------
+    kind : PrefixKind
+    ids : int64 [positions]
+        Whole pages and blocks.
+    chunks : sequence of Chunk
+        That hold them; what the last one has after them is of no use.
+    """
+
+    kind: PrefixKind
+    ids: np.ndarray
+    chunks: Ids[Chunk]
+
+
+class KVPool:
+    """The caches of an engine's running sequences, and prefixes of those that have ended.
+
+    A sequence that joins shares the chunks that are full of what it has in common with another one, running
+    or ended, and gets a copy of the part of a chunk that follows. All is done under the engine's lock.
+
+    Parameters
+    ----------
+    kept : int
+        Prefixes that are held for nobody at most, those used last, where there is no limit.
+    limit : int, optional
+        Bytes of keys, values and page bounds. A sequence joins when all that it may need in the end fits
+        beside what the others may, and prefixes that are held for nobody make room.
+
+    Attributes
+    ----------
+    reused_tokens : int
+        That sequences have found when they joined, so far.
+    """
+
+    def __init__(self, kept: int, limit: int | None = None) -> None:
+        self.kept = kept
+        self.limit = limit
+        self.reused_tokens = 0
+        self._running: list[Sequence] = []
+        self._held: dict[Prefix, None] = {}  # in the order of their last use
+
+    @property
+    def bytes_in_use(self) -> int:
+        """Memory of the running sequences' caches, what they share counted once."""
+        return sum(_sizes(one.cache.chunks for one in tuple(self._running)).values())
+
+    @property
+    def bytes_held(self) -> int:
+        """Memory of prefixes beside that, held for nobody."""
+        used = _sizes(one.cache.chunks for one in tuple(self._running))
+        return sum(size for chunk, size in self._held_sizes().items() if chunk not in used)
+
+    def check(self, sequence: Sequence) -> None:
+        """Refuse a sequence that can never join.
+
+        Raises
+        ------
+        OutOfMemoryError
+        """
+        need = sequence.cache.bytes_for(sequence.end)
+        if self.limit is not None and need > self.limit:
+            raise OutOfMemoryError(
+                f"the KV cache of prompt and answer, {sequence.end} positions in chunks of "
+                f"{sequence.cache.positions_per_chunk}, takes {need} bytes, and kv_memory is {self.limit}"
+            )
+
+    def join(self, sequence: Sequence) -> bool:
+        """Give a sequence's empty cache what is held of its prefix; False: there is no room for it yet.
+
+        Raises
+        ------
+        MemoryError
+            The part of a chunk cannot be copied, although nothing is held for nobody any more; the cache
+            stays empty.
+        """
+        while True:
+            found = self._find(sequence)
+            if not self._make_room(*self._planned(sequence, found)):
+                return False
+            try:
+                sequence.cache.share(found.chunks, len(found.ids))
+                break
+            except MemoryError:
+                if not self.give_up():
+                    raise
+        if not sequence.begun:
+            sequence.reused = len(found.ids)
+        self.reused_tokens += len(found.ids)
+        self._running.append(sequence)
+        return True
+
+    def _planned(
+        self, sequence: Sequence | None = None, found: Prefix | None = None
+    ) -> tuple[int, dict[int, int]]:
+        """Bytes that running sequences may need, and one more that shares a prefix; and what they have."""
+        caches = [(one.cache, len(one.cache.chunks), one.end) for one in tuple(self._running)]
+        used = _sizes(cache.chunks for cache, *_ in caches)
+        if sequence is not None and found is not None:
+            shared = found.chunks[: len(found.ids) // found.kind.positions_per_chunk]
+            used |= _sizes([shared])
+            caches.append((sequence.cache, len(shared), sequence.end))
+        to_come = (cache.bytes_for(end) - count * cache.chunk_bytes for cache, count, end in caches)
+        return sum(used.values()) + sum(to_come), used
+
+    def _make_room(self, planned: int, used: dict[int, int]) -> bool:
+        """Whether what is planned fits, if need be where prefixes were held for nobody."""
+        while self.limit is not None:
+            if planned > self.limit:
+                return False
+            beside = sum(size for chunk, size in self._held_sizes().items() if chunk not in used)
+            if planned + beside <= self.limit:
+                break
+            self.give_up()
+        return True
+
+    def _held_sizes(self) -> dict[int, int]:
+        return _sizes(prefix.chunks for prefix in tuple(self._held))
+
+    def leave(self, sequence: Sequence, keep: bool) -> Prefix | None:
+        """Take a sequence out, and with `keep` hold what its cache has for others to come, and return it."""
+        if sequence not in self._running:
+            return None
+        self._running.remove(sequence)
+        if not keep:
+            return None
+        kind, cache = PrefixKind.of(sequence), sequence.cache
+        ids = sequence.shareable()
+        ids = ids[: kind.whole(len(ids))]
+        chunks = cache.chunks[: -(-len(ids) // kind.positions_per_chunk)]
+        prefix = Prefix(kind, ids, tuple(chunks))
+        self.hold(prefix)
+        return prefix
+
+    def make_room(self, size: int) -> None:
+        """Give up what is held, until so many bytes more can be.
+
+        Raises
+        ------
+        OutOfMemoryError
+            Running sequences may need too much.
+        """
+        planned, used = self._planned()
+        if not self._make_room(planned + size, used):
+            raise OutOfMemoryError(
+                f"the prefix takes {size} bytes, generations under way may take {planned}, and kv_memory is "
+                f"{self.limit}"
+            )
+
+    def hold(self, prefix: Prefix) -> None:
+        """Hold a prefix, for which there is room, until memory is wanted."""
+        for held in tuple(self._held):
+            if held.kind == prefix.kind:
+                common = common_length(held.ids, prefix.ids)
+                if common == len(prefix.ids):
+                    self._used(held)
+                    return
+                if common == len(held.ids):
+                    self._held.pop(held, None)
+        self._held[prefix] = None
+        while self.limit is None and len(self._held) > self.kept:
+            self.give_up()
+
+    def give_up(self) -> bool:
+        """Give up the prefix that is held for nobody and was used least recently; False: there is none."""
+        least = next(iter(tuple(self._held)), None)
+        if least is not None:
+            self._held.pop(least, None)
+        return least is not None
+
+    def awaits(self, sequence: Sequence) -> bool:
+        """Whether a prefill that is under way will have more in common with a sequence than there is now."""
+        kind = PrefixKind.of(sequence)
+        soon = [
+            kind.whole(common_length(one.prefix, sequence.prefix))
+            for one in tuple(self._running)
+            if one.cache.length < one.prefill_end and PrefixKind.of(one) == kind
+        ]
+        return max(soon, default=0) > 0 and max(soon) > len(self._find(sequence).ids)
+
+    def _find(self, sequence: Sequence) -> Prefix:
+        """The longest beginning of a sequence's prefix that there is, perhaps of no ids."""
+        kind = PrefixKind.of(sequence)
+        source, most = Prefix(kind, sequence.prefix[:0], ()), 0
+        for prefix in self._prefixes(kind):
+            common = kind.whole(common_length(prefix.ids, sequence.prefix))
+            if common > most:
+                source, most = prefix, common
+        self._used(source)
+        return Prefix(kind, source.ids[:most], source.chunks)
+
+    def _prefixes(self, kind: PrefixKind) -> Iterator[Prefix]:
+        for one in tuple(self._running):
+            if PrefixKind.of(one) == kind:
+                yield Prefix(kind, one.prefix[: one.cache.length], one.cache.chunks)
+        yield from (held for held in tuple(self._held) if held.kind == kind)
+
+    def _used(self, prefix: Prefix) -> None:
+        if prefix in self._held:
+            self._held[prefix] = self._held.pop(prefix)
+
+
+def _sizes(caches: Iterable[Ids[Chunk]]) -> dict[int, int]:
+    """Bytes of the chunks of some caches, by what identifies a chunk."""
+    return {id(kv): kv.nbytes + bounds.nbytes for chunks in caches for kv, bounds in chunks}

@@ -1,0 +1,206 @@
+"""What prompts of an engine have in common is prefilled once, and changes no answer."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from typing import Any
+
+import numpy as np
+import pytest
+from by_rows import model_by_rows
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_model_api import spoil_row, with_tensor
+
+import losart
+from losart.engine.kv_pool import common_length
+
+RANDOM = np.random.default_rng(7).integers(0, 256, 900).tolist()
+DOCUMENT = RANDOM[:600]
+PAGE = 16
+ATTENTION: list[dict[str, Any]] = [
+    {},
+    {"attention": "losa", "budget": 32},
+    {"attention": "quest", "budget": 48},
+    {"attention": "losa", "budget": 32, "commit": "sparse", "first_pass": "sparse"},
+]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_checkpoint) -> losart.Model:
+    return model_by_rows(tiny_checkpoint)
+
+
+def options(**changed: Any) -> dict[str, Any]:
+    return {"block_length": 4, "stop_token_ids": [], "max_new_tokens": 10} | changed
+
+
+@pytest.mark.parametrize("ended", [True, False], ids=["ended", "running"])
+@pytest.mark.parametrize("attention", ATTENTION, ids=["dense", "losa", "quest", "sparse-commit"])
+@pytest.mark.parametrize("common", [600, 599, 512, 300, 256, 255, 17, 16, 15, 0])
+def test_what_prompts_begin_with_in_common_is_prefilled_once(model, common, attention, ended):
+    engine = losart.Engine(model)
+    first = engine.submit(DOCUMENT, **options(**attention, max_new_tokens=30))
+    if ended:
+        first.result()
+    else:
+        next(first)
+    prompt = [*DOCUMENT[:common], *(token ^ 1 for token in DOCUMENT[common:]), *RANDOM[600:690]]
+    found = engine.submit(prompt, **options(**attention)).result()
+    assert found.stats.reused_tokens == common // PAGE * PAGE
+    assert found.stats.reused_tokens + found.stats.prefilled_tokens == len(prompt) // 4 * 4
+    assert found.token_ids == model.generate(prompt, **options(**attention)).token_ids
+    assert (
+        first.result().token_ids
+        == model.generate(DOCUMENT, **options(**attention, max_new_tokens=30)).token_ids
+    )
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.sampled_from([1, 3, 4, 7, 16]),
+    st.sampled_from([16, 48]),
+    st.integers(0, 599),
+    st.integers(1, 400),
+    st.sampled_from(range(len(ATTENTION))),
+)
+def test_whole_pages_and_blocks_are_shared(model, block_length, page_size, common, more, attention):
+    chosen = options(block_length=block_length, page_size=page_size, **ATTENTION[attention])
+    engine = losart.Engine(model)
+    engine.submit(DOCUMENT, **chosen).result()
+    prompt = [*DOCUMENT[:common], DOCUMENT[common] ^ 1, *RANDOM[:more]]
+    found = engine.submit(prompt, **chosen).result()
+    step = np.lcm(block_length, page_size)
+    assert found.stats.reused_tokens == common // step * step
+    assert found.token_ids == model.generate(prompt, **chosen).token_ids
+
+
+@pytest.mark.parametrize("changed", [{"block_length": 8}, {"page_size": 32}, {"max_new_tokens": 3000}])
+def test_other_blocks_pages_or_chunks_are_not_shared(make_checkpoint, changed):
+    model = losart.load(make_checkpoint(max_positions=16384), "cpu")
+    prompt = [token % 250 for token in range(6000)]
+    engine = losart.Engine(model)
+    engine.submit(prompt, **options()).result()
+    stream = engine.submit(prompt, **options(**changed))
+    next(stream)
+    (run,) = engine._engine._running
+    assert run.sequence.reused == 0
+    assert engine.submit(prompt, **options()).result().stats.reused_tokens == 6000
+
+
+@pytest.mark.parametrize(("commit", "shared"), [("dense", True), ("sparse", False)])
+def test_an_answer_is_shared_where_its_commits_were_dense(model, commit, shared):
+    chosen = options(attention="quest", budget=32, commit=commit, max_new_tokens=70)
+    engine = losart.Engine(model)
+    answer = engine.submit(DOCUMENT, **chosen).result().token_ids
+    prompt = [*DOCUMENT, *answer, *RANDOM[600:690]]
+    found = engine.submit(prompt, **chosen).result()
+    assert found.stats.reused_tokens == (656 if shared else 592)
+    if not shared:
+        assert found.token_ids == model.generate(prompt, **chosen).token_ids
+
+
+def test_prompts_that_come_together_wait_for_what_one_of_them_prefills(model):
+    """And others do not wait with them."""
+    engine = losart.Engine(model)
+    prompts = [[*DOCUMENT, *RANDOM[600 + 30 * index : 620 + 30 * index]] for index in range(4)]
+    prompts.insert(2, RANDOM[100:140])
+    streams = [engine.submit(prompt, **options()) for prompt in prompts]
+    next(streams[2])
+    assert [run.sequence.reused for run in engine._engine._running[:2]] == [0, 0]
+    results = [stream.result() for stream in streams]
+    assert [result.stats.reused_tokens for result in results] == [0, 592, 0, 592, 592]
+    assert [result.token_ids for result in results] == [
+        model.generate(prompt, **options()).token_ids for prompt in prompts
+    ]
+    results = model.generate(prompts, **options())
+    assert [result.stats.reused_tokens for result in results] == [0, 592, 0, 592, 592]
+
+
+@pytest.mark.parametrize("end", ["cancel", "drop"])
+def test_who_waited_for_a_prefill_goes_on_without_it(model, end):
+    engine = losart.Engine(model)
+    streams = [engine.submit(RANDOM, **options()) for _ in range(2)]
+    short = engine.submit(RANDOM[100:120], **options(max_new_tokens=40))
+    next(short)
+    assert len(engine._engine._waiting) == 1
+    if end == "cancel":
+        streams[0].cancel()
+    else:
+        del streams[0]
+    result = streams[-1].result()
+    assert result.stats.reused_tokens == 0
+    assert result.token_ids == model.generate(RANDOM, **options()).token_ids
+
+
+@pytest.mark.parametrize("attention", [{}, {"attention": "quest", "budget": 32}], ids=["dense", "quest"])
+def test_numbers_that_are_not_finite_are_not_shared(make_checkpoint, attention):
+    """Not even past the end of what is common, where zero weights would make NaN of them."""
+    path = with_tensor(make_checkpoint(), "model.embed_tokens.weight", spoil_row(3, np.nan))
+    model = losart.load(path, "cpu")
+    clean = [4 + token for token in range(100)]
+    engine = losart.Engine(model)
+    for prompt in ([*clean, *[3] * 20], [*clean, 3]):
+        bad = engine.submit(prompt, **options(**attention))
+        good = engine.submit([*clean, *RANDOM[:6]], **options(**attention))
+        with pytest.raises(losart.NumericalError):
+            bad.result()
+        assert (
+            good.result().token_ids == model.generate([*clean, *RANDOM[:6]], **options(**attention)).token_ids
+        )
+        again = engine.submit([*clean, *RANDOM[:7]], **options(**attention)).result()
+        assert again.stats.reused_tokens == 96
+        assert again.token_ids == model.generate([*clean, *RANDOM[:7]], **options(**attention)).token_ids
+
+
+def test_what_was_used_least_recently_is_given_up(model):
+    engine = losart.Engine(model, max_sequences=2)
+
+    def reused(start: int) -> int:
+        return engine.submit(RANDOM[start : start + 100], **options()).result().stats.reused_tokens
+
+    assert [reused(start) for start in (0, 200, 0, 400, 0, 200, 400)] == [0, 0, 96, 0, 96, 0, 0]
+
+
+def test_a_prefix_within_another_is_held_once(model):
+    engine = losart.Engine(model)
+    for length in (100, 300, 200, 300):
+        engine.submit(RANDOM[:length], **options(max_new_tokens=1)).result()
+    (held,) = engine._engine._pool._held
+    assert held.ids.tolist() == RANDOM[:288] and len(held.chunks) == 2
+
+
+def test_the_engine_alone_holds_prefixes(model):
+    engine = losart.Engine(model)
+    stream = engine.submit(DOCUMENT, **options())
+    next(stream)
+    (run,) = engine._engine._running
+    arrays = [weakref.ref(array) for chunk in run.sequence.cache.chunks for array in chunk]
+    del run
+    gc.disable()
+    try:
+        stream.result()
+        assert any(array() is not None for array in arrays)
+        del engine, stream
+        assert not any(array() is not None for array in arrays)
+    finally:
+        gc.enable()
+
+
+def test_a_cancelled_generation_leaves_nothing(model):
+    engine = losart.Engine(model)
+    stream = engine.submit(DOCUMENT, **options())
+    next(stream)
+    (run,) = engine._engine._running
+    arrays = [weakref.ref(array) for chunk in run.sequence.cache.chunks for array in chunk]
+    stream.cancel()
+    assert not run.sequence.cache.chunks and not any(array() is not None for array in arrays)
+    assert not engine._engine._pool._held
+
+
+@given(st.lists(st.integers(0, 2)), st.lists(st.integers(0, 2)))
+def test_common_length(a, b):
+    length = common_length(a, b)
+    assert a[:length] == b[:length]
+    assert length == min(len(a), len(b)) or a[length] != b[length]
