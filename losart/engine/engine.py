@@ -32,6 +32,7 @@ from losart.observe.engine_stats import EngineStats
 from losart.observe.step import GenerationResult, Observer, Progress, Step
 
 HELD_PREFIXES = 16  # for nobody, where nothing else limits them
+LONG_PREFIX = 16384  # positions over which a token's attention takes about as long as its matmuls
 Room = TypeVar("Room")  # whatever takes memory
 
 
@@ -430,9 +431,10 @@ class Engine:
         if prefilling and not (self._prefilled >= self.runner.beside_tokens and decoding):
             run = asked if asked in prefilling else prefilling[0]
             before, runner = run.sequence.prefilled, self.runner
-            run.sequence.prefill_tokens = runner.beside_tokens if decoding else runner.prefill_tokens
+            cost = 1 + run.sequence.cache.length // LONG_PREFIX
+            run.sequence.prefill_tokens = runner.beside_tokens // cost if decoding else runner.prefill_tokens
             self._run([run])
-            self._prefilled += run.sequence.prefilled - before
+            self._prefilled += (run.sequence.prefilled - before) * cost
             return
         self._prefilled = 0
         decoding.sort(key=lambda run: (run is not asked, run.last_pass))

@@ -164,6 +164,20 @@ def test_between_two_pieces_of_a_prompt_all_others_have_a_pass():
     assert len(pieces) == 21 and all(b - a >= 2 for a, b in itertools.pairwise(pieces[1:]))
 
 
+def test_pieces_beside_others_are_smaller_the_longer_the_prefix(monkeypatch):
+    monkeypatch.setattr("losart.engine.engine.LONG_PREFIX", 32)
+    engine = Engine(runner := Scripted(beside_tokens=16), 16)
+    short, long = submit(engine, 0, 4, new=60), submit(engine, 1, 80, new=4)
+    next(short)
+    long.start()
+    for _ in short:
+        pass
+    kinds = [passed[0][0] for passed in runner.passes]
+    # Of 16 tokens, of 8, and of 5 in whole blocks; of those a pass comes after each.
+    assert kinds.count("prefill") == 1 + 2 + 4 + 2
+    assert "prefill prefill" not in " ".join(kinds[1:])
+
+
 def test_no_more_than_so_many_sequences_and_rows_take_part():
     engine = Engine(runner := Scripted(), max_sequences=2)
     for stream in started(engine, 4, 4, 4, 4, 4):
