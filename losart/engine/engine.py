@@ -6,7 +6,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, MutableSet
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
@@ -33,6 +33,7 @@ class Runner(Protocol):
 
     config: ModelConfig
     turns: Turns  # in which its passes are run
+    pools: MutableSet[KVPool]  # whose prefixes make room where an allocation fails
 
     @property
     def prefill_tokens(self) -> int:
@@ -192,6 +193,8 @@ class Engine:
         self.runner = runner
         self.max_sequences = max_sequences
         self._pool = pool
+        if pool is not None:
+            runner.pools.add(pool)
         self._together = runner.batch_rows > 0 and max_sequences > 1
         self._lock = threading.RLock()  # guards who waits and who runs
         self._waiting: deque[Run] = deque()
@@ -436,9 +439,11 @@ class Engine:
 
     def _admit(self, run: Run) -> bool:
         """Let a waiting run take part; False: it waits for memory."""
-        sequence = run.sequence
+        sequence, pool = run.sequence, self._pool
         try:
-            if self._pool is not None and ((self._full and self._running) or not self._pool.join(sequence)):
+            if pool is not None and (
+                (self._full and self._running) or not self._with_room(lambda: pool.join(sequence))
+            ):
                 return False
             self._waiting.remove(run)
             self._running.append(run)
@@ -446,46 +451,43 @@ class Engine:
                 self._end(run)
             elif sequence.slot is None:
                 sequence.slot = self._with_room(lambda: self.runner.new_slot(sequence.options))
-        except MemoryError as error:
-            if self._pool is None or not any(other is not run for other in self._running):
-                self._end(run, error)
-                return True
-            self._set_back(run)
-            return False
         except Exception as error:
+            if isinstance(error, MemoryError) and self._set_back(run):
+                return False
             self._end(run, error)
         return True
 
-    def _set_back(self, run: Run) -> None:
-        """Let a run wait, first of all, until memory comes free; its cache is given up."""
-        assert self._pool is not None
+    def _set_back(self, run: Run) -> bool:
+        """Let a run wait, first of all, until another has ended; its cache is given up. False: none runs."""
         sequence = run.sequence
-        cache = self.new_cache(sequence.prompt, sequence.options)
+        if self._pool is None or not any(other is not run for other in self._running):
+            return False
+        try:
+            cache = self.new_cache(sequence.prompt, sequence.options)
+        except MemoryError:
+            return False
         self._pool.leave(sequence, keep=False)
         sequence.set_back(cache)
         self._full = True
-        self._set_backs += 1
         if run in self._running:
+            self._set_backs += 1
             self._running.remove(run)
             self._waiting.appendleft(run)
-
-    def _set_back_youngest(self) -> bool:
-        """Set back the run that was admitted last; False: it would help nobody, or none can go on from it."""
-        able = [run for run in self._running if run.sequence.replaceable]
-        if self._pool is None or len(self._running) < 2 or not able:
-            return False
-        self._set_back(able[-1])
         return True
 
+    def _set_back_youngest(self) -> bool:
+        """Set back the run that was admitted last of those that prefill can restore; False: it cannot be."""
+        able = [run for run in self._running if run.sequence.replaceable]
+        return bool(able) and self._set_back(able[-1])
+
     def _with_room(self, allocate: Callable[[], Room]) -> Room:
-        """Allocate something, if need be where prefixes were held for nobody."""
+        """Allocate something, if need be where an engine of the model held prefixes for nobody."""
         while True:
             try:
                 return allocate()
             except MemoryError:
-                with self._lock:
-                    if self._pool is None or not self._pool.give_up():
-                        raise
+                if not any(pool.give_up() for pool in tuple(self.runner.pools)):
+                    raise
 
     def _reserve(self, runs: list[Run]) -> list[Run]:
         """Make room in some runs' caches for their next pass; returns those that have it and go on."""
@@ -587,7 +589,7 @@ class Engine:
             for request, read in zip(requests, result.reads, strict=False):  # prefill has none
                 sequence.reads.add(read, request.prefix_length, self.runner.config.num_kv_heads)
             if not steps and run.progress is not None:
-                done, of = (end - sequence.reused for end in (sequence.cache.length, sequence.prefill_end))
+                done, of = (end - sequence.found for end in (sequence.cache.length, sequence.prefill_end))
                 run.progress(done, of)
             if run.observer is not None:
                 for step, layers in zip(steps, result.layers, strict=True):

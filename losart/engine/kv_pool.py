@@ -122,22 +122,16 @@ class KVPool:
         Raises
         ------
         MemoryError
-            The part of a chunk cannot be copied, although nothing is held for nobody any more; the cache
-            stays empty.
+            The part of a chunk cannot be copied; the cache stays empty.
         """
-        while True:
-            found = self._find(sequence)
-            if not self._make_room(*self._planned(sequence, found)):
-                return False
-            try:
-                sequence.cache.share(found.chunks, len(found.ids))
-                break
-            except MemoryError:
-                if not self.give_up():
-                    raise
+        found = self._find(sequence)
+        if not self._make_room(*self._planned(sequence, found)):
+            return False
+        sequence.cache.share(found.chunks, len(found.ids))
+        sequence.found = len(found.ids)
         if not sequence.begun:
-            sequence.reused = len(found.ids)
-        self.reused_tokens += len(found.ids)
+            sequence.reused = sequence.found
+        self.reused_tokens += sequence.found
         self._running.append(sequence)
         return True
 
@@ -169,7 +163,10 @@ class KVPool:
         return _sizes(prefix.chunks for prefix in tuple(self._held))
 
     def leave(self, sequence: Sequence, keep: bool) -> Prefix | None:
-        """Take a sequence out, and with `keep` hold what its cache has for others to come, and return it."""
+        """Take a sequence out, and with `keep` hold what its cache has for others to come, if anything.
+
+        Returns what is held.
+        """
         if sequence not in self._running:
             return None
         self._running.remove(sequence)
@@ -178,6 +175,8 @@ class KVPool:
         kind, cache = PrefixKind.of(sequence), sequence.cache
         ids = sequence.shareable()
         ids = ids[: kind.whole(len(ids))]
+        if not len(ids):
+            return None
         chunks = cache.chunks[: -(-len(ids) // kind.positions_per_chunk)]
         prefix = Prefix(kind, ids, tuple(chunks))
         self.hold(prefix)

@@ -146,6 +146,33 @@ def test_what_is_held_is_not_what_makes_an_allocation_fail(model, memory, chunk)
         assert found.stats.reused_tokens == 0
 
 
+def test_what_an_engine_holds_makes_room_for_others_of_the_model(model, memory, chunk):
+    memory.limit = 3 * chunk
+    engine = losart.Engine(model)
+    engine.submit(RANDOM[:600], **options()).result()
+    assert engine.stats.kv_bytes_held == 3 * chunk
+    assert model.generate(RANDOM[700:1200], **options()).token_ids
+    assert engine.stats.kv_bytes_held == 0
+
+
+def test_a_short_prompt_leaves_nothing(model):
+    engine = losart.Engine(model)
+    engine.submit(RANDOM[:9], **options(max_new_tokens=2)).result()
+    assert engine.stats.kv_bytes_held == 0 and not engine._engine._pool._held
+
+
+def test_progress_begins_anew_for_one_that_was_set_back(model, memory, chunk):
+    seen: list[tuple[int, int]] = []
+    engine = losart.Engine(model)
+    engine.submit(prompt(1, 100), **options()).result()
+    memory.limit = 3 * chunk
+    first = engine.submit(prompt(0), **options(max_new_tokens=150))
+    second = engine.submit(prompt(1), progress=lambda *done: seen.append(done), **options(max_new_tokens=150))
+    assert [len(stream.result().token_ids) for stream in (first, second)] == [150, 150]
+    assert engine.stats.set_back == 1
+    assert len(seen) == 2 and seen[0] == (104, 104) and 0 < seen[1][0] == seen[1][1] > 200
+
+
 def test_who_cannot_go_on_alone_ends(model, memory, chunk):
     memory.limit = chunk
     engine = losart.Engine(model)
