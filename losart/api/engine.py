@@ -44,7 +44,6 @@ class Engine:
     max_sequences : int, default 16
         Generations under way at a time; others wait, in the order in which they came. With 1 each has passes
         of its own, as its stream is asked.
-
     kv_memory : int, optional
         Bytes for the KV caches of generations under way and for what is held of those that have ended. A
         generation begins when the room fits that its prompt and `max_new_tokens` take, in whole chunks, less

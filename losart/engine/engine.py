@@ -199,7 +199,7 @@ class Engine:
         self._lock = threading.RLock()  # guards who waits and who runs
         self._waiting: deque[Run] = deque()
         self._running: list[Run] = []
-        self._full = False  # whether memory ran out, and no running one has ended since
+        self._full = False  # whether there was no memory for one more, and none has ended since
         self._set_backs = 0
         self._passes = 0
         self._block_passes = 0
@@ -373,10 +373,10 @@ class Engine:
                     run.kept.append(held)
                 run.sequence.cache = run.sequence.cache.emptied()
             run.left = True
-            self._full &= run not in self._running
             for runs in (self._waiting, self._running):
                 if run in runs:
                     runs.remove(run)
+                    self._full = False
             run.sequence.slot = None  # a session keeps the sequence
 
     # -- passes
@@ -427,6 +427,8 @@ class Engine:
 
     def _admit_waiting(self, asked: Run) -> None:
         """Let waiting runs take part for which there are places; without shared passes the one asked."""
+        if self._full and self._running:
+            return
         places = self.max_sequences - len(self._running) if self._together else 1
         for run in list(self._waiting)[: max(0, places)] if self._together else [asked]:
             if run not in self._waiting:
@@ -441,9 +443,8 @@ class Engine:
         """Let a waiting run take part; False: it waits for memory."""
         sequence, pool = run.sequence, self._pool
         try:
-            if pool is not None and (
-                (self._full and self._running) or not self._with_room(lambda: pool.join(sequence))
-            ):
+            if pool is not None and not self._with_room(lambda: pool.join(sequence)):
+                self._full = True
                 return False
             self._waiting.remove(run)
             self._running.append(run)

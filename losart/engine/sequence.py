@@ -46,6 +46,8 @@ class Sequence:
     reads : ReadLog
     prefix : int64 [positions]
         What prefill takes into the cache.
+    awaited : tuple of Sequence and int, optional
+        Whose prefill it waits for, and of how many positions.
     found : int
         Positions that the cache held when prefill began.
     reused : int
@@ -75,6 +77,7 @@ class Sequence:
         self.cache = cache
         self.slot: Any = None
         self.ids = list(prompt)
+        self.awaited: tuple[Sequence, int] | None = None
         self.found = self.reused = cache.length
         self.prefix = self._whole_blocks()
         self.prefilled = 0

@@ -199,8 +199,6 @@ def test_a_loaded_prefix_has_room_or_makes_it(model, saved, monkeypatch):
     engine.submit(RANDOM[500:700], **options()).result()
     engine.load_prefix(saved)
     assert engine.stats.kv_bytes_held == 4 * chunk
-    running = engine.submit(RANDOM[1000:1100], **options(max_new_tokens=40))
-    next(running)
     assert engine.submit(DOCUMENT, **options()).result().stats.reused_tokens == 688
     with pytest.raises(OutOfMemoryError, match="generations under way may take"):
         other = losart.Engine(model, kv_memory=3 * chunk)
