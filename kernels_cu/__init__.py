@@ -71,6 +71,7 @@ FILES = {
     "linear_hopper": KernelFile("matmul", (*TENSOR_MATMUL, "common/hopper.cuh", "common/tensor_map.cuh")),
     "silu_gate": KernelFile("matmul", PLANES),
     "add_rms_norm": KernelFile("norm", PLANES),
+    "rotations": KernelFile("norm"),
     "split_heads": KernelFile("norm", PLANES),
     "cache_write": KernelFile("cache", CACHE),
     "prefix_attention": KernelFile("attention", PLAIN_ATTENTION, spills=True),

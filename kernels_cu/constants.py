@@ -38,6 +38,7 @@ SILU_THREADS = 128  # four channels each
 
 # norm/
 NORM_MAX_THREADS = 1024
+ROTATION_THREADS = 64
 NORM_CHANNEL_BYTES = 8  # of dynamic shared memory
 
 # attention/

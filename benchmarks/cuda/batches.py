@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import cupy
@@ -12,15 +12,19 @@ import numpy as np
 from benchmarks.cuda.model import NoiseModel
 from benchmarks.cuda.noise import kv_bytes, weight_bytes, written_cache
 from benchmarks.cuda.timing import queued_microseconds
+from benchmarks.cuda.torch_attention import run_microseconds
 from benchmarks.support.attempts import attempt, free_memory, ratio
+from benchmarks.support.transformers_pass import TransformersPass
 from losart.backends.cuda.matmul import blas_matmul
 from losart.config.options import generation_config
 from losart.config.precision import BFLOAT16
-from losart.engine.batch import PassBatch, PassResult
+from losart.engine.batch import PassBatch, PassKind, PassResult
 from losart.engine.engine import Engine, Run
 from losart.models.transformer import Transformer
 
 NEW_TOKENS = 256
+LONG_PROMPT = 32768
+MANY = 16  # sequences; only of more is transformers' pass measured, and prefill beside them
 DENSE: dict[str, Any] = {}
 LOSA = {"attention": "losa", "budget": 128}
 METHODS = {
@@ -57,6 +61,11 @@ def rows(bandwidth: float, quick: bool = False) -> Iterator[dict[str, Any]]:
             yield row | {"method": caches}
             continue
         dense = None
+        theirs = (
+            attempt(their_milliseconds, size, sequences, prompt, block)
+            if sequences > MANY and passes == block
+            else None
+        )
         for name in methods:
             options = METHODS[name] | {"block_length": block, "denoising_steps": passes}
             measured = attempt(decode, model, caches, prompt, options)
@@ -65,34 +74,40 @@ def rows(bandwidth: float, quick: bool = False) -> Iterator[dict[str, Any]]:
                 continue
             dense = measured["tokens a second"] if name == "dense" else dense
             floor = pass_floor(model, sequences, prompt, measured, bandwidth, rate)
-            yield (
-                row
-                | {"method": name}
-                | measured
-                | {
-                    "floor ms": floor,
-                    "pass/floor": ratio(measured["pass ms"], floor),
-                    "method/dense": ratio(measured["tokens a second"], dense),
-                }
-            )
+            more = {
+                "floor ms": floor,
+                "pass/floor": ratio(measured["pass ms"], floor),
+                "method/dense": ratio(measured["tokens a second"], dense),
+                "transformers ms": theirs,
+            }
+            yield row | {"method": name} | measured | more
+        if sequences > MANY and passes == block:
+            beside = attempt(prefill_beside, model, caches, prompt, block)
+            failed = {"tokens a second": beside} if isinstance(beside, str) else beside
+            yield row | {"method": f"{LONG_PROMPT} tokens prefilled beside"} | failed
         del caches
         free_memory()
 
 
 class PassTimes(Transformer):
-    """Notes the seconds and rows of each pass, which is waited for."""
+    """Notes when each pass began and ended; it is waited for."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.passes: list[tuple[float, int]] = []
+        self.passes: list[tuple[float, float, PassBatch]] = []
 
-    def forward(self, batch: PassBatch, observe: bool = False) -> PassResult:
+    def begin(self, batch: PassBatch, observe: bool = False) -> Callable[[], PassResult]:
         backend: Any = self.backend
         began = time.perf_counter()
-        result = super().forward(batch, observe)
-        backend.memory.stream.synchronize()
-        self.passes.append((time.perf_counter() - began, batch.tokens))
-        return result
+        finish = super().begin(batch, observe)
+
+        def timed() -> PassResult:
+            result = finish()
+            backend.memory.stream.synchronize()
+            self.passes.append((began, time.perf_counter(), batch))
+            return result
+
+        return timed
 
 
 def noise_caches(model: NoiseModel, sequences: int, prompt: int, block: int) -> list[Any]:
@@ -125,8 +140,9 @@ def decode(model: NoiseModel, caches: list[Any], prompt: int, options: dict[str,
             while engine._advance(run):
                 run.steps.clear()
         seconds = time.perf_counter() - began
-    times, rows = (sum(of_all) for of_all in zip(*model.transformer.passes, strict=True))
-    count = len(model.transformer.passes)
+    passes = model.transformer.passes
+    count, rows = len(passes), sum(batch.tokens for *_, batch in passes)
+    times = sum(ended - began for began, ended, _ in passes)
     stats = [run.sequence.result().stats for run in runs]
     return {
         "tokens a second": len(caches) * NEW_TOKENS / seconds,
@@ -135,6 +151,37 @@ def decode(model: NoiseModel, caches: list[Any], prompt: int, options: dict[str,
         "rows": rows / count,
         "density": float(np.mean([one.density for one in stats])),
     }
+
+
+def prefill_beside(model: NoiseModel, caches: list[Any], prompt: int, block: int) -> dict[str, Any]:
+    """How long sequences wait for a pass while a long prompt is prefilled, in milliseconds."""
+    fixed = {"remasking": "low_confidence_static", "stop_token_ids": [], "max_new_tokens": NEW_TOKENS}
+    config = generation_config(model.config, fixed | {"block_length": block, "denoising_steps": block})
+    ids = np.random.default_rng(0).integers(model.config.vocab_size, size=LONG_PROMPT).tolist()
+    engine = Engine(model.transformer, len(caches) + 1)
+    for cache in caches:
+        cache.length = prompt
+    runs = [Run(engine.sequence(ids[:prompt], config, cache)) for cache in caches]
+    long = Run(engine.sequence(ids, config, engine.new_cache(ids, config)))
+    for run in (*runs, long):
+        engine._join(run)
+    model.transformer.passes.clear()
+    while long.prefills:
+        engine._advance(runs[0])
+        for run in runs:
+            run.steps.clear()
+    over_blocks = [pair for *pair, batch in model.transformer.passes if batch.kind is not PassKind.PREFILL]
+    waits = np.diff([ended for _, ended in over_blocks])
+    return {
+        "pass ms": 1e3 * float(np.median([ended - began for began, ended in over_blocks])),
+        "median wait ms": 1e3 * float(np.median(waits)),
+        "p99 wait ms": 1e3 * float(np.percentile(waits, 99)),
+    }
+
+
+def their_milliseconds(size: str, sequences: int, prompt: int, block: int) -> float:
+    """Of a forward by transformers over a block of each sequence, without sampling."""
+    return run_microseconds(TransformersPass(size).after(prompt, block, sequences)) / 1e3
 
 
 def pass_floor(

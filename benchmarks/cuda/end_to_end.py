@@ -124,10 +124,15 @@ class TimedTransformer(Transformer):
         super().__init__(*args)
         self.seconds: dict[str, list[float]] = defaultdict(list)
 
-    def forward(self, batch: PassBatch, observe: bool = False) -> PassResult:
+    def begin(self, batch: PassBatch, observe: bool = False) -> Callable[[], PassResult]:
         backend: Any = self.backend
         began = time.perf_counter()
-        result = super().forward(batch, observe)
-        backend.memory.stream.synchronize()
-        self.seconds[RIDING if batch.rides else batch.kind.value].append(time.perf_counter() - began)
-        return result
+        finish = super().begin(batch, observe)
+
+        def timed() -> PassResult:
+            result = finish()
+            backend.memory.stream.synchronize()
+            self.seconds[RIDING if batch.rides else batch.kind.value].append(time.perf_counter() - began)
+            return result
+
+        return timed

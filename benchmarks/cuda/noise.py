@@ -94,7 +94,7 @@ def written_cache(
                 backend.write_kv(layer, *draw(layer, start, count), batch)
             return None, []
 
-        backend.run(pass_after(cache, count, PassKind.PREFILL), PassBody(write))
+        backend.begin(pass_after(cache, count, PassKind.PREFILL), PassBody(write))()
         cache.advance(count)
     return cache
 

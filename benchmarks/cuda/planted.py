@@ -111,7 +111,7 @@ class PlantedPrefix:
             return None, []
 
         cache.length = start
-        backend.run(pass_after(cache, SEGMENT, PassKind.PREFILL), PassBody(write))
+        backend.begin(pass_after(cache, SEGMENT, PassKind.PREFILL), PassBody(write))()
         cache.length = length
 
 

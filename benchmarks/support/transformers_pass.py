@@ -50,12 +50,12 @@ class TransformersPass:
         for layer in self.model.model.layers:
             layer.self_attn.is_causal = False
 
-    def after(self, prefix: int, block: int) -> Callable[[], None]:
-        """A forward over a block after a cache of noise."""
+    def after(self, prefix: int, block: int, sequences: int = 1) -> Callable[[], None]:
+        """A forward over a block of each sequence after a cache of noise."""
         import torch
 
-        cache = self.filled_cache(prefix)
-        ids = torch.arange(block, device=self.device)[None]
+        cache = self.filled_cache(prefix, sequences)
+        ids = torch.arange(block, device=self.device).expand(sequences, block)
         positions = torch.arange(prefix, prefix + block, device=self.device)[None]
         # On the CPU a mask of zeros, as the committed figures have it: it costs transformers a few percent.
         shape = (1, 1, block, prefix + block)
@@ -70,13 +70,13 @@ class TransformersPass:
 
         return run
 
-    def filled_cache(self, prefix: int) -> Any:
-        """A DynamicCache of so many random positions."""
+    def filled_cache(self, prefix: int, sequences: int = 1) -> Any:
+        """A DynamicCache of so many random positions of each sequence."""
         import torch
         from transformers import DynamicCache
 
         c, cache = self.config, DynamicCache()
-        shape = (1, c.num_key_value_heads, prefix, c.head_dim)
+        shape = (sequences, c.num_key_value_heads, prefix, c.head_dim)
         for layer in range(c.num_hidden_layers):
             k, v = (torch.randn(shape, device=self.device, dtype=self.dtype) for _ in range(2))
             cache.update(k, v, layer)

@@ -10,14 +10,13 @@
  *
  * Before the wait it reads q, k, v and `fresh`: the previous kernel is prefix attention or one that follows it, which
  * has waited for them. While that runs, an SM has room for one thread block of this kernel: with one warp per row, few
- * thread blocks hold all rows, and whatever precedes the wait takes no time. Bounds of 4 thread blocks per SM keep the
- * compiler to 128 registers.
+ * thread blocks hold all rows, and whatever precedes the wait takes no time. BLOCKS_PER_SM = 4 keeps the compiler to
+ * 128 registers. Where there are more rows than run at once, more thread blocks with fewer loads in flight each are
+ * faster: compiled with PART_BATCH, KEY_BATCH and BLOCKS_PER_SM for few or many rows.
  *
  * Grid: (tokens, heads / WARP_ROWS), WARP_ROWS * block_tokens floats of dynamic shared memory. Must read the parts
  * once, and reads each kv head's keys and values once per row, from the L2 cache. */
-#define KEY_BATCH 8 /* keys whose loads are in flight at once */
-
-extern "C" __global__ void __launch_bounds__(WARP_ROWS_THREADS, 4)
+extern "C" __global__ void __launch_bounds__(WARP_ROWS_THREADS, BLOCKS_PER_SM)
     block_attention(const float *q, const float *k, const float *v, PartsView parts, const int *fresh, int fresh_count,
                     StoredView stored_q, StoredView stored_o, StoredView stored_lse, Activation *o, int block_tokens,
                     int cache_tokens, int heads, int kv_heads, int head_dim)

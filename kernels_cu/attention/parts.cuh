@@ -1,6 +1,8 @@
 /* Merges the parts of attention over the prefix. A part that saw no key has a maximum of -inf, and zeros. One warp per
  * row, whose lanes have pieces of 4 channels. */
+#ifndef PART_BATCH
 #define PART_BATCH 16
+#endif
 
 /* Attention of a row over some keys, not normalised yet. */
 struct RowResult {

@@ -11,3 +11,13 @@ struct SequenceRows {
         this->tokens = tokens ? tokens + sequence * count : nullptr;
     }
 };
+
+/* What part number `part` takes of some tiles. */
+struct TileRange {
+    int first, last;
+};
+
+__device__ __forceinline__ TileRange tiles_of_part(int tiles, int part, int parts)
+{
+    return {(int)((long long)tiles * part / parts), (int)((long long)tiles * (part + 1) / parts)};
+}

@@ -39,6 +39,7 @@ struct CachesView {
 struct BatchView {
     const double *uniforms, *top_p; /* [masked], uniforms in [0, 1) */
     const int *ids, *positions;     /* [tokens] */
+    const float *rotations;         /* [tokens, 2, head_dim / 2]: norm/rotations.cu */
     const int *masked_count;
     const int *masked, *logits;    /* [masked], their rows among all, and of the logits */
     const int *mask_token, *top_k; /* [masked] */

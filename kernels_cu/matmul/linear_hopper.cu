@@ -1,5 +1,7 @@
 /* y [tokens, rows] = x [tokens, inner] times the transposed weight [rows, inner] by wgmma, for many tokens: a thread
- * block has tiles of TILE_TOKENS tokens and WIDTH rows, each of its two compute warpgroups 64 of the tokens.
+ * block has tiles of TILE_TOKENS tokens and WIDTH rows, each of its two compute warpgroups 64 of the tokens. Where
+ * tiles are few, each is divided among `splits` thread blocks, which have a share of the columns and a plane of planes
+ * [splits, tokens, rows] each (planes.cuh).
  *
  * A thread of a third warpgroup copies STEP_COLUMNS columns of both at a time, through STAGES buffers of shared memory
  * and by tensor maps, whose boxes are TILE_TOKENS tokens of x and WIDTH / CLUSTER rows of the weights. Whatever is past
@@ -8,8 +10,8 @@
  * for the L2 cache. A stage is overwritten once the warpgroups of all these thread blocks have read it.
  *
  * Compiled with WIDTH (64, 128, 192 or 256), CLUSTER (1 or 2) and STAGES. Grid: thread blocks, a multiple of CLUSTER,
- * at most one per SM, each with a tile. A cluster takes every (grid / CLUSTER)-th tile, tokens first: tiles in flight
- * share weights, and x stays in the L2 cache. Must do 2 * tokens * rows * inner operations. */
+ * at most one per SM, each with a tile. A cluster takes every (grid / CLUSTER)-th tile, tokens first, then splits:
+ * tiles in flight share weights, and x stays in the L2 cache. Must do 2 * tokens * rows * inner operations. */
 static_assert(TILE_TOKENS == 128 && LINEAR_HOPPER_THREADS == 3 * WARPGROUP, "two warpgroups of 64 tokens, one copies");
 static_assert(STEP_COLUMNS == 64, "a row is 128 bytes");
 #define ROW_BYTES (STEP_COLUMNS * 2)
@@ -18,8 +20,8 @@ static_assert(STEP_COLUMNS == 64, "a row is 128 bytes");
 #define STAGE_BYTES (X_BYTES + WEIGHT_BYTES)
 
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(LINEAR_HOPPER_THREADS, 1)
-    linear_hopper(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap weight, float *y, int tokens,
-                  int rows, int inner)
+    linear_hopper(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap weight, float *planes,
+                  int tokens, int rows, int inner, int splits)
 {
     extern __shared__ __align__(SHARED_ALIGNMENT) unsigned char shared_bytes[];
     unsigned shared = shared_address(shared_bytes); /* STAGES times x and weights, then the ring's barriers */
@@ -29,9 +31,10 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(LIN
     int block = blockIdx.x % CLUSTER, first = blockIdx.x / CLUSTER, stride = gridDim.x / CLUSTER;
     int steps = (inner + STEP_COLUMNS - 1) / STEP_COLUMNS;
     int across = (tokens + TILE_TOKENS * CLUSTER - 1) / (TILE_TOKENS * CLUSTER);
-    int tiles = across * ((rows + WIDTH - 1) / WIDTH); /* of the clusters */
+    int tiles = across * splits * ((rows + WIDTH - 1) / WIDTH); /* of the clusters */
     auto first_token = [&](int tile) { return (tile % across * CLUSTER + block) * TILE_TOKENS; };
-    auto first_row = [&](int tile) { return tile / across * WIDTH; };
+    auto split_of = [&](int tile) { return tile / across % splits; };
+    auto first_row = [&](int tile) { return tile / across / splits * WIDTH; };
 
     if (threadIdx.x == 0) {
         ring.initialize(2 * CLUSTER);
@@ -54,12 +57,14 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(LIN
             };
             prefetch_map(&x);
             prefetch_map(&weight);
-            int early = min(STAGES, steps), i = 0;
-            for (int step = 0; step < early; step++) load_weights(step, step, first_row(first));
+            TileRange range = tiles_of_part(steps, split_of(first), splits);
+            int early = min(STAGES, range.last - range.first), i = 0;
+            for (int step = 0; step < early; step++) load_weights(step, range.first + step, first_row(first));
             wait_for_previous();
             for (int tile = first; tile < tiles; tile += stride) {
                 int token = first_token(tile), row = first_row(tile);
-                for (int step = 0; step < steps; step++, i++) {
+                range = tiles_of_part(steps, split_of(tile), splits);
+                for (int step = range.first; step < range.last; step++, i++) {
                     int stage = i % STAGES;
                     ring.wait_until_empty(i);
                     if (i >= early) load_weights(stage, step, row);
@@ -83,8 +88,9 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(LIN
         /* Uninitialised, or with steps unrolled, some compilers make each wgmma wait for the one before. */
         float sum[WIDTH / 2] = {};
         for (int tile = first; tile < tiles; tile += stride) {
+            TileRange range = tiles_of_part(steps, split_of(tile), splits);
 #pragma unroll 1
-            for (int step = 0; step < steps; step++, i++) {
+            for (int step = range.first; step < range.last; step++, i++) {
                 int stage = i % STAGES;
                 ring.wait_until_full(i);
                 unsigned xs = x_of(stage) + warpgroup * 64 * ROW_BYTES, weights = weights_of(stage);
@@ -92,11 +98,11 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(LIN
 #pragma unroll
                 for (int k = 0; k < STEP_COLUMNS / 16; k++)
                     wgmma(sum, descriptor(xs + k * 32, 8 * ROW_BYTES, 0),
-                          descriptor(weights + k * 32, 8 * ROW_BYTES, 0), step == 0 && k == 0);
+                          descriptor(weights + k * 32, 8 * ROW_BYTES, 0), step == range.first && k == 0);
                 wgmma_commit();
                 /* The tensor cores work on this step while the previous one's stage is released. */
                 wgmma_wait<1>();
-                if (step > 0) release(i - 1);
+                if (step > range.first) release(i - 1);
             }
             wgmma_wait<0>();
             pin(sum);
@@ -106,7 +112,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(LIN
             for (int half = 0; half < 2; half++) {
                 int token = first_token(tile) + warpgroup * 64 + thread / WARP * 16 + g + half * 8;
                 int row = first_row(tile) + t * 2;
-                float *to = y + (size_t)token * rows + row;
+                float *to = planes + ((size_t)split_of(tile) * tokens + token) * rows + row;
                 int left = token < tokens ? rows - row : 0;
                 if (rows % 2 == 0) {
 #pragma unroll

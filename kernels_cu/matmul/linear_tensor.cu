@@ -1,5 +1,5 @@
 /* y = x [tokens, inner] times the transposed weight [rows, inner] on tensor cores, for up to SKINNY_TOKENS tokens; y
- * is left as planes (matmul/planes.cuh).
+ * is left as planes (matmul/planes.cuh) of plane_tokens tokens, of which these are the first ones from y on.
  *
  * The weights are one long list of units of PANEL_ROWS rows and STEP_COLUMNS columns. Each thread block takes `share`
  * consecutive units, so that all read equally much and never stop reading: copies go through STAGES buffers of shared
@@ -23,7 +23,7 @@ __device__ __forceinline__ int swizzled(int row, int piece)
 }
 
 extern "C" __global__ void __launch_bounds__(LINEAR_TENSOR_THREADS, 2)
-    linear_tensor(const Activation *x, WeightView weight, float *y, int tokens, int share)
+    linear_tensor(const Activation *x, WeightView weight, float *y, int tokens, int plane_tokens, int share)
 {
     extern __shared__ __align__(128) unsigned char shared_bytes[];
     int rows = weight.rows, inner = weight.inner;
@@ -86,7 +86,7 @@ extern "C" __global__ void __launch_bounds__(LINEAR_TENSOR_THREADS, 2)
 #pragma unroll
             for (int j = 0; j < 4; j++) {
                 int token = n * 8 + t * 2 + j % 2, row = panel * PANEL_ROWS + warp * 16 + g + j / 2 * 8;
-                if (token < tokens && row < rows) y[((size_t)plane * tokens + token) * rows + row] = sum[n][j];
+                if (token < tokens && row < rows) y[((size_t)plane * plane_tokens + token) * rows + row] = sum[n][j];
                 sum[n][j] = 0;
             }
     }

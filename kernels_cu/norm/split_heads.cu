@@ -1,11 +1,9 @@
 /* From the joined projections qkv [tokens, (heads + 2 * kv_heads) * head_dim] to q [tokens, heads, head_dim] and k and
  * v [tokens, kv_heads, head_dim]: q and k are RMS-normed per head with a gain [head_dim], then rotated to the token's
- * position. Channels d and d + head_dim / 2 form a rotated pair.
+ * position, by rotations.cu. Channels d and d + head_dim / 2 form a rotated pair.
  *
  * One warp per head of a token; a lane holds 4 channels, or 8 where head_dim is above 128. head_dim is a multiple of 8,
- * LARGEST_HEAD_DIM at most. `frequencies` [head_dim / 2] are half turns per position in double: the angle of a float
- * would be off by 1e-2 at position 100,000. Whole turns come off half turns exactly; an angle in radians would need a
- * table in local memory for that.
+ * LARGEST_HEAD_DIM at most.
  *
  * Grid: (tokens, (heads + 2 * kv_heads) / WARP_ROWS). Must read qkv and write q, k and v once. */
 #define PIECES (LARGEST_HEAD_DIM / (4 * WARP)) /* per lane */
@@ -24,32 +22,29 @@ __device__ __forceinline__ float4 piece_of_warp(const float4 (&x)[PIECES], int i
 }
 
 extern "C" __global__ void __launch_bounds__(WARP_ROWS_THREADS)
-    split_heads(MatmulView qkv, const float *q_gain, const float *k_gain, const double *frequencies, float rope_factor,
-                BatchView batch, float *q, float *k, float *v, int heads, int kv_heads, int head_dim, float eps)
+    split_heads(MatmulView qkv, const float *q_gain, const float *k_gain, BatchView batch, float *q, float *k, float *v,
+                int heads, int kv_heads, int head_dim, float eps)
 {
     let_next_start();
-    int token = blockIdx.x, position = batch.positions[token];
-    int head = blockIdx.y * WARP_ROWS + threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    int token = blockIdx.x, head = blockIdx.y * WARP_ROWS + threadIdx.x / WARP, lane = threadIdx.x % WARP;
     if (head >= heads + 2 * kv_heads) return;
     bool is_q = head < heads, is_v = head >= heads + kv_heads;
     int pieces = head_dim / 4, half = pieces / 2;
+    const float4 *rotations = (const float4 *)(batch.rotations + (size_t)token * head_dim);
     float4 sine[PIECES], cosine[PIECES], gain[PIECES], x[PIECES];
 #pragma unroll
     for (int i = 0; i < PIECES; i++) {
         int piece = i * WARP + lane;
-        if (is_v || piece >= pieces) continue;
-        float sines[4], cosines[4];
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-            double angle = (double)position * frequencies[piece % half * 4 + j];
-            sincospif((float)(angle - 2 * rint(angle / 2)), &sines[j], &cosines[j]);
-            sines[j] *= piece < half ? -rope_factor : rope_factor, cosines[j] *= rope_factor;
-        }
-        sine[i] = make_float4(sines[0], sines[1], sines[2], sines[3]);
-        cosine[i] = make_float4(cosines[0], cosines[1], cosines[2], cosines[3]);
-        gain[i] = ((const float4 *)(is_q ? q_gain : k_gain))[piece];
+        if (!is_v && piece < pieces) gain[i] = ((const float4 *)(is_q ? q_gain : k_gain))[piece];
     }
     wait_for_previous();
+#pragma unroll
+    for (int i = 0; i < PIECES; i++) {
+        int piece = i * WARP + lane;
+        if (is_v || piece >= pieces) continue;
+        sine[i] = scaled(rotations[piece % half], piece < half ? -1.0f : 1.0f);
+        cosine[i] = rotations[half + piece % half];
+    }
 #pragma unroll
     for (int i = 0; i < PIECES; i++)
         x[i] = i * WARP + lane < pieces ? qkv.at<float4>(token, head * head_dim + (i * WARP + lane) * 4) : zero4();

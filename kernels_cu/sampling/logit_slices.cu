@@ -40,7 +40,9 @@ extern "C" __global__ void __launch_bounds__(SLICE_THREADS)
     float total = 0, moment = 0; /* of this thread's logits, relative to the highest of them */
     for (int i = first + threadIdx.x * 4; i < last; i += blockDim.x * 4)
         for (int j = i; j < min(i + 4, last); j++) {
-            float x = (values[j - first] - top) / temperature, weight = top == -INFINITE ? 0.0f : expf(x);
+            float x = values[j - first] - top;
+            if (temperature != 1) x /= temperature;
+            float weight = top == -INFINITE ? 0.0f : expf(x);
             total += weight;
             if (weight > 0) moment += weight * x;
         }

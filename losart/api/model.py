@@ -42,13 +42,14 @@ class Model:
         device: str = "auto",
         dtype: str = "auto",
         progress: Progress | None = None,
+        deterministic: bool = False,
     ) -> None:
         precision = Precision.chosen(dtype, checkpoint.dtype)
         self.config: ModelConfig = checkpoint.config
         self.tokenizer: Tokenizer | None = checkpoint.tokenizer
         self.chat_template: ChatTemplate | None = checkpoint.chat_template
         self.dtype = precision.weights.name
-        backend = make_backend(device, self.config, precision)
+        backend = make_backend(device, self.config, precision, deterministic)
         self.device = backend.name
         self._tensors = checkpoint.tensors
         self._engine = Engine(Transformer(self.config, checkpoint.tensors, backend, progress))
@@ -189,6 +190,7 @@ def load(
     dtype: str = "auto",
     *,
     progress: Progress | None = None,
+    deterministic: bool = False,
 ) -> Model:
     """Load a checkpoint.
 
@@ -204,6 +206,10 @@ def load(
         float32 on the CPU.
     progress : callable, optional
         Called after each layer's weights with the layers loaded and in all.
+    deterministic : bool
+        Generations that share passes and beginnings give bit for bit what each gives alone, which is slower
+        with more than 32 rows per pass on a GPU, 8 on the CPU, and for prompts. Else sums may be rounded
+        otherwise.
 
     Raises
     ------
@@ -212,7 +218,7 @@ def load(
     DeviceError
         The device is missing.
     """
-    return Model(open_checkpoint(model), device, dtype, progress)
+    return Model(open_checkpoint(model), device, dtype, progress, deterministic)
 
 
 def generate(

@@ -17,7 +17,9 @@ from losart.kernels_cu.compiler import HOW_TO_INSTALL, nvrtc_version
 OLDEST_CAPABILITY = (8, 0)
 
 
-def make_backend(device: str, config: ModelConfig, precision: Precision) -> Backend:
+def make_backend(
+    device: str, config: ModelConfig, precision: Precision, deterministic: bool = False
+) -> Backend:
     """The backend for a device.
 
     Parameters
@@ -27,6 +29,8 @@ def make_backend(device: str, config: ModelConfig, precision: Precision) -> Back
         cannot use.
     config : ModelConfig
     precision : Precision
+    deterministic : bool
+        Whether a sequence's sums must not depend on what shares its passes.
 
     Raises
     ------
@@ -42,12 +46,12 @@ def make_backend(device: str, config: ModelConfig, precision: Precision) -> Back
         if problem is None:
             from losart.backends.cuda.backend import CudaBackend
 
-            return CudaBackend(config, precision)
+            return CudaBackend(config, precision, deterministic)
         if device == "cuda":
             raise DeviceError(f"device 'cuda' does not work here: {problem}")
         if has_nvidia_device():
             warnings.warn(f"running on the CPU: {problem}", stacklevel=2)
-    return CpuBackend(config, precision)
+    return CpuBackend(config, precision, deterministic)
 
 
 def cuda_problem() -> str | None:

@@ -189,6 +189,7 @@ class Backend(Protocol):
     config: ModelConfig
     precision: Precision
     prefill_tokens: int  # of a prompt that go through the model at a time
+    beside_tokens: int  # the same while other sequences wait for their passes
     riding_blocks: Container[int]  # lengths of blocks whose commits may ride
     batch_rows: int  # that a pass over several sequences may have; 0: a pass has one sequence
 
@@ -212,8 +213,11 @@ class Backend(Protocol):
 
     # -- running
 
-    def run(self, batch: PassBatch, body: PassBody, observe: bool = False) -> PassOutput:
-        """Run one pass; with `observe` its output has what each layer read."""
+    def begin(self, batch: PassBatch, body: PassBody, observe: bool = False) -> Callable[[], PassOutput]:
+        """Run one pass, or launch it: the function returned waits for it, and must be called before the next.
+
+        With `observe` its output has what each layer read.
+        """
 
     def on_host(self, selection: Selection, batch: PassBatch) -> list[HostSelection]:
         """What each sequence of a group read, of the pass that was run last."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -195,6 +196,16 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def _attention_config(options: dict[str, Any]) -> AttentionConfig:
+    """The configuration of these options: equal ones are one object, which is quick to compare."""
+    config = AttentionConfig(**options)
+    key = tuple((type(value), value) for value in vars(config).values())  # 1, 1.0 and True differ
+    return _ATTENTION_CONFIGS.setdefault(key, config)
+
+
+_ATTENTION_CONFIGS: weakref.WeakValueDictionary[Any, AttentionConfig] = weakref.WeakValueDictionary()
+
+
 def _as_tuple(name: str, value: Any, scalar: type) -> tuple[Any, ...]:
     if isinstance(value, scalar):
         return (value,)
@@ -240,7 +251,7 @@ def generation_config(model: ModelConfig, options: dict[str, Any]) -> Generation
         "stop_token_ids", values.get("stop_token_ids", model.end_token_ids), int
     )
     values["stop"] = _as_tuple("stop", values.get("stop", ()), str)
-    config = GenerationConfig(attention=AttentionConfig(**attention), **values)
+    config = GenerationConfig(attention=_attention_config(attention), **values)
     for name, token in [("mask_token_id", config.mask_token_id)] + [
         ("stop_token_ids", token) for token in config.stop_token_ids
     ]:

@@ -26,10 +26,9 @@ class PassKind(enum.Enum):
     LATER = "later"  # its other denoising passes
     COMMIT = "commit"  # a finished block into the cache
 
-    @property
-    def denoises(self) -> bool:
-        """Whether the pass proposes tokens."""
-        return self in (PassKind.FIRST, PassKind.LATER)
+    def __init__(self, value: str) -> None:
+        self.denoises = value in ("first", "later")  # whether the pass proposes tokens
+        self.rank = ("prefill", "commit", "first", "later").index(value)
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +51,7 @@ class SequencePass:
     masked : int32 [any]
         Rows that are masked, ascending; none but in denoising passes.
     uniforms : float64 [tokens]
-        Random numbers in [0, 1), one per row; empty but in denoising passes.
+        Random numbers in [0, 1), one per row; empty but in denoising passes that draw tokens.
     """
 
     kind: PassKind
@@ -69,13 +68,6 @@ class SequencePass:
         """Pages of the prefix, the last one perhaps part full."""
         return -(-self.prefix_length // self.cache.page_size)
 
-    @property
-    def operations(self) -> str:
-        """Equal for kinds of passes that dense attention launches alike, and for no others."""
-        return (
-            "denoises" if self.options.attention.method == "dense" and self.kind.denoises else self.kind.value
-        )
-
 
 def operations_key(unit: Sequence[SequencePass]) -> tuple[Any, ...]:
     """Equal for passes whose attention can be done by the same operations.
@@ -83,8 +75,10 @@ def operations_key(unit: Sequence[SequencePass]) -> tuple[Any, ...]:
     `unit` is one sequence's pass, or two where its commit rides.
     """
     first = unit[0]
-    kinds = tuple(one.operations for one in unit)
-    return kinds, first.options.block_length, first.cache.positions_per_chunk, first.options.attention
+    options, kind = first.options, first.kind
+    if kind is PassKind.LATER and options.attention.method == "dense":
+        kind = PassKind.FIRST  # which does the same
+    return kind.rank, len(unit), options.block_length, first.cache.positions_per_chunk, options.attention
 
 
 @dataclass(frozen=True, eq=False)

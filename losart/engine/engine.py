@@ -13,7 +13,14 @@ from typing import Any, Protocol, TypeVar
 
 from losart.config.model import ModelConfig
 from losart.config.options import GenerationConfig
-from losart.engine.batch import PassBatch, PassKind, PassResult, SequencePass, operations_key
+from losart.engine.batch import (
+    PassBatch,
+    PassKind,
+    PassReads,
+    PassResult,
+    SequencePass,
+    operations_key,
+)
 from losart.engine.kv_cache import PagedKVCache
 from losart.engine.kv_pool import KVPool, Prefix
 from losart.engine.output import Decode, Output
@@ -40,6 +47,10 @@ class Runner(Protocol):
         """Tokens of a prompt that go through the model at a time, about."""
 
     @property
+    def beside_tokens(self) -> int:
+        """The same while other sequences wait for their passes."""
+
+    @property
     def batch_rows(self) -> int:
         """Rows that a pass over several sequences may have; 0: a pass has one sequence."""
 
@@ -55,8 +66,8 @@ class Runner(Protocol):
     def new_slot(self, options: GenerationConfig) -> Any:
         """Room for a sequence's stored results; None where its attention method stores none."""
 
-    def forward(self, batch: PassBatch, observe: bool = False) -> PassResult:
-        """Run one pass."""
+    def begin(self, batch: PassBatch, observe: bool = False) -> Callable[[], PassResult]:
+        """Launch one pass; the function returned waits for its result, before the next is begun."""
 
 
 class Stream:
@@ -206,6 +217,7 @@ class Engine:
         self._block_sequences = 0  # of those passes, in all
         self._prefilled_tokens = 0
         self._prefilled = 0  # tokens of prompts since the last pass over blocks
+        self._untold: dict[Run, tuple[tuple[SequencePass, ...], Ids[PassReads]]] = {}
 
     @property
     def stats(self) -> EngineStats:
@@ -349,11 +361,14 @@ class Engine:
 
     def _advance(self, run: Run) -> bool:
         """Run passes, or wait while another thread does, until a run has a step; False: it has ended."""
+        self._tell(run)
         while not run.steps and not run.ended:
             with self.runner.turns.turn():
+                self._tell(run)
                 if not run.steps and not run.ended:  # another thread's pass was its too
                     self._join(run)
                     self._step(run)
+                    self._tell(run)
         return bool(run.steps)
 
     def _join(self, run: Run) -> None:
@@ -373,6 +388,7 @@ class Engine:
                     run.kept.append(held)
                 run.sequence.cache = run.sequence.cache.emptied()
             run.left = True
+            self._untold.pop(run, None)
             for runs in (self._waiting, self._running):
                 if run in runs:
                     runs.remove(run)
@@ -406,12 +422,14 @@ class Engine:
             if asked in running and not asked.ended and asked.commits:
                 self._run(running)
             return
-        prefilling = [run for run in running if run.prefills]
-        decoding = [run for run in running if not run.prefills]
+        prefilling, decoding = list[Run](), list[Run]()
+        for run in running:
+            (prefilling if run.prefills else decoding).append(run)
         # Others have a pass after so many tokens of prompts, which is one piece of a long one.
-        if prefilling and not (self._prefilled >= self.runner.prefill_tokens and decoding):
+        if prefilling and not (self._prefilled >= self.runner.beside_tokens and decoding):
             run = asked if asked in prefilling else prefilling[0]
-            before = run.sequence.prefilled
+            before, runner = run.sequence.prefilled, self.runner
+            run.sequence.prefill_tokens = runner.beside_tokens if decoding else runner.prefill_tokens
             self._run([run])
             self._prefilled += run.sequence.prefilled - before
             return
@@ -537,18 +555,19 @@ class Engine:
         passes.sort(key=lambda one: _order(one[1]))  # neighbours of a kind share their attention's operations
         batch = PassBatch(tuple(request for _, requests in passes for request in requests))
         observe = any(run.observer is not None for run, _ in passes)
-        result = self._with_room(lambda: self.runner.forward(batch, observe))
+        finish = self._with_room(lambda: self.runner.begin(batch, observe))
+        self._tell()  # of the pass before, while this one is under way
+        result = finish()
         self._count(batch, len(passes))
         seconds = time.perf_counter() - began
-        proposals, reads, layers = iter(result.proposals), iter(result.reads), iter(result.layers)
+        first, denoised = 0, 0
         for run, requests in passes:
-            of_run = PassResult(
-                [next(proposals) for request in requests if request.kind.denoises],
-                [next(reads) for _ in requests] if result.reads else (),
-                [next(layers) for _ in requests] if result.layers else (),
-            )
+            last = first + len(requests)
+            proposals = result.proposals[denoised : denoised + requests[-1].kind.denoises]
+            of_run = PassResult(proposals, result.reads[first:last], result.layers[first:last])
+            first, denoised = last, denoised + len(proposals)
             if not run.left:
-                run.sequence.shared += 0 if run.prefills else len(passes)
+                run.sequence.shared += 0 if batch.kind is PassKind.PREFILL else len(passes)
                 self._apply(run, requests, of_run, seconds)
 
     def _count(self, batch: PassBatch, sequences: int) -> None:
@@ -580,20 +599,18 @@ class Engine:
         """Apply a pass's result to its sequence and call its listeners; an error ends this run alone."""
         sequence = run.sequence
         try:
-            if run.prefills:
+            if requests[0].kind is PassKind.PREFILL:
                 sequence.prefill_seconds += seconds
             else:
                 sequence.decode_seconds += seconds
-            steps = sequence.apply(_known(result.proposals))
-            if sequence.output.tokens and sequence.first_token_seconds is None:
+            sequence.apply(_known(result.proposals))
+            if sequence.first_token_seconds is None and sequence.output.tokens:
                 sequence.first_token_seconds = time.perf_counter() - run.joined
-            for request, read in zip(requests, result.reads, strict=False):  # prefill has none
-                sequence.reads.add(read, request.prefix_length, self.runner.config.num_kv_heads)
-            if not steps and run.progress is not None:
+            if requests[0].kind is PassKind.PREFILL and run.progress is not None:
                 done, of = (end - sequence.found for end in (sequence.cache.length, sequence.prefill_end))
                 run.progress(done, of)
             if run.observer is not None:
-                for step, layers in zip(steps, result.layers, strict=True):
+                for step, layers in zip(sequence.steps(), result.layers, strict=True):
                     run.observer(replace(step, layers=layers))
         except Exception as error:
             self._end(run, error)
@@ -601,14 +618,30 @@ class Engine:
         except BaseException:
             self._end(run, LosartError("the pass was interrupted"))
             raise
-        for step in steps:
-            if step.kind != PassKind.COMMIT.value:
-                run.steps.append(replace(step, result=sequence.result()) if sequence.finished else step)
+        if requests[0].kind is not PassKind.PREFILL:
+            with self._lock:
+                self._untold[run] = requests, result.reads
         if sequence.finished:
             self._end(run)
 
+    def _tell(self, *runs: Run) -> None:
+        """Give these runs, or all, their steps of the last pass, and note what they read in it."""
+        with self._lock:
+            for run in runs or list(self._untold):
+                if run not in self._untold:
+                    continue
+                requests, reads = self._untold.pop(run)
+                sequence = run.sequence
+                for request, read in zip(requests, reads, strict=True):
+                    sequence.reads.add(read, request.prefix_length, self.runner.config.num_kv_heads)
+                for step in sequence.steps():
+                    if step.kind != PassKind.COMMIT.value:
+                        result = sequence.result() if sequence.finished else None
+                        run.steps.append(replace(step, result=result) if result else step)
+
     def _end(self, run: Run, error: Exception | None = None) -> None:
         """Take a run that has ended out of the passes to come."""
+        self._tell(run)
         run.error = error
         self._leave(run)
 
@@ -616,7 +649,7 @@ class Engine:
 def _order(requests: tuple[SequencePass, ...]) -> tuple[Any, ...]:
     """Equal for passes that share their operations, and comparable."""
     *key, attention = operations_key(requests)
-    return *key, hash(attention)
+    return *key, id(attention)  # equal ones are one: generation_config
 
 
 def _known(proposals: Ids[Proposals | NumericalError]) -> list[Proposals]:

@@ -59,7 +59,7 @@ class Output:
         While there are more to come it only grows: a character cut in two, and the beginning of
         what may become a stop string, are held back.
         """
-        if self.finish_reason is not None:
+        if self.finish_reason is not None or not self._text:
             return self._text
         text = self._text.rstrip(INCOMPLETE)
         return text[: len(text) - max((_overlap(text, stop) for stop in self._stop_strings), default=0)]

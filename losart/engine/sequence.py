@@ -14,6 +14,8 @@ from losart.engine.output import Output
 from losart.engine.sampling import Proposals, strategy, transfer_counts
 from losart.observe.step import GenerationResult, Stats, Step
 
+NO_NUMBERS = np.empty(0)
+
 
 class Sequence:
     """What pass comes next, and what its result changes.
@@ -54,6 +56,8 @@ class Sequence:
         Of the prompt, those that it held at first.
     prefilled : int
         Positions that prefill has taken into a cache, in all.
+    prefill_tokens : int
+        For the engine to change.
     queue_seconds, prefill_seconds, decode_seconds : float
         For the engine to add to.
     first_token_seconds : float or None
@@ -93,7 +97,10 @@ class Sequence:
         self.reads = ReadLog(block_length=length)
         self._prompt_tokens = len(self.ids)
         self._prompt_end = len(self.prefix)
-        self._prefill_step = -(-prefill_tokens // length) * length
+        self.prefill_tokens = prefill_tokens
+        self._piece = 0  # tokens of the one that is under way
+        self._committed: tuple[int, list[int | None], str] | None = None  # start, tokens, text
+        self._denoised: tuple[PassKind, int, np.ndarray] | None = None  # kind, start, fixed positions
         self._select = strategy(options.remasking)
         self._rng = np.random.default_rng(options.seed)
         # Every pass fixes one position at least: there are never more passes than positions.
@@ -184,7 +191,10 @@ class Sequence:
         self.pending = True
         kind, start = self.next_kind, self.cache.length
         if kind is PassKind.PREFILL:
-            piece = np.array(self.ids[start : min(start + self._prefill_step, self.prefill_end)], np.int64)
+            length = self.options.block_length
+            step = -(-self.prefill_tokens // length) * length
+            piece = np.array(self.ids[start : min(start + step, self.prefill_end)], np.int64)
+            self._piece = len(piece)
             return (SequencePass(kind, piece, start, self.options, self.cache, self.slot),)
         if kind is not PassKind.COMMIT:
             return (self._denoising(kind, self._block.copy(), self._masked, start),)
@@ -198,62 +208,69 @@ class Sequence:
 
     def _denoising(self, kind: PassKind, block: np.ndarray, masked: np.ndarray, start: int) -> SequencePass:
         # One number per position and pass, so that a draw does not depend on what else is masked.
-        uniforms = self._rng.random(len(block))
+        uniforms = self._rng.random(len(block)) if self.options.temperature > 0 else NO_NUMBERS
         options = self.options, self.cache, self.slot
         return SequencePass(kind, block, start, *options, masked=masked, uniforms=uniforms)
 
-    def apply(self, proposals: Ids[Proposals] = ()) -> list[Step]:
-        """Take a pass's result.
+    def apply(self, proposals: Ids[Proposals] = ()) -> None:
+        """Take a pass's result; `steps` tells what it did.
 
         Parameters
         ----------
         proposals : sequence of Proposals
             One for each of `next_pass` that denoises, for its masked rows.
-
-        Returns
-        -------
-        list of Step
-            One for each of `next_pass`; none for a piece of the prompt.
         """
-        kind, start, steps = self.next_kind, self.cache.length, []
+        kind, start = self.next_kind, self.cache.length
+        self._committed = self._denoised = None
         if kind is PassKind.PREFILL:
-            tokens = min(self._prefill_step, self.prefill_end - start)
-            self.cache.advance(tokens)
-            self.prefilled += tokens
+            self.cache.advance(self._piece)
+            self.prefilled += self._piece
         elif kind is PassKind.COMMIT:
             self.ids[start:] = self._block.tolist()
             self.cache.advance(len(self._block))
             self.commit_passes += 1
-            steps.append(self._step(kind, start, []))
+            self._committed = start, list(self._block.tolist()), self.output.text
             self._begin_block()
         for of_pass in proposals:
             kind, start = self.next_kind, self.cache.length
-            steps.append(self._step(kind, start, self._fix(of_pass)))
+            self._denoised = kind, start, self._fix(of_pass)
         self.pending = False
+
+    def steps(self) -> list[Step]:
+        """What the last pass did, until the next is applied: a step for each of `next_pass`.
+
+        None for a piece of the prompt.
+        """
+        steps = []
+        if self._committed is not None:
+            start, tokens, text = self._committed
+            steps.append(Step(PassKind.COMMIT.value, start, tokens, [], text))
+        if self._denoised is not None:
+            kind, start, fixed = self._denoised
+            block: list[int | None] = list(self._block.tolist())
+            for row in self._masked.tolist():
+                block[row] = None
+            steps.append(Step(kind.value, start, block, fixed.tolist(), self.output.text))
         return steps
 
-    def _fix(self, proposals: Proposals) -> list[int]:
+    def _fix(self, proposals: Proposals) -> np.ndarray:
         """Fix proposals as the remasking strategy says; the last pass that is allowed fixes all."""
-        chosen = np.zeros(len(self._masked), bool)
+        masked, tokens = self._masked, proposals.tokens
         if self._passes < len(self._counts) - 1:
+            chosen = np.zeros(len(masked), bool)
             chosen[self._select(proposals, self._counts[self._passes], self.options)] = True
+            fixed, tokens = masked[chosen], tokens[chosen]
+            self._masked = masked[~chosen]
         else:
-            chosen[:] = True
-        fixed = self._masked[chosen]
-        self._block[fixed] = proposals.tokens[chosen]
-        self._masked = self._masked[~chosen]
+            fixed, self._masked = masked, masked[:0]
+        self._block[fixed] = tokens
         self._passes += 1
         self.denoising_passes += 1
         gap = int(self._masked[0]) if len(self._masked) else len(self._block)
-        self.output.extend(self._block[self._known : gap].tolist())
-        self._known = gap
-        return fixed.tolist()
-
-    def _step(self, kind: PassKind, start: int, fixed: list[int]) -> Step:
-        block: list[int | None] = list(self._block.tolist())
-        for row in self._masked.tolist():
-            block[row] = None
-        return Step(kind.value, start, block, fixed, self.output.text)
+        if gap > self._known:
+            self.output.extend(self._block[self._known : gap].tolist())
+            self._known = gap
+        return fixed
 
     def result(self) -> GenerationResult:
         """What the finished sequence gave."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from losart.attention import AttentionPolicy, make_policy
-from losart.backends.base import Array, Backend, Batch, PassBody, Selection, Slot, Weight
+from losart.backends.base import Array, Backend, Batch, PassBody, PassOutput, Selection, Slot, Weight
 from losart.config.model import ModelConfig
 from losart.config.options import AttentionConfig, GenerationConfig
 from losart.engine.batch import PassBatch, PassKind, PassResult
@@ -97,6 +97,11 @@ class Transformer:
         return self.backend.prefill_tokens
 
     @property
+    def beside_tokens(self) -> int:
+        """The same while other sequences wait for their passes."""
+        return self.backend.beside_tokens
+
+    @property
     def batch_rows(self) -> int:
         """Rows that a pass over several sequences may have; 0: a pass has one sequence."""
         return self.backend.batch_rows
@@ -139,11 +144,21 @@ class Transformer:
 
         With `observe` the result says what each layer read of the prefix.
         """
-        output = self.backend.run(batch, PassBody(self._pass, self._key(batch)), observe)
+        return self.begin(batch, observe)()
+
+    def begin(self, batch: PassBatch, observe: bool = False) -> Callable[[], PassResult]:
+        """Launch one pass; the function returned waits for its result, before the next is begun."""
+        finish = self.backend.begin(batch, PassBody(self._pass, self._key(batch)), observe)
+        return lambda: self._result(batch, finish(), observe)
+
+    def _result(self, batch: PassBatch, output: PassOutput, observe: bool) -> PassResult:
         if batch.kind is PassKind.PREFILL:
             return PassResult()
-        counted = zip(batch.sequences, output.positions, output.tokens, strict=True)
-        reads = [self.policy(sequence.options).reads(sequence.kind, *read) for sequence, *read in counted]
+        counted = iter(zip(output.positions, output.tokens, strict=True))
+        reads = []
+        for group, _ in batch.groups():
+            policy = self.policy(group.options)
+            reads += [policy.reads(one.kind, *next(counted)) for one in group.sequences]
         if not observe:
             return PassResult(output.proposals, reads)
         layers = []

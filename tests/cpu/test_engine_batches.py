@@ -95,13 +95,13 @@ def test_each_generation_is_what_it_is_alone(model, asked, places, random):
 
 def test_a_list_of_prompts_is_decoded_together(model, monkeypatch):
     rows = []
-    forward = model._engine.runner.forward
+    begin = model._engine.runner.begin
 
     def noting(batch: Any, observe: bool = False) -> Any:
         rows.append(len(batch.sequences))
-        return forward(batch, observe)
+        return begin(batch, observe)
 
-    monkeypatch.setattr(model._engine.runner, "forward", noting)
+    monkeypatch.setattr(model._engine.runner, "begin", noting)
     for number in range(len(OPTIONS)):
         rows.clear()
         results = model.generate(PROMPTS, **options_of(number, 16))

@@ -251,16 +251,16 @@ def test_no_memory_for_a_pass(model, monkeypatch):
     engine = losart.Engine(model)
     engine.submit(prompt(0), **options()).result()
     runner, refused = model._engine.runner, []
-    forward = runner.forward
+    begin = runner.begin
 
     def scarce(*args: Any) -> Any:
         if engine._engine._pool._held:
             refused.append(1)
             raise OutOfMemoryError("no memory for a pass")
-        return forward(*args)
+        return begin(*args)
 
     expected = model.generate(prompt(1), **options()).token_ids
-    monkeypatch.setattr(runner, "forward", scarce)
+    monkeypatch.setattr(runner, "begin", scarce)
     assert engine.submit(prompt(1), **options()).result().token_ids == expected
     assert refused
 

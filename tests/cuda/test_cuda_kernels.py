@@ -167,14 +167,16 @@ def test_matmuls_of_many_tokens(dtype, tokens, rows, eighths, sms):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("sms", [2, 132])
-@pytest.mark.parametrize("shape", [(300, 700, 264), (129, 1001, 72), (65, 64, 8), (640, 1538, 1032)])
+@pytest.mark.parametrize(
+    "shape", [(300, 700, 264), (129, 1001, 72), (65, 64, 8), (640, 1538, 1032), (70, 300, 1600)]
+)
 def test_every_way_to_cut_a_matmul(monkeypatch, dtype, sms, shape):
     import losart.backends.cuda.backend
 
     backend = new_backend(dtype, {"sms": sms}, kv_heads=1, group=1, width=16)
     if not backend.kernels.card.hopper:
         pytest.skip("not a Hopper GPU")
-    for _, plan in hopper_matmul_plans(backend.kernels.card, *shape[:2]):
+    for _, plan in hopper_matmul_plans(backend.kernels.card, *shape):
         monkeypatch.setattr(losart.backends.cuda.backend, "matmul_plan", lambda *_, plan=plan: plan)
         assert_matmul_of_integers(backend, dtype, *shape)
 
@@ -494,9 +496,8 @@ def test_sampling_is_that_of_the_cpu(options, tokens, vocab):
     cache.reserve(1)
     batch = block_batch(cache, tokens, masked=rows, uniforms=uniforms, options=config)
     hidden = np.empty((tokens, 0))
-    (found,) = backend.run(
-        batch, PassBody(lambda batch: (backend.propose(hidden, None, batch), []))
-    ).proposals
+    body = PassBody(lambda batch: (backend.propose(hidden, None, batch), []))
+    (found,) = backend.begin(batch, body)().proposals
     logits = matmul_array(backend, matmul).astype(np.float32)
     logits[:, 7] = -np.inf
     expected = propose(

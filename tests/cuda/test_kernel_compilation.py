@@ -188,7 +188,8 @@ def test_check_finds_what_is_wrong(compiler, text, options, complaint):
 def test_formats_of_a_precision_are_independent(compiler, weights, kv, activations):
     precision = Precision(*(FORMATS[name] for name in (weights, kv, activations)))
     for name in ("embedding", "linear", "cache_write", "block_attention", "page_scores", "causal_attention"):
-        compile_cubin(source(name), f"{name}.cu", compile_options(precision), "sm_80")
+        (defines, *_) = variants(name, CARDS["sm_80"])
+        compile_cubin(source(name), f"{name}.cu", compile_options(precision, defines), "sm_80")
 
 
 def test_matmuls_on_tensor_cores_need_operands_of_one_format(compiler):

@@ -142,13 +142,13 @@ def test_a_map_tells_the_driver_of_the_matrix_and_is_passed_by_value(driver):
 @pytest.mark.parametrize("rows", [1, 2048, 4096, 6144, 151936])
 def test_no_way_to_cut_a_matmul_has_blocks_without_a_tile(sms, tokens, rows):
     card = replace(CARDS["sm_90a"], sms=sms)
-    plans = [plan for _, plan in hopper_matmul_plans(card, tokens, rows)]
-    assert len(plans) == (4 if sms == 1 else 8)
+    plans = [plan for _, plan in hopper_matmul_plans(card, tokens, rows, 4096)]
+    assert len(plans) == 6 * (4 if sms == 1 else 8)
     assert matmul_plan(card, True, tokens, rows, 4096) in plans
     for plan in plans:
         width, cluster, stages = (dict(plan.defines)[name] for name in ("WIDTH", "CLUSTER", "STAGES"))
         clusters, rest = divmod(*plan.grid, cluster)
-        assert not rest and 1 <= clusters <= ceil(tokens / (128 * cluster)) * ceil(rows / width)
+        assert not rest and 1 <= clusters <= plan.parts * ceil(tokens / (128 * cluster)) * ceil(rows / width)
         assert plan.grid[0] <= sms and plan.boxes == (128, width // cluster)
         assert stages >= 3 and plan.shared <= card.shared_per_block
 

@@ -18,7 +18,7 @@ def model_by_rows(checkpoint: Path, dtype: str = "auto") -> losart.Model:
     """
     model = losart.load(checkpoint, "cpu", dtype)
     backend: Any = model._engine.runner.backend
-    linear = backend.linear
+    linear = backend.prefill_linear
 
     def by_rows(x: np.ndarray, *weight: Any) -> np.ndarray:
         return np.concatenate([linear(x[row : row + 1], *weight) for row in range(len(x))])

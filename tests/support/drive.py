@@ -177,7 +177,7 @@ def drive(case: Case) -> tuple[ReadLog, RecordingBackend, Passes]:
                 o, selection = policy.attend(backend, layer, q[layer].copy(), k[layer], v[layer], batch)
                 results.append(o)
                 selections.append(selection)
-            output = backend.run(batch, PassBody(lambda _, read=selections: (None, [read])))
+            output = backend.begin(batch, PassBody(lambda _, read=selections: (None, [read])))()
             reads.add(
                 policy.reads(batch.kind, *output.positions, *output.tokens), cache.length, case.kv_heads
             )

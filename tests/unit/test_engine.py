@@ -6,6 +6,7 @@ import itertools
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,6 +47,7 @@ class Scripted:
 
     batch_rows: int = 64
     prefill_tokens: int = 8
+    beside_tokens: int = 4
     rides: bool = False
     passes: list[list[tuple[str, int]]] = field(default_factory=list)
     fails: dict[int, Exception] = field(default_factory=dict)  # by the first id of a prompt
@@ -67,6 +69,10 @@ class Scripted:
     def new_slot(self, options: GenerationConfig) -> int:
         self.slots += 1
         return self.slots
+
+    def begin(self, batch: PassBatch, observe: bool = False) -> Callable[[], PassResult]:
+        result = self.forward(batch, observe)
+        return lambda: result
 
     def forward(self, batch: PassBatch, observe: bool = False) -> PassResult:
         self.passes.append([(one.kind.value, one.cache.name) for one in batch.sequences])
@@ -156,7 +162,7 @@ def test_between_two_pieces_of_a_prompt_all_others_have_a_pass():
         pass
     kinds = [passed[0][0] for passed in runner.passes]
     pieces = [index for index, kind in enumerate(kinds) if kind == "prefill"]
-    assert len(pieces) == 11 and all(b - a >= 2 for a, b in itertools.pairwise(pieces[1:]))
+    assert len(pieces) == 21 and all(b - a >= 2 for a, b in itertools.pairwise(pieces[1:]))
 
 
 def test_no_more_than_so_many_sequences_and_rows_take_part():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -46,6 +46,7 @@ class Scripted:
 
     logits: np.ndarray | None = None
     prefill_tokens: int = PREFILL_TOKENS
+    beside_tokens: int = PREFILL_TOKENS
     rides: bool = False
     batch_rows: int = 0
     turns: Turns = field(default_factory=Turns)
@@ -65,6 +66,10 @@ class Scripted:
 
     def new_slot(self, options: GenerationConfig) -> None:
         pass
+
+    def begin(self, batch: PassBatch, observe: bool = False) -> Callable[[], PassResult]:
+        result = self.forward(batch, observe)
+        return lambda: result
 
     def forward(self, batch: PassBatch, observe: bool = False) -> PassResult:
         sequence = batch.sequences[-1]
@@ -99,7 +104,7 @@ class Scripted:
         logits[:, config.mask_token_id] = -np.inf
         proposals = propose(
             logits,
-            sequence.uniforms[sequence.masked],
+            sequence.uniforms[sequence.masked] if config.temperature else sequence.uniforms,
             temperature=config.temperature,
             top_k=config.top_k,
             top_p=config.top_p,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Hashable, Sequence
+from collections.abc import Callable, Container, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,10 +68,13 @@ class CpuBackend:
     config : ModelConfig
     precision : Precision
         bfloat16 is held as its bits in uint16.
+    deterministic : bool
+        Whether sums must not depend on what else a pass has.
     """
 
     name = "cpu"
     prefill_tokens = 512
+    beside_tokens = 128
     batch_rows = SKINNY_ROWS
     # Two blocks' rows are summed by the same kernel as one's, so that no rounding differs.
     riding_blocks: Container[int] = (
@@ -79,13 +82,14 @@ class CpuBackend:
         *range(skinny_linear.FEW_TOKENS + 1, SKINNY_ROWS // 2 + 1),
     )
 
-    def __init__(self, config: ModelConfig, precision: Precision) -> None:
+    def __init__(self, config: ModelConfig, precision: Precision, deterministic: bool = False) -> None:
         if config.head_dim % kernels.SLAB_POSITIONS:
             raise ConfigError(
                 f"head_dim must be a multiple of {kernels.SLAB_POSITIONS} on the CPU, not {config.head_dim}"
             )
         self.config = config
         self.precision = precision
+        self.deterministic = deterministic
         self.selectors = dict.fromkeys(CHOICES["planner"], Selector())
         self._frequencies, self._rope_factor = inverse_frequencies(config.rope, config.head_dim)
         self._rotation: tuple[Hashable, np.ndarray, np.ndarray] | None = None
@@ -124,13 +128,14 @@ class CpuBackend:
 
     # -- running
 
-    def run(self, batch: PassBatch, body: PassBody, observe: bool = False) -> PassOutput:
+    def begin(self, batch: PassBatch, body: PassBody, observe: bool = False) -> Callable[[], PassOutput]:
         proposals, reads = body.launch(batch)
         counted = [
             _count_reads(group, of_group) for (group, _), of_group in zip(batch.groups(), reads, strict=False)
         ]
         positions, tokens = np.concatenate(counted, axis=1).tolist() if counted else ([], [])
-        return PassOutput(proposals or (), positions, tokens, reads if observe else ())
+        output = PassOutput(proposals or (), positions, tokens, reads if observe else ())
+        return lambda: output
 
     def on_host(self, selection: Selection, batch: PassBatch) -> list[HostSelection]:
         found = []
@@ -151,6 +156,22 @@ class CpuBackend:
         return widen(table.matrices[0][np.concatenate([sequence.ids for sequence in batch.sequences])])
 
     def linear(self, x: np.ndarray, weight: Weight, bias: np.ndarray | None = None) -> np.ndarray:
+        if not self.deterministic:
+            return self._multiply(x, weight, bias)
+        rows = skinny_linear.FEW_TOKENS
+        slices = (x[first : first + rows] for first in range(0, len(x), rows))
+        return np.concatenate([self._multiply(some, weight, bias) for some in slices])
+
+    def prefill_linear(self, x: np.ndarray, weight: Weight, bias: np.ndarray | None = None) -> np.ndarray:
+        if not self.deterministic:
+            return self._multiply(x, weight, bias)
+        # However a prompt is cut into pieces, by the kernel for more than FEW_TOKENS rows.
+        padding = max(0, skinny_linear.FEW_TOKENS + 1 - len(x) % SKINNY_ROWS) if len(x) % SKINNY_ROWS else 0
+        padded = np.concatenate([x, np.zeros((padding, x.shape[1]), x.dtype)])
+        slices = (padded[first : first + SKINNY_ROWS] for first in range(0, len(padded), SKINNY_ROWS))
+        return np.concatenate([self._multiply(some, weight, bias) for some in slices])[: len(x)]
+
+    def _multiply(self, x: np.ndarray, weight: Weight, bias: np.ndarray | None) -> np.ndarray:
         y = np.empty((len(x), sum(map(len, weight.matrices))), np.float32)
         prepared = skinny_linear.prepared(x) if len(x) <= SKINNY_ROWS else None
         column = 0
@@ -163,8 +184,6 @@ class CpuBackend:
         if bias is not None:
             y += bias
         return y
-
-    prefill_linear = linear
 
     def add_rms_norm(
         self, x: np.ndarray, delta: np.ndarray | None, gain: np.ndarray
@@ -342,7 +361,7 @@ class CpuBackend:
             try:
                 proposed = propose(
                     of_sequence,
-                    sequence.uniforms[sequence.masked],
+                    sequence.uniforms[sequence.masked] if options.temperature > 0 else sequence.uniforms,
                     temperature=options.temperature,
                     top_k=options.top_k,
                     top_p=options.top_p,

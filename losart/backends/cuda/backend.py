@@ -6,7 +6,7 @@ selected, unless it selects itself (host_selector.py), so that a captured pass c
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -28,7 +28,14 @@ from losart.backends.cuda.matmul import blas_matmul
 from losart.backends.cuda.matmul_plans import matmul_plan
 from losart.backends.cuda.memory import DeviceMemory
 from losart.backends.cuda.pages import CudaPageTable, DeviceArrays
-from losart.backends.cuda.plans import Card, causal_plan, masses_plan, prefix_plan, sparse_plan
+from losart.backends.cuda.plans import (
+    Card,
+    block_plan,
+    causal_plan,
+    masses_plan,
+    prefix_plan,
+    sparse_plan,
+)
 from losart.backends.cuda.results import NO_MATMUL, NOTHING_STORED, Matmul, PrefixParts, Weight
 from losart.backends.cuda.runner import PassRunner
 from losart.backends.cuda.selector import DeviceSelector
@@ -36,14 +43,16 @@ from losart.backends.cuda.slots import Slot
 from losart.backends.cuda.weights import WeightLoader
 from losart.config.model import ModelConfig
 from losart.config.precision import Format, Precision
-from losart.config.rope import inverse_frequencies
 from losart.engine.batch import PassBatch
 from losart.engine.kv_cache import PagedKVCache, chunk_positions
 from losart.errors import ConfigError
 from losart.kernels_cu import constants as cu
 from losart.kernels_cu.tensor_map import tensor_map
 
-LOGIT_SLICES = 64  # of a row of logits, each a thread block's
+LOGIT_SLICES, MANY_LOGIT_SLICES = 64, 16  # of a row of logits, each a thread block's, of few rows and many
+MANY_LOGITS = 64  # rows
+ALIKE_TOKENS = 32  # up to which matmuls of 16 bits divide their sums alike (matmul_plan)
+MANY_NORM_THREADS = 256  # of add_rms_norm where there are more tokens than SMs
 
 
 class CudaBackend:
@@ -54,6 +63,8 @@ class CudaBackend:
     config : ModelConfig
     precision : Precision
         Arrays of 16-bit formats hold their bits.
+    deterministic : bool
+        Whether sums must not depend on what else a pass has.
 
     Attributes
     ----------
@@ -64,11 +75,12 @@ class CudaBackend:
 
     name = "cuda"
     prefill_tokens = 2048
+    beside_tokens = 512
     batch_rows = 1024
-    # Matmuls of up to 32 rows of 16 bits divide their sums alike (matmul_plan).
+    # Two blocks' matmuls divide their sums as one's (ALIKE_TOKENS).
     riding_blocks: Container[int] = range(1, 17)
 
-    def __init__(self, config: ModelConfig, precision: Precision) -> None:
+    def __init__(self, config: ModelConfig, precision: Precision, deterministic: bool = False) -> None:
         for name, unit in (("hidden_size", 4), ("intermediate_size", 4), ("head_dim", 8)):
             if getattr(config, name) % unit:
                 raise ConfigError(f"{name} must be a multiple of {unit} on CUDA, not {getattr(config, name)}")
@@ -82,12 +94,10 @@ class CudaBackend:
         card = Card.of(self.memory.device)
         if cu.NORM_CHANNEL_BYTES * config.hidden_size > card.shared_per_block:
             raise ConfigError(f"hidden_size {config.hidden_size} is too large for this GPU's shared memory")
-        self.kernels = Kernels(precision, card)
+        self.kernels = Kernels(precision, card, deterministic)
         self.runner = PassRunner(self.memory, config, self.kernels)
         self._loader = WeightLoader(precision.weights, self.memory.stream)
-        frequencies, self._rope_factor = inverse_frequencies(config.rope, config.head_dim)
         with self.memory.running("the model"):
-            self._frequencies = cupy.asarray(frequencies / np.pi)  # in half turns per position
             self._device_selector = DeviceSelector(config, self.kernels)
         device, host = self._device_selector, HostSelector(config, self._device_selector)
         self.selectors: dict[str, Selector] = {"auto": device, "device": device, "host": host}
@@ -120,8 +130,8 @@ class CudaBackend:
 
     # -- running
 
-    def run(self, batch: PassBatch, body: PassBody, observe: bool = False) -> PassOutput:
-        return self.runner.run(batch, body, observe)
+    def begin(self, batch: PassBatch, body: PassBody, observe: bool = False) -> Callable[[], PassOutput]:
+        return self.runner.begin(batch, body, observe)
 
     def on_host(self, selection: Selection, batch: PassBatch) -> list[HostSelection]:
         c, stream, found = self.config, self.memory.stream, []
@@ -155,35 +165,52 @@ class CudaBackend:
         return x
 
     def linear(self, x: Any, weight: Weight, bias: Any | None = None) -> Matmul:
+        tokens, (rows, inner), kernels = len(x), weight.values.shape, self.kernels
+        if tokens <= ALIKE_TOKENS or not kernels.same_sums or not kernels.tensor_matmul or inner % 8:
+            return self._linear(x, weight, bias)
+        plan = matmul_plan(kernels.card, True, ALIKE_TOKENS, rows, inner)
+        planes = cupy.empty((plan.parts, tokens, rows), np.float32)
+        for first in range(0, tokens, ALIKE_TOKENS):
+            count = min(ALIKE_TOKENS, tokens - first)
+            plan = matmul_plan(kernels.card, True, count, rows, inner)
+            to = planes[:, first:]
+            kernels.launch_plan(plan, x[first:], weight.view, to, count, tokens, plan.share)
+        return Matmul(planes, bias, -(-inner // cu.STEP_COLUMNS), plan.share)
+
+    def prefill_linear(self, x: Any, weight: Weight, bias: Any | None = None) -> Matmul:
+        kernels, whole = self.kernels, self.kernels.deterministic
+        plan = matmul_plan(kernels.card, kernels.tensor_matmul, len(x), *weight.values.shape, whole)
+        if len(x) > cu.SKINNY_TOKENS and plan.kernel != "linear_hopper" and not whole:
+            y = blas_matmul(x, weight.values, self.precision.weights)
+            if y is not None:
+                return Matmul(y[None], bias)
+        return self._linear(x, weight, bias, whole)
+
+    def _linear(self, x: Any, weight: Weight, bias: Any | None, whole: bool = False) -> Matmul:
         tokens, rows, inner = len(x), weight.view.rows, weight.view.inner
-        plan = matmul_plan(self.kernels.card, self.kernels.tensor_matmul, tokens, rows, inner)
+        plan = matmul_plan(self.kernels.card, self.kernels.tensor_matmul, tokens, rows, inner, whole)
         planes = cupy.empty((plan.parts, tokens, rows), np.float32)
         if plan.boxes:
             boxes = zip((x, weight.values), plan.boxes, strict=True)
             maps = (tensor_map(matrix.data.ptr, *matrix.shape, box_rows) for matrix, box_rows in boxes)
-            self.kernels.launch_plan(plan, *maps, planes, tokens, rows, inner)
-        elif plan.kernel == "linear_tensor":
-            self.kernels.launch_plan(plan, x, weight.view, planes, tokens, plan.share)
+            self.kernels.launch_plan(plan, *maps, planes, tokens, rows, inner, plan.parts)
+            return Matmul(planes, bias, plan.parts)
+        if plan.kernel == "linear_tensor":
+            self.kernels.launch_plan(plan, x, weight.view, planes, tokens, tokens, plan.share)
             return Matmul(planes, bias, -(-inner // cu.STEP_COLUMNS), plan.share)
-        else:
-            self.kernels.launch_plan(plan, x, weight.view, planes, tokens)
+        self.kernels.launch_plan(plan, x, weight.view, planes, tokens)
         return Matmul(planes, bias)
-
-    def prefill_linear(self, x: Any, weight: Weight, bias: Any | None = None) -> Matmul:
-        plan = matmul_plan(self.kernels.card, self.kernels.tensor_matmul, len(x), *weight.values.shape)
-        if len(x) > cu.SKINNY_TOKENS and plan.kernel != "linear_hopper":
-            y = blas_matmul(x, weight.values, self.precision.weights)
-            if y is not None:
-                return Matmul(y[None], bias)
-        return self.linear(x, weight, bias)
 
     def add_rms_norm(self, x: Any, delta: Matmul | None, gain: Any) -> tuple[Any, Any]:
         tokens, hidden = x.shape
         total, y = cupy.empty_like(x), self._activations(x.shape)
+        # Of many tokens several thread blocks at once hide each other's latency.
+        many = tokens > self.kernels.card.sms and not self.kernels.same_sums
+        most = MANY_NORM_THREADS if many else cu.NORM_MAX_THREADS
         self.kernels.launch(
             "add_rms_norm",
             (tokens,),
-            min(cu.NORM_MAX_THREADS, -(-hidden // (4 * cu.WARP)) * cu.WARP),
+            min(most, -(-hidden // (4 * cu.WARP)) * cu.WARP),
             *(x, NO_MATMUL if delta is None else delta.view, gain, total, y, hidden),
             self.config.rms_norm_eps,
             shared=cu.NORM_CHANNEL_BYTES * hidden,
@@ -199,7 +226,7 @@ class CudaBackend:
             "split_heads",
             tokens,
             c.num_heads + 2 * c.num_kv_heads,
-            *(qkv.view, q_norm, k_norm, self._frequencies, float(self._rope_factor), batch.view),
+            *(qkv.view, q_norm, k_norm, batch.view),
             *(q, k, v, c.num_heads, c.num_kv_heads, c.head_dim, c.rms_norm_eps),
         )
         return q, k, v
@@ -238,7 +265,7 @@ class CudaBackend:
     def prefix_attention(self, layer: int, q: Any, batch: DeviceBatch) -> PrefixParts:
         shape, (starts, owners) = batch.shape, batch.parts
         tokens, (_, heads, head_dim) = shape.per_cache * shape.tokens, q.shape
-        plan = prefix_plan(*self._shape(tokens), shape.caches)
+        plan = prefix_plan(*self._shape(tokens), shape.caches, self.kernels.same_sums)
         parts = PrefixParts.empty(plan.parts, tokens, heads, head_dim, shape.caches, starts)
         view = batch.caches_view(layer)
         self.kernels.launch_plan(plan, q, view, parts.view, owners, heads, shape.per_cache)
@@ -262,7 +289,8 @@ class CudaBackend:
         if not count:
             return PrefixParts.empty(sequences, 0, c.num_heads, c.head_dim, sequences)
         words = batch.mark_words if pages.marks is None else 0
-        plan = sparse_plan(*self._shape(count), pages.limit, shape.page_size, words, sequences)
+        size = pages.limit, shape.page_size, words
+        plan = sparse_plan(*self._shape(count), *size, sequences, self.kernels.same_sums)
         parts = PrefixParts.empty(plan.parts * sequences, count, c.num_heads, c.head_dim, sequences)
         self.kernels.launch_plan(
             plan,
@@ -281,14 +309,12 @@ class CudaBackend:
         c, (tokens, heads, head_dim) = self.config, q.shape
         o, fresh, shape = self._activations(q.shape), prefix.tokens, batch.shape
         fresh_count = 0 if fresh is None else fresh.shape[1]
-        self.kernels.launch_rows(
-            "block_attention",
-            tokens,
-            heads,
+        plan = block_plan(self.kernels.card, tokens, heads, shape.tokens, self.kernels.same_sums)
+        self.kernels.launch_plan(
+            plan,
             *(q, k, v, prefix.view, fresh, fresh_count),
             *(prefix.stored_queries, prefix.stored_o, prefix.stored_lse),
             *(o, shape.tokens, shape.per_cache * shape.tokens, heads, c.num_kv_heads, head_dim),
-            shared=4 * cu.WARP_ROWS * shape.tokens,
         )
         return o
 
@@ -333,16 +359,17 @@ class CudaBackend:
             gathered = hidden[-rows:]
         logits = self.linear(gathered, head)
         vocab = logits.rows
-        slices = cupy.empty((rows, LOGIT_SLICES, cu.LOGIT_ROW_BYTES), np.uint8)
+        count = MANY_LOGIT_SLICES if rows > MANY_LOGITS and not self.kernels.same_sums else LOGIT_SLICES
+        slices = cupy.empty((rows, count, cu.LOGIT_ROW_BYTES), np.uint8)
         kept = cupy.empty((rows, vocab), np.float32) if batch.samples else None
         self.kernels.launch(
             "logit_slices",
-            (LOGIT_SLICES, rows),
+            (count, rows),
             cu.SLICE_THREADS,
             *(logits.view, batch.view, slices, kept),
-            shared=16 * -(-vocab // (4 * LOGIT_SLICES)),
+            shared=16 * -(-vocab // (4 * count)),
         )
-        arguments = (slices, LOGIT_SLICES, kept, vocab, batch.view, *results)
+        arguments = (slices, count, kept, vocab, batch.view, *results)
         self.kernels.launch("sample", (rows,), cu.SAMPLE_THREADS, *arguments)
         return results
 

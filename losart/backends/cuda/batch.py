@@ -91,6 +91,7 @@ class BatchBuffers:
     shapes : tuple of GroupShape
     plans : sequence of Plan
         Of each group's dense prefix attention.
+    head_dim : int
 
     Attributes
     ----------
@@ -98,6 +99,7 @@ class BatchBuffers:
         slots, tables : uint64 [sequences], addresses of stored results and of page tables, 0 for none.
         lengths : int32 [sequences], of the prefixes.
         ids, positions, is_masked : int32 [rows]
+        rotations : float32 [rows, 2, head_dim / 2], made from the positions on the device.
         masked_count : int32 [1]
         masked, logits, mask_token, top_k : int32 [denoised rows], temperature : float32, uniforms, top_p :
         float64, of all masked rows one after the other: the row, that of its logits, and how it is sampled.
@@ -114,7 +116,7 @@ class BatchBuffers:
         Of layers of the groups' caches.
     """
 
-    def __init__(self, shapes: tuple[GroupShape, ...], plans: Sequence[Plan]) -> None:
+    def __init__(self, shapes: tuple[GroupShape, ...], plans: Sequence[Plan], head_dim: int) -> None:
         self.shapes = shapes
         self._plans = plans
         sequences, rows, denoised = (
@@ -149,6 +151,7 @@ class BatchBuffers:
         self._words = np.zeros(size, np.uint8)
         self.device, self._host = _fields(self._from_host, fields), _fields(self._words, fields)
         self.device.reads = self.device.reads.reshape(sequences, 2)
+        self.device.rotations = cupy.empty((rows, 2, head_dim // 2), np.float32)
         self.results = self._to_host[2 * sequences :].reshape(4, denoised)
         self.view = BatchView(*(getattr(self.device, name).data.ptr for name, *_ in BatchView._fields_))
         self.views: dict[tuple[int, int], CachesView] = {}
@@ -183,10 +186,14 @@ class BatchBuffers:
             host.ids[row : row + len(of_group) * tokens] = np.concatenate([one.ids for one in of_group])
             positions = host.lengths[every, None] + np.arange(tokens, dtype=np.int32)
             host.positions[row : row + shape.rows] = positions.reshape(-1)
-            for number, one in enumerate(of_group):
-                if one.kind.denoises:
-                    rows.append(one.masked + (row + number * tokens))
-                    denoised.append(one)
+            if shape.denoises:
+                per_cache = shape.per_cache
+                denoised += of_group[per_cache - 1 :: per_cache]
+                offsets = range(row + (per_cache - 1) * tokens, row + shape.rows, per_cache * tokens)
+                rows += [
+                    offset + one.masked
+                    for offset, one in zip(offsets, of_group[per_cache - 1 :: per_cache], strict=False)
+                ]
             if (parts := self._parts[index]) is not None:
                 ends = host.lengths[every][shape.per_cache - 1 :: shape.per_cache]
                 host.starts[parts[0]], host.owners[parts[1]] = divide_prefixes(ends, self._plans[index])
@@ -201,11 +208,11 @@ class BatchBuffers:
         host.masked_count[0] = count
         host.masked[:count], host.is_masked[rows] = rows, 1
         host.logits[:count] = np.arange(count) if self.gathers else sequences[0].masked
-        drawn = [
-            one.uniforms[one.masked] for one in sequences if len(one.uniforms)
-        ]  # greedy ones may have none
-        if drawn:
-            host.uniforms[:count] = np.concatenate(drawn)
+        first = 0
+        for one, of_one in zip(sequences, counts, strict=True):
+            if len(one.uniforms):  # greedy ones have none
+                host.uniforms[first : first + of_one] = one.uniforms[one.masked]
+            first += of_one
         for to, values in (
             (host.top_p, [one.top_p for one in options]),
             (host.mask_token, [one.mask_token_id for one in options]),

@@ -19,18 +19,25 @@ class Kernels:
     precision : Precision
     card : Card
         What launches are planned for.
+    deterministic : bool
+        Whether sums must not depend on what else a pass has, or on how a prompt is cut into pieces.
 
     Attributes
     ----------
     tensor_matmul, tensor_attention : bool
         Whether tensor cores can multiply activations by weights, and queries by keys.
+    same_sums : bool
+        Whether each row of a block is summed in the same order however many rows and sequences a pass has:
+        where `deterministic`, and in float32, for which little depends on it.
     """
 
-    def __init__(self, precision: Precision, card: Card) -> None:
+    def __init__(self, precision: Precision, card: Card, deterministic: bool = False) -> None:
         self.precision = precision
         self.card = card
         self.tensor_matmul = precision.weights.bits == precision.activations.bits == 16
         self.tensor_attention = precision.kv.bits == 16
+        self.deterministic = deterministic
+        self.same_sums = deterministic or precision.activations.bits == 32
         self._loaded: dict[tuple[str, Defines], Kernel] = {}
 
     def launch(self, name: str, grid: tuple[int, ...], threads: int, *args: Any, shared: int = 0) -> None:

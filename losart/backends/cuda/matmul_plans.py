@@ -13,18 +13,27 @@ TILE_WIDTHS = (256, 192, 128, 64)  # rows of a tile of linear_hopper
 # Per SM of capability 9.0: bytes per clock that it gets of the L2 cache when all SMs ask (on an H100 no tile
 # was seen to wait for that many) and when few do; clocks of a wgmma per row of a tile and step of columns.
 L2_BYTES, MAX_L2_BYTES, CLOCKS_PER_ROW = 48, 64, 4
+MEMORY_BYTES = 2000  # per clock, of all SMs
+TILE_CLOCKS = 2000  # of a tile, before its first step's copies have arrived and after its last one
+SPLITS = (1, 2, 3, 4, 6, 8)  # of a tile's columns
+LEAST_STEPS = 8  # of a split
+MOST_SKINNY_ON_HOPPER = 32  # by single matmuls on an H200; of up to 32 tokens linear_tensor sums alike
 MIN_SHARE = 16  # units per block of linear_tensor with one block per SM: adding up planes costs time too
 
 
 @lru_cache(1024)  # asked for each matmul of each layer, some of which take less time than a plan
-def matmul_plan(card: Card, tensor: bool, tokens: int, rows: int, inner: int) -> Plan:
-    """A matmul [tokens, inner] x [rows, inner]; `tensor`: of 16-bit values."""
+def matmul_plan(card: Card, tensor: bool, tokens: int, rows: int, inner: int, whole: bool = False) -> Plan:
+    """A matmul [tokens, inner] x [rows, inner]; `tensor`: of 16-bit values.
+
+    With `whole` each sum is one thread block's, in the same order for any number of tokens.
+    """
     if not tensor or inner % 8:
         grid = (ceil(rows / cu.LINEAR_ROWS), ceil(tokens / cu.LINEAR_TOKENS))
         return Plan("linear", grid, cu.LINEAR_THREADS, 0)
-    if tokens > cu.SKINNY_TOKENS and card.hopper:
-        return min(hopper_matmul_plans(card, tokens, rows), key=lambda timed: timed[0])[1]
-    if tokens > cu.SKINNY_TOKENS:
+    if card.hopper and (whole or tokens > MOST_SKINNY_ON_HOPPER):
+        plans = hopper_matmul_plans(card, tokens, rows, inner)
+        return min((one for one in plans if one[1].parts == 1 or not whole), key=lambda timed: timed[0])[1]
+    if whole or tokens > cu.SKINNY_TOKENS:
         stage = (cu.TILE_TOKENS + cu.TILE_ROWS) * cu.STEP_COLUMNS * 2
         stages = min(4, card.shared_per_block // stage)
         grid = (ceil(tokens / cu.TILE_TOKENS), ceil(rows / cu.TILE_ROWS))
@@ -52,22 +61,32 @@ def matmul_plan(card: Card, tensor: bool, tokens: int, rows: int, inner: int) ->
     )
 
 
-def hopper_matmul_plans(card: Card, tokens: int, rows: int) -> Iterator[tuple[float, Plan]]:
-    """Ways to cut a matmul of many tokens into tiles, each with the clocks that a step of all of them takes.
+def hopper_matmul_plans(card: Card, tokens: int, rows: int, inner: int) -> Iterator[tuple[float, Plan]]:
+    """Ways to cut a matmul of many tokens into tiles, each with the clocks that it takes.
 
-    A last wave of few tiles and the L2 cache's speed decide; all other costs are the same for each.
+    A last wave of few tiles, the speed of the L2 cache and of memory, and the planes of partial sums decide;
+    all other costs are the same for each.
     """
+    steps = ceil(inner / cu.STEP_COLUMNS)
     for cluster in (2, 1):  # of equals the one that copies less
         max_clusters = card.sms // cluster
         for width in TILE_WIDTHS if max_clusters else ():
-            tiles = ceil(tokens / (cu.TILE_TOKENS * cluster)) * ceil(rows / width)
-            clusters = min(tiles, max_clusters)
-            copied = (cu.TILE_TOKENS + width // cluster) * cu.STEP_COLUMNS * 2
-            speed = min(MAX_L2_BYTES, L2_BYTES * card.sms / (clusters * cluster))
-            clocks = ceil(tiles / clusters) * max(CLOCKS_PER_ROW * width, copied / speed)
-            stage = (cu.TILE_TOKENS + width) * cu.STEP_COLUMNS * 2 + cu.BARRIER_BYTES
-            stages = min(8, card.shared_per_block // stage)
-            defines = (("WIDTH", width), ("CLUSTER", cluster), ("STAGES", stages))
-            grid, boxes = (clusters * cluster,), (cu.TILE_TOKENS, width // cluster)
-            plan = Plan("linear_hopper", grid, cu.LINEAR_HOPPER_THREADS, stages * stage, defines, boxes=boxes)
-            yield clocks, plan
+            whole = ceil(tokens / (cu.TILE_TOKENS * cluster)) * ceil(rows / width)
+            for splits in SPLITS:
+                if splits > 1 and steps < splits * LEAST_STEPS:
+                    continue
+                tiles = whole * splits
+                clusters = min(tiles, max_clusters)
+                copied = (cu.TILE_TOKENS + width // cluster) * cu.STEP_COLUMNS * 2
+                speed = min(MAX_L2_BYTES, L2_BYTES * card.sms / (clusters * cluster))
+                step = max(CLOCKS_PER_ROW * width, copied / speed)
+                clocks = ceil(tiles / clusters) * (ceil(steps / splits) * step + TILE_CLOCKS)
+                clocks = max(clocks, 2 * rows * inner / MEMORY_BYTES)
+                # Both of writing and of reading them again.
+                clocks += 2 * splits * tokens * rows * 4 / (L2_BYTES * card.sms)
+                stage = (cu.TILE_TOKENS + width) * cu.STEP_COLUMNS * 2 + cu.BARRIER_BYTES
+                stages = min(8, card.shared_per_block // stage)
+                defines = (("WIDTH", width), ("CLUSTER", cluster), ("STAGES", stages))
+                grid, boxes = (clusters * cluster,), (cu.TILE_TOKENS, width // cluster)
+                shape = (grid, cu.LINEAR_HOPPER_THREADS, stages * stage, defines)
+                yield clocks, Plan("linear_hopper", *shape, parts=splits, boxes=boxes)

@@ -21,6 +21,7 @@ TENSOR_HEAD_DIMS = (64, 128)
 # itself. Where caches are many, they alone keep all SMs at work.
 SPLITS, FEW_SPLITS, FEW = 4, 2, 16
 LEAST_PART_TILES = 4
+FEW_BLOCKS, MANY_BLOCKS = 4, 8  # of block_attention per SM
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Plan:
     Attributes
     ----------
     parts : int
-        linear_tensor: planes of partial sums; prefix attention: parts to be merged.
+        linear_tensor, linear_hopper: planes of partial sums; prefix attention: parts to be merged.
     share : int
         linear_tensor: units per block; dense prefix attention: parts of one cache by itself.
     tile : int
@@ -93,12 +94,19 @@ class Plan:
 
 
 def prefix_plan(
-    card: Card, tensor: bool, tokens: int, heads: int, kv_heads: int, head_dim: int, caches: int = 1
+    card: Card,
+    tensor: bool,
+    tokens: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    caches: int = 1,
+    same_sums: bool = False,
 ) -> Plan:
     """Attention of so many tokens' queries per cache over its prefix.
 
     Parts of several caches are of about the same size, so that all SMs are at work however lengths differ.
-    Without tensor cores a cache has as many parts as by itself, so that it gives the same sums.
+    With `same_sums` a cache has as many parts as by itself.
     """
     rows = tokens * (heads // kv_heads)
     if card.hopper and tensor and head_dim in TENSOR_HEAD_DIMS:
@@ -111,7 +119,8 @@ def prefix_plan(
     else:
         plan = _split_plan(card, "prefix_attention", tensor, rows, kv_heads, head_dim)
     _, own, blocks = plan.grid
-    tile = cu.TENSOR_TILE if tensor and head_dim in TENSOR_HEAD_DIMS else 0
+    tile = cu.TENSOR_TILE if tensor and head_dim in TENSOR_HEAD_DIMS else cu.PLAIN_TILE
+    tile = 0 if same_sums else tile
     parts = (
         own * caches if caches == 1 or not tile else caches + own * (FEW_SPLITS if caches > FEW else SPLITS)
     )
@@ -140,6 +149,16 @@ def divide_prefixes(lengths: np.ndarray, plan: Plan) -> tuple[np.ndarray, np.nda
     return starts, owners
 
 
+def block_plan(card: Card, tokens: int, heads: int, block_tokens: int, same_sums: bool) -> Plan:
+    """Attention of so many tokens in all over their blocks."""
+    grid = (tokens, ceil(heads / cu.WARP_ROWS))
+    # Parts are summed in another order. On other architectures registers spill.
+    many = not same_sums and card.hopper and grid[0] * grid[1] > 2 * FEW_BLOCKS * card.sms
+    parts, keys, blocks = (4, 4, MANY_BLOCKS) if many else (16, 8, FEW_BLOCKS)
+    defines = (("PART_BATCH", parts), ("KEY_BATCH", keys), ("BLOCKS_PER_SM", blocks))
+    return Plan("block_attention", grid, cu.WARP_ROWS_THREADS, 4 * cu.WARP_ROWS * block_tokens, defines)
+
+
 def sparse_plan(
     card: Card,
     tensor: bool,
@@ -151,17 +170,16 @@ def sparse_plan(
     page_size: int,
     words: int,
     sequences: int = 1,
+    same_sums: bool = False,
 ) -> Plan:
     """Attention of some tokens' queries of each sequence over a list of `pages` at most.
 
-    `words` of marks are the list's own.
+    `words` of marks are the list's own. With `same_sums` a list has as many parts as of one sequence.
     """
     shape = (card, "sparse_attention", tensor, tokens * (heads // kv_heads), kv_heads, head_dim)
-    tensor = tensor and head_dim in TENSOR_HEAD_DIMS
-    tile = cu.TENSOR_TILE if tensor else cu.PLAIN_TILE
+    tile = cu.TENSOR_TILE if tensor and head_dim in TENSOR_HEAD_DIMS else cu.PLAIN_TILE
     plan = _split_plan(*shape)
-    # Without tensor cores as many as for one sequence, so that it gives the same sums.
-    parts = plan.parts if sequences == 1 or not tensor else ceil(2 * plan.parts / sequences)
+    parts = plan.parts if same_sums else max(1, plan.parts // sequences)
     while True:
         capacity = ceil(ceil(ceil(pages * page_size / tile) / parts) * tile / page_size) + 1
         plan = _split_plan(*shape, extra=4 * (capacity + words))

@@ -7,11 +7,12 @@ place, so that a captured pass can be replayed for another sequence and as the p
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
+import cupy
 import numpy as np
 
 from losart.backends.base import PassBody, PassOutput, Selection, StoredResults
@@ -21,9 +22,11 @@ from losart.backends.cuda.memory import DeviceMemory
 from losart.backends.cuda.plans import prefix_plan
 from losart.backends.cuda.slots import Slot
 from losart.config.model import ModelConfig
+from losart.config.rope import inverse_frequencies
 from losart.engine.batch import PassBatch, PassKind
 from losart.engine.sampling import NOT_FINITE, Proposals
 from losart.errors import NumericalError, OutOfMemoryError
+from losart.kernels_cu.constants import ROTATION_THREADS
 
 CAPTURED_PASSES = 64  # kept, those used last
 KEPT_SHAPES = 1024  # of passes whose inputs have a place
@@ -70,11 +73,14 @@ class PassRunner:
         self._kernels = kernels
         self._buffers: OrderedDict[tuple[GroupShape, ...], BatchBuffers] = OrderedDict()
         self._scratch: dict[StoredResults, Slot] = {}
+        frequencies, self._rope_factor = inverse_frequencies(config.rope, config.head_dim)
+        with memory.running("the model"):
+            self._frequencies = cupy.asarray(frequencies / np.pi)  # in half turns per position
         self.passes: OrderedDict[Hashable, Launched | None] = OrderedDict()
         memory.drop_graphs = self.passes.clear
 
-    def run(self, batch: PassBatch, body: PassBody, observe: bool = False) -> PassOutput:
-        """Run one pass, as `losart.backends.base.Backend.run` has it."""
+    def begin(self, batch: PassBatch, body: PassBody, observe: bool = False) -> Callable[[], PassOutput]:
+        """Launch one pass, as `losart.backends.base.Backend.begin` has it."""
         if batch.kind is PassKind.PREFILL:
             return self._prefill(batch, body)
         memory = self._memory
@@ -84,7 +90,7 @@ class PassRunner:
             launched = None if body.key is None else self._replay(placed, body, observe)
             if launched is None:  # launch by launch, which compiles the kernels and fills the pool
                 launched = _launch(placed, body, observe)
-            return self._output(placed, launched)
+        return lambda: self._output(placed, launched)
 
     def place(self, batch: PassBatch) -> DeviceBatch:
         """Bring a pass's inputs to where its kernels look for them, on the current stream."""
@@ -96,6 +102,15 @@ class PassRunner:
             buffers = self._buffers.get(shapes) or self._kept_buffers(shapes)
         scratch = [self._scratch_slot(*group) for group in zip(groups, shapes, strict=True)]
         buffers.fill(batch, scratch, self._memory.stream)
+        tokens, _, pairs = buffers.device.rotations.shape
+        arguments = (
+            self._frequencies,
+            float(self._rope_factor),
+            buffers.view,
+            buffers.device.rotations,
+            pairs,
+        )
+        self._kernels.launch("rotations", (tokens,), ROTATION_THREADS, *arguments)
         return DeviceBatch(batch, buffers)
 
     def _kept_buffers(self, shapes: tuple[GroupShape, ...]) -> BatchBuffers:
@@ -110,8 +125,8 @@ class PassRunner:
         c, kernels, plans = self._config, self._kernels, []
         for shape in shapes:
             sizes = shape.per_cache * shape.tokens, c.num_heads, c.num_kv_heads, c.head_dim, shape.caches
-            plans.append(prefix_plan(kernels.card, kernels.tensor_attention, *sizes))
-        return BatchBuffers(shapes, plans)
+            plans.append(prefix_plan(kernels.card, kernels.tensor_attention, *sizes, kernels.same_sums))
+        return BatchBuffers(shapes, plans, c.head_dim)
 
     def _scratch_slot(self, group: PassBatch, shape: GroupShape) -> int:
         """The address of a slot for the sequences that pad a group; 0 where none do, or it stores nothing."""
@@ -124,12 +139,18 @@ class PassRunner:
                 self._scratch[slot.stored].memory.fill(0)
         return int(self._scratch[slot.stored].memory.data.ptr)
 
-    def _prefill(self, batch: PassBatch, body: PassBody) -> PassOutput:
+    def _prefill(self, batch: PassBatch, body: PassBody) -> Callable[[], PassOutput]:
         memory = self._memory
         with memory.running("a piece of the prompt", memory.prefill_pool):
-            body.launch(self.place(batch))
-            memory.stream.synchronize()
-        return PassOutput((), (0,), (0,), ())
+            placed = self.place(batch)
+            body.launch(placed)
+
+        def finish() -> PassOutput:
+            with memory.running("a piece of the prompt"):
+                memory.stream.synchronize()
+            return PassOutput((), (0,) * len(placed.sequences), (0,) * len(placed.sequences), ())
+
+        return finish
 
     def _replay(self, batch: DeviceBatch, body: PassBody, observe: bool) -> Launched | None:
         """Replay a pass; None where it comes for the first time, or there is no memory to capture it."""
@@ -165,19 +186,20 @@ class PassRunner:
         nothing = (0,) * len(batch.sequences)
         if not launched.proposes and not launched.counts:
             return PassOutput((), nothing, nothing, launched.reads)
-        reads, results = batch.buffers.fetch()
+        with self._memory.running("what a pass gives"):
+            reads, results = batch.buffers.fetch()
         positions, reading = reads[batch.placed].T.tolist()
         if not launched.proposes:
             return PassOutput((), positions, reading, launched.reads)
         ids, (confidence, entropy) = results[0].astype(np.int64), results[1:3].view(np.float32)
+        finite = results[3].tolist()
         proposals: list[Proposals | NumericalError] = []
         end = 0
         for sequence in batch.sequences:
             if sequence.kind.denoises:
                 rows = slice(end, end := end + len(sequence.masked))
-                finite = results[3, rows].all()
                 of_rows = Proposals(ids[rows], confidence[rows], entropy[rows])
-                proposals.append(of_rows if finite else NumericalError(NOT_FINITE))
+                proposals.append(of_rows if all(finite[rows]) else NumericalError(NOT_FINITE))
         return PassOutput(proposals, positions, reading, launched.reads)
 
 

@@ -17,6 +17,7 @@ from losart.kernels_cu.constants import QUERY_CHANGE_THREADS, TOP_PAGES_THREADS
 from losart.kernels_cu.views import StoredView
 
 MOST_SEQUENCES = 1024  # of a group
+LEAST_MARKING_BLOCKS = 8  # of a kv head and sequence
 
 
 class DeviceSelector:
@@ -52,11 +53,14 @@ class DeviceSelector:
         pages, words, count = batch.max_pages, batch.mark_words, min(count, batch.max_pages)
         marks = cupy.empty((shape.sequences, c.num_kv_heads, words), np.uint32)
         scores = self._page_scores(layer, q, tokens, batch, marks)
+        # With active tokens few rows choose: no more thread blocks than run at once, but for these few.
+        at_once = 2 * self._kernels.card.sms // (c.num_kv_heads * shape.sequences)
+        blocks = rows if tokens is None else min(rows, max(LEAST_MARKING_BLOCKS, at_once))
         self._kernels.launch(
             "mark_pages",
-            (c.num_kv_heads, rows, shape.sequences),
+            (c.num_kv_heads, blocks, shape.sequences),
             TOP_PAGES_THREADS,
-            *(scores, pages, batch.caches_view(layer), tokens, c.group_size, count, marks, words),
+            *(scores, rows, pages, batch.caches_view(layer), tokens, c.group_size, count, marks, words),
         )
         return Selection(tokens, SelectedPages(min(pages, rows * count), marks), change)
 

@@ -8,6 +8,7 @@ from losart.backends.cuda.matmul_plans import hopper_matmul_plans, matmul_plan
 from losart.backends.cuda.plans import (
     Card,
     Plan,
+    block_plan,
     causal_plan,
     masses_plan,
     prefix_plan,
@@ -32,6 +33,7 @@ PLANNED = (
     "causal_attention",
     "page_scores",
     "page_masses",
+    "block_attention",
 )
 TOKENS = (1, 4, 16, 20, 32, 33, 44, 52, 64)
 HEADS = ((8, 8), (16, 8), (32, 8), (8, 1))  # and kv heads
@@ -51,8 +53,9 @@ def plans(card: Card) -> Iterator[Plan]:
                     yield from (sparse_plan(*shape, pages, 16, pages // 32) for pages in (640, 8192, 1 << 16))
                     yield scores_plan(card, tensor, tokens * heads // kv_heads, kv_heads, head_dim)
                 yield causal_plan(card, tensor, 2048, heads, kv_heads, head_dim)
+                yield from (block_plan(card, tokens, heads, 16, False) for tokens in (16, 1024))
     if card.hopper:
-        yield from (plan for _, plan in hopper_matmul_plans(card, 2048, 4096))
+        yield from (plan for _, plan in hopper_matmul_plans(card, 2048, 4096, 4096))
 
 
 def variants(name: str, card: Card) -> dict[Defines, int]:
