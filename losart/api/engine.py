@@ -11,7 +11,7 @@ from losart.api.model import Model
 from losart.config.checks import is_int
 from losart.config.options import generation_config
 from losart.engine import engine
-from losart.engine.engine import MAX_SEQUENCES, Stream
+from losart.engine.engine import HELD_PREFIXES, Stream
 from losart.engine.kv_pool import KVPool
 from losart.engine.saved_prefix import open_prefix, save_prefix
 from losart.errors import OptionError, PromptError
@@ -31,8 +31,7 @@ class Engine:
     pages and blocks; who comes while another prefills it waits for that. Answers' finished blocks belong to
     it too, unless `commit="sparse"` wrote them. Only generations of equal `block_length` and `page_size`
     share, whose caches have chunks of the same size: 256 positions where prompt and answer have 8,192 tokens
-    at most, else 1,024. Without `kv_memory`, as many prefixes are held for nobody as `max_sequences` says,
-    those used last.
+    at most, else 1,024. Without `kv_memory`, 16 prefixes are held for nobody at most, those used last.
 
     Where an allocation fails all the same, held prefixes are given up, and then the generation that began
     last is set back: it gives its cache up and waits, is prefilled again when another one has ended, and goes
@@ -41,9 +40,9 @@ class Engine:
     Parameters
     ----------
     model : Model
-    max_sequences : int, default 16
-        Generations under way at a time; others wait, in the order in which they came. With 1 each has passes
-        of its own, as its stream is asked.
+    max_sequences : int, optional
+        Generations under way at a time: 16 by default on the CPU, 128 on a GPU. Others wait, in the order in
+        which they came. With 1 each has passes of its own, as its stream is asked.
     kv_memory : int, optional
         Bytes for the KV caches of generations under way and for what is held of those that have ended. A
         generation begins when the room fits that its prompt and `max_new_tokens` take, in whole chunks, less
@@ -57,14 +56,22 @@ class Engine:
     """
 
     def __init__(
-        self, model: Model, *, max_sequences: int = MAX_SEQUENCES, kv_memory: int | None = None
+        self, model: Model, *, max_sequences: int | None = None, kv_memory: int | None = None
     ) -> None:
+        runner = model._engine.runner
+        if max_sequences is None:
+            max_sequences = runner.max_sequences
         if not is_int(max_sequences) or max_sequences < 1:
             raise OptionError(f"max_sequences must be a whole number above 0, not {max_sequences!r}")
         if kv_memory is not None and not (is_int(kv_memory) and kv_memory > 0):
             raise OptionError(f"kv_memory must be a whole number of bytes above 0, not {kv_memory!r}")
         self._model = model
-        self._engine = engine.Engine(model._engine.runner, max_sequences, KVPool(max_sequences, kv_memory))
+        self._engine = engine.Engine(runner, max_sequences, KVPool(HELD_PREFIXES, kv_memory))
+
+    @property
+    def max_sequences(self) -> int:
+        """Generations under way at a time."""
+        return self._engine.max_sequences
 
     @property
     def stats(self) -> EngineStats:

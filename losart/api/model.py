@@ -12,7 +12,7 @@ from losart.backends import make_backend
 from losart.config.model import ModelConfig
 from losart.config.options import generation_config
 from losart.config.precision import Precision
-from losart.engine.engine import MAX_SEQUENCES, Engine, Stream
+from losart.engine.engine import HELD_PREFIXES, Engine, Stream
 from losart.engine.kv_pool import KVPool
 from losart.errors import PromptError
 from losart.loaders import ChatTemplate, Checkpoint, Tokenizer, open_checkpoint
@@ -135,8 +135,8 @@ class Model:
         if not is_batch(prompt):
             return self._submit(self._engine, prompt, progress, observer, options).result()
         # Where somebody observes, who could not tell one prompt's steps from another's, one after another.
-        sequences = MAX_SEQUENCES if observer is None else 1
-        engine = Engine(self._engine.runner, sequences, KVPool(sequences))
+        runner = self._engine.runner
+        engine = Engine(runner, runner.max_sequences if observer is None else 1, KVPool(HELD_PREFIXES))
         streams = []
         for index, one in enumerate(prompt):
             try:

@@ -191,6 +191,7 @@ class Backend(Protocol):
     prefill_tokens: int  # of a prompt that go through the model at a time
     beside_tokens: int  # the same while other sequences wait for their passes
     riding_blocks: Container[int]  # lengths of blocks whose commits may ride
+    max_sequences: int  # that share passes, unless somebody says otherwise
     batch_rows: int  # that a pass over several sequences may have; 0: a pass has one sequence
 
     @property

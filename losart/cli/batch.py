@@ -17,7 +17,7 @@ from losart.api.engine import Engine
 from losart.cli.arguments import add_generation, add_loading, generation_options, positive
 from losart.cli.progress import Progress, load_model
 from losart.config.options import OPTIONS
-from losart.engine.engine import MAX_SEQUENCES, Stream
+from losart.engine.engine import Stream
 from losart.errors import DataError, LosartError, OptionError, PromptError
 from losart.observe.step import GenerationResult
 
@@ -48,8 +48,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--max-sequences",
         type=positive,
         metavar="N",
-        default=MAX_SEQUENCES,
-        help=f"at a time ({MAX_SEQUENCES})",
+        help="at a time (16, on a GPU 128)",
     )
     command.add_argument("--chat", action="store_true", help="take text as a user's message")
     add_generation(command)
@@ -100,7 +99,7 @@ def run(args: argparse.Namespace) -> None:
                 under_way.append((number, name, engine.submit(prompt, **defaults | options)))
             except (DataError, OptionError, PromptError) as error:
                 skip(number, error)
-            if len(under_way) > AHEAD * args.max_sequences:
+            if len(under_way) > AHEAD * engine.max_sequences:
                 finish()
         while under_way:
             finish()

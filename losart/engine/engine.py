@@ -31,7 +31,7 @@ from losart.errors import LosartError, NumericalError, OptionError
 from losart.observe.engine_stats import EngineStats
 from losart.observe.step import GenerationResult, Observer, Progress, Step
 
-MAX_SEQUENCES = 16
+HELD_PREFIXES = 16  # for nobody, where nothing else limits them
 Room = TypeVar("Room")  # whatever takes memory
 
 
@@ -49,6 +49,10 @@ class Runner(Protocol):
     @property
     def beside_tokens(self) -> int:
         """The same while other sequences wait for their passes."""
+
+    @property
+    def max_sequences(self) -> int:
+        """That share passes, unless somebody says otherwise."""
 
     @property
     def batch_rows(self) -> int:

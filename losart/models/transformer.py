@@ -102,6 +102,11 @@ class Transformer:
         return self.backend.beside_tokens
 
     @property
+    def max_sequences(self) -> int:
+        """That share passes, unless somebody says otherwise."""
+        return self.backend.max_sequences
+
+    @property
     def batch_rows(self) -> int:
         """Rows that a pass over several sequences may have; 0: a pass has one sequence."""
         return self.backend.batch_rows

@@ -154,8 +154,9 @@ def test_numbers_that_are_not_finite_are_not_shared(make_checkpoint, attention):
         assert again.token_ids == model.generate([*clean, *RANDOM[:7]], **options(**attention)).token_ids
 
 
-def test_what_was_used_least_recently_is_given_up(model):
-    engine = losart.Engine(model, max_sequences=2)
+def test_what_was_used_least_recently_is_given_up(model, monkeypatch):
+    monkeypatch.setattr("losart.api.engine.HELD_PREFIXES", 2)
+    engine = losart.Engine(model)
 
     def reused(start: int) -> int:
         return engine.submit(RANDOM[start : start + 100], **options()).result().stats.reused_tokens

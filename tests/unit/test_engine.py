@@ -46,6 +46,7 @@ class Scripted:
     """In a transformer's place: notes each pass's kinds and first ids, and proposes its rows' numbers."""
 
     batch_rows: int = 64
+    max_sequences: int = 16
     prefill_tokens: int = 8
     beside_tokens: int = 4
     rides: bool = False

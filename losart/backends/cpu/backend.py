@@ -75,6 +75,7 @@ class CpuBackend:
     name = "cpu"
     prefill_tokens = 512
     beside_tokens = 128
+    max_sequences = 16
     batch_rows = SKINNY_ROWS
     # Two blocks' rows are summed by the same kernel as one's, so that no rounding differs.
     riding_blocks: Container[int] = (

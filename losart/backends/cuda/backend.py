@@ -76,6 +76,7 @@ class CudaBackend:
     name = "cuda"
     prefill_tokens = 2048
     beside_tokens = 512
+    max_sequences = 128
     batch_rows = 1024
     # Two blocks' matmuls divide their sums as one's (ALIKE_TOKENS).
     riding_blocks: Container[int] = range(1, 17)
