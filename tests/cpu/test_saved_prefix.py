@@ -61,6 +61,24 @@ def test_a_prompt_goes_on_after_a_saved_prefix(
     assert [one.name for one in tmp_path.iterdir()] == ["document"]
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_prompt_goes_on_after_a_saved_prefix_on_cuda(tiny_checkpoint, tmp_path, dtype):
+    """As after one that the engine holds: there and in the file are the same bytes."""
+    model, file = losart.load(tiny_checkpoint, "cuda", dtype), tmp_path / "document"
+    engine = losart.Engine(model)
+    assert engine.save_prefix(DOCUMENT, file, **options()) == 688
+    prompt = [*DOCUMENT, *RANDOM[800:900]]
+    expected = engine.submit(prompt, **options()).result()
+    engine = losart.Engine(model)
+    assert engine.load_prefix(file) == 688
+    found = engine.submit(prompt, **options()).result()
+    assert found.stats.reused_tokens == expected.stats.reused_tokens == 688
+    assert found.token_ids == expected.token_ids
+    with pytest.raises(PrefixError, match="was saved with device cuda"):
+        losart.Engine(losart.load(tiny_checkpoint, "cpu", dtype)).load_prefix(file)
+
+
 def test_another_process_begins_with_it(tiny_checkpoint, saved, model):
     program = """
 import sys
