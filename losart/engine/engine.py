@@ -6,7 +6,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, MutableSet
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
@@ -41,6 +41,7 @@ class Runner(Protocol):
 
     config: ModelConfig
     turns: Turns  # in which its passes are run
+    pools: MutableSet[KVPool]  # whose prefixes make room where an allocation fails
 
     @property
     def prefill_tokens(self) -> int:
@@ -208,11 +209,13 @@ class Engine:
         self.runner = runner
         self.max_sequences = max_sequences
         self._pool = pool
+        if pool is not None:
+            runner.pools.add(pool)
         self._together = runner.batch_rows > 0 and max_sequences > 1
         self._lock = threading.RLock()  # guards who waits and who runs
         self._waiting: deque[Run] = deque()
         self._running: list[Run] = []
-        self._full = False  # whether memory ran out, and no running one has ended since
+        self._full = False  # whether there was no memory for one more, and none has ended since
         self._set_backs = 0
         self._passes = 0
         self._block_passes = 0
@@ -391,10 +394,10 @@ class Engine:
                 run.sequence.cache = run.sequence.cache.emptied()
             run.left = True
             self._untold.pop(run, None)
-            self._full &= run not in self._running
             for runs in (self._waiting, self._running):
                 if run in runs:
                     runs.remove(run)
+                    self._full = False
             run.sequence.slot = None  # a session keeps the sequence
 
     # -- passes
@@ -448,6 +451,8 @@ class Engine:
 
     def _admit_waiting(self, asked: Run) -> None:
         """Let waiting runs take part for which there are places; without shared passes the one asked."""
+        if self._full and self._running:
+            return
         places = self.max_sequences - len(self._running) if self._together else 1
         for run in list(self._waiting)[: max(0, places)] if self._together else [asked]:
             if run not in self._waiting:
@@ -460,9 +465,10 @@ class Engine:
 
     def _admit(self, run: Run) -> bool:
         """Let a waiting run take part; False: it waits for memory."""
-        sequence = run.sequence
+        sequence, pool = run.sequence, self._pool
         try:
-            if self._pool is not None and ((self._full and self._running) or not self._pool.join(sequence)):
+            if pool is not None and not self._with_room(lambda: pool.join(sequence)):
+                self._full = True
                 return False
             self._waiting.remove(run)
             self._running.append(run)
@@ -470,46 +476,43 @@ class Engine:
                 self._end(run)
             elif sequence.slot is None:
                 sequence.slot = self._with_room(lambda: self.runner.new_slot(sequence.options))
-        except MemoryError as error:
-            if self._pool is None or not any(other is not run for other in self._running):
-                self._end(run, error)
-                return True
-            self._set_back(run)
-            return False
         except Exception as error:
+            if isinstance(error, MemoryError) and self._set_back(run):
+                return False
             self._end(run, error)
         return True
 
-    def _set_back(self, run: Run) -> None:
-        """Let a run wait, first of all, until memory comes free; its cache is given up."""
-        assert self._pool is not None
+    def _set_back(self, run: Run) -> bool:
+        """Let a run wait, first of all, until another has ended; its cache is given up. False: none runs."""
         sequence = run.sequence
-        cache = self.new_cache(sequence.prompt, sequence.options)
+        if self._pool is None or not any(other is not run for other in self._running):
+            return False
+        try:
+            cache = self.new_cache(sequence.prompt, sequence.options)
+        except MemoryError:
+            return False
         self._pool.leave(sequence, keep=False)
         sequence.set_back(cache)
         self._full = True
-        self._set_backs += 1
         if run in self._running:
+            self._set_backs += 1
             self._running.remove(run)
             self._waiting.appendleft(run)
-
-    def _set_back_youngest(self) -> bool:
-        """Set back the run that was admitted last; False: it would help nobody, or none can go on from it."""
-        able = [run for run in self._running if run.sequence.replaceable]
-        if self._pool is None or len(self._running) < 2 or not able:
-            return False
-        self._set_back(able[-1])
         return True
 
+    def _set_back_youngest(self) -> bool:
+        """Set back the run that was admitted last of those that prefill can restore; False: it cannot be."""
+        able = [run for run in self._running if run.sequence.replaceable]
+        return bool(able) and self._set_back(able[-1])
+
     def _with_room(self, allocate: Callable[[], Room]) -> Room:
-        """Allocate something, if need be where prefixes were held for nobody."""
+        """Allocate something, if need be where an engine of the model held prefixes for nobody."""
         while True:
             try:
                 return allocate()
             except MemoryError:
-                with self._lock:
-                    if self._pool is None or not self._pool.give_up():
-                        raise
+                if not any(pool.give_up() for pool in tuple(self.runner.pools)):
+                    raise
 
     def _reserve(self, runs: list[Run]) -> list[Run]:
         """Make room in some runs' caches for their next pass; returns those that have it and go on."""
@@ -610,7 +613,7 @@ class Engine:
             if sequence.first_token_seconds is None and sequence.output.tokens:
                 sequence.first_token_seconds = time.perf_counter() - run.joined
             if requests[0].kind is PassKind.PREFILL and run.progress is not None:
-                done, of = (end - sequence.reused for end in (sequence.cache.length, sequence.prefill_end))
+                done, of = (end - sequence.found for end in (sequence.cache.length, sequence.prefill_end))
                 run.progress(done, of)
             if run.observer is not None:
                 for step, layers in zip(sequence.steps(), result.layers, strict=True):

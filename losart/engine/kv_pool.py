@@ -122,22 +122,19 @@ class KVPool:
         Raises
         ------
         MemoryError
-            The part of a chunk cannot be copied, although nothing is held for nobody any more; the cache
-            stays empty.
+            The part of a chunk cannot be copied; the cache stays empty.
         """
-        while True:
-            found = self._find(sequence)
+        found = self._find(sequence)
+        # While part of a chunk is copied there are two of it: where that is too much, whole chunks serve.
+        if not self._make_room(*self._planned(sequence, found)):
+            found = _without_part(found)
             if not self._make_room(*self._planned(sequence, found)):
                 return False
-            try:
-                sequence.cache.share(found.chunks, len(found.ids))
-                break
-            except MemoryError:
-                if not self.give_up():
-                    raise
+        sequence.cache.share(found.chunks, len(found.ids))
+        sequence.found = len(found.ids)
         if not sequence.begun:
-            sequence.reused = len(found.ids)
-        self.reused_tokens += len(found.ids)
+            sequence.reused = sequence.found
+        self.reused_tokens += sequence.found
         self._running.append(sequence)
         return True
 
@@ -148,9 +145,9 @@ class KVPool:
         caches = [(one.cache, len(one.cache.chunks), one.end) for one in tuple(self._running)]
         used = _sizes(cache.chunks for cache, *_ in caches)
         if sequence is not None and found is not None:
-            shared = found.chunks[: len(found.ids) // found.kind.positions_per_chunk]
-            used |= _sizes([shared])
-            caches.append((sequence.cache, len(shared), sequence.end))
+            used |= _sizes([found.chunks])
+            full = len(found.ids) // found.kind.positions_per_chunk
+            caches.append((sequence.cache, full, sequence.end))
         to_come = (cache.bytes_for(end) - count * cache.chunk_bytes for cache, count, end in caches)
         return sum(used.values()) + sum(to_come), used
 
@@ -169,7 +166,10 @@ class KVPool:
         return _sizes(prefix.chunks for prefix in tuple(self._held))
 
     def leave(self, sequence: Sequence, keep: bool) -> Prefix | None:
-        """Take a sequence out, and with `keep` hold what its cache has for others to come, and return it."""
+        """Take a sequence out, and with `keep` hold what its cache has for others to come, if anything.
+
+        Returns what is held.
+        """
         if sequence not in self._running:
             return None
         self._running.remove(sequence)
@@ -178,6 +178,8 @@ class KVPool:
         kind, cache = PrefixKind.of(sequence), sequence.cache
         ids = sequence.shareable()
         ids = ids[: kind.whole(len(ids))]
+        if not len(ids):
+            return None
         chunks = cache.chunks[: -(-len(ids) // kind.positions_per_chunk)]
         prefix = Prefix(kind, ids, tuple(chunks))
         self.hold(prefix)
@@ -221,13 +223,21 @@ class KVPool:
 
     def awaits(self, sequence: Sequence) -> bool:
         """Whether a prefill that is under way will have more in common with a sequence than there is now."""
+        if sequence.awaited is not None:  # whoever waits is asked about before every pass
+            other, positions = sequence.awaited
+            if other in self._running and other.cache.length < positions:
+                return True
+            sequence.awaited = None
         kind = PrefixKind.of(sequence)
         soon = [
-            kind.whole(common_length(one.prefix, sequence.prefix))
+            (one, kind.whole(common_length(one.prefix, sequence.prefix)))
             for one in tuple(self._running)
             if one.cache.length < one.prefill_end and PrefixKind.of(one) == kind
         ]
-        return max(soon, default=0) > 0 and max(soon) > len(self._find(sequence).ids)
+        most = max(soon, key=lambda found: found[1], default=(sequence, 0))
+        if most[1] and most[1] > len(self._find(sequence).ids):
+            sequence.awaited = most
+        return sequence.awaited is not None
 
     def _find(self, sequence: Sequence) -> Prefix:
         """The longest beginning of a sequence's prefix that there is, perhaps of no ids."""
@@ -238,7 +248,7 @@ class KVPool:
             if common > most:
                 source, most = prefix, common
         self._used(source)
-        return Prefix(kind, source.ids[:most], source.chunks)
+        return Prefix(kind, source.ids[:most], source.chunks[: -(-most // kind.positions_per_chunk)])
 
     def _prefixes(self, kind: PrefixKind) -> Iterator[Prefix]:
         for one in tuple(self._running):
@@ -249,6 +259,16 @@ class KVPool:
     def _used(self, prefix: Prefix) -> None:
         if prefix in self._held:
             self._held[prefix] = self._held.pop(prefix)
+
+
+def _without_part(prefix: Prefix) -> Prefix:
+    """Of a prefix what fills chunks, if these are whole blocks."""
+    kind = prefix.kind
+    full = len(prefix.ids) // kind.positions_per_chunk
+    positions = full * kind.positions_per_chunk
+    if kind.whole(positions) != positions:
+        full = positions = 0
+    return Prefix(kind, prefix.ids[:positions], prefix.chunks[:full])
 
 
 def _sizes(caches: Iterable[Ids[Chunk]]) -> dict[int, int]:

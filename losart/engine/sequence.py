@@ -48,8 +48,12 @@ class Sequence:
     reads : ReadLog
     prefix : int64 [positions]
         What prefill takes into the cache.
+    awaited : tuple of Sequence and int, optional
+        Whose prefill it waits for, and of how many positions.
+    found : int
+        Positions that the cache held when prefill began.
     reused : int
-        Of the prompt, positions that the cache held at first.
+        Of the prompt, those that it held at first.
     prefilled : int
         Positions that prefill has taken into a cache, in all.
     prefill_tokens : int
@@ -77,7 +81,8 @@ class Sequence:
         self.cache = cache
         self.slot: Any = None
         self.ids = list(prompt)
-        self.reused = cache.length
+        self.awaited: tuple[Sequence, int] | None = None
+        self.found = self.reused = cache.length
         self.prefix = self._whole_blocks()
         self.prefilled = 0
         self.pending = False
@@ -144,6 +149,7 @@ class Sequence:
         if self.cache.length > self.prefill_end:
             self.prefix = self._whole_blocks()
         self.cache = cache
+        self.found = 0
 
     def shareable(self) -> np.ndarray:
         """Ids of the positions in the cache whose keys and values are those that prefill gives."""

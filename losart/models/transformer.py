@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+import weakref
+from collections.abc import Callable, Hashable, Mapping, MutableSet
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from losart.config.model import ModelConfig
 from losart.config.options import AttentionConfig, GenerationConfig
 from losart.engine.batch import PassBatch, PassKind, PassResult
 from losart.engine.kv_cache import PagedKVCache
+from losart.engine.kv_pool import KVPool
 from losart.engine.turns import Turns
 from losart.models.observed import observed_layers
 
@@ -63,6 +65,7 @@ class Transformer:
         self.final_norm = backend.upload_vector(tensors["final_norm"])
         self.head = self.embedding if config.tie_embeddings else backend.upload(tensors["head"])
         self.turns = Turns()
+        self.pools: MutableSet[KVPool] = weakref.WeakSet()
         self.policies: dict[tuple[AttentionConfig, int], AttentionPolicy] = {}
 
     def _load_layer(self, tensors: Mapping[str, Any], prefix: str) -> LayerWeights:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from scarce_memory import ScarceMemory
 
 import losart
 from losart import LosartError, OptionError, OutOfMemoryError
+from losart.measure.random_checkpoint import write_checkpoint
 
 RANDOM = np.random.default_rng(8).integers(0, 256, 2000).tolist()
 ATTENTION: list[dict[str, Any]] = [
@@ -23,8 +25,9 @@ ATTENTION: list[dict[str, Any]] = [
 
 
 @pytest.fixture(scope="module")
-def model(tiny_checkpoint) -> losart.Model:
-    return model_by_rows(tiny_checkpoint)
+def model(tmp_path_factory) -> losart.Model:
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_layers": 2, "head_dim": 16}
+    return model_by_rows(write_checkpoint(tmp_path_factory.mktemp("small"), **small))
 
 
 @pytest.fixture
@@ -146,6 +149,47 @@ def test_what_is_held_is_not_what_makes_an_allocation_fail(model, memory, chunk)
         assert found.stats.reused_tokens == 0
 
 
+def test_what_an_engine_holds_makes_room_for_others_of_the_model(model, memory, chunk):
+    memory.limit = 3 * chunk
+    engine = losart.Engine(model)
+    engine.submit(RANDOM[:600], **options()).result()
+    assert engine.stats.kv_bytes_held == 3 * chunk
+    assert model.generate(RANDOM[700:1200], **options()).token_ids
+    assert engine.stats.kv_bytes_held == 0
+
+
+def test_a_short_prompt_leaves_nothing(model):
+    engine = losart.Engine(model)
+    engine.submit(RANDOM[:9], **options(max_new_tokens=2)).result()
+    assert engine.stats.kv_bytes_held == 0 and not engine._engine._pool._held
+
+
+@pytest.mark.parametrize(("block_length", "reused"), [(4, [512, 688]), (7, [0, 672])])
+def test_part_of_a_chunk_is_copied_where_there_is_room_for_two(model, memory, chunk, block_length, reused):
+    chosen = options(block_length=block_length)
+    document = RANDOM[:700]
+    expected = model.generate(document, **chosen).token_ids
+    for chunks, wanted in ((3, reused[0]), (4, reused[1])):
+        memory.most = 0
+        engine = losart.Engine(model, kv_memory=chunks * chunk)
+        engine.submit(document, **chosen).result()
+        found = engine.submit(document, **chosen).result()
+        assert found.stats.reused_tokens == wanted and found.token_ids == expected
+        assert memory.most <= chunks * chunk
+
+
+def test_progress_begins_anew_for_one_that_was_set_back(model, memory, chunk):
+    seen: list[tuple[int, int]] = []
+    engine = losart.Engine(model)
+    engine.submit(prompt(1, 100), **options()).result()
+    memory.limit = 3 * chunk
+    first = engine.submit(prompt(0), **options(max_new_tokens=150))
+    second = engine.submit(prompt(1), progress=lambda *done: seen.append(done), **options(max_new_tokens=150))
+    assert [len(stream.result().token_ids) for stream in (first, second)] == [150, 150]
+    assert engine.stats.set_back == 1
+    assert len(seen) == 2 and seen[0] == (104, 104) and 0 < seen[1][0] == seen[1][1] > 200
+
+
 def test_who_cannot_go_on_alone_ends(model, memory, chunk):
     memory.limit = chunk
     engine = losart.Engine(model)
@@ -230,6 +274,56 @@ def test_an_observer_cannot_ask_for_what_waits_for_those_it_is_told_of(model, ch
     with pytest.raises(LosartError, match="waits for those it is told of"):
         stream.result()
     assert engine.submit(prompt(1), **chosen).result().token_ids
+
+
+def test_who_waits_is_not_looked_at_before_every_pass(model, chunk, monkeypatch):
+    """Looking takes time with long prompts and many prefixes."""
+    engine = losart.Engine(model, kv_memory=4 * chunk)
+    looks, find = [], engine._engine._pool._find
+    monkeypatch.setattr(engine._engine._pool, "_find", lambda one: (looks.append(one), find(one))[1])
+    streams = [engine.submit(RANDOM[:900], **options(max_new_tokens=40)) for _ in range(3)]
+    streams += [engine.submit(prompt(4), **options()) for _ in range(3)]
+    steps = sum(1 for stream in streams for _ in stream)
+    assert steps > 100 and len(looks) < 30
+
+
+def test_the_next_is_admitted_when_the_one_before_it_no_longer_waits(model, chunk):
+    engine = losart.Engine(model, kv_memory=3 * chunk)
+    first = engine.submit(prompt(0), **options(max_new_tokens=50))
+    large, small = engine.submit(RANDOM[400:1100], **options()), engine.submit(prompt(2), **options())
+    next(first)
+    large.cancel()
+    next(first)
+    assert engine.stats.running == 2 and small.result().stats.mean_sequences > 1
+
+
+@pytest.mark.parametrize("sequences", [1, 4])
+def test_threads_share_little_memory(model, memory, chunk, sequences):
+    """Some cancel what another thread runs at that time."""
+    expected = [model.generate(prompt(one), **options()).token_ids for one in range(8)]
+    memory.most = 0
+    engine = losart.Engine(model, max_sequences=sequences, kv_memory=3 * chunk)
+    streams = [engine.submit(prompt(one % 8), **options()) for one in range(24)]
+    results: list[Any] = [None] * 24
+
+    def ask(one: int) -> None:
+        if one % 3 == 2:
+            next(streams[one], None)
+            streams[one].cancel()
+        else:
+            results[one] = streams[one].result().token_ids
+
+    threads = [threading.Thread(target=ask, args=(one,)) for one in range(24)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert [result for one, result in enumerate(results) if one % 3 != 2] == [
+        expected[one % 8] for one in range(24) if one % 3 != 2
+    ]
+    stats = engine.stats
+    assert (stats.running, stats.waiting, stats.kv_bytes_in_use) == (0, 0, 0)
+    assert memory.most <= 3 * chunk and memory.in_use == stats.kv_bytes_held
 
 
 def test_figures_of_an_engine(model, memory, chunk):

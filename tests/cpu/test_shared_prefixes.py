@@ -15,6 +15,7 @@ from test_model_api import spoil_row, with_tensor
 
 import losart
 from losart.engine.kv_pool import common_length
+from losart.measure.random_checkpoint import write_checkpoint
 
 RANDOM = np.random.default_rng(7).integers(0, 256, 900).tolist()
 DOCUMENT = RANDOM[:600]
@@ -55,6 +56,19 @@ def test_what_prompts_begin_with_in_common_is_prefilled_once(model, common, atte
         first.result().token_ids
         == model.generate(DOCUMENT, **options(**attention, max_new_tokens=30)).token_ids
     )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("common", [600, 300, 256, 17, 0])
+def test_what_prompts_begin_with_in_common_is_prefilled_once_on_cuda(tmp_path, common):
+    """In float32, with calm attention: the pieces of a prompt round otherwise."""
+    model = losart.load(write_checkpoint(tmp_path / "calm", head_gain=1.0), "cuda", "float32")
+    engine = losart.Engine(model)
+    engine.submit(DOCUMENT, **options()).result()
+    prompt = [*DOCUMENT[:common], *(token ^ 1 for token in DOCUMENT[common:]), *RANDOM[600:690]]
+    found = engine.submit(prompt, **options()).result()
+    assert found.stats.reused_tokens == common // PAGE * PAGE
+    assert found.token_ids == model.generate(prompt, **options()).token_ids
 
 
 @settings(max_examples=30, deadline=None)
@@ -154,8 +168,9 @@ def test_numbers_that_are_not_finite_are_not_shared(make_checkpoint, attention):
         assert again.token_ids == model.generate([*clean, *RANDOM[:7]], **options(**attention)).token_ids
 
 
-def test_what_was_used_least_recently_is_given_up(model):
-    engine = losart.Engine(model, max_sequences=2)
+def test_what_was_used_least_recently_is_given_up(model, monkeypatch):
+    monkeypatch.setattr("losart.api.engine.HELD_PREFIXES", 2)
+    engine = losart.Engine(model)
 
     def reused(start: int) -> int:
         return engine.submit(RANDOM[start : start + 100], **options()).result().stats.reused_tokens

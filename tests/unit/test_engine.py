@@ -17,6 +17,7 @@ from kv import model_config
 from losart.config.options import GenerationConfig, generation_config
 from losart.engine.batch import PassBatch, PassKind, PassReads, PassResult
 from losart.engine.engine import Engine, Stream
+from losart.engine.kv_pool import KVPool
 from losart.engine.sampling import Proposals
 from losart.engine.turns import Turns
 from losart.errors import LosartError, NumericalError, OutOfMemoryError
@@ -55,6 +56,7 @@ class Scripted:
     config: Any = MODEL
     slots: int = 0
     turns: Turns = field(default_factory=Turns)
+    pools: set[KVPool] = field(default_factory=set)
 
     def check(self, options: GenerationConfig) -> None:
         pass

@@ -16,6 +16,7 @@ from kv import model_config
 from losart.config.options import GenerationConfig, generation_config
 from losart.engine.batch import PassBatch, PassKind, PassReads, PassResult
 from losart.engine.engine import Engine
+from losart.engine.kv_pool import KVPool
 from losart.engine.sampling import STRATEGIES, propose, transfer_counts
 from losart.engine.turns import Turns
 from losart.observe.step import Step
@@ -49,6 +50,7 @@ class Scripted:
     rides: bool = False
     batch_rows: int = 0
     turns: Turns = field(default_factory=Turns)
+    pools: set[KVPool] = field(default_factory=set)
     prefilled: list[list[int]] = field(default_factory=list)
     passes: list[tuple[PassKind, list[int]]] = field(default_factory=list)
     config: Any = MODEL
