@@ -94,7 +94,7 @@ class PassTimes(Transformer):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.passes: list[tuple[float, float, PassBatch]] = []
+        self.passes: list[tuple[float, float, PassKind, int]] = []  # begun, ended, kind, rows
 
     def begin(self, batch: PassBatch, observe: bool = False) -> Callable[[], PassResult]:
         backend: Any = self.backend
@@ -104,7 +104,7 @@ class PassTimes(Transformer):
         def timed() -> PassResult:
             result = finish()
             backend.memory.stream.synchronize()
-            self.passes.append((began, time.perf_counter(), batch))
+            self.passes.append((began, time.perf_counter(), batch.kind, batch.tokens))
             return result
 
         return timed
@@ -141,8 +141,8 @@ def decode(model: NoiseModel, caches: list[Any], prompt: int, options: dict[str,
                 run.steps.clear()
         seconds = time.perf_counter() - began
     passes = model.transformer.passes
-    count, rows = len(passes), sum(batch.tokens for *_, batch in passes)
-    times = sum(ended - began for began, ended, _ in passes)
+    count, rows = len(passes), sum(rows for *_, rows in passes)
+    times = sum(ended - began for began, ended, *_ in passes)
     stats = [run.sequence.result().stats for run in runs]
     return {
         "tokens a second": len(caches) * NEW_TOKENS / seconds,
@@ -170,7 +170,7 @@ def prefill_beside(model: NoiseModel, caches: list[Any], prompt: int, block: int
         engine._advance(runs[0])
         for run in runs:
             run.steps.clear()
-    over_blocks = [pair for *pair, batch in model.transformer.passes if batch.kind is not PassKind.PREFILL]
+    over_blocks = [pair for *pair, kind, _ in model.transformer.passes if kind is not PassKind.PREFILL]
     waits = np.diff([ended for _, ended in over_blocks])
     return {
         "pass ms": 1e3 * float(np.median([ended - began for began, ended in over_blocks])),
