@@ -173,7 +173,7 @@ def write_sections(
         finally:
             part.unlink(missing_ok=True)
     except OSError as error:
-        raise PrefixError(f"{file}: cannot be written: {error}") from error
+        raise PrefixError(f"{file}: cannot be written: {error.strerror or error}") from error
 
 
 def read_facts(file: Path) -> dict[str, Any]:
@@ -240,7 +240,7 @@ def _read_header(file: Path) -> tuple[dict[str, Any], list[int], int]:
                 raise PrefixError(f"{file}: has version {version} of the format; this losart reads {VERSION}")
             header = source.read(length)
     except OSError as error:
-        raise PrefixError(f"{file}: cannot be read: {error}") from error
+        raise PrefixError(f"{file}: cannot be read: {error.strerror or error}") from error
     if len(header) != length or zlib.crc32(header) != checksum:
         raise PrefixError(f"{file}: its header is cut short or damaged")
     values = json.loads(header)

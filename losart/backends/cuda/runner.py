@@ -102,14 +102,9 @@ class PassRunner:
             buffers = self._buffers.get(shapes) or self._kept_buffers(shapes)
         scratch = [self._scratch_slot(*group) for group in zip(groups, shapes, strict=True)]
         buffers.fill(batch, scratch, self._memory.stream)
-        tokens, _, pairs = buffers.device.rotations.shape
-        arguments = (
-            self._frequencies,
-            float(self._rope_factor),
-            buffers.view,
-            buffers.device.rotations,
-            pairs,
-        )
+        rotations, factor = buffers.device.rotations, float(self._rope_factor)
+        tokens, _, pairs = rotations.shape
+        arguments = (self._frequencies, factor, buffers.view, rotations, pairs)
         self._kernels.launch("rotations", (tokens,), ROTATION_THREADS, *arguments)
         return DeviceBatch(batch, buffers)
 
@@ -135,8 +130,8 @@ class PassRunner:
             return 0
         if slot.stored not in self._scratch:
             with self._memory.running("stored results"):
-                self._scratch[slot.stored] = Slot.empty(slot.stored, self._config)
-                self._scratch[slot.stored].memory.fill(0)
+                scratch = self._scratch[slot.stored] = Slot.empty(slot.stored, self._config)
+                scratch.memory.data.memset_async(0, scratch.memory.nbytes, self._memory.stream)
         return int(self._scratch[slot.stored].memory.data.ptr)
 
     def _prefill(self, batch: PassBatch, body: PassBody) -> Callable[[], PassOutput]:
