@@ -467,7 +467,7 @@ class Engine:
         """Let a waiting run take part; False: it waits for memory."""
         sequence, pool = run.sequence, self._pool
         try:
-            if pool is not None and not self._with_room(lambda: pool.join(sequence)):
+            if pool is not None and not pool.join(sequence):
                 self._full = True
                 return False
             self._waiting.remove(run)

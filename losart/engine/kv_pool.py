@@ -117,26 +117,22 @@ class KVPool:
             )
 
     def join(self, sequence: Sequence) -> bool:
-        """Give a sequence's empty cache what is held of its prefix; False: there is no room for it yet.
-
-        Raises
-        ------
-        MemoryError
-            The part of a chunk cannot be copied; the cache stays empty.
-        """
+        """Give a sequence's empty cache what is held of its prefix; False: there is no room for it yet."""
         found = self._find(sequence)
         # While part of a chunk is copied there are two of it: where that is too much, whole chunks serve.
-        if not self._make_room(*self._planned(sequence, found)):
-            found = _without_part(found)
-            if not self._make_room(*self._planned(sequence, found)):
-                return False
-        sequence.cache.share(found.chunks, len(found.ids))
-        sequence.found = len(found.ids)
-        if not sequence.begun:
-            sequence.reused = sequence.found
-        self.reused_tokens += sequence.found
-        self._running.append(sequence)
-        return True
+        for shared in (found, _without_part(found)):
+            if self._make_room(*self._planned(sequence, shared)):
+                try:
+                    sequence.cache.share(shared.chunks, len(shared.ids))
+                except MemoryError:
+                    continue
+                sequence.found = len(shared.ids)
+                if not sequence.begun:
+                    sequence.reused = sequence.found
+                self.reused_tokens += sequence.found
+                self._running.append(sequence)
+                return True
+        return False
 
     def _planned(
         self, sequence: Sequence | None = None, found: Prefix | None = None

@@ -178,6 +178,15 @@ def test_part_of_a_chunk_is_copied_where_there_is_room_for_two(model, memory, ch
         assert memory.most <= chunks * chunk
 
 
+def test_whole_chunks_serve_where_there_is_no_memory_for_a_copy(model, memory, chunk):
+    engine = losart.Engine(model)
+    expected = engine.submit(RANDOM[:700], **options()).result()
+    memory.limit = memory.in_use
+    found = engine.submit(RANDOM[:700], **options()).result()
+    assert memory.refused and found.stats.reused_tokens == 512
+    assert found.token_ids == expected.token_ids
+
+
 def test_progress_begins_anew_for_one_that_was_set_back(model, memory, chunk):
     seen: list[tuple[int, int]] = []
     engine = losart.Engine(model)
