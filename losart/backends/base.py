@@ -1,6 +1,6 @@
 """What a backend must offer: the one place where machines differ.
 
-Arrays are the backend's own. `batch` is the pass: what `run` hands to its body, a PassBatch or what the
+Arrays are the backend's own. `batch` is the pass: what `begin` hands to its body, a PassBatch or what the
 backend made of one.
 """
 
@@ -191,6 +191,7 @@ class Backend(Protocol):
     prefill_tokens: int  # of a prompt that go through the model at a time
     beside_tokens: int  # the same while other sequences wait for their passes
     riding_blocks: Container[int]  # lengths of blocks whose commits may ride
+    deterministic: bool  # whether sums must not depend on what else a pass has
     max_sequences: int  # that share passes, unless somebody says otherwise
     batch_rows: int  # that a pass over several sequences may have; 0: a pass has one sequence
 

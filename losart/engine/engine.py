@@ -52,6 +52,10 @@ class Runner(Protocol):
         """The same while other sequences wait for their passes."""
 
     @property
+    def deterministic(self) -> bool:
+        """Whether a sequence must not depend, not even by rounding, on what it shares."""
+
+    @property
     def max_sequences(self) -> int:
         """That share passes, unless somebody says otherwise."""
 
@@ -222,7 +226,8 @@ class Engine:
         self._block_sequences = 0  # of those passes, in all
         self._prefilled_tokens = 0
         self._prefilled = 0  # tokens of prompts since the last pass over blocks
-        self._untold: dict[Run, tuple[tuple[SequencePass, ...], Ids[PassReads]]] = {}
+        # What a run's last pass read, and after how many positions; not the pass, which has the cache.
+        self._untold: dict[Run, tuple[list[int], Ids[PassReads]]] = {}
 
     @property
     def stats(self) -> EngineStats:
@@ -313,7 +318,8 @@ class Engine:
         limit = min(options.max_new_tokens, self.runner.config.max_positions - len(prompt))
         output = Output(limit, options.stop_token_ids, options.stop, decode)
         runner = self.runner
-        return Sequence(prompt, options, output, cache, runner.prefill_tokens, runner.commits_ride(options))
+        rides = runner.commits_ride(options)
+        return Sequence(prompt, options, output, cache, runner.prefill_tokens, rides, runner.deterministic)
 
     def prefix(self, prompt: Ids[int], options: GenerationConfig, progress: Progress | None = None) -> Prefix:
         """Prefill a prompt's whole pages and blocks, or find them, and hold them.
@@ -432,10 +438,11 @@ class Engine:
             (prefilling if run.prefills else decoding).append(run)
         # Others have a pass after so many tokens of prompts, which is one piece of a long one.
         if prefilling and not (self._prefilled >= self.runner.beside_tokens and decoding):
-            run = asked if asked in prefilling else prefilling[0]
+            run = min(prefilling, key=lambda run: run.last_pass)
             before, runner = run.sequence.prefilled, self.runner
             cost = 1 + run.sequence.cache.length // LONG_PREFIX
-            run.sequence.prefill_tokens = runner.beside_tokens // cost if decoding else runner.prefill_tokens
+            beside = max(1, runner.beside_tokens // cost)
+            run.sequence.prefill_tokens = beside if decoding else runner.prefill_tokens
             self._run([run])
             self._prefilled += (run.sequence.prefilled - before) * cost
             return
@@ -610,6 +617,10 @@ class Engine:
             else:
                 sequence.decode_seconds += seconds
             sequence.apply(_known(result.proposals))
+            if requests[0].kind is not PassKind.PREFILL:
+                with self._lock:
+                    if not run.left:
+                        self._untold[run] = [one.prefix_length for one in requests], result.reads
             if sequence.first_token_seconds is None and sequence.output.tokens:
                 sequence.first_token_seconds = time.perf_counter() - run.joined
             if requests[0].kind is PassKind.PREFILL and run.progress is not None:
@@ -619,14 +630,13 @@ class Engine:
                 for step, layers in zip(sequence.steps(), result.layers, strict=True):
                     run.observer(replace(step, layers=layers))
         except Exception as error:
+            self._untold.pop(run, None)
             self._end(run, error)
             return
         except BaseException:
+            self._untold.pop(run, None)
             self._end(run, LosartError("the pass was interrupted"))
             raise
-        if requests[0].kind is not PassKind.PREFILL:
-            with self._lock:
-                self._untold[run] = requests, result.reads
         if sequence.finished:
             self._end(run)
 
@@ -636,10 +646,10 @@ class Engine:
             for run in runs or list(self._untold):
                 if run not in self._untold:
                     continue
-                requests, reads = self._untold.pop(run)
+                prefix_lengths, reads = self._untold.pop(run)
                 sequence = run.sequence
-                for request, read in zip(requests, reads, strict=True):
-                    sequence.reads.add(read, request.prefix_length, self.runner.config.num_kv_heads)
+                for read, prefix_length in zip(reads, prefix_lengths, strict=True):
+                    sequence.reads.add(read, prefix_length, self.runner.config.num_kv_heads)
                 for step in sequence.steps():
                     if step.kind != PassKind.COMMIT.value:
                         result = sequence.result() if sequence.finished else None

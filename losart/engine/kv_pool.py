@@ -253,8 +253,8 @@ class KVPool:
         yield from (held for held in tuple(self._held) if held.kind == kind)
 
     def _used(self, prefix: Prefix) -> None:
-        if prefix in self._held:
-            self._held[prefix] = self._held.pop(prefix)
+        if self._held.pop(prefix, False) is None:  # another thread may give it up
+            self._held[prefix] = None
 
 
 def _without_part(prefix: Prefix) -> Prefix:

@@ -16,6 +16,7 @@ import json
 import math
 import os
 import struct
+import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -154,10 +155,10 @@ def write_sections(
     """
     header = json.dumps({"facts": facts, "sizes": list(sizes)}).encode()
     header += b" " * (-(PREAMBLE.size + len(header)) % UNIT)
-    part = file.with_name(f".{file.name}.{os.getpid()}")
     try:
+        number, name = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
         try:
-            with part.open("xb") as out:
+            with open(number, "wb") as out:
                 out.write(PREAMBLE.pack(MAGIC, VERSION, len(header), zlib.crc32(header)) + header)
                 checksums = []
                 for section in sections:
@@ -169,9 +170,9 @@ def write_sections(
                 out.write(struct.pack(f"<{len(checksums)}I", *checksums))
                 out.flush()
                 os.fsync(out.fileno())
-            os.replace(part, file)
+            os.replace(name, file)
         finally:
-            part.unlink(missing_ok=True)
+            Path(name).unlink(missing_ok=True)
     except OSError as error:
         raise PrefixError(f"{file}: cannot be written: {error.strerror or error}") from error
 

@@ -102,6 +102,11 @@ class Transformer:
         return self.backend.beside_tokens
 
     @property
+    def deterministic(self) -> bool:
+        """Whether a sequence must not depend, not even by rounding, on what it shares."""
+        return self.backend.deterministic
+
+    @property
     def max_sequences(self) -> int:
         """That share passes, unless somebody says otherwise."""
         return self.backend.max_sequences

@@ -72,14 +72,14 @@ def test_the_end_of_a_prefix_is_prefilled_and_the_rest_noise(tiny_checkpoint, mo
     model = losart.load(tiny_checkpoint, "cpu")
     pieces = []
     transformer = model._engine.runner
-    forward = transformer.forward
+    begin = transformer.begin
 
     def noting(batch, observe=False):
         assert batch.kind is PassKind.PREFILL
         pieces.append((batch.sequences[0].prefix_length, batch.tokens))
-        return forward(batch, observe)
+        return begin(batch, observe)
 
-    monkeypatch.setattr(transformer, "forward", noting)
+    monkeypatch.setattr(transformer, "begin", noting)
     blocks = NoiseBlocks(model, prefix, 4)
     assert pieces == [(prefix - prefilled, prefilled)] and blocks.cache.length == prefix
     queries = np.ones((4, 4, 32), np.float32)

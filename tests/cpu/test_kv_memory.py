@@ -141,6 +141,17 @@ def test_who_is_set_back_goes_on_without_loss(model, memory, chunk, attention, s
     assert not engine._engine._running and not engine._engine._waiting
 
 
+def test_who_is_set_back_gives_its_memory_up_at_once(model, memory, chunk):
+    """Before its last step has been asked for."""
+    chosen = options(max_new_tokens=300)
+    expected = [model.generate(prompt(one, 40 + one), **chosen).token_ids for one in range(2)]
+    memory.limit = 3 * chunk
+    engine = losart.Engine(model)
+    streams = [engine.submit(prompt(one, 40 + one), **chosen) for one in range(2)]
+    assert [stream.result().token_ids for stream in streams] == expected
+    assert engine.stats.set_back
+
+
 def test_what_is_held_is_not_what_makes_an_allocation_fail(model, memory, chunk):
     memory.limit = 3 * chunk
     engine = losart.Engine(model, max_sequences=4)

@@ -167,15 +167,15 @@ def test_a_fixed_position_is_never_active(model, monkeypatch):
 
 def test_passes_of_any_masks_have_one_shape(model, monkeypatch):
     """A captured pass is replayed for another whatever is masked."""
-    keys, run = [], model._engine.runner.backend.run
+    keys, begin = [], model._engine.runner.backend.begin
 
     def noting(batch, body, *args):
         keys.append(body.key)
-        return run(batch, body, *args)
+        return begin(batch, body, *args)
 
-    monkeypatch.setattr(model._engine.runner.backend, "run", noting)
+    monkeypatch.setattr(model._engine.runner.backend, "begin", noting)
     model.generate(PROMPT, attention="losa", candidates="masked", **GENERATION)
-    shapes = {key for key in keys if key and key[0] is PassKind.LATER}
+    shapes = {key for key in keys if key and key[1][0] is PassKind.LATER}
     assert len([key for key in keys if key in shapes]) > 10
     assert len(shapes) == 1
 

@@ -208,6 +208,21 @@ def test_a_list_of_prompts_is_decoded_together(model, number):
         assert results[-1].stats.mean_sequences > 2
 
 
+@pytest.mark.parametrize("planner", ["host", "device"])
+@pytest.mark.parametrize("selector", ["quest", "anchor"])
+def test_groups_that_are_padded(model, planner, selector):
+    """Of 17 sequences, to 18."""
+    options = options_of(0, 12) | {
+        "attention": "losa",
+        "budget": 32,
+        "planner": planner,
+        "selector": selector,
+    }
+    prompts = [PROMPTS[1][:20] + [one] * 60 for one in range(17)]
+    expected = [facts(model.generate(prompt, **options)) for prompt in prompts]
+    assert [facts(result) for result in model.generate(prompts, **options)] == expected
+
+
 requests = st.tuples(
     st.integers(0, len(PROMPTS) - 1),
     st.integers(0, len(OPTIONS) - 1),

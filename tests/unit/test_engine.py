@@ -50,6 +50,7 @@ class Scripted:
     prefill_tokens: int = 8
     beside_tokens: int = 4
     rides: bool = False
+    deterministic: bool = False
     passes: list[list[tuple[str, int]]] = field(default_factory=list)
     fails: dict[int, Exception] = field(default_factory=dict)  # by the first id of a prompt
     during: Any = None  # called in each pass
@@ -180,6 +181,19 @@ def test_pieces_beside_others_are_smaller_the_longer_the_prefix(monkeypatch):
     assert "prefill prefill" not in " ".join(kinds[1:])
 
 
+def test_a_short_prompt_does_not_wait_for_all_of_a_long_one():
+    engine = Engine(runner := Scripted(), 16)
+    asked, long, short = submit(engine, 0, 4, new=60), submit(engine, 1, 80), submit(engine, 2, 4)
+    next(asked)
+    long.start()
+    short.start()
+    for _ in asked:
+        pass
+    first = next(n for n, passed in enumerate(runner.passes) if passed == [("prefill", 2)])
+    last = max(n for n, passed in enumerate(runner.passes) if passed == [("prefill", 1)])
+    assert first < 6 < last
+
+
 def test_no_more_than_so_many_sequences_and_rows_take_part():
     engine = Engine(runner := Scripted(), max_sequences=2)
     for stream in started(engine, 4, 4, 4, 4, 4):
@@ -275,7 +289,9 @@ def test_an_observer_may_generate_and_not_ask_for_its_own():
     def generate(step: Any) -> None:
         inner.append(submit(engine, 9, new=4).result().token_ids)
 
-    assert len(submit(engine, 1, observer=generate).result().token_ids) == 8
+    alone = [(step.block_start, step.fixed) for step in submit(Engine(Scripted(), 16), 1)]
+    observed = [(step.block_start, step.fixed) for step in submit(engine, 1, observer=generate)]
+    assert observed == alone, "its own passes go on within those that the observer asks for"
     assert inner and all(tokens == [0, 1, 2, 3] for tokens in inner)
 
     streams: list[Stream] = []

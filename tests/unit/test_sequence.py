@@ -48,6 +48,7 @@ class Scripted:
     prefill_tokens: int = PREFILL_TOKENS
     beside_tokens: int = PREFILL_TOKENS
     rides: bool = False
+    deterministic: bool = False
     batch_rows: int = 0
     turns: Turns = field(default_factory=Turns)
     pools: set[KVPool] = field(default_factory=set)

@@ -91,6 +91,7 @@ class CudaBackend:
             )
         self.config = config
         self.precision = precision
+        self.deterministic = deterministic
         self.memory = DeviceMemory()
         card = Card.of(self.memory.device)
         if cu.NORM_CHANNEL_BYTES * config.hidden_size > card.shared_per_block:

@@ -18,6 +18,8 @@ from losart.engine.batch import PassBatch, PassKind, SequencePass
 from losart.engine.sampling import float32_temperature
 from losart.kernels_cu.views import BatchView, CachesView, StoredView
 
+LARGEST_TOP_K = 2**31 - 1
+
 
 @dataclass(frozen=True)
 class GroupShape:
@@ -34,7 +36,7 @@ class GroupShape:
     denoises : bool
     page_size, chunk_positions : int
     pages : int
-        Of a prefix at most.
+        Of a prefix at most; 0 where nothing depends on it.
     """
 
     caches: int
@@ -70,7 +72,9 @@ def group_shape(group: PassBatch, max_positions: int) -> GroupShape:
     first, per_cache, table = group.sequences[0], 1 + group.rides, group.sequences[0].cache.table
     caches, page_size = padded(len(group.sequences) // per_cache), table.page_size
     pages = -(-max_positions // page_size)
-    if caches > 1:
+    if caches > 1 and first.options.attention.method == "dense":
+        pages = 0
+    elif caches > 1:
         longest = max(sequence.prefix_length for sequence in group.sequences)
         pages = min(pages, 1 << max(0, -(-longest // page_size) - 1).bit_length())
     tokens, denoises = len(first.ids), group.sequences[-1].kind.denoises
@@ -216,7 +220,7 @@ class BatchBuffers:
         for to, values in (
             (host.top_p, [one.top_p for one in options]),
             (host.mask_token, [one.mask_token_id for one in options]),
-            (host.top_k, [one.top_k for one in options]),
+            (host.top_k, [min(one.top_k, LARGEST_TOP_K) for one in options]),
             (host.temperature, [float32_temperature(one.temperature) for one in options]),
         ):
             to[:count] = np.repeat(np.array(values, to.dtype), counts)

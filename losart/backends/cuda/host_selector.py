@@ -52,8 +52,10 @@ class HostSelector:
         if active is not None and not active.tokens.count:
             return self._nothing(active, batch)
         offset, shape = batch.slot.offset("top_pages", layer), batch.stored_pages_shape
-        slots = [sequence.slot.array(offset, shape, np.int32) for sequence in batch.sequences]
-        return self._unite(cupy.stack(slots), active, batch)
+        top = cupy.full((batch.shape.sequences, *shape), -1, np.int32)  # of those that pad the group none
+        for of_sequence, sequence in zip(top, batch.sequences, strict=False):
+            of_sequence[...] = sequence.slot.array(offset, shape, np.int32)
+        return self._unite(top, active, batch)
 
     def _nothing(self, active: ActiveTokens, batch: DeviceBatch) -> Selection:
         return Selection(cupy.empty((batch.shape.sequences, 0), np.int32), NO_PAGES, active.change)

@@ -21,6 +21,7 @@ TENSOR_HEAD_DIMS = (64, 128)
 # itself. Where caches are many, they alone keep all SMs at work.
 SPLITS, FEW_SPLITS, FEW = 4, 2, 16
 LEAST_PART_TILES = 4
+MOST_BLOCKS = 65535  # in a grid's second dimension
 FEW_BLOCKS, MANY_BLOCKS = 4, 8  # of block_attention per SM
 
 
@@ -119,6 +120,7 @@ def prefix_plan(
     else:
         plan = _split_plan(card, "prefix_attention", tensor, rows, kv_heads, head_dim)
     _, own, blocks = plan.grid
+    own = min(own, MOST_BLOCKS // caches)
     tile = cu.TENSOR_TILE if tensor and head_dim in TENSOR_HEAD_DIMS else cu.PLAIN_TILE
     tile = 0 if same_sums else tile
     parts = (
