@@ -34,8 +34,9 @@ class Engine:
     at most, else 1,024. Without `kv_memory`, 16 prefixes are held for nobody at most, those used last.
 
     Where an allocation fails all the same, held prefixes are given up, and where a cache still cannot grow,
-    the generation that began last is set back: it gives its cache up and waits, is prefilled again when another one has ended, and goes
-    on where it was. One whose answer was committed sparsely is not, since prefill would not give the same.
+    the generation that began last is set back: it gives its cache up and waits, is prefilled again when
+    another one has ended, and goes on where it was. One whose answer was committed sparsely is not, since
+    prefill would not give the same.
 
     Parameters
     ----------
