@@ -560,12 +560,29 @@ class Engine:
                 self._end(run, error)
 
     def _forward(self, runs: list[Run]) -> None:
-        began = time.perf_counter()
         self._passes += 1
         passes = [(run, requests) for run in runs if (requests := self._request(run))]
-        if not passes:
-            return
         passes.sort(key=lambda one: _order(one[1]))  # neighbours of a kind share their attention's operations
+        left = [passes] if passes else []
+        while left:
+            some = left.pop()
+            try:
+                self._forward_together(some)
+            except MemoryError as error:
+                if len(some) > 1:  # fewer rows take less
+                    left += some[len(some) // 2 :], some[: len(some) // 2]
+                else:
+                    self._end(some[0][0], error)
+
+    def _forward_together(self, passes: list[tuple[Run, tuple[SequencePass, ...]]]) -> None:
+        """Run some sequences' passes in one forward.
+
+        Raises
+        ------
+        MemoryError
+            There is none for it; nothing has been applied.
+        """
+        began = time.perf_counter()
         batch = PassBatch(tuple(request for _, requests in passes for request in requests))
         observe = any(run.observer is not None for run, _ in passes)
         finish = self._with_room(lambda: self.runner.begin(batch, observe))

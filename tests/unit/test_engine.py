@@ -208,6 +208,28 @@ def test_no_more_than_so_many_sequences_and_rows_take_part():
     assert max(shares) - min(shares) <= 5  # those prefilled first have begun before
 
 
+@pytest.mark.parametrize("most", [0, 1, 2, 3])
+def test_passes_for_which_there_is_no_memory_are_divided(most):
+    engine = Engine(runner := Scripted(), 16)
+    begin = runner.begin
+
+    def scarce(batch: PassBatch, observe: bool = False) -> Callable[[], PassResult]:
+        if len(batch.sequences) > most and batch.kind is not PassKind.PREFILL:
+            raise MemoryError("no memory for a pass")
+        return begin(batch, observe)
+
+    runner.begin = scarce  # type: ignore[method-assign]
+    streams = started(engine, 4, 4, 4, 4, 4)
+    if most:
+        assert all(len(stream.result().token_ids) == 8 for stream in streams)
+        assert max(len(passed) for passed in runner.passes) == most
+        return
+    for stream in streams:
+        with pytest.raises(MemoryError, match="for a pass"):
+            stream.result()
+    assert not engine._running
+
+
 def test_numbers_that_are_not_finite_end_one_sequence():
     engine = Engine(Scripted(fails={1: NumericalError("not finite")}), 16)
     streams = started(engine, 4, 4, 4)
