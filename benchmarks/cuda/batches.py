@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import cupy
 import numpy as np
 
-from benchmarks.cuda.model import NoiseModel
+from benchmarks.cuda.model import NoiseModel, TimedTransformer
 from benchmarks.cuda.noise import kv_bytes, weight_bytes, written_cache
 from benchmarks.cuda.timing import queued_microseconds
 from benchmarks.cuda.torch_attention import run_microseconds
@@ -18,9 +18,8 @@ from benchmarks.support.transformers_pass import TransformersPass
 from losart.backends.cuda.matmul import blas_matmul
 from losart.config.options import generation_config
 from losart.config.precision import BFLOAT16
-from losart.engine.batch import PassBatch, PassKind, PassResult
+from losart.engine.batch import PassKind
 from losart.engine.engine import Engine, Run
-from losart.models.transformer import Transformer
 
 NEW_TOKENS = 256
 LONG_PROMPT = 32768
@@ -54,7 +53,7 @@ def rows(bandwidth: float, quick: bool = False) -> Iterator[dict[str, Any]]:
         if size != loaded:
             del model
             free_memory()
-            model, loaded = attempt(NoiseModel, size, PassTimes), size
+            model, loaded = attempt(NoiseModel, size, TimedTransformer), size
         row = {"size": size, "sequences": sequences, "prompt": prompt, "block": block, "passes": passes}
         caches = model if isinstance(model, str) else attempt(noise_caches, model, sequences, prompt, block)
         if isinstance(caches, str):
@@ -89,27 +88,6 @@ def rows(bandwidth: float, quick: bool = False) -> Iterator[dict[str, Any]]:
         free_memory()
 
 
-class PassTimes(Transformer):
-    """Notes when each pass began and ended; it is waited for."""
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self.passes: list[tuple[float, float, PassKind, int]] = []  # begun, ended, kind, rows
-
-    def begin(self, batch: PassBatch, observe: bool = False) -> Callable[[], PassResult]:
-        backend: Any = self.backend
-        began = time.perf_counter()
-        finish = super().begin(batch, observe)
-
-        def timed() -> PassResult:
-            result = finish()
-            backend.memory.stream.synchronize()
-            self.passes.append((began, time.perf_counter(), batch.kind, batch.tokens))
-            return result
-
-        return timed
-
-
 def noise_caches(model: NoiseModel, sequences: int, prompt: int, block: int) -> list[Any]:
     """Caches that hold a prompt each."""
     c, random = model.config, cupy.random.RandomState(0)
@@ -141,8 +119,7 @@ def decode(model: NoiseModel, caches: list[Any], prompt: int, options: dict[str,
                 run.steps.clear()
         seconds = time.perf_counter() - began
     passes = model.transformer.passes
-    count, rows = len(passes), sum(rows for *_, rows in passes)
-    times = sum(ended - began for began, ended, *_ in passes)
+    count, rows, times = len(passes), sum(one.rows for one in passes), sum(one.seconds for one in passes)
     stats = [run.sequence.result().stats for run in runs]
     return {
         "tokens a second": len(caches) * NEW_TOKENS / seconds,
@@ -170,10 +147,10 @@ def prefill_beside(model: NoiseModel, caches: list[Any], prompt: int, block: int
         engine._advance(runs[0])
         for run in runs:
             run.steps.clear()
-    over_blocks = [pair for *pair, kind, _ in model.transformer.passes if kind is not PassKind.PREFILL]
-    waits = np.diff([ended for _, ended in over_blocks])
+    over_blocks = [one for one in model.transformer.passes if one.kind is not PassKind.PREFILL]
+    waits = np.diff([one.ended for one in over_blocks])
     return {
-        "pass ms": 1e3 * float(np.median([ended - began for began, ended in over_blocks])),
+        "pass ms": 1e3 * float(np.median([one.seconds for one in over_blocks])),
         "median wait ms": 1e3 * float(np.median(waits)),
         "p99 wait ms": 1e3 * float(np.percentile(waits, 99)),
     }

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import groupby
@@ -12,13 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.cuda.model import NoiseModel
+from benchmarks.cuda.model import NoiseModel, TimedTransformer
 from benchmarks.cuda.noise import BLOCK
 from benchmarks.support.attempts import attempt, free_memory, ratio
 from losart.api.session import Session
-from losart.engine.batch import PassBatch, PassResult
 from losart.engine.engine import Engine
-from losart.models.transformer import Transformer
 from losart.observe.step import Stats
 
 RIDING = "commit and first"
@@ -61,11 +57,11 @@ def method_rows(model: NoiseModel, prompt: int, new_tokens: int) -> Iterator[dic
     }
     session = Session(Engine(model.transformer), None, None, fixed)
     ids = np.random.default_rng(0).integers(model.config.vocab_size, size=prompt).tolist()
-    seconds, dense = model.transformer.seconds, None
+    passes, dense = model.transformer.passes, None
     for name, options in METHODS.items():
 
         def generate(tokens: int, **more: Any) -> Stats:
-            seconds.clear()
+            passes.clear()
             return session.generate(ids, max_new_tokens=tokens, **options, **more).stats  # noqa: B023
 
         more = {}
@@ -90,13 +86,13 @@ def method_rows(model: NoiseModel, prompt: int, new_tokens: int) -> Iterator[dic
             "decoding s": stats.decode_seconds,
         }
         for kind in ("first", RIDING, "later", "commit"):
-            of_kind = seconds[kind]
+            of_kind = [one.seconds for one in passes if (RIDING if one.rides else one.kind.value) == kind]
             row |= {
                 f"{kind} passes": len(of_kind),
                 f"{kind} ms": 1e3 * sum(of_kind) / max(1, len(of_kind)),
                 f"{kind} s": sum(of_kind),
             }
-        yield row | {"outside passes s": stats.decode_seconds - sum(map(sum, seconds.values()))}
+        yield row | {"outside passes s": stats.decode_seconds - sum(one.seconds for one in passes)}
 
 
 def matching_threshold(generate: Callable[..., Stats]) -> float:
@@ -110,29 +106,3 @@ def matching_threshold(generate: Callable[..., Stats]) -> float:
         fraction = generate(2 * BLOCK, change_threshold=middle).active_fraction
         low, high = (middle, high) if (fraction or 0.0) * BLOCK > MEAN_ACTIVE else (low, middle)
     return high
-
-
-class TimedTransformer(Transformer):
-    """Notes the seconds of each pass, by its kind. Each is waited for, so that none is counted to the next.
-
-    A first pass with which a commit rides is a kind of its own.
-
-    Denoising passes wait for their proposals anyway; what this adds is a wait after a commit.
-    """
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self.seconds: dict[str, list[float]] = defaultdict(list)
-
-    def begin(self, batch: PassBatch, observe: bool = False) -> Callable[[], PassResult]:
-        backend: Any = self.backend
-        began = time.perf_counter()
-        finish = super().begin(batch, observe)
-
-        def timed() -> PassResult:
-            result = finish()
-            backend.memory.stream.synchronize()
-            self.seconds[RIDING if batch.rides else batch.kind.value].append(time.perf_counter() - began)
-            return result
-
-        return timed

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -12,7 +14,7 @@ import numpy as np
 from benchmarks.cuda.noise import BFLOAT16, NoiseBackend, block_options, model_config, shapes
 from benchmarks.cuda.timing import run_microseconds
 from losart.config.options import AttentionConfig
-from losart.engine.batch import PassKind
+from losart.engine.batch import PassBatch, PassKind, PassResult
 from losart.engine.kv_cache import PagedKVCache
 from losart.measure.bench import BlockPasses
 from losart.models.transformer import Transformer
@@ -33,6 +35,44 @@ class NoiseModel:
         self.config = model_config(size)
         self.backend = NoiseBackend(self.config, BFLOAT16)
         self.transformer: Any = transformer(self.config, shapes(self.config), self.backend)
+
+
+@dataclass(frozen=True)
+class PassTime:
+    """A pass: when it began and ended, by `time.perf_counter`, and what it was."""
+
+    began: float
+    ended: float
+    kind: PassKind
+    rides: bool
+    rows: int
+
+    @property
+    def seconds(self) -> float:
+        """How long it took."""
+        return self.ended - self.began
+
+
+class TimedTransformer(Transformer):
+    """Notes the time of each pass, which is waited for, so that none is counted to the next."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.passes: list[PassTime] = []
+
+    def begin(self, batch: PassBatch, observe: bool = False) -> Callable[[], PassResult]:
+        backend: Any = self.backend
+        began = time.perf_counter()
+        finish = super().begin(batch, observe)
+        what = batch.kind, batch.rides, batch.tokens  # not the batch, which has the caches
+
+        def timed() -> PassResult:
+            result = finish()
+            backend.memory.stream.synchronize()
+            self.passes.append(PassTime(began, time.perf_counter(), *what))
+            return result
+
+        return timed
 
 
 class LaterPasses(BlockPasses):

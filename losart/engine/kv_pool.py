@@ -219,7 +219,7 @@ class KVPool:
 
     def awaits(self, sequence: Sequence) -> bool:
         """Whether a prefill that is under way will have more in common with a sequence than there is now."""
-        if sequence.awaited is not None:  # whoever waits is asked about before every pass
+        if sequence.awaited is not None:  # asked before every pass, of each that waits
             other, positions = sequence.awaited
             if other in self._running and other.cache.length < positions:
                 return True

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from arrivals import check_arrivals, requests
 from by_rows import model_by_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -60,37 +61,22 @@ def alone(model: losart.Model, prompt: int, number: int, new: int) -> Any:
     return ALONE[key]
 
 
-requests = st.tuples(
-    st.integers(0, len(PROMPTS) - 1),
-    st.integers(0, len(OPTIONS) - 1),
-    st.sampled_from([1, 5, 16, 30]),
-    st.integers(0, 12),  # steps of others before it comes
-    st.one_of(st.none(), st.integers(0, 3)),  # own steps before it is cancelled
-)
-
-
 @settings(max_examples=25, deadline=None)
-@given(st.lists(requests, min_size=1, max_size=9), st.sampled_from([1, 3, 16]), st.randoms())
+@given(
+    st.lists(requests(len(PROMPTS), len(OPTIONS)), min_size=1, max_size=9),
+    st.sampled_from([1, 3, 16]),
+    st.randoms(),
+)
 def test_each_generation_is_what_it_is_alone(model, asked, places, random):
     engine = losart.Engine(model, max_sequences=places)
-    coming = sorted(enumerate(asked), key=lambda one: one[1][3])
-    streams: dict[int, Stream] = {}
-    taken = dict.fromkeys(range(len(asked)), 0)
-    steps = 0
-    while coming or streams:
-        while coming and (not streams or coming[0][1][3] <= steps):
-            index, (prompt, number, new, *_) = coming.pop(0)
-            streams[index] = engine.submit(PROMPTS[prompt], **options_of(number, new))
-        index = random.choice(list(streams))
-        prompt, number, new, _, cancelled = asked[index]
-        if taken[index] == cancelled:
-            streams.pop(index).cancel()
-            continue
-        step = next(streams[index])
-        steps, taken[index] = steps + 1, taken[index] + 1
-        if step.result is not None:
-            assert facts(step.result) == alone(model, prompt, number, new)
-            del streams[index]
+
+    def submit(prompt: int, number: int, new: int) -> Stream:
+        return engine.submit(PROMPTS[prompt], **options_of(number, new))
+
+    def check(result: losart.GenerationResult, prompt: int, number: int, new: int) -> None:
+        assert facts(result) == alone(model, prompt, number, new)
+
+    check_arrivals(asked, random, submit, check)
 
 
 def test_a_list_of_prompts_is_decoded_together(model, monkeypatch):

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from arrivals import check_arrivals, requests
 from cuda_arrays import on_host, stored_array
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -223,37 +224,22 @@ def test_groups_that_are_padded(model, planner, selector):
     assert [facts(result) for result in model.generate(prompts, **options)] == expected
 
 
-requests = st.tuples(
-    st.integers(0, len(PROMPTS) - 1),
-    st.integers(0, len(OPTIONS) - 1),
-    st.sampled_from([1, 5, 16, 30]),
-    st.integers(0, 12),  # steps of others before it comes
-    st.one_of(st.none(), st.integers(0, 3)),  # own steps before it is cancelled
-)
-
-
 @settings(max_examples=12, deadline=None)
-@given(st.lists(requests, min_size=2, max_size=12), st.sampled_from([3, 16]), st.randoms())
+@given(
+    st.lists(requests(len(PROMPTS), len(OPTIONS)), min_size=2, max_size=12),
+    st.sampled_from([3, 16]),
+    st.randoms(),
+)
 def test_each_generation_is_what_it_is_alone(model, asked, places, random):
     engine = losart.Engine(model, max_sequences=places)
-    coming = sorted(enumerate(asked), key=lambda one: one[1][3])
-    streams: dict[int, Stream] = {}
-    taken = dict.fromkeys(range(len(asked)), 0)
-    steps = 0
-    while coming or streams:
-        while coming and (not streams or coming[0][1][3] <= steps):
-            index, (prompt, number, new, *_) = coming.pop(0)
-            streams[index] = engine.submit(PROMPTS[prompt], **options_of(number, new))
-        index = random.choice(list(streams))
-        prompt, number, new, _, cancelled = asked[index]
-        if taken[index] == cancelled:
-            streams.pop(index).cancel()
-            continue
-        step = next(streams[index])
-        steps, taken[index] = steps + 1, taken[index] + 1
-        if step.result is not None:
-            assert facts(step.result) == alone(model, prompt, number, new)
-            del streams[index]
+
+    def submit(prompt: int, number: int, new: int) -> Stream:
+        return engine.submit(PROMPTS[prompt], **options_of(number, new))
+
+    def check(result: losart.GenerationResult, prompt: int, number: int, new: int) -> None:
+        assert facts(result) == alone(model, prompt, number, new)
+
+    check_arrivals(asked, random, submit, check)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -14,7 +14,7 @@ from losart.config.model import ModelConfig
 from losart.config.precision import FORMATS
 
 HELD_AS = {name: format.array for name, format in FORMATS.items()}
-LAYER = 1  # of two; the other is full of NaN, which shows in whoever reads it
+LAYER = 1  # of two; the other is full of NaN, which shows if it is read
 
 
 def steady(examples: int) -> settings:
