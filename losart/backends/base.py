@@ -17,7 +17,6 @@ from losart.config.precision import Precision
 from losart.engine.batch import PassBatch
 from losart.engine.kv_cache import PagedKVCache
 from losart.engine.sampling import Proposals
-from losart.errors import NumericalError
 
 Array = Any
 Batch = Any  # a PassBatch, as the backend hands it to the body of a pass
@@ -130,8 +129,8 @@ class PassOutput:
 
     Attributes
     ----------
-    proposals : sequence of Proposals or NumericalError
-        One per sequence that is denoised.
+    proposals : Proposals, optional
+        For the masked rows of all sequences, one after the other; None where nothing is denoised.
     positions : sequence of int
         Prefix positions that sparse attention read, summed over kv heads and layers, per sequence.
     tokens : sequence of int
@@ -140,7 +139,7 @@ class PassOutput:
         Per group of the batch, per layer; None: dense. Empty but for passes that are observed.
     """
 
-    proposals: Sequence[Proposals | NumericalError]
+    proposals: Proposals | None
     positions: Sequence[int]
     tokens: Sequence[int]
     reads: Sequence[Sequence[Selection | None]]

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby
-from typing import Any
+from itertools import chain, groupby
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from losart.config.options import GenerationConfig
 from losart.engine.kv_cache import PagedKVCache
 from losart.engine.sampling import Proposals
-from losart.errors import NumericalError
 from losart.observe.step import ObservedLayer
 
 
@@ -31,14 +30,17 @@ class PassKind(enum.Enum):
         self.rank = ("prefill", "commit", "first", "later").index(value)
 
 
-@dataclass(frozen=True, eq=False)
+FIRST_RANK, LATER_RANK = PassKind.FIRST.rank, PassKind.LATER.rank
+
+
+@dataclass(eq=False, slots=True)  # not frozen, which takes four times as long to make; nothing changes one
 class SequencePass:
     """One sequence's rows of a pass.
 
     Attributes
     ----------
     kind : PassKind
-    ids : int64 [tokens]
+    ids : sequence of int
         The block, the mask token where it is masked; whole blocks of the prompt for prefill.
     prefix_length : int
         Committed positions before the first row.
@@ -48,20 +50,23 @@ class SequencePass:
     slot : optional
         The backend's, for results that a pass over the block stores for later ones. A commit that rides has
         none.
-    masked : int32 [any]
+    masked : sequence of int
         Rows that are masked, ascending; none but in denoising passes.
-    uniforms : float64 [tokens]
-        Random numbers in [0, 1), one per row; empty but in denoising passes that draw tokens.
+    uniforms : float64 [tokens], optional
+        Random numbers in [0, 1), one per row, in denoising passes that draw tokens.
+    count : int, optional
+        How many of them remasking fixes at least; None: all.
     """
 
     kind: PassKind
-    ids: np.ndarray
+    ids: Sequence[int] | np.ndarray
     prefix_length: int
     options: GenerationConfig
     cache: PagedKVCache
     slot: Any = None
-    masked: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
-    uniforms: np.ndarray = field(default_factory=lambda: np.empty(0))
+    masked: Sequence[int] | np.ndarray = ()
+    uniforms: np.ndarray | None = None
+    count: int | None = None
 
     @property
     def pages(self) -> int:
@@ -75,10 +80,11 @@ def operations_key(unit: Sequence[SequencePass]) -> tuple[Any, ...]:
     `unit` is one sequence's pass, or two where its commit rides.
     """
     first = unit[0]
-    options, kind = first.options, first.kind
-    if kind is PassKind.LATER and options.attention.method == "dense":
-        kind = PassKind.FIRST  # which does the same
-    return kind.rank, len(unit), options.block_length, first.cache.positions_per_chunk, options.attention
+    options, rank = first.options, first.kind.rank
+    attention = options.attention
+    if rank == LATER_RANK and attention.method == "dense":
+        rank = FIRST_RANK  # which does the same
+    return rank, len(unit), options.block_length, first.cache.positions_per_chunk, attention
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,14 +139,15 @@ class PassBatch:
 
     @cached_property
     def _groups(self) -> list[tuple[PassBatch, slice]]:
-        units, sequences = [], self.sequences
-        while sequences:
-            rides = len(sequences) > 1 and sequences[1].cache is sequences[0].cache
-            units.append(sequences[: 1 + rides])
-            sequences = sequences[1 + rides :]
+        units: list[tuple[SequencePass, ...]] = []
+        for one in self.sequences:
+            if units and units[-1][0].cache is one.cache:
+                units[-1] += (one,)
+            else:
+                units.append((one,))
         groups, first = [], 0
         for _, alike in groupby(units, operations_key):
-            group = PassBatch(tuple(one for unit in alike for one in unit))
+            group = PassBatch(tuple(chain.from_iterable(alike)))
             groups.append((group, slice(first, first + group.tokens)))
             first += group.tokens
         return groups
@@ -153,8 +160,7 @@ class PassBatch:
             first += len(sequence.ids)
 
 
-@dataclass(frozen=True)
-class PassReads:
+class PassReads(NamedTuple):
     """What a pass over a block read of a sequence's prefix.
 
     Attributes
@@ -182,14 +188,14 @@ class PassResult:
 
     Attributes
     ----------
-    proposals : sequence of Proposals or NumericalError
-        Of those that are denoised; an error where they are not finite.
+    proposals : Proposals, optional
+        For the masked rows of all sequences, one after the other; None where nothing is denoised.
     reads : sequence of PassReads
         Empty for prefill.
     layers : sequence of tuple of ObservedLayer
         Empty where nobody observes.
     """
 
-    proposals: Sequence[Proposals | NumericalError] = ()
+    proposals: Proposals | None = None
     reads: Sequence[PassReads] = ()
     layers: Sequence[tuple[ObservedLayer, ...]] = ()

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, MutableSet
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any, Protocol, TypeVar
 
 from losart.config.model import ModelConfig
@@ -24,16 +25,18 @@ from losart.engine.batch import (
 from losart.engine.kv_cache import PagedKVCache
 from losart.engine.kv_pool import KVPool, Prefix
 from losart.engine.output import Decode, Output
-from losart.engine.sampling import Proposals, strategy
+from losart.engine.sampling import NOT_FINITE, check_remasking, choose
 from losart.engine.sequence import Sequence
 from losart.engine.turns import Turns
 from losart.errors import LosartError, NumericalError, OptionError
 from losart.observe.engine_stats import EngineStats
-from losart.observe.step import GenerationResult, Observer, Progress, Step
+from losart.observe.step import GenerationResult, ObservedLayer, Observer, Progress, Step
 
 HELD_PREFIXES = 16  # for nobody, where nothing else limits them
 LONG_PREFIX = 16384  # positions over which a token's attention takes about as long as its matmuls
 Room = TypeVar("Room")  # whatever takes memory
+Fix = tuple[list[int], list[bool]]  # tokens proposed for the masked rows, and which of them are fixed
+NOTHING: Fix = ([], [])
 
 
 class Runner(Protocol):
@@ -226,8 +229,8 @@ class Engine:
         self._block_sequences = 0  # of those passes, in all
         self._prefilled_tokens = 0
         self._prefilled = 0  # tokens of prompts since the last pass over blocks
-        # What a run's last pass read, and after how many positions; not the pass, which has the cache.
-        self._untold: dict[Run, tuple[list[int], Ids[PassReads]]] = {}
+        # A run's last passes, and what they read of the prefix.
+        self._untold: dict[Run, tuple[tuple[SequencePass, ...], Ids[PassReads]]] = {}
 
     @property
     def stats(self) -> EngineStats:
@@ -254,7 +257,7 @@ class Engine:
         ------
         OptionError
         """
-        strategy(options.remasking)
+        check_remasking(options.remasking)
         self.runner.check(options)
         if options.stop and decode is None:
             raise OptionError("stop: the checkpoint has no tokenizer; give stop_token_ids")
@@ -447,14 +450,21 @@ class Engine:
             self._prefilled += (run.sequence.prefilled - before) * cost
             return
         self._prefilled = 0
+        self._run(self._batch(decoding, asked))
+
+    def _batch(self, decoding: list[Run], asked: Run) -> list[Run]:
+        """Those whose rows fit in a pass, the one asked and those first that have waited longest."""
+        most = self.runner.batch_rows
+        if 2 * sum(run.sequence.options.block_length for run in decoding) <= most:
+            return decoding
         decoding.sort(key=lambda run: (run is not asked, run.last_pass))
         rows, batch = 0, list[Run]()
         for run in decoding:
             rows += run.sequence.options.block_length * (1 + run.sequence.rides_next)
-            if batch and rows > self.runner.batch_rows:
+            if batch and rows > most:
                 break
             batch.append(run)
-        self._run(batch)
+        return batch
 
     def _admit_waiting(self, asked: Run) -> None:
         """Let waiting runs take part for which there are places; without shared passes the one asked."""
@@ -524,24 +534,27 @@ class Engine:
     def _reserve(self, runs: list[Run]) -> list[Run]:
         """Make room in some runs' caches for their next pass; returns those that have it and go on."""
         for run in runs:
+            if run.sequence.room >= run.sequence.next_end:
+                continue
             try:
                 while not self._reserve_one(run):
                     pass
             except Exception as error:
                 self._end(run, error)
-        return [run for run in runs if not run.ended and run not in self._waiting]
+        return [run for run in runs if not run.left and run not in self._waiting]
 
     def _reserve_one(self, run: Run) -> bool:
         with self._lock:  # one that another thread closes has no cache any more
             if run.ended or run in self._waiting:
                 return True
-            sequence = run.sequence
+            sequence, end = run.sequence, run.sequence.next_end
             try:
-                self._with_room(lambda: sequence.cache.reserve(sequence.next_end))
+                self._with_room(lambda: sequence.cache.reserve(end))
             except MemoryError:
                 if not self._set_back_youngest():
                     raise
                 return False
+            sequence.room = end
         return True
 
     def _run(self, runs: list[Run]) -> None:
@@ -561,7 +574,8 @@ class Engine:
 
     def _forward(self, runs: list[Run]) -> None:
         self._passes += 1
-        passes = [(run, requests) for run in runs if (requests := self._request(run))]
+        with self._lock:
+            passes = [(run, requests) for run in runs if (requests := self._request(run))]
         passes.sort(key=lambda one: _order(one[1]))  # neighbours of a kind share their attention's operations
         left = [passes] if passes else []
         while left:
@@ -583,22 +597,24 @@ class Engine:
             There is none for it; nothing has been applied.
         """
         began = time.perf_counter()
-        batch = PassBatch(tuple(request for _, requests in passes for request in requests))
+        batch = PassBatch(tuple(chain.from_iterable(requests for _, requests in passes)))
         observe = any(run.observer is not None for run, _ in passes)
         finish = self._with_room(lambda: self.runner.begin(batch, observe))
         self._tell()  # of the pass before, while this one is under way
         result = finish()
         self._count(batch, len(passes))
+        denoised = [requests[-1] for _, requests in passes if requests[-1].kind.denoises]
+        fixes = _fixes(result, denoised)
         seconds = time.perf_counter() - began
-        first, denoised = 0, 0
+        first = 0
         for run, requests in passes:
             last = first + len(requests)
-            proposals = result.proposals[denoised : denoised + requests[-1].kind.denoises]
-            of_run = PassResult(proposals, result.reads[first:last], result.layers[first:last])
-            first, denoised = last, denoised + len(proposals)
+            fix = next(fixes) if requests[-1].kind.denoises else NOTHING
+            of_run = result.reads[first:last], result.layers[first:last]
+            first = last
             if not run.left:
                 run.sequence.shared += 0 if batch.kind is PassKind.PREFILL else len(passes)
-                self._apply(run, requests, of_run, seconds)
+                self._apply(run, requests, fix, *of_run, seconds)
 
     def _count(self, batch: PassBatch, sequences: int) -> None:
         if batch.kind is PassKind.PREFILL:
@@ -610,11 +626,10 @@ class Engine:
     def _request(self, run: Run) -> tuple[SequencePass, ...]:
         """What a run wants next; nothing where it has been closed, or an error ends it."""
         sequence = run.sequence
+        if run.left:
+            return ()
         try:
-            with self._lock:
-                if run.left:
-                    return ()
-                requests = sequence.next_pass()
+            requests = sequence.next_pass()
         except Exception as error:
             self._end(run, error)
             return ()
@@ -624,28 +639,35 @@ class Engine:
         return requests
 
     def _apply(
-        self, run: Run, requests: tuple[SequencePass, ...], result: PassResult, seconds: float
+        self,
+        run: Run,
+        requests: tuple[SequencePass, ...],
+        fix: Fix | NumericalError,
+        reads: Ids[PassReads],
+        layers: Ids[tuple[ObservedLayer, ...]],
+        seconds: float,
     ) -> None:
         """Apply a pass's result to its sequence and call its listeners; an error ends this run alone."""
-        sequence = run.sequence
+        sequence, prefilled = run.sequence, requests[0].kind is PassKind.PREFILL
         try:
-            if requests[0].kind is PassKind.PREFILL:
+            if isinstance(fix, NumericalError):
+                raise fix
+            sequence.apply(*fix)
+            if prefilled:
                 sequence.prefill_seconds += seconds
+                if run.progress is not None:
+                    done, of = (end - sequence.found for end in (sequence.cache.length, sequence.prefill_end))
+                    run.progress(done, of)
             else:
                 sequence.decode_seconds += seconds
-            sequence.apply(_known(result.proposals))
-            if requests[0].kind is not PassKind.PREFILL:
                 with self._lock:
                     if not run.left:
-                        self._untold[run] = [one.prefix_length for one in requests], result.reads
+                        self._untold[run] = requests, reads
             if sequence.first_token_seconds is None and sequence.output.tokens:
                 sequence.first_token_seconds = time.perf_counter() - run.joined
-            if requests[0].kind is PassKind.PREFILL and run.progress is not None:
-                done, of = (end - sequence.found for end in (sequence.cache.length, sequence.prefill_end))
-                run.progress(done, of)
             if run.observer is not None:
-                for step, layers in zip(sequence.steps(), result.layers, strict=True):
-                    run.observer(replace(step, layers=layers))
+                for step, of_pass in zip(sequence.steps(), layers, strict=True):
+                    run.observer(replace(step, layers=of_pass))
         except Exception as error:
             self._untold.pop(run, None)
             self._end(run, error)
@@ -663,10 +685,10 @@ class Engine:
             for run in runs or list(self._untold):
                 if run not in self._untold:
                     continue
-                prefix_lengths, reads = self._untold.pop(run)
+                requests, reads = self._untold.pop(run)
                 sequence = run.sequence
-                for read, prefix_length in zip(reads, prefix_lengths, strict=True):
-                    sequence.reads.add(read, prefix_length, self.runner.config.num_kv_heads)
+                for one, read in zip(requests, reads, strict=True):
+                    sequence.reads.add(read, one.prefix_length, self.runner.config.num_kv_heads)
                 for step in sequence.steps():
                     if step.kind != PassKind.COMMIT.value:
                         result = sequence.result() if sequence.finished else None
@@ -685,11 +707,17 @@ def _order(requests: tuple[SequencePass, ...]) -> tuple[Any, ...]:
     return *key, id(attention)  # equal ones are one: generation_config
 
 
-def _known(proposals: Ids[Proposals | NumericalError]) -> list[Proposals]:
-    """The proposals, unless one is an error, which is raised."""
-    known = []
-    for one in proposals:
-        if isinstance(one, NumericalError):
-            raise one
-        known.append(one)
-    return known
+def _fixes(result: PassResult, denoised: list[SequencePass]) -> Iterator[Fix | NumericalError]:
+    """What is fixed of each sequence's proposals, or an error where they are not finite."""
+    proposals = result.proposals
+    if proposals is None:
+        return
+    tokens, chosen = proposals.tokens.tolist(), choose(proposals, denoised).tolist()
+    finite = None if proposals.finite is None or proposals.finite.all() else proposals.finite
+    end = 0
+    for one in denoised:
+        rows = slice(end, end := end + len(one.masked))
+        if finite is None or finite[rows].all():
+            yield tokens[rows], chosen[rows]
+        else:
+            yield NumericalError(NOT_FINITE)

@@ -49,6 +49,7 @@ class Output:
         self._stop_strings = tuple(stop_strings)
         self._decode = decode
         self._text = ""
+        self._texted = 0  # tokens that the text is of
         self._settled_tokens = 0
         self._settled_text = ""
 
@@ -59,6 +60,7 @@ class Output:
         While there are more to come it only grows: a character cut in two, and the beginning of
         what may become a stop string, are held back.
         """
+        self._update_text()
         if self.finish_reason is not None or not self._text:
             return self._text
         text = self._text.rstrip(INCOMPLETE)
@@ -74,14 +76,17 @@ class Output:
                 self.finish_reason = "stop"
             elif len(self.tokens) == self.limit:
                 self.finish_reason = "length"
-        if self._decode is None or not tokens:
-            return
-        searched = len(self._text.rstrip(INCOMPLETE))
-        self._update_text(self._decode)
-        if self._stop_strings:
+        if self._decode is not None and tokens and self._stop_strings:
+            searched = len(self._text.rstrip(INCOMPLETE))
+            self._update_text()
             self._stop_at_string(self._decode, searched)
 
-    def _update_text(self, decode: Decode) -> None:
+    def _update_text(self) -> None:
+        """Decode what has come since it was last asked for."""
+        decode = self._decode
+        if decode is None or self._texted == len(self.tokens):
+            return
+        self._texted = len(self.tokens)
         if self.finish_reason is not None:
             self._text = decode(self.tokens)
             return
@@ -104,6 +109,7 @@ class Output:
             else:
                 high = middle
         self.tokens = self.tokens[:low]
+        self._texted = low
         text = decode(self.tokens)
         self._text = text[: self._find_stop(text)]
         self.finish_reason = "stop"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 
@@ -35,16 +37,35 @@ class Proposals:
         Probability of the token under the distribution it was taken from.
     entropy : float32 [rows]
         Of the model's whole distribution at the temperature, in nats.
+    finite : bool [rows], optional
+        Whether the logits were; without it all were.
     """
 
     tokens: np.ndarray
     confidence: np.ndarray
     entropy: np.ndarray
+    finite: np.ndarray | None = None
+
+    @classmethod
+    def joined(cls, parts: Sequence[Proposals]) -> Proposals:
+        """The rows of several, one after the other."""
+        finite = [np.ones(len(one.tokens), bool) if one.finite is None else one.finite for one in parts]
+        tokens, confidence, entropy = (
+            np.concatenate([getattr(one, name) for one in parts])
+            for name in ("tokens", "confidence", "entropy")
+        )
+        return cls(tokens, confidence, entropy, np.concatenate(finite))
+
+    @classmethod
+    def not_finite(cls, rows: int) -> Proposals:
+        """In place of proposals for so many rows whose logits were not finite."""
+        nothing = np.zeros(rows, np.float32)
+        return cls(np.zeros(rows, np.int64), nothing, nothing, np.zeros(rows, bool))
 
 
 def propose(
     logits: np.ndarray,
-    uniforms: np.ndarray,
+    uniforms: np.ndarray | None,
     *,
     temperature: float,
     top_k: int,
@@ -57,7 +78,7 @@ def propose(
     ----------
     logits : float32 [rows, vocab]
         The mask token's column is -inf already. Overwritten.
-    uniforms : float64 [rows]
+    uniforms : float64 [rows], optional
         Random numbers in [0, 1), one per row; not used when greedy.
     temperature : float
         0 takes the most probable token; `top_k` and `top_p` do not matter then.
@@ -100,6 +121,7 @@ def propose(
     if top_p < 1.0:
         _keep_top_p(weights, ranks, top_p)
     cumulative = np.cumsum(weights, axis=1, dtype=np.float64)
+    assert uniforms is not None
     drawn = uniforms[:, None] * cumulative[:, -1:]
     # The first token whose cumulative weight is above the draw: one of weight zero is never it.
     tokens = (cumulative > drawn).argmax(axis=1)
@@ -117,7 +139,86 @@ def _keep_top_p(weights: np.ndarray, ranks: np.ndarray, top_p: float) -> None:
 
 # Remasking (SDAR, arXiv 2510.06303, and its published script)
 
-Strategy = Callable[[Proposals, int, GenerationConfig], np.ndarray]
+
+class Denoised(Protocol):
+    """What remasking needs to know of a sequence's pass: a `SequencePass`."""
+
+    options: GenerationConfig
+    masked: Sequence[int] | np.ndarray  # rows that proposals are for
+    count: int | None  # how many are fixed at least; None: all
+
+
+class Candidates:
+    """Proposals of some sequences with the same strategy, a row each, from the left.
+
+    Parameters
+    ----------
+    proposals : Proposals
+    passes : sequence of Denoised
+        Whose masked rows they are for, one after the other.
+
+    Attributes
+    ----------
+    valid : bool [sequences, width]
+        Where there is a proposal.
+    counts : int64 [sequences, 1]
+        How many are fixed at least.
+    """
+
+    def __init__(self, proposals: Proposals, passes: Sequence[Denoised]) -> None:
+        sizes = np.array([len(one.masked) for one in passes])
+        self.valid = np.arange(sizes.max()) < sizes[:, None]
+        counts = [len(one.masked) if one.count is None else one.count for one in passes]
+        self.counts = np.array(counts)[:, None]
+        self._proposals = proposals
+        self._passes = passes
+
+    @cached_property
+    def confidence(self) -> np.ndarray:
+        """Of each proposal; -inf where there is none."""
+        return self._spread(self._proposals.confidence, -np.inf)
+
+    @cached_property
+    def entropy(self) -> np.ndarray:
+        """Of each proposal's distribution; inf where there is none."""
+        return self._spread(self._proposals.entropy, np.inf)
+
+    def _spread(self, values: np.ndarray, outside: float) -> np.ndarray:
+        spread = np.full(self.valid.shape, outside, np.float32)
+        spread[self.valid] = values
+        return spread
+
+    def option(self, name: str) -> np.ndarray:
+        """An option of the sequences: float32 [sequences, 1]."""
+        return np.array([getattr(one.options, name) for one in self._passes], np.float32)[:, None]
+
+
+def choose(proposals: Proposals, passes: Sequence[Denoised]) -> np.ndarray:
+    """Which proposals are fixed, as each sequence's strategy says.
+
+    Parameters
+    ----------
+    proposals : Proposals
+    passes : sequence of Denoised
+        Whose masked rows they are for, one after the other.
+
+    Returns
+    -------
+    bool [rows]
+    """
+    names = [one.options.remasking for one in passes]
+    if names.count(names[0]) == len(names):
+        candidates = Candidates(proposals, passes)
+        chosen = STRATEGIES[names[0]](candidates)
+        chosen |= [[one.count is None] for one in passes]
+        return chosen[candidates.valid]
+    chosen = np.empty(len(proposals.tokens), bool)
+    for name in set(names):
+        of_name = [one for one, own in zip(passes, names, strict=True) if own == name]
+        rows = np.repeat([own == name for own in names], [len(one.masked) for one in passes])
+        fields = proposals.tokens, proposals.confidence, proposals.entropy
+        chosen[rows] = choose(Proposals(*(field[rows] for field in fields)), of_name)
+    return chosen
 
 
 def transfer_counts(block_length: int, steps: int) -> list[int]:
@@ -126,31 +227,43 @@ def transfer_counts(block_length: int, steps: int) -> list[int]:
     return [base + (step < remainder) for step in range(steps)]
 
 
-def sequential(proposals: Proposals, count: int, config: GenerationConfig) -> np.ndarray:
+Strategy = Callable[[Candidates], np.ndarray]
+
+
+def sequential(candidates: Candidates) -> np.ndarray:
     """The leftmost masked positions."""
-    return np.arange(min(count, len(proposals.tokens)))
+    return np.arange(candidates.valid.shape[1]) < candidates.counts
 
 
-def low_confidence_static(proposals: Proposals, count: int, config: GenerationConfig) -> np.ndarray:
+def low_confidence_static(candidates: Candidates) -> np.ndarray:
     """The most confident proposals."""
-    return (-proposals.confidence).argsort(kind="stable")[:count]
+    return _first(candidates, np.argsort(-candidates.confidence, axis=1, kind="stable"), candidates.counts)
 
 
-def low_confidence_dynamic(proposals: Proposals, count: int, config: GenerationConfig) -> np.ndarray:
+def low_confidence_dynamic(candidates: Candidates) -> np.ndarray:
     """All proposals above the confidence threshold, but at least the `count` most confident."""
-    above = np.flatnonzero(proposals.confidence > config.confidence_threshold)
-    return above if len(above) >= count else low_confidence_static(proposals, count, config)
+    above = candidates.confidence > candidates.option("confidence_threshold")
+    enough = above.sum(axis=1, keepdims=True) >= candidates.counts
+    return above if enough.all() else np.where(enough, above, low_confidence_static(candidates))
 
 
-def entropy_bounded(proposals: Proposals, count: int, config: GenerationConfig) -> np.ndarray:
+def entropy_bounded(candidates: Candidates) -> np.ndarray:
     """Proposals by ascending entropy while its running sum stays within the bound, at least one.
 
     `count` does not matter. The published script takes the entropy from the chosen token's
     probability alone; this is the entropy of the whole distribution.
     """
-    order = np.argsort(proposals.entropy, kind="stable")
-    within = np.cumsum(proposals.entropy[order]) <= config.eb_threshold
-    return order[: max(1, int(within.sum()))]
+    order = np.argsort(candidates.entropy, axis=1, kind="stable")
+    sums = np.cumsum(np.take_along_axis(candidates.entropy, order, axis=1), axis=1)
+    within = (sums <= candidates.option("eb_threshold")).sum(axis=1, keepdims=True)
+    return _first(candidates, order, np.maximum(1, within))
+
+
+def _first(candidates: Candidates, order: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """The first so many of each row, in an order."""
+    chosen = np.empty(order.shape, bool)
+    np.put_along_axis(chosen, order, np.arange(order.shape[1]) < counts, axis=1)
+    return chosen
 
 
 STRATEGIES: dict[str, Strategy] = {
@@ -159,14 +272,7 @@ STRATEGIES: dict[str, Strategy] = {
 }
 
 
-def strategy(name: str) -> Strategy:
-    """The remasking strategy of this name.
-
-    Raises
-    ------
-    OptionError
-        When there is none.
-    """
+def check_remasking(name: str) -> None:
+    """Raise OptionError where there is no remasking strategy of this name."""
     if not isinstance(name, str) or name not in STRATEGIES:
         raise OptionError(f"remasking must be one of {', '.join(STRATEGIES)}, not {name!r}")
-    return STRATEGIES[name]

@@ -11,10 +11,8 @@ from losart.config.options import GenerationConfig
 from losart.engine.batch import PassKind, PassReads, SequencePass
 from losart.engine.kv_cache import PagedKVCache
 from losart.engine.output import Output
-from losart.engine.sampling import Proposals, strategy, transfer_counts
+from losart.engine.sampling import transfer_counts
 from losart.observe.step import GenerationResult, Stats, Step
-
-NO_NUMBERS = np.empty(0)
 
 
 class Sequence:
@@ -58,6 +56,8 @@ class Sequence:
         Of the prompt, those that it held at first.
     prefilled : int
         Positions that prefill has taken into a cache, in all.
+    room : int
+        Positions that the cache is known to have room for; for the engine to set.
     prefill_tokens : int
         For the engine to change.
     queue_seconds, prefill_seconds, decode_seconds : float
@@ -88,6 +88,7 @@ class Sequence:
         self.found = self.reused = cache.length
         self.prefix = self._whole_blocks()
         self.prefilled = 0
+        self.room = 0
         self.pending = False
         self.commits_ride = commits_ride
         self.denoising_passes = 0
@@ -102,11 +103,11 @@ class Sequence:
         self._prompt_end = len(self.prefix)
         self._exactly = exactly
         self.prefill_tokens = prefill_tokens
-        self._piece = 0  # tokens of the one that is under way
-        self._committed: tuple[int, list[int | None], str] | None = None  # start, tokens, text
-        self._denoised: tuple[PassKind, int, np.ndarray] | None = None  # kind, start, fixed positions
-        self._select = strategy(options.remasking)
-        self._rng = np.random.default_rng(options.seed)
+        self._kind = PassKind.PREFILL  # of the pass that is under way
+        self._piece = 0  # tokens of the prompt in it
+        self._committed: tuple[int, list[int], str] | None = None  # start, tokens, text
+        self._denoised: tuple[PassKind, int, list[int]] | None = None  # kind, start, fixed positions
+        self._rng = np.random.default_rng(options.seed) if options.temperature > 0 else None
         # Every pass fixes one position at least: there are never more passes than positions.
         self._counts = transfer_counts(length, min(length, options.denoising_steps))
         self._begin_block()
@@ -117,9 +118,10 @@ class Sequence:
 
     def _begin_block(self) -> None:
         known = self.ids[max(self.cache.length, self.prefill_end) :]
-        self._block = np.full(self.options.block_length, self.options.mask_token_id, np.int64)
-        self._block[: len(known)] = known
-        self._masked = np.arange(len(known), len(self._block), dtype=np.int32)
+        length, mask = self.options.block_length, self.options.mask_token_id
+        # Passes have these lists: they are made anew, and never changed.
+        self._block = known + [mask] * (length - len(known))
+        self._masked = list(range(len(known), length))
         self._passes = 0  # over this block
         self._known = len(known)  # tokens before the first masked one
 
@@ -153,7 +155,7 @@ class Sequence:
         if self.cache.length > self.prefill_end:
             self.prefix = self._whole_blocks()
         self.cache = cache
-        self.found = 0
+        self.room = self.found = 0
 
     def shareable(self) -> np.ndarray:
         """Ids of the positions in the cache whose keys and values are those that prefill gives."""
@@ -169,16 +171,18 @@ class Sequence:
     @property
     def next_end(self) -> int:
         """Positions that the cache must have room for before the next pass."""
-        if self.next_kind is PassKind.PREFILL:
-            return self.prefill_end
-        return self.cache.length + self.options.block_length * (1 + self.rides_next)
+        kind = self.next_kind
+        if kind is PassKind.PREFILL:
+            return len(self.prefix)
+        blocks = 2 if self.commits_ride and kind is PassKind.COMMIT else 1
+        return self.cache.length + self.options.block_length * blocks
 
     @property
     def next_kind(self) -> PassKind:
         """What the next pass is for, unless the sequence is finished."""
-        if self.cache.length < self.prefill_end:
+        if self.cache.length < len(self.prefix):
             return PassKind.PREFILL
-        if not len(self._masked):
+        if not self._masked:
             return PassKind.COMMIT
         return PassKind.LATER if self._passes else PassKind.FIRST
 
@@ -194,6 +198,7 @@ class Sequence:
         """
         self.pending = True
         kind, start = self.next_kind, self.cache.length
+        self._kind = kind
         if kind is PassKind.PREFILL:
             length = self.options.block_length
             step = -(-self.prefill_tokens // length) * length
@@ -201,43 +206,46 @@ class Sequence:
             self._piece = len(piece)
             return (SequencePass(kind, piece, start, self.options, self.cache, self.slot),)
         if kind is not PassKind.COMMIT:
-            return (self._denoising(kind, self._block.copy(), self._masked, start),)
-        ids, where = self._block.copy(), (start, self.options, self.cache)
+            return (self._denoising(kind, self._block, self._masked, start),)
+        where = start, self.options, self.cache
         if not self.commits_ride:
-            return (SequencePass(kind, ids, *where, self.slot),)
-        commit = SequencePass(kind, ids, *where)
-        block = np.full_like(self._block, self.options.mask_token_id)
-        masked = np.arange(len(block), dtype=np.int32)
-        return commit, self._denoising(PassKind.FIRST, block, masked, start + len(block))
+            return (SequencePass(kind, self._block, *where, self.slot),)
+        length = len(self._block)
+        block, masked = [self.options.mask_token_id] * length, list(range(length))
+        commit = SequencePass(kind, self._block, *where)
+        return commit, self._denoising(PassKind.FIRST, block, masked, start + length)
 
-    def _denoising(self, kind: PassKind, block: np.ndarray, masked: np.ndarray, start: int) -> SequencePass:
+    def _denoising(self, kind: PassKind, block: list[int], masked: list[int], start: int) -> SequencePass:
         # One number per position and pass, so that a draw does not depend on what else is masked.
-        uniforms = self._rng.random(len(block)) if self.options.temperature > 0 else NO_NUMBERS
-        options = self.options, self.cache, self.slot
-        return SequencePass(kind, block, start, *options, masked=masked, uniforms=uniforms)
+        uniforms = None if self._rng is None else self._rng.random(len(block))
+        passes = self._passes if kind is PassKind.LATER else 0
+        count = self._counts[passes] if passes < len(self._counts) - 1 else None  # the last one fixes all
+        return SequencePass(kind, block, start, self.options, self.cache, self.slot, masked, uniforms, count)
 
-    def apply(self, proposals: Ids[Proposals] = ()) -> None:
+    def apply(self, tokens: Ids[int] = (), chosen: Ids[bool] = ()) -> None:
         """Take a pass's result; `steps` tells what it did.
 
         Parameters
         ----------
-        proposals : sequence of Proposals
-            One for each of `next_pass` that denoises, for its masked rows.
+        tokens : sequence of int
+            Proposed for the masked rows of the one of `next_pass` that denoises, if one does.
+        chosen : sequence of bool
+            Which of them are fixed.
         """
-        kind, start = self.next_kind, self.cache.length
+        kind, start = self._kind, self.cache.length
         self._committed = self._denoised = None
         if kind is PassKind.PREFILL:
             self.cache.advance(self._piece)
             self.prefilled += self._piece
         elif kind is PassKind.COMMIT:
-            self.ids[start:] = self._block.tolist()
+            self.ids[start:] = self._block
             self.cache.advance(len(self._block))
             self.commit_passes += 1
-            self._committed = start, list(self._block.tolist()), self.output.text
+            self._committed = start, self._block, self.output.text
             self._begin_block()
-        for of_pass in proposals:
-            kind, start = self.next_kind, self.cache.length
-            self._denoised = kind, start, self._fix(of_pass)
+            kind, start = PassKind.FIRST, self.cache.length
+        if chosen:
+            self._denoised = kind, start, self._fix(tokens, chosen)
         self.pending = False
 
     def steps(self) -> list[Step]:
@@ -248,31 +256,30 @@ class Sequence:
         steps = []
         if self._committed is not None:
             start, tokens, text = self._committed
-            steps.append(Step(PassKind.COMMIT.value, start, tokens, [], text))
+            steps.append(Step(PassKind.COMMIT.value, start, list(tokens), [], text))
         if self._denoised is not None:
             kind, start, fixed = self._denoised
-            block: list[int | None] = list(self._block.tolist())
-            for row in self._masked.tolist():
+            block: list[int | None] = list(self._block)
+            for row in self._masked:
                 block[row] = None
-            steps.append(Step(kind.value, start, block, fixed.tolist(), self.output.text))
+            steps.append(Step(kind.value, start, block, fixed, self.output.text))
         return steps
 
-    def _fix(self, proposals: Proposals) -> np.ndarray:
-        """Fix proposals as the remasking strategy says; the last pass that is allowed fixes all."""
-        masked, tokens = self._masked, proposals.tokens
-        if self._passes < len(self._counts) - 1:
-            chosen = np.zeros(len(masked), bool)
-            chosen[self._select(proposals, self._counts[self._passes], self.options)] = True
-            fixed, tokens = masked[chosen], tokens[chosen]
-            self._masked = masked[~chosen]
-        else:
-            fixed, self._masked = masked, masked[:0]
-        self._block[fixed] = tokens
+    def _fix(self, tokens: Ids[int], chosen: Ids[bool]) -> list[int]:
+        """Fix what was chosen of the proposals for the masked positions; returns where they are."""
+        block, fixed, masked = self._block.copy(), [], []
+        for row, token, is_chosen in zip(self._masked, tokens, chosen, strict=True):
+            if is_chosen:
+                block[row] = token
+                fixed.append(row)
+            else:
+                masked.append(row)
+        self._block, self._masked = block, masked
         self._passes += 1
         self.denoising_passes += 1
-        gap = int(self._masked[0]) if len(self._masked) else len(self._block)
+        gap = masked[0] if masked else len(block)
         if gap > self._known:
-            self.output.extend(self._block[self._known : gap].tolist())
+            self.output.extend(block[self._known : gap])
             self._known = gap
         return fixed
 

@@ -78,9 +78,10 @@ class QueryChanges(DensePolicy):
     def attend(self, backend: Any, layer: int, q: Any, k: Any, v: Any, batch: Any) -> Any:
         (sequence,) = batch.sequences
         if layer == 0:
+            masked = np.asarray(sequence.masked, np.int32)
             if batch.kind is not PassKind.FIRST:
-                self._kinds = token_kinds(self.block_length, np.setdiff1d(self._masked, sequence.masked))
-            self._masked = sequence.masked
+                self._kinds = token_kinds(self.block_length, np.setdiff1d(self._masked, masked))
+            self._masked = masked
         if batch.kind is PassKind.LATER:
             change = np.square(q.astype(np.float64) - self._queries[layer]).mean(axis=(1, 2))
             if change.sum() > 0:

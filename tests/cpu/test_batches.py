@@ -8,7 +8,8 @@ import pytest
 
 import losart
 from losart.config.options import generation_config
-from losart.engine.batch import PassBatch, PassKind, PassResult
+from losart.engine.batch import PassBatch, PassKind, PassResult, SequencePass
+from losart.engine.sampling import Proposals, choose
 from losart.engine.sequence import Sequence
 
 METHODS: list[dict[str, Any]] = [
@@ -44,7 +45,7 @@ def passes(
         else:
             result = joined([runner.forward(PassBatch(requests), observe=True) for requests in asked])
         found.append([described(result, index) for index in range(len(result.reads))])
-        apply(sequences, result)
+        apply(sequences, asked, result.proposals)
     assert len(found) > 10
     return found
 
@@ -56,8 +57,11 @@ def rides_by_method(method: dict[str, Any]) -> bool:
 
 
 def joined(results: list[PassResult]) -> PassResult:
-    columns = ("proposals", "reads", "layers")
-    return PassResult(*([one for result in results for one in getattr(result, name)] for name in columns))
+    proposals = [result.proposals for result in results if result.proposals is not None]
+    reads, layers = (
+        [one for result in results for one in getattr(result, name)] for name in ("reads", "layers")
+    )
+    return PassResult(Proposals.joined(proposals) if proposals else None, reads, layers)
 
 
 def described(result: PassResult, index: int) -> Any:
@@ -65,13 +69,23 @@ def described(result: PassResult, index: int) -> Any:
         (layer.active.tolist(), [pages.tolist() for pages in layer.pages], layer.density, layer.dense)
         for layer in result.layers[index]
     ]
-    tokens = [proposals.tokens.tolist() for proposals in result.proposals]
+    tokens = None if result.proposals is None else result.proposals.tokens.tolist()
     return tokens, result.reads[index], layers
 
 
-def apply(sequences: list[Sequence], result: PassResult) -> None:
-    for index, sequence in enumerate(sequences):
-        sequence.apply(result.proposals[index : index + 1])
+def apply(
+    sequences: list[Sequence], asked: list[tuple[SequencePass, ...]], proposals: Proposals | None
+) -> None:
+    if proposals is None:
+        for sequence in sequences:
+            sequence.apply()
+        return
+    denoised = [requests[-1] for requests in asked]
+    tokens, chosen = proposals.tokens.tolist(), choose(proposals, denoised).tolist()
+    for sequence, one in zip(sequences, denoised, strict=True):
+        count = len(one.masked)
+        sequence.apply(tokens[:count], chosen[:count])
+        del tokens[:count], chosen[:count]
 
 
 @pytest.mark.parametrize("rides", [False, True])
@@ -130,7 +144,7 @@ def test_prefill_of_several_sequences(tiny_checkpoint):
         assert request.kind is PassKind.PREFILL
         request.cache.reserve(len(request.ids))
     runner.forward(PassBatch(tuple(requests)))
-    apply(sequences, PassResult())
+    apply(sequences, [], None)
     for sequence, prompt in zip(sequences, PROMPTS, strict=True):
         blocks = [step.block for step in engine.steps(sequence)]
         assert blocks == [step.block for step in engine.submit(prompt, config)]

@@ -28,7 +28,7 @@ def test_what_shares_a_pass_changes_nothing(tiny_checkpoint, monkeypatch, dtype,
 
     def noting(*args: Any) -> Any:
         proposals = propose(*args)
-        confidences[-1] += [float(x) for one in proposals for x in one.confidence]
+        confidences[-1] += proposals.confidence.tolist()
         return proposals
 
     monkeypatch.setattr(backend, "propose", noting)

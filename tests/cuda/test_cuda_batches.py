@@ -12,6 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from kv import steady
 from passes import block_batch
+from passes import options_of as pass_options
 from test_cuda_kernels import (
     DTYPES,
     TOLERANCE,
@@ -27,6 +28,7 @@ from test_cuda_kernels import (
 
 import losart
 from losart.backends.base import ActiveRule, StoredResults
+from losart.config.options import AttentionConfig
 from losart.engine.batch import PassBatch, PassKind
 from losart.engine.engine import Stream
 
@@ -61,14 +63,15 @@ class Prefix:
 def passes(backend: Any, prefixes: list[Prefix], tokens: int, anchor: bool, masked_only: bool) -> list[Any]:
     """What a first pass, a later one, and a commit with the next first pass give, of each sequence."""
     found: list[list[Any]] = [[] for _ in prefixes]
+    options = pass_options(tokens, AttentionConfig("losa"))
 
     def placed(kind: PassKind, rides: bool = False) -> tuple[Any, PassBatch]:
         sequences: list[Any] = []
         for one in prefixes:
             if rides:
-                sequences += block_batch(one.cache, tokens, PassKind.COMMIT).sequences
+                sequences += block_batch(one.cache, tokens, PassKind.COMMIT, options=options).sequences
                 one.cache.length += tokens
-            batch = block_batch(one.cache, tokens, kind, slot=one.slot, masked=one.masked)
+            batch = block_batch(one.cache, tokens, kind, slot=one.slot, masked=one.masked, options=options)
             sequences += batch.sequences
             one.cache.length -= tokens * rides
         batch = PassBatch(tuple(sequences))

@@ -497,7 +497,7 @@ def test_sampling_is_that_of_the_cpu(options, tokens, vocab):
     batch = block_batch(cache, tokens, masked=rows, uniforms=uniforms, options=config)
     hidden = np.empty((tokens, 0))
     body = PassBody(lambda batch: (backend.propose(hidden, None, batch), []))
-    (found,) = backend.begin(batch, body)().proposals
+    found = backend.begin(batch, body)().proposals
     logits = matmul_array(backend, matmul).astype(np.float32)
     logits[:, 7] = -np.inf
     expected = propose(

@@ -35,7 +35,7 @@ def block_batch(
     sequence = SequencePass(
         *(kind, ids, cache.length, options or options_of(max(tokens, 1)), cache, slot),
         masked=np.asarray(masked, np.int32),
-        uniforms=np.asarray(uniforms, np.float64),
+        uniforms=np.asarray(uniforms, np.float64) if len(uniforms) else None,
     )
     return PassBatch((sequence,))
 

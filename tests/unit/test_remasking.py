@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from losart.config.options import GenerationConfig
-from losart.engine.sampling import STRATEGIES, Proposals, strategy, transfer_counts
+from losart.engine.batch import PassKind, SequencePass
+from losart.engine.sampling import STRATEGIES, Proposals, check_remasking, choose, transfer_counts
 from losart.errors import OptionError
 
 # Sixteenths: exact in float32 and float64, with ties, and equal to a threshold now and then.
@@ -25,19 +26,42 @@ def proposals(draw):
     return masked, np.float32(confidence), np.float32(entropy)
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
-@settings(max_examples=150, deadline=None)
-@given(proposals(), st.integers(0, 40), sixteenth, st.integers(0, 40).map(lambda n: n / 16))
-def test_a_strategy_is_the_references(name, drawn, count, threshold, eb_threshold):
-    masked, confidence, entropy = drawn
-    config = GenerationConfig(len(masked), 0, 1, confidence_threshold=threshold, eb_threshold=eb_threshold)
-    places = np.flatnonzero(masked)
-    chosen = strategy(name)(Proposals(np.arange(len(places)), confidence, entropy), count, config)
+counts = st.one_of(st.none(), st.integers(0, 40))
+thresholds = st.integers(0, 40).map(lambda n: n / 16)
 
-    spread = np.full((2, len(masked)), 0.5)  # what stands at positions that are not masked is of no matter
-    spread[:, places] = confidence, entropy
-    expected = ref.remask(name, np.arange(len(masked)), *spread, masked, count, threshold, eb_threshold)
-    np.testing.assert_array_equal(np.sort(places[chosen]), expected)
+
+@settings(max_examples=600, deadline=None)
+@given(
+    st.lists(
+        st.tuples(proposals(), st.sampled_from(list(STRATEGIES)), counts, sixteenth, thresholds),
+        min_size=1,
+        max_size=6,
+    )
+)
+def test_each_sequence_has_what_the_reference_fixes(sequences):
+    passes, expected = [], []
+    for (masked, confidence, entropy), name, count, threshold, eb_threshold in sequences:
+        places = np.flatnonzero(masked)
+        config = GenerationConfig(
+            *(len(masked), 0, 1),
+            remasking=name,
+            confidence_threshold=threshold,
+            eb_threshold=eb_threshold,
+        )
+        ids = [0] * len(masked)
+        passes.append(SequencePass(PassKind.LATER, ids, 0, config, None, masked=places.tolist(), count=count))
+        spread = np.full((2, len(masked)), 0.5)  # what stands where nothing is masked is of no matter
+        spread[:, places] = confidence, entropy
+        fixed = places
+        if count is not None:
+            fixed = ref.remask(name, np.arange(len(masked)), *spread, masked, count, threshold, eb_threshold)
+        expected.append(fixed.tolist())
+    confidence, entropy = (np.concatenate([one[0][index] for one in sequences]) for index in (1, 2))
+    chosen = choose(Proposals(np.arange(len(confidence)), confidence, entropy), passes)
+    for one, fixed in zip(passes, expected, strict=True):
+        own, chosen = chosen[: len(one.masked)], chosen[len(one.masked) :]
+        assert np.array(one.masked)[own].tolist() == fixed
+    assert not len(chosen)
 
 
 @settings(max_examples=150, deadline=None)
@@ -51,4 +75,4 @@ def test_the_counts_of_the_passes_are_the_references(block_length, steps):
 @pytest.mark.parametrize("name", ["random", "", "Sequential", None, 3, ["sequential"]])
 def test_an_unknown_strategy_is_refused(name):
     with pytest.raises(OptionError, match=r"remasking must be one of sequential, .*, not "):
-        strategy(name)
+        check_remasking(name)

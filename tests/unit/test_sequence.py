@@ -74,7 +74,7 @@ class Scripted:
 
     def forward(self, batch: PassBatch, observe: bool = False) -> PassResult:
         sequence = batch.sequences[-1]
-        ids, cache, config = sequence.ids.tolist(), sequence.cache, sequence.options
+        ids, cache, config = list(sequence.ids), sequence.cache, sequence.options
         if len(batch.sequences) > 1:
             (commit, _), length = batch.sequences, cache.length
             assert self.rides
@@ -94,7 +94,7 @@ class Scripted:
         self.passes.append((batch.kind, ids))
         reads = [PassReads(False, 1, 0, 0, 0)]
         if batch.kind is PassKind.COMMIT:
-            assert not sequence.masked.size
+            assert not sequence.masked
             return PassResult(reads=reads)
         if self.logits is not None:
             logits = np.tile(self.logits, (len(ids), 1))
@@ -105,13 +105,13 @@ class Scripted:
         logits[:, config.mask_token_id] = -np.inf
         proposals = propose(
             logits,
-            sequence.uniforms[sequence.masked] if config.temperature else sequence.uniforms,
+            sequence.uniforms[sequence.masked] if config.temperature else None,
             temperature=config.temperature,
             top_k=config.top_k,
             top_p=config.top_p,
             with_entropy=config.remasking == "entropy_bounded",
         )
-        return PassResult([proposals], reads)
+        return PassResult(proposals, reads)
 
 
 class Event:

@@ -135,7 +135,7 @@ class CpuBackend:
             _count_reads(group, of_group) for (group, _), of_group in zip(batch.groups(), reads, strict=False)
         ]
         positions, tokens = np.concatenate(counted, axis=1).tolist() if counted else ([], [])
-        output = PassOutput(proposals or (), positions, tokens, reads if observe else ())
+        output = PassOutput(proposals, positions, tokens, reads if observe else ())
         return lambda: output
 
     def on_host(self, selection: Selection, batch: PassBatch) -> list[HostSelection]:
@@ -349,31 +349,31 @@ class CpuBackend:
 
     # -- sampling
 
-    def propose(self, hidden: np.ndarray, head: Weight, batch: PassBatch) -> list[Proposals | NumericalError]:
-        masked = [sequence.masked + rows.start for sequence, rows in batch.rows()]
-        logits = self.linear(hidden[np.concatenate(masked)], head)
-        proposals: list[Proposals | NumericalError] = []
+    def propose(self, hidden: np.ndarray, head: Weight, batch: PassBatch) -> Proposals:
+        masked = [rows.start + row for sequence, rows in batch.rows() for row in sequence.masked]
+        logits = self.linear(hidden[masked], head)
+        proposals = []
         first = 0
         for sequence in batch.sequences:
             if not sequence.kind.denoises:
                 continue
             of_sequence, options = logits[first : first + len(sequence.masked)], sequence.options
             of_sequence[:, options.mask_token_id] = -np.inf
+            uniforms = None if sequence.uniforms is None else sequence.uniforms[sequence.masked]
             try:
                 proposed = propose(
                     of_sequence,
-                    sequence.uniforms[sequence.masked] if options.temperature > 0 else sequence.uniforms,
+                    uniforms,
                     temperature=options.temperature,
                     top_k=options.top_k,
                     top_p=options.top_p,
                     with_entropy=options.remasking == "entropy_bounded",
                 )
-            except NumericalError as error:
-                proposals.append(error)
-            else:
-                proposals.append(proposed)
+            except NumericalError:
+                proposed = Proposals.not_finite(len(of_sequence))
+            proposals.append(proposed)
             first += len(sequence.masked)
-        return proposals
+        return Proposals.joined(proposals)
 
 
 def blas_multiply(x: np.ndarray, weight: np.ndarray, out: np.ndarray) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -73,12 +74,13 @@ class Selector:
         return _selection(active, lists)
 
 
-def active_tokens(change: np.ndarray, rule: ActiveRule, masked: np.ndarray) -> np.ndarray:
+def active_tokens(change: np.ndarray, rule: ActiveRule, masked: Sequence[int] | np.ndarray) -> np.ndarray:
     """The active tokens of a block by the change of its queries, ascending int32."""
     threshold = -1.0 if rule.threshold is None else rule.threshold
     if not rule.masked_only:
         return select_active(change, min(rule.count, len(change)), threshold)
-    return masked[select_active(change[masked], min(rule.count, len(masked)), threshold)]
+    rows = np.asarray(masked, np.int32)
+    return rows[select_active(change[rows], min(rule.count, len(rows)), threshold)]
 
 
 def _selection(active: ActiveTokens | None, lists: list[PageList]) -> Selection:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from types import SimpleNamespace
 from typing import Any
 
@@ -173,57 +174,67 @@ class BatchBuffers:
         `scratch` has for each group the address of a slot for the sequences that pad it.
         """
         host, sequence, row = self._host, 0, 0
-        rows: list[np.ndarray] = []
+        rows: list[int] = []
         denoised: list[SequencePass] = []
-        host.is_masked[:] = 0
         for index, ((group, _), shape) in enumerate(zip(batch.groups(), self.shapes, strict=True)):
-            of_group, tokens = group.sequences, shape.tokens
-            every, used = (
-                slice(sequence, sequence + shape.sequences),
-                slice(sequence, sequence + len(of_group)),
+            of_group, tokens, per_cache = group.sequences, shape.tokens, shape.per_cache
+            used, ends = len(of_group), sequence + shape.sequences
+            host.slots[sequence:ends], host.tables[sequence:ends], host.lengths[sequence:ends] = (
+                scratch[index],
+                0,
+                0,
             )
-            host.slots[every], host.tables[every], host.lengths[every] = scratch[index], 0, 0
-            host.slots[used] = [0 if one.slot is None else one.slot.memory.data.ptr for one in of_group]
-            host.tables[used] = [one.cache.table.place(stream) for one in of_group]
-            host.lengths[used] = [one.prefix_length for one in of_group]
-            host.ids[row + len(of_group) * tokens : row + shape.rows] = 0
-            host.ids[row : row + len(of_group) * tokens] = np.concatenate([one.ids for one in of_group])
-            positions = host.lengths[every, None] + np.arange(tokens, dtype=np.int32)
+            places, used_ends = slice(sequence, sequence + used), row + used * tokens
+            host.slots[places] = [0 if one.slot is None else one.slot.address for one in of_group]
+            host.tables[places] = [one.cache.table.place(stream) for one in of_group]
+            host.lengths[places] = [one.prefix_length for one in of_group]
+            # An array from a list is made faster than a part of one is set to it.
+            host.ids[row:used_ends] = np.array([*chain.from_iterable(one.ids for one in of_group)], np.int32)
+            host.ids[used_ends : row + shape.rows] = 0
+            positions = host.lengths[sequence:ends, None] + np.arange(tokens, dtype=np.int32)
             host.positions[row : row + shape.rows] = positions.reshape(-1)
             if shape.denoises:
-                per_cache = shape.per_cache
-                denoised += of_group[per_cache - 1 :: per_cache]
-                offsets = range(row + (per_cache - 1) * tokens, row + shape.rows, per_cache * tokens)
-                rows += [
-                    offset + one.masked
-                    for offset, one in zip(offsets, of_group[per_cache - 1 :: per_cache], strict=False)
-                ]
+                of_blocks = of_group[per_cache - 1 :: per_cache]
+                denoised += of_blocks
+                first = row + (per_cache - 1) * tokens
+                for one in of_blocks:
+                    rows += [first + position for position in one.masked]
+                    first += per_cache * tokens
             if (parts := self._parts[index]) is not None:
-                ends = host.lengths[every][shape.per_cache - 1 :: shape.per_cache]
-                host.starts[parts[0]], host.owners[parts[1]] = divide_prefixes(ends, self._plans[index])
-            sequence, row = sequence + shape.sequences, row + shape.rows
-        if denoised:
-            self._fill_masked(np.concatenate(rows), denoised)
+                lengths = host.lengths[sequence:ends][per_cache - 1 :: per_cache]
+                host.starts[parts[0]], host.owners[parts[1]] = divide_prefixes(lengths, self._plans[index])
+            sequence, row = ends, row + shape.rows
+        self._fill_masked(np.array(rows, np.int32), denoised)
         self._from_host.set(self._words, stream=stream)  # has read pageable memory when it returns
 
     def _fill_masked(self, rows: np.ndarray, sequences: list[SequencePass]) -> None:
         host, count, options = self._host, len(rows), [one.options for one in sequences]
         counts = [len(one.masked) for one in sequences]
-        host.masked_count[0] = count
-        host.masked[:count], host.is_masked[rows] = rows, 1
-        host.logits[:count] = np.arange(count) if self.gathers else sequences[0].masked
+        host.is_masked[:] = 0
+        host.is_masked[rows] = 1
+        host.masked_count[0], host.masked[:count] = count, rows
+        host.logits[:count] = np.arange(count) if self.gathers or not count else sequences[0].masked
+        host.mask_token[:count] = np.repeat([one.mask_token_id for one in options], counts)
+        temperatures = [one.temperature for one in options]
+        if not any(temperatures):  # greedy ones do not look at the rest
+            host.temperature[:count] = 0
+            return
         first = 0
         for one, of_one in zip(sequences, counts, strict=True):
-            if len(one.uniforms):  # greedy ones have none
+            if one.uniforms is not None:
                 host.uniforms[first : first + of_one] = one.uniforms[one.masked]
             first += of_one
         for to, values in (
+            (host.temperature, list(map(float32_temperature, temperatures))),
             (host.top_p, [one.top_p for one in options]),
-            (host.mask_token, [one.mask_token_id for one in options]),
             (host.top_k, [min(one.top_k, LARGEST_TOP_K) for one in options]),
-            (host.temperature, [float32_temperature(one.temperature) for one in options]),
         ):
             to[:count] = np.repeat(np.array(values, to.dtype), counts)
+
+    @property
+    def masked_count(self) -> int:
+        """Masked rows of all sequences."""
+        return int(self._host.masked_count[0])
 
     def fetch(self) -> tuple[np.ndarray, np.ndarray]:
         """Reads and results, when the current stream has reached this point."""
@@ -310,6 +321,7 @@ class DeviceBatch:
     @property
     def max_pages(self) -> int:
         """Pages of the longest prefix that a pass launched alike can have."""
+        assert self.shape.pages, "dense attention does not count pages"
         return self.shape.pages
 
     @property

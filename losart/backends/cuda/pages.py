@@ -83,6 +83,7 @@ class CudaPageTable:
         # The last block may reach beyond the positions, by less than the largest block.
         self.max_chunks = -(-2 * config.max_positions // positions_per_chunk) + 2
         self._addresses = cupy.zeros((2, self.max_chunks), np.uint64)
+        self._address = int(self._addresses.data.ptr)
         self._placed = 0
 
     @property
@@ -103,4 +104,4 @@ class CudaPageTable:
                 pointers = np.array([chunk.data.ptr for chunk in added], np.uint64)
                 row[self._placed : len(self.chunks)].set(pointers, stream=stream)
             self._placed = len(self.chunks)
-        return int(self._addresses.data.ptr)
+        return self._address

@@ -24,8 +24,8 @@ from losart.backends.cuda.slots import Slot
 from losart.config.model import ModelConfig
 from losart.config.rope import inverse_frequencies
 from losart.engine.batch import PassBatch, PassKind
-from losart.engine.sampling import NOT_FINITE, Proposals
-from losart.errors import NumericalError, OutOfMemoryError
+from losart.engine.sampling import Proposals
+from losart.errors import OutOfMemoryError
 from losart.kernels_cu.constants import ROTATION_THREADS
 
 CAPTURED_PASSES = 64  # kept, those used last
@@ -132,7 +132,7 @@ class PassRunner:
             with self._memory.running("stored results"):
                 scratch = self._scratch[slot.stored] = Slot.empty(slot.stored, self._config)
                 scratch.memory.data.memset_async(0, scratch.memory.nbytes, self._memory.stream)
-        return int(self._scratch[slot.stored].memory.data.ptr)
+        return self._scratch[slot.stored].address
 
     def _prefill(self, batch: PassBatch, body: PassBody) -> Callable[[], PassOutput]:
         memory = self._memory
@@ -143,7 +143,7 @@ class PassRunner:
         def finish() -> PassOutput:
             with memory.running("a piece of the prompt"):
                 memory.stream.synchronize()
-            return PassOutput((), (0,) * len(placed.sequences), (0,) * len(placed.sequences), ())
+            return PassOutput(None, (0,) * len(placed.sequences), (0,) * len(placed.sequences), ())
 
         return finish
 
@@ -180,22 +180,15 @@ class PassRunner:
         """Fetch what the pass gives."""
         nothing = (0,) * len(batch.sequences)
         if not launched.proposes and not launched.counts:
-            return PassOutput((), nothing, nothing, launched.reads)
+            return PassOutput(None, nothing, nothing, launched.reads)
         with self._memory.running("what a pass gives"):
             reads, results = batch.buffers.fetch()
         positions, reading = reads[batch.placed].T.tolist()
         if not launched.proposes:
-            return PassOutput((), positions, reading, launched.reads)
-        ids, (confidence, entropy) = results[0].astype(np.int64), results[1:3].view(np.float32)
-        finite = results[3].tolist()
-        proposals: list[Proposals | NumericalError] = []
-        end = 0
-        for sequence in batch.sequences:
-            if sequence.kind.denoises:
-                rows = slice(end, end := end + len(sequence.masked))
-                of_rows = Proposals(ids[rows], confidence[rows], entropy[rows])
-                proposals.append(of_rows if all(finite[rows]) else NumericalError(NOT_FINITE))
-        return PassOutput(proposals, positions, reading, launched.reads)
+            return PassOutput(None, positions, reading, launched.reads)
+        ids, confidence, entropy, finite = results[:, : batch.buffers.masked_count]
+        fields = ids.astype(np.int64), confidence.view(np.float32), entropy.view(np.float32), finite != 0
+        return PassOutput(Proposals(*fields), positions, reading, launched.reads)
 
 
 def _launch(batch: DeviceBatch, body: PassBody, observe: bool) -> Launched:

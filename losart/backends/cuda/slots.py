@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import cupy
@@ -48,6 +49,11 @@ class Slot:
             layout[name] = end, 4 * count
             end += -(-4 * count * config.num_layers // ALIGNMENT) * ALIGNMENT
         return cls(stored, layout, cupy.empty(end, np.uint8))
+
+    @cached_property
+    def address(self) -> int:
+        """Of the memory on the device."""
+        return int(self.memory.data.ptr)
 
     def offset(self, name: str, layer: int) -> int:
         """Bytes before a layer of an array."""
