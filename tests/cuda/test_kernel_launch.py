@@ -14,7 +14,7 @@ import pytest
 
 import losart.kernels_cu.launch
 import losart.kernels_cu.tensor_map
-from losart.backends.cuda.matmul_plans import hopper_matmul_plans, matmul_plan
+from losart.backends.cuda.matmul_plans import hopper_matmul_plans, matmul_plan, usual_splits
 from losart.backends.cuda.plans import sparse_plan
 from losart.backends.cuda.variants import CARDS
 from losart.config.precision import Precision
@@ -151,6 +151,33 @@ def test_no_way_to_cut_a_matmul_has_blocks_without_a_tile(sms, tokens, rows):
         assert not rest and 1 <= clusters <= plan.parts * ceil(tokens / (128 * cluster)) * ceil(rows / width)
         assert plan.grid[0] <= sms and plan.boxes == (128, width // cluster)
         assert stages >= 3 and plan.shared <= card.shared_per_block
+
+
+@pytest.mark.parametrize(
+    ("rows", "inner"), [(6144, 2560), (4096, 4096), (2560, 9728), (1024, 3072), (151936, 1024)]
+)
+def test_a_matmul_may_be_split_alike_for_any_number_of_tokens(rows, inner):
+    card = CARDS["sm_90a"]
+    splits = usual_splits(card, rows, inner)
+    for tokens in (1, 4, 31, 64, 65, 500, 1024):
+        plan = matmul_plan(card, True, tokens, rows, inner, splits)
+        assert (plan.kernel, plan.parts) == ("linear_hopper", splits)
+
+
+@pytest.mark.parametrize("card", CARDS.values(), ids=CARDS)
+@pytest.mark.parametrize("sequences", [1, 2, 18, 128, 144])
+def test_lists_of_several_sequences_fit(card, sequences):
+    """A thread block has room for the longest part that it may be given."""
+    for block, pages in ((4, 128), (16, 512), (16, 8192), (64, 1 << 16)):
+        plan = sparse_plan(card, True, block, 32, 8, 128, pages, 16, 0, sequences)
+        tiles = -(-pages * 16 // 64)
+        parts = plan.share or 1
+        assert plan.capacity * 16 >= -(-tiles // parts) * 64
+        assert plan.grid[1] == plan.parts >= sequences
+        if plan.share:
+            assert plan.parts == plan.share * sequences
+        else:
+            assert 1 < sequences <= MOST_SHARING and plan.capacity >= sequences
 
 
 def test_kernels_that_overlap_divide_a_processors_memory_alike(driver):

@@ -25,7 +25,7 @@ from losart.backends.cuda.batch import DeviceBatch
 from losart.backends.cuda.host_selector import HostSelector
 from losart.backends.cuda.kernels import Kernels
 from losart.backends.cuda.matmul import blas_matmul
-from losart.backends.cuda.matmul_plans import matmul_plan
+from losart.backends.cuda.matmul_plans import matmul_plan, usual_splits
 from losart.backends.cuda.memory import DeviceMemory
 from losart.backends.cuda.pages import CudaPageTable, DeviceArrays
 from losart.backends.cuda.plans import (
@@ -168,7 +168,11 @@ class CudaBackend:
 
     def linear(self, x: Any, weight: Weight, bias: Any | None = None) -> Matmul:
         tokens, (rows, inner), kernels = len(x), weight.values.shape, self.kernels
-        if tokens <= ALIKE_TOKENS or not kernels.same_sums or not kernels.tensor_matmul or inner % 8:
+        if not (kernels.deterministic and kernels.tensor_matmul) or inner % 8:
+            return self._linear(x, weight, bias)
+        if kernels.card.hopper:
+            return self._linear(x, weight, bias, usual_splits(kernels.card, rows, inner))
+        if tokens <= ALIKE_TOKENS:
             return self._linear(x, weight, bias)
         plan = matmul_plan(kernels.card, True, ALIKE_TOKENS, rows, inner)
         planes = cupy.empty((plan.parts, tokens, rows), np.float32)
@@ -180,17 +184,17 @@ class CudaBackend:
         return Matmul(planes, bias, -(-inner // cu.STEP_COLUMNS), plan.share)
 
     def prefill_linear(self, x: Any, weight: Weight, bias: Any | None = None) -> Matmul:
-        kernels, whole = self.kernels, self.kernels.deterministic
-        plan = matmul_plan(kernels.card, kernels.tensor_matmul, len(x), *weight.values.shape, whole)
-        if len(x) > cu.SKINNY_TOKENS and plan.kernel != "linear_hopper" and not whole:
+        kernels, splits = self.kernels, 1 if self.kernels.deterministic else None
+        plan = matmul_plan(kernels.card, kernels.tensor_matmul, len(x), *weight.values.shape, splits)
+        if len(x) > cu.SKINNY_TOKENS and plan.kernel != "linear_hopper" and not splits:
             y = blas_matmul(x, weight.values, self.precision.weights)
             if y is not None:
                 return Matmul(y[None], bias)
-        return self._linear(x, weight, bias, whole)
+        return self._linear(x, weight, bias, splits)
 
-    def _linear(self, x: Any, weight: Weight, bias: Any | None, whole: bool = False) -> Matmul:
+    def _linear(self, x: Any, weight: Weight, bias: Any | None, splits: int | None = None) -> Matmul:
         tokens, rows, inner = len(x), weight.view.rows, weight.view.inner
-        plan = matmul_plan(self.kernels.card, self.kernels.tensor_matmul, tokens, rows, inner, whole)
+        plan = matmul_plan(self.kernels.card, self.kernels.tensor_matmul, tokens, rows, inner, splits)
         planes = cupy.empty((plan.parts, tokens, rows), np.float32)
         if plan.boxes:
             boxes = zip((x, weight.values), plan.boxes, strict=True)

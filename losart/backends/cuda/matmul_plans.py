@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import lru_cache
 from math import ceil
+from operator import itemgetter
 
 from losart.backends.cuda.plans import Card, Plan
 from losart.kernels_cu import constants as cu
@@ -17,23 +18,27 @@ MEMORY_BYTES = 2000  # per clock, of all SMs
 TILE_CLOCKS = 2000  # of a tile, before its first step's copies have arrived and after its last one
 SPLITS = (1, 2, 3, 4, 6, 8)  # of a tile's columns
 LEAST_STEPS = 8  # of a split
+MIDDLING_TOKENS = 256
 MOST_SKINNY_ON_HOPPER = 32  # by single matmuls on an H200; of up to 32 tokens linear_tensor sums alike
 MIN_SHARE = 16  # units per block of linear_tensor with one block per SM: adding up planes costs time too
 
 
 @lru_cache(1024)  # asked for each matmul of each layer, some of which take less time than a plan
-def matmul_plan(card: Card, tensor: bool, tokens: int, rows: int, inner: int, whole: bool = False) -> Plan:
+def matmul_plan(
+    card: Card, tensor: bool, tokens: int, rows: int, inner: int, splits: int | None = None
+) -> Plan:
     """A matmul [tokens, inner] x [rows, inner]; `tensor`: of 16-bit values.
 
-    With `whole` each sum is one thread block's, in the same order for any number of tokens.
+    With `splits` each sum is divided among so many thread blocks, in the same order for any number of tokens;
+    only Hopper can do more than one. Else it is divided as is fastest.
     """
     if not tensor or inner % 8:
         grid = (ceil(rows / cu.LINEAR_ROWS), ceil(tokens / cu.LINEAR_TOKENS))
         return Plan("linear", grid, cu.LINEAR_THREADS, 0)
-    if card.hopper and (whole or tokens > MOST_SKINNY_ON_HOPPER):
+    if card.hopper and (splits or tokens > MOST_SKINNY_ON_HOPPER):
         plans = hopper_matmul_plans(card, tokens, rows, inner)
-        return min((one for one in plans if one[1].parts == 1 or not whole), key=lambda timed: timed[0])[1]
-    if whole or tokens > cu.SKINNY_TOKENS:
+        return min((one for one in plans if one[1].parts == (splits or one[1].parts)), key=itemgetter(0))[1]
+    if splits or tokens > cu.SKINNY_TOKENS:
         stage = (cu.TILE_TOKENS + cu.TILE_ROWS) * cu.STEP_COLUMNS * 2
         stages = min(4, card.shared_per_block // stage)
         grid = (ceil(tokens / cu.TILE_TOKENS), ceil(rows / cu.TILE_ROWS))
@@ -59,6 +64,11 @@ def matmul_plan(card: Card, tensor: bool, tokens: int, rows: int, inner: int, wh
         parts=(steps - 1) // share + 2,
         share=share,
     )
+
+
+def usual_splits(card: Card, rows: int, inner: int) -> int:
+    """The splits that are fastest for a batch of middling size, on Hopper."""
+    return matmul_plan(card, True, MIDDLING_TOKENS, rows, inner).parts
 
 
 def hopper_matmul_plans(card: Card, tokens: int, rows: int, inner: int) -> Iterator[tuple[float, Plan]]:
