@@ -57,6 +57,7 @@ SCORES_THREADS = 256
 SCORES_ROW_TILE = 8  # rows in one tile of page_scores_tensor
 TOP_PAGES_THREADS = 512
 QUERY_CHANGE_THREADS = 256
+MOST_SHARING = 128  # sequences among which share_of_block divides thread blocks
 
 # sampling/
 GATHER_THREADS = 256

@@ -29,21 +29,21 @@ struct PageShare {
     ListedPages where;
 };
 
-/* A sequence's share. Called by all threads of a block of whole warps. `shared` has room for `capacity` pages, the
+/* A thread block's share. Called by all threads of a block of whole warps. `shared` has room for `capacity` pages, the
  * largest share, and after that, with `top`, for marks of the prefix's pages. tokens [rows.count / rows.group] are
  * those of the rows (null: all). Nothing is shared where no token of the thread block's rows is active. */
 __device__ __forceinline__ PageShare share_pages(const PagesView &pages, const int *top, const int *tokens,
-                                                 const QueryRows &rows, int sequence, const CacheView &cache, int tile,
-                                                 int *shared, int capacity)
+                                                 const QueryRows &rows, const SequenceShare &mine,
+                                                 const CacheView &cache, int tile, int *shared, int capacity)
 {
     __shared__ int sums[WARP];
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     int length = *cache.length, page_size = cache.page_size, kv_heads = cache.kv_heads;
     int page_count = cache.pages(length), words = (page_count + WARP - 1) / WARP;
-    const unsigned *marks = pages.marks + ((size_t)sequence * kv_heads + rows.kv_head) * pages.words;
+    const unsigned *marks = pages.marks + ((size_t)mine.sequence * kv_heads + rows.kv_head) * pages.words;
     /* Each thread has some consecutive words; the first is on its way while the tokens are. */
     int each = (words + blockDim.x - 1) / blockDim.x, begin = min(words, (int)threadIdx.x * each);
-    int end = min(words, begin + each), mine = 0;
+    int end = min(words, begin + each), set = 0;
     unsigned first_word = !top && begin < end ? marks[begin] : 0;
     PageShare share;
     share.active = active_tokens(tokens, rows.count / rows.group);
@@ -64,8 +64,8 @@ __device__ __forceinline__ PageShare share_pages(const PagesView &pages, const i
         if (begin < end) first_word = own[begin];
     }
     auto word_at = [&](int i) { return i == begin ? first_word : marks[i]; };
-    for (int i = begin; i < end; i++) mine += __popc(word_at(i));
-    int through = mine; /* pages of this and earlier lanes */
+    for (int i = begin; i < end; i++) set += __popc(word_at(i));
+    int through = set; /* pages of this and earlier lanes */
     for (int step = 1; step < WARP; step *= 2) {
         int other = __shfl_up_sync(~0u, through, step);
         if (lane >= step) through += other;
@@ -74,10 +74,10 @@ __device__ __forceinline__ PageShare share_pages(const PagesView &pages, const i
     bool has_last = page_count && (marks[(page_count - 1) / WARP] >> (page_count - 1) % WARP & 1);
     __syncthreads();
     int warp_pages = lane < blockDim.x / WARP ? sums[lane] : 0, count = __reduce_add_sync(~0u, warp_pages);
-    int index = through - mine + __reduce_add_sync(~0u, lane < warp ? warp_pages : 0);
+    int index = through - set + __reduce_add_sync(~0u, lane < warp ? warp_pages : 0);
 
     share.listed = count * page_size + (has_last ? length - page_count * page_size : 0);
-    share.tiles = tiles_of_part((share.listed + tile - 1) / tile, blockIdx.y, gridDim.y);
+    share.tiles = tiles_of_part((share.listed + tile - 1) / tile, mine.part, mine.parts);
     int first_page = share.tiles.first * tile / page_size;
     int last_page = min(count, (share.tiles.last * tile + page_size - 1) / page_size);
     for (int i = begin; i < end && index < last_page; i++)
@@ -89,9 +89,9 @@ __device__ __forceinline__ PageShare share_pages(const PagesView &pages, const i
 }
 
 /* Adds the positions in the kv heads' lists to reads[0], and the tokens that read them to reads[1]. */
-__device__ __forceinline__ void count_reads(int *reads, const PageShare &share, const QueryRows &rows)
+__device__ __forceinline__ void count_reads(int *reads, const PageShare &share, const QueryRows &rows, int part)
 {
-    if (blockIdx.y + rows.first || threadIdx.x) return;
+    if (part + rows.first || threadIdx.x) return;
     atomicAdd(reads, share.listed);
     if (blockIdx.x == 0) atomicAdd(reads + 1, share.active);
 }

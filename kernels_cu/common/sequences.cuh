@@ -12,6 +12,57 @@ struct SequenceRows {
     }
 };
 
+/* A thread block's share of the work on one of several sequences. */
+struct SequenceShare {
+    int sequence, part, parts; /* -1: there is nothing to do */
+};
+
+/* Divides the thread blocks of a grid's y among sequences, as a list of work for the device to make: in proportion to
+ * their active tokens, at least one to each that has any. tokens [sequences, count], -1 after the last; null: all are
+ * active. With `fixed` every sequence has that many thread blocks.
+ *
+ * Called by all threads of a block of whole warps, when `tokens` are known. `scratch` has room for so many ints;
+ * gridDim.y >= sequences. One thread block writes starts [sequences + 1], if not null: everyone's first. */
+__device__ __forceinline__ SequenceShare share_of_block(const int *tokens, int count, int sequences, int fixed,
+                                                        int *scratch, int *starts)
+{
+    int block = blockIdx.y, blocks = gridDim.y, lane = threadIdx.x % WARP;
+    if (fixed) return {block / fixed, block % fixed, fixed};
+    for (int i = threadIdx.x; i < sequences; i += blockDim.x) scratch[i] = tokens ? 0 : count;
+    __syncthreads();
+    for (int i = threadIdx.x; tokens && i < sequences * count; i += blockDim.x)
+        if (tokens[i] >= 0) atomicAdd(scratch + i / count, 1);
+    __syncthreads();
+    /* A lane has some consecutive sequences. */
+    int each = (sequences + WARP - 1) / WARP, begin = min(sequences, lane * each), end = min(sequences, begin + each);
+    int weight = 0, having = 0;
+    for (int i = begin; i < end; i++) weight += scratch[i], having += scratch[i] > 0;
+    int weights_through = weight, having_through = having;
+    for (int step = 1; step < WARP; step *= 2) {
+        int other_weight = __shfl_up_sync(~0u, weights_through, step);
+        int other_having = __shfl_up_sync(~0u, having_through, step);
+        if (lane >= step) weights_through += other_weight, having_through += other_having;
+    }
+    int all = __shfl_sync(~0u, weights_through, WARP - 1), rest = blocks - __shfl_sync(~0u, having_through, WARP - 1);
+    weight = weights_through - weight, having = having_through - having; /* before this lane's */
+    auto first = [&]() { return all ? having + (int)((long long)rest * weight / all) : 0; };
+    bool writes = starts && blockIdx.x + blockIdx.y + blockIdx.z == 0 && threadIdx.x < WARP;
+    SequenceShare mine = {-1, 0, 1};
+    for (int i = begin; i < end; i++) {
+        int start = first();
+        weight += scratch[i], having += scratch[i] > 0;
+        if (start <= block && block < first()) mine = {i, block - start, first() - start};
+        if (writes) starts[i] = start;
+    }
+    if (writes && lane == 0) starts[sequences] = all ? blocks : 0;
+    unsigned found = __ballot_sync(~0u, mine.sequence >= 0);
+    int source = found ? __ffs(found) - 1 : 0;
+    mine.sequence = __shfl_sync(~0u, mine.sequence, source);
+    mine.part = __shfl_sync(~0u, mine.part, source), mine.parts = __shfl_sync(~0u, mine.parts, source);
+    __syncthreads(); /* scratch may be used for something else */
+    return mine;
+}
+
 /* What part number `part` takes of some tiles. */
 struct TileRange {
     int first, last;

@@ -8,11 +8,10 @@ __device__ __forceinline__ int query_index(const int *tokens, int row, int rows,
     return token < 0 ? -1 : token * heads + kv_head * group + row % group;
 }
 
-/* Called by all thread blocks of a grid (kv_heads, splits, any): those with a sequence's first row clear the
- * marks of its kv head, which is number `head` of all sequences'. */
-__device__ __forceinline__ void clear_marks(unsigned *marks, int words, int head, int first_row)
+/* Clears marks [heads, words], called by all threads of a grid. */
+__device__ __forceinline__ void clear_marks(unsigned *marks, int heads, int words)
 {
-    if (first_row == 0)
-        for (int i = blockIdx.y * blockDim.x + threadIdx.x; i < words; i += gridDim.y * blockDim.x)
-            marks[(size_t)head * words + i] = 0;
+    int blocks = gridDim.x * gridDim.y * gridDim.z;
+    int block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
+    for (int i = block * blockDim.x + threadIdx.x; i < heads * words; i += blocks * blockDim.x) marks[i] = 0;
 }

@@ -6,8 +6,8 @@
  * those without a query are undefined. Writes the prefixes' pages of scores [sequences, kv_heads, rows, stride], and
  * clears marks [sequences, kv_heads, words] for mark_pages.cu.
  *
- * Grid: (kv_heads, splits, sequences * rows / PLAIN_ROWS), one warp per page at a time. Must read the bounds, which it
- * does once for PLAIN_ROWS rows. */
+ * Grid: (kv_heads, blocks that share_of_block divides, rows / PLAIN_ROWS), one warp per page at a time. Must read the
+ * bounds of sequences that have active tokens, which it does once for PLAIN_ROWS rows. */
 #define LANE_CHANNELS (2 * LARGEST_HEAD_DIM / WARP)
 
 __device__ __forceinline__ bool is_coded(const PageBounds &bounds)
@@ -24,19 +24,20 @@ __device__ __forceinline__ float decoded(const PageBounds &bounds, int page, int
 
 extern "C" __global__ void __launch_bounds__(SCORES_THREADS, 2)
     page_scores(const float *q, const int *tokens, int count, int sequence_tokens, int heads, CachesView caches,
-                float *scores, int stride, unsigned *marks, int words)
+                float *scores, int stride, unsigned *marks, int words, int sequences, int fixed)
 {
     wait_for_previous();
     let_next_start();
     extern __shared__ float shared[];
     int dim = caches.head_dim, kv_head = blockIdx.x, group = heads / caches.kv_heads, rows = count * group;
-    SequenceRows mine(tokens, count, group, PLAIN_ROWS);
-    int sequence = mine.sequence, first_row = mine.first_row;
+    clear_marks(marks, sequences * caches.kv_heads, words);
+    SequenceShare mine = share_of_block(tokens, count, sequences, fixed, (int *)shared, nullptr);
+    if (mine.sequence < 0) return;
+    int sequence = mine.sequence, first_row = blockIdx.z * PLAIN_ROWS;
     CacheView cache = caches.of(sequence);
-    tokens = mine.tokens;
+    if (tokens) tokens += sequence * count;
     q += (size_t)sequence * sequence_tokens * heads * dim;
     int head = sequence * cache.kv_heads + kv_head; /* among those of all sequences */
-    clear_marks(marks, words, head, first_row);
     int length = *cache.length, pages = cache.pages(length), chunk_groups = cache.chunk_groups();
     int lane = threadIdx.x % WARP, warps = blockDim.x / WARP;
     for (int i = threadIdx.x; i < PLAIN_ROWS * 2 * dim; i += blockDim.x) {
@@ -46,7 +47,7 @@ extern "C" __global__ void __launch_bounds__(SCORES_THREADS, 2)
         shared[i] = i % (2 * dim) < dim ? fminf(x, 0.0f) : fmaxf(x, 0.0f);
     }
     __syncthreads();
-    for (int page = blockIdx.y * warps + threadIdx.x / WARP; page < pages; page += gridDim.y * warps) {
+    for (int page = mine.part * warps + threadIdx.x / WARP; page < pages; page += mine.parts * warps) {
         PageBounds bounds = cache.bounds(kv_head, page / GROUP_PAGES, chunk_groups);
         bool coded = page / GROUP_PAGES < cache.full_groups(length) && is_coded(bounds);
         float values[LANE_CHANNELS];

@@ -6,8 +6,8 @@
  * 32 channels, lane 4 g + t has the 8 from 8 t on, of pages g and g + 8. Rows are in shared memory in the order in
  * which lanes read them.
  *
- * Grid: (kv_heads, splits, sequences * rows / (SCORES_ROW_TILE * ROW_TILES)). Must read the codes, bases and steps,
- * which it does once per z: 20 * head_dim bytes per kv head and 16 pages. */
+ * Grid: (kv_heads, blocks that share_of_block divides, rows / (SCORES_ROW_TILE * ROW_TILES)). Must read the codes,
+ * bases and steps, which it does once per z: 20 * head_dim bytes per kv head and 16 pages. */
 static_assert(SCORES_THREADS == 256 && SCORES_ROW_TILE == 8, "8 warps; columns of a B fragment");
 #define LANE_PIECES (HEAD_DIM / 32) /* 8 channels each, of a lane and kind */
 #define CHUNKS (2 * LANE_PIECES)
@@ -104,19 +104,25 @@ __device__ __forceinline__ uint4 decode(unsigned codes, uint4 base, uint4 step)
 
 extern "C" __global__ void __launch_bounds__(SCORES_THREADS, 2)
     page_scores_tensor(const float *q, const int *tokens, int count, int sequence_tokens, int heads, CachesView caches,
-                       float *scores, int stride, unsigned *marks, int words)
+                       float *scores, int stride, unsigned *marks, int words, int sequences, int fixed)
 {
     extern __shared__ uint4 shared[];
     int kv_head = blockIdx.x, group = heads / caches.kv_heads, rows = count * group;
-    SequenceRows mine(tokens, count, group, SCORES_ROW_TILE * ROW_TILES);
-    int sequence = mine.sequence, first_row = mine.first_row;
+    /* Shares that depend on the tokens are known when these are; else the first bounds can be on their way. */
+    if (!fixed) wait_for_previous();
+    SequenceShare mine = share_of_block(tokens, count, sequences, fixed, (int *)shared, nullptr);
+    if (mine.sequence < 0) {
+        clear_marks(marks, sequences * caches.kv_heads, words);
+        return;
+    }
+    int sequence = mine.sequence, first_row = blockIdx.z * (SCORES_ROW_TILE * ROW_TILES);
     CacheView cache = caches.of(sequence);
-    tokens = mine.tokens;
+    if (tokens) tokens += sequence * count;
     q += (size_t)sequence * sequence_tokens * heads * HEAD_DIM;
     int head = sequence * cache.kv_heads + kv_head; /* among those of all sequences */
     int length = *cache.length, pages = cache.pages(length), chunk_groups = cache.chunk_groups();
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
-    int tile = warp * gridDim.y + blockIdx.y, step = gridDim.y * (SCORES_THREADS / WARP); /* few: some in each block */
+    int tile = warp * mine.parts + mine.part, step = mine.parts * (SCORES_THREADS / WARP); /* few: some in each block */
     int tiles = (pages + GROUP_PAGES - 1) / GROUP_PAGES, full = cache.full_groups(length);
     uint4 *ring = shared + warp * STAGES * STAGE_PIECES, *row_pieces = shared + 8 * STAGES * STAGE_PIECES;
     auto copy = [&](int next, uint4 *stage) {
@@ -134,7 +140,7 @@ extern "C" __global__ void __launch_bounds__(SCORES_THREADS, 2)
     for (int i = 0; i < STAGES; i++) copy(tile + i * step, ring + i * STAGE_PIECES);
     wait_for_previous();
     let_next_start();
-    clear_marks(marks, words, head, first_row);
+    clear_marks(marks, sequences * cache.kv_heads, words);
     int row_tiles = used_tiles(tokens, rows, first_row, group);
     if (row_tiles == 0) return;
     prepare_rows(row_pieces, row_tiles, q, tokens, first_row, rows, kv_head, group, heads);

@@ -20,7 +20,7 @@ from losart.backends.cuda.variants import CARDS
 from losart.config.precision import Precision
 from losart.errors import DeviceError
 from losart.kernels_cu import kernel
-from losart.kernels_cu.constants import SHARED_ALIGNMENT
+from losart.kernels_cu.constants import MOST_SHARING, SHARED_ALIGNMENT
 from losart.kernels_cu.launch import Kernel
 from losart.kernels_cu.tensor_map import TensorMap, tensor_map
 

@@ -297,11 +297,12 @@ class CudaBackend:
         words = batch.mark_words if pages.marks is None else 0
         size = pages.limit, shape.page_size, words
         plan = sparse_plan(*self._shape(count), *size, sequences, self.kernels.same_sums)
-        parts = PrefixParts.empty(plan.parts * sequences, count, c.num_heads, c.head_dim, sequences)
+        starts = None if plan.share else cupy.empty(sequences + 1, np.int32)
+        parts = PrefixParts.empty(plan.parts, count, c.num_heads, c.head_dim, sequences, starts)
         self.kernels.launch_plan(
             plan,
             *(q, tokens, batch.caches_view(layer), pages.view, plan.capacity, batch.reads),
-            *(parts.view, c.num_heads, shape.tokens),
+            *(parts.view, c.num_heads, shape.tokens, sequences, plan.share),
         )
         return parts
 

@@ -73,7 +73,8 @@ class Plan:
     parts : int
         linear_tensor, linear_hopper: planes of partial sums; prefix attention: parts to be merged.
     share : int
-        linear_tensor: units per block; dense prefix attention: parts of one cache by itself.
+        linear_tensor: units per block; dense prefix attention: parts of one cache by itself; page scores and
+        sparse attention: thread blocks per sequence, 0 where they are divided by active tokens.
     tile : int
         Dense prefix attention: positions in a tile; 0 where every cache has as many parts.
     capacity : int
@@ -176,21 +177,29 @@ def sparse_plan(
 ) -> Plan:
     """Attention of some tokens' queries of each sequence over a list of `pages` at most.
 
-    `words` of marks are the list's own. With `same_sums` a list has as many parts as of one sequence.
+    `words` of marks are the list's own. Several lists have parts by their active tokens, so that all SMs are
+    at work; with `same_sums`, and where a part cannot hold a whole list, all have as many.
     """
     shape = (card, "sparse_attention", tensor, tokens * (heads // kv_heads), kv_heads, head_dim)
     tile = cu.TENSOR_TILE if tensor and head_dim in TENSOR_HEAD_DIMS else cu.PLAIN_TILE
-    plan = _split_plan(*shape)
-    parts = plan.parts if same_sums else max(1, plan.parts // sequences)
+    own = _split_plan(*shape).parts
+    parts = own if same_sums else max(1, own // sequences)
+    divided = 1 < sequences <= cu.MOST_SHARING and not same_sums
     while True:
-        capacity = ceil(ceil(ceil(pages * page_size / tile) / parts) * tile / page_size) + 1
+        longest = pages * page_size
+        capacity = ceil(ceil(ceil(longest / tile) / (1 if divided else parts)) * tile / page_size) + 1
+        capacity = max(capacity, sequences) if divided else capacity
         plan = _split_plan(*shape, extra=4 * (capacity + words))
         # Shares of a long list may leave no room for two tiles, one to compute while the other is copied.
         fits = plan.shared <= card.shared_per_block - cu.SHARED_ALIGNMENT
         if fits and dict(plan.defines).get("STAGES", cu.MIN_STAGES) >= cu.MIN_STAGES:
-            grid = (kv_heads, parts, plan.grid[2] * sequences)
-            return replace(plan, grid=grid, parts=parts, capacity=capacity)
-        if parts * tile >= pages * page_size:
+            count = max(own, sequences) if divided else parts * sequences
+            grid, share = (kv_heads, count, plan.grid[2]), 0 if divided else parts
+            return replace(plan, grid=grid, parts=count, share=share, capacity=capacity)
+        if divided:
+            divided = False
+            continue
+        if parts * tile >= longest:
             raise DeviceError(f"a prefix of {32 * words} pages is too long for this GPU's shared memory")
         parts *= 2
 
@@ -208,19 +217,35 @@ def scores_plan(
     card: Card, tensor: bool, rows: int, kv_heads: int, head_dim: int, sequences: int = 1
 ) -> Plan:
     """Bounds of pages for `rows` queries per kv head of each sequence."""
-    blocks = 2 * card.sms
     if not tensor or head_dim not in TENSOR_HEAD_DIMS:
-        grid = (kv_heads, max(1, blocks // (kv_heads * sequences)), ceil(rows / cu.PLAIN_ROWS) * sequences)
-        return Plan("page_scores", grid, cu.SCORES_THREADS, cu.PLAIN_ROWS * 2 * head_dim * 4)
+        slices = ceil(rows / cu.PLAIN_ROWS)
+        count, share = divided_blocks(card, kv_heads * slices, sequences)
+        shared = cu.PLAIN_ROWS * 2 * head_dim * 4
+        return Plan("page_scores", (kv_heads, count, slices), cu.SCORES_THREADS, shared, share=share)
     tiles = ceil(rows / cu.SCORES_ROW_TILE) if rows <= 4 * cu.SCORES_ROW_TILE else 8
-    slices = ceil(rows / (cu.SCORES_ROW_TILE * tiles)) * sequences
-    grid = (kv_heads, max(1, blocks // (kv_heads * slices)), slices)
+    slices = ceil(rows / (cu.SCORES_ROW_TILE * tiles))
+    count, share = divided_blocks(card, kv_heads * slices, sequences)
     # A stage per warp: bases and steps, and two kinds of codes of 16 pages, with gaps of 16 bytes.
     stage = 4 * head_dim + 2 * cu.GROUP_PAGES * (head_dim // 2 + 16)
     rings, row_tiles = cu.SCORES_THREADS // cu.WARP * stage, head_dim // 16 * tiles * 512
     stages = 2 if 2 * rings + row_tiles <= card.shared_per_block else 1
     defines = (("HEAD_DIM", head_dim), ("ROW_TILES", tiles), ("STAGES", stages))
-    return Plan("page_scores_tensor", grid, cu.SCORES_THREADS, stages * rings + row_tiles, defines)
+    shared = stages * rings + row_tiles
+    return Plan(
+        "page_scores_tensor", (kv_heads, count, slices), cu.SCORES_THREADS, shared, defines, share=share
+    )
+
+
+def divided_blocks(card: Card, others: int, sequences: int) -> tuple[int, int]:
+    """Thread blocks of a grid's y, two per SM in all with `others` in its other dimensions.
+
+    And how many each sequence has; 0: they are divided among the sequences by their active tokens.
+    """
+    blocks = max(1, 2 * card.sms // others)
+    if 1 < sequences <= cu.MOST_SHARING:
+        return max(sequences, blocks), 0
+    each = max(1, blocks // sequences)
+    return each * sequences, each
 
 
 def causal_plan(card: Card, tensor: bool, tokens: int, heads: int, kv_heads: int, head_dim: int) -> Plan:

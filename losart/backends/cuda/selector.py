@@ -10,14 +10,13 @@ import numpy as np
 from losart.backends.base import ActiveRule, ActiveTokens, Selection
 from losart.backends.cuda.batch import DeviceBatch
 from losart.backends.cuda.kernels import Kernels
-from losart.backends.cuda.plans import scores_plan
+from losart.backends.cuda.plans import divided_blocks, scores_plan
 from losart.backends.cuda.results import NO_PAGES, NOTHING_STORED, SelectedPages
 from losart.config.model import ModelConfig
 from losart.kernels_cu.constants import QUERY_CHANGE_THREADS, TOP_PAGES_THREADS
 from losart.kernels_cu.views import StoredView
 
 MOST_SEQUENCES = 1024  # of a group
-LEAST_MARKING_BLOCKS = 8  # of a kv head and sequence
 
 
 class DeviceSelector:
@@ -53,14 +52,15 @@ class DeviceSelector:
         pages, words, count = batch.max_pages, batch.mark_words, min(count, batch.max_pages)
         marks = cupy.empty((shape.sequences, c.num_kv_heads, words), np.uint32)
         scores = self._page_scores(layer, q, tokens, batch, marks)
-        # With active tokens few rows choose: no more thread blocks than run at once, but for these few.
-        at_once = 2 * self._kernels.card.sms // (c.num_kv_heads * shape.sequences)
-        blocks = rows if tokens is None else min(rows, max(LEAST_MARKING_BLOCKS, at_once))
+        blocks, each = divided_blocks(self._kernels.card, c.num_kv_heads, shape.sequences)
+        if shape.sequences == 1:
+            blocks = each = rows if tokens is None else min(rows, blocks)
         self._kernels.launch(
             "mark_pages",
-            (c.num_kv_heads, blocks, shape.sequences),
+            (c.num_kv_heads, blocks),
             TOP_PAGES_THREADS,
             *(scores, rows, pages, batch.caches_view(layer), tokens, c.group_size, count, marks, words),
+            *(shape.sequences, each),
         )
         return Selection(tokens, SelectedPages(min(pages, rows * count), marks), change)
 
@@ -131,9 +131,11 @@ class DeviceSelector:
         count = shape.tokens if tokens is None else tokens.shape[1]
         rows, sequences = count * c.group_size, shape.sequences
         scores = cupy.empty((sequences, c.num_kv_heads, rows, pages), np.float32)
+        sizes = rows, c.num_kv_heads, c.head_dim, sequences
+        plan = scores_plan(kernels.card, kernels.tensor_attention, *sizes)
         kernels.launch_plan(
-            scores_plan(kernels.card, kernels.tensor_attention, rows, c.num_kv_heads, c.head_dim, sequences),
+            plan,
             *(q, tokens, count, shape.tokens, c.num_heads, batch.caches_view(layer)),
-            *(scores, pages, marks, marks.shape[2]),
+            *(scores, pages, marks, marks.shape[2], sequences, plan.share),
         )
         return scores
