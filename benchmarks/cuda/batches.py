@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import cupy
 import numpy as np
@@ -32,29 +32,45 @@ METHODS = {
     "losa 5": LOSA | {"active": 5},
     "losa, first pass and commit sparse": LOSA | {"first_pass": "sparse", "commit": "sparse"},
 }
-# Size, sequences, prompt, block length, passes per block, methods.
-RUNS: tuple[tuple[str, int, int, int, int, tuple[str, ...]], ...] = (
-    ("4B", 128, 512, 4, 4, ("dense",)),
-    ("4B", 128, 512, 4, 2, ("dense",)),
-    ("8B", 128, 512, 4, 4, ("dense",)),
-    ("8B", 128, 512, 4, 2, ("dense",)),
-    ("8B", 8, 65536, 16, 16, tuple(METHODS)),
-    ("8B", 4, 131072, 16, 16, tuple(METHODS)),
+
+
+class Batch(NamedTuple):
+    """What is decoded together: prompts of so many tokens, in so many passes per block."""
+
+    size: str
+    sequences: int
+    prompt: int
+    block: int
+    passes: int
+    methods: tuple[str, ...] = ("dense",)
+    deterministic: bool = False
+
+
+BATCHES = (
+    Batch("4B", 128, 512, 4, 4),
+    Batch("4B", 128, 512, 4, 2),
+    Batch("4B", 128, 512, 4, 4, deterministic=True),
+    Batch("8B", 128, 512, 4, 4),
+    Batch("8B", 128, 512, 4, 2),
+    Batch("8B", 8, 65536, 16, 16, tuple(METHODS)),
+    Batch("8B", 4, 131072, 16, 16, tuple(METHODS)),
 )
-QUICK = (("1.7B", 32, 512, 4, 4, ("dense",)), ("1.7B", 8, 16384, 16, 16, tuple(METHODS)))
+QUICK = (Batch("1.7B", 32, 512, 4, 4), Batch("1.7B", 8, 16384, 16, 16, tuple(METHODS)))
 
 
 def rows(bandwidth: float, quick: bool = False) -> Iterator[dict[str, Any]]:
     """One row per size, number of sequences and method."""
     rate = attempt(matmul_rate)
     model: Any = None
-    loaded = ""
-    for size, sequences, prompt, block, passes, methods in QUICK if quick else RUNS:
-        if size != loaded:
+    loaded = None
+    for size, sequences, prompt, block, passes, methods, deterministic in QUICK if quick else BATCHES:
+        if (size, deterministic) != loaded:
             del model
             free_memory()
-            model, loaded = attempt(NoiseModel, size, TimedTransformer), size
+            model = attempt(NoiseModel, size, TimedTransformer, deterministic)
+            loaded = size, deterministic
         row = {"size": size, "sequences": sequences, "prompt": prompt, "block": block, "passes": passes}
+        row |= {"deterministic": "yes" if deterministic else ""}
         caches = model if isinstance(model, str) else attempt(noise_caches, model, sequences, prompt, block)
         if isinstance(caches, str):
             yield row | {"method": caches}
@@ -62,7 +78,7 @@ def rows(bandwidth: float, quick: bool = False) -> Iterator[dict[str, Any]]:
         dense = None
         theirs = (
             attempt(their_milliseconds, size, sequences, prompt, block)
-            if sequences > MANY and passes == block
+            if sequences > MANY and passes == block and not deterministic
             else None
         )
         for name in methods:
@@ -80,7 +96,7 @@ def rows(bandwidth: float, quick: bool = False) -> Iterator[dict[str, Any]]:
                 "transformers ms": theirs,
             }
             yield row | {"method": name} | measured | more
-        if sequences > MANY and passes == block:
+        if sequences > MANY and passes == block and not deterministic:
             beside = attempt(prefill_beside, model, caches, prompt, block)
             failed = {"tokens a second": beside} if isinstance(beside, str) else beside
             yield row | {"method": f"{LONG_PROMPT} tokens prefilled beside"} | failed

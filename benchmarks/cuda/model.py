@@ -29,11 +29,15 @@ class NoiseModel:
         Of `random_checkpoint.SIZES`.
     transformer : type
         Transformer, or a class made of it.
+    deterministic : bool
+        As of `losart.load`.
     """
 
-    def __init__(self, size: str, transformer: type[Transformer] = Transformer) -> None:
+    def __init__(
+        self, size: str, transformer: type[Transformer] = Transformer, deterministic: bool = False
+    ) -> None:
         self.config = model_config(size)
-        self.backend = NoiseBackend(self.config, BFLOAT16)
+        self.backend = NoiseBackend(self.config, BFLOAT16, deterministic)
         self.transformer: Any = transformer(self.config, shapes(self.config), self.backend)
 
 
