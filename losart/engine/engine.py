@@ -26,6 +26,7 @@ from losart.engine.kv_pool import KVPool, Prefix
 from losart.engine.output import Decode, Output
 from losart.engine.sampling import Proposals, strategy
 from losart.engine.sequence import Sequence
+from losart.engine.totals import Totals
 from losart.engine.turns import Turns
 from losart.errors import LosartError, NumericalError, OptionError
 from losart.observe.engine_stats import EngineStats
@@ -224,6 +225,8 @@ class Engine:
         self._passes = 0
         self._block_passes = 0
         self._block_sequences = 0  # of those passes, in all
+        self._block_seconds = 0.0
+        self._ended = Totals()  # generations
         self._prefilled_tokens = 0
         self._prefilled = 0  # tokens of prompts since the last pass over blocks
         # What a run's last pass read, and after how many positions; not the pass, which has the cache.
@@ -233,17 +236,28 @@ class Engine:
     def stats(self) -> EngineStats:
         """Figures of this moment."""
         with self._lock:
-            pool = self._pool or KVPool(0)
+            pool, totals = self._pool or KVPool(0), Totals()
+            totals.include(self._ended)
+            for run in (*self._running, *self._waiting):
+                if run.kept is None:
+                    totals.add(run.sequence)
             return EngineStats(
                 running=len(self._running),
                 waiting=len(self._waiting),
+                finished=self._ended.finished,
                 kv_bytes_in_use=pool.bytes_in_use,
+                kv_bytes_shared=pool.bytes_shared,
                 kv_bytes_held=pool.bytes_held,
                 kv_memory=pool.limit,
                 reused_tokens=pool.reused_tokens,
                 prefilled_tokens=self._prefilled_tokens,
+                new_tokens=totals.new_tokens,
+                decode_seconds=self._block_seconds,
                 passes=self._block_passes,
                 mean_sequences=self._block_sequences / max(1, self._block_passes),
+                density=totals.reads.density,
+                mean_queue_seconds=totals.queued.value,
+                mean_first_token_seconds=totals.first_token.value,
                 set_back=self._set_backs,
             )
 
@@ -392,6 +406,9 @@ class Engine:
     def _leave(self, run: Run) -> None:
         """Free what a run holds; it takes part in no pass any more."""
         with self._lock:
+            if run.kept is None and not run.left:
+                self._ended.add(run.sequence)
+                self._ended.finished += run.sequence.finished and run.error is None
             if self._pool is not None:
                 finished = run.sequence.finished and run.error is None and not run.left
                 held = self._pool.leave(run.sequence, keep=finished)
@@ -588,8 +605,8 @@ class Engine:
         finish = self._with_room(lambda: self.runner.begin(batch, observe))
         self._tell()  # of the pass before, while this one is under way
         result = finish()
-        self._count(batch, len(passes))
         seconds = time.perf_counter() - began
+        self._count(batch, len(passes), seconds)
         first, denoised = 0, 0
         for run, requests in passes:
             last = first + len(requests)
@@ -600,12 +617,13 @@ class Engine:
                 run.sequence.shared += 0 if batch.kind is PassKind.PREFILL else len(passes)
                 self._apply(run, requests, of_run, seconds)
 
-    def _count(self, batch: PassBatch, sequences: int) -> None:
+    def _count(self, batch: PassBatch, sequences: int, seconds: float) -> None:
         if batch.kind is PassKind.PREFILL:
             self._prefilled_tokens += batch.tokens
         else:
             self._block_passes += 1
             self._block_sequences += sequences
+            self._block_seconds += seconds
 
     def _request(self, run: Run) -> tuple[SequencePass, ...]:
         """What a run wants next; nothing where it has been closed, or an error ends it."""

@@ -102,6 +102,12 @@ class KVPool:
         used = _sizes(one.cache.chunks for one in tuple(self._running))
         return sum(size for chunk, size in self._held_sizes().items() if chunk not in used)
 
+    @property
+    def bytes_shared(self) -> int:
+        """Memory that the running sequences' caches would take more, did they share nothing."""
+        chunks = [chunk for one in tuple(self._running) for chunk in one.cache.chunks]
+        return sum(kv.nbytes + bounds.nbytes for kv, bounds in chunks) - sum(_sizes([chunks]).values())
+
     def check(self, sequence: Sequence) -> None:
         """Refuse a sequence that can never join.
 

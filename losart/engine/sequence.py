@@ -97,7 +97,7 @@ class Sequence:
         self.decode_seconds = 0.0
         self.first_token_seconds: float | None = None
         self.shared = 0
-        self.reads = ReadLog(block_length=length)
+        self.reads = ReadLog(length)
         self._prompt_tokens = len(self.ids)
         self._prompt_end = len(self.prefix)
         self._exactly = exactly
@@ -309,13 +309,14 @@ class ReadLog:
     Parameters
     ----------
     block_length : int
+        Of the passes that are added here.
     """
 
-    def __init__(self, block_length: int) -> None:
+    def __init__(self, block_length: int = 0) -> None:
         self._block_length = block_length
-        self._all = _Mean()
-        self._sparse = _Mean()
-        self._active = _Mean()
+        self._all = Mean()
+        self._sparse = Mean()
+        self._active = Mean()
 
     def add(self, reads: PassReads, prefix_length: int, kv_heads: int) -> None:
         """Count a pass."""
@@ -326,6 +327,12 @@ class ReadLog:
             self._all.add(total, layers)
             if reads.sparse:
                 self._sparse.add(total, layers)
+
+    def include(self, other: ReadLog) -> None:
+        """Count the passes that another log has, too."""
+        self._all.include(other._all)
+        self._sparse.include(other._sparse)
+        self._active.include(other._active)
 
     @property
     def density(self) -> float | None:
@@ -343,15 +350,23 @@ class ReadLog:
         return self._active.value
 
 
-class _Mean:
+class Mean:
+    """The mean of what is added."""
+
     def __init__(self) -> None:
         self._total = 0.0
         self._count = 0
 
     def add(self, total: float, count: int) -> None:
+        """Add so many values by their sum."""
         self._total += total
         self._count += count
 
+    def include(self, other: Mean) -> None:
+        """Add what another one has."""
+        self.add(other._total, other._count)
+
     @property
     def value(self) -> float | None:
+        """None without values."""
         return self._total / self._count if self._count else None
