@@ -36,7 +36,7 @@ class Sequence:
         Of the prompt that go through the model at a time, about.
     commits_ride : bool
         Whether a finished block is committed in the same pass as the next block is first denoised.
-    exactly : bool
+    deterministic : bool
         Whether keys and values that prefill gives to rounding are not enough for others: those of the answer.
 
     Attributes
@@ -76,7 +76,7 @@ class Sequence:
         cache: PagedKVCache,
         prefill_tokens: int,
         commits_ride: bool = False,
-        exactly: bool = False,
+        deterministic: bool = False,
     ) -> None:
         length = options.block_length
         self.options = options
@@ -100,7 +100,7 @@ class Sequence:
         self.reads = ReadLog(length)
         self._prompt_tokens = len(self.ids)
         self._prompt_end = len(self.prefix)
-        self._exactly = exactly
+        self._deterministic = deterministic
         self.prefill_tokens = prefill_tokens
         self._piece = 0  # tokens of the one that is under way
         self._committed: tuple[int, list[int | None], str] | None = None  # start, tokens, text
@@ -157,7 +157,7 @@ class Sequence:
 
     def shareable(self) -> np.ndarray:
         """Ids of the positions in the cache whose keys and values are those that prefill gives."""
-        answer = self.options.attention.commit == "dense" and not self._exactly
+        answer = self.options.attention.commit == "dense" and not self._deterministic
         return np.array(self.ids[: self.cache.length if answer else self._prompt_end][: self.cache.length])
 
     @property

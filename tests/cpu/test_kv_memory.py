@@ -380,7 +380,9 @@ def test_figures_of_an_engine_are_those_of_its_generations(model):
     assert stats.density == pytest.approx(np.average([one.density for one in found], weights=weights))
     assert stats.density < 1
     assert stats.mean_queue_seconds == pytest.approx(np.mean([one.queue_seconds for one in found]))
-    assert stats.mean_first_token_seconds == pytest.approx(np.mean([one.first_token_seconds for one in found]))
+    assert stats.mean_first_token_seconds == pytest.approx(
+        np.mean([one.first_token_seconds for one in found])
+    )
     own = [one.decode_seconds for one in found]
     assert max(own) < stats.decode_seconds < sum(own)
     assert stats.tokens_per_second == 60 / stats.decode_seconds
