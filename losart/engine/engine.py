@@ -498,7 +498,7 @@ class Engine:
             self._running.append(run)
             if sequence.finished:  # all that it was to prefill was there
                 self._end(run)
-            elif sequence.slot is None:
+            elif sequence.slot is None and run.kept is None:  # prefill needs none
                 sequence.slot = self._with_room(lambda: self.runner.new_slot(sequence.options))
         except Exception as error:
             if isinstance(error, MemoryError) and self._set_back(run):

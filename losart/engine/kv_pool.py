@@ -127,7 +127,7 @@ class KVPool:
         found = self._find(sequence)
         # While part of a chunk is copied there are two of it: where that is too much, whole chunks serve.
         for shared in (found, _without_part(found)):
-            if self._make_room(*self._planned(sequence, shared)):
+            if self.limit is None or self._make_room(*self._planned(sequence, shared)):
                 try:
                     sequence.cache.share(shared.chunks, len(shared.ids))
                 except MemoryError:
