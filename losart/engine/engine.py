@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import threading
 import time
+import traceback
 import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, MutableSet
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from losart.config.model import ModelConfig
@@ -28,7 +30,7 @@ from losart.engine.sampling import Proposals, strategy
 from losart.engine.sequence import Sequence
 from losart.engine.totals import Totals
 from losart.engine.turns import Turns
-from losart.errors import LosartError, NumericalError, OptionError
+from losart.errors import LosartError, NumericalError, OptionError, OutOfMemoryError
 from losart.observe.engine_stats import EngineStats
 from losart.observe.step import GenerationResult, Observer, Progress, Step
 
@@ -164,6 +166,8 @@ class Run:
         When it was queued, by `time.perf_counter`.
     kept : list of Prefix, optional
         Takes what is held of it when it has ended.
+    spoilt : bool
+        Whether a pass that failed may have changed what it found stored.
     """
 
     sequence: Sequence
@@ -175,6 +179,7 @@ class Run:
     last_pass: int = 0
     joined: float = 0.0
     kept: list[Prefix] | None = None
+    spoilt: bool = False
 
     @property
     def ended(self) -> bool:
@@ -319,7 +324,7 @@ class Engine:
     def new_cache(self, prompt: Ids[int], options: GenerationConfig) -> PagedKVCache:
         """An empty cache for a prompt and its answer."""
         expected = min(len(prompt) + options.max_new_tokens, self.runner.config.max_positions)
-        return self.runner.new_cache(options, expected)
+        return self._with_room(lambda: self.runner.new_cache(options, expected))
 
     def sequence(
         self,
@@ -586,10 +591,15 @@ class Engine:
             try:
                 self._forward_together(some)
             except MemoryError as error:
-                if len(some) > 1:  # fewer rows take less
-                    left += some[len(some) // 2 :], some[: len(some) // 2]
-                else:
-                    self._end(some[0][0], error)
+                again = [one for one in some if _repeatable(one[1])] if len(some) > 1 else []
+                for one in some:
+                    one[0].spoilt = True
+                    if one not in again:
+                        self._end(one[0], error)
+                if len(again) == len(some):  # fewer rows take less
+                    left += again[len(again) // 2 :], again[: len(again) // 2]
+                elif again:
+                    left.append(again)
 
     def _forward_together(self, passes: list[tuple[Run, tuple[SequencePass, ...]]]) -> None:
         """Run some sequences' passes in one forward.
@@ -602,7 +612,8 @@ class Engine:
         began = time.perf_counter()
         batch = PassBatch(tuple(request for _, requests in passes for request in requests))
         observe = any(run.observer is not None for run, _ in passes)
-        finish = self._with_room(lambda: self.runner.begin(batch, observe))
+        begin = partial(self._begin, passes, batch, observe)
+        finish = self._with_room(begin) if all(_repeatable(one) for _, one in passes) else begin()
         self._tell()  # of the pass before, while this one is under way
         result = finish()
         seconds = time.perf_counter() - began
@@ -616,6 +627,22 @@ class Engine:
             if not run.left:
                 run.sequence.shared += 0 if batch.kind is PassKind.PREFILL else len(passes)
                 self._apply(run, requests, of_run, seconds)
+
+    def _begin(
+        self, passes: list[tuple[Run, tuple[SequencePass, ...]]], batch: PassBatch, observe: bool
+    ) -> Callable[[], PassResult]:
+        """Launch a pass; what one that failed found stored is stored again before."""
+        try:
+            for run, requests in passes:
+                if run.spoilt:
+                    for before in run.sequence.passes_before(requests[-1]):
+                        self.runner.begin(PassBatch((before,)))()
+                    run.spoilt = False
+            return self.runner.begin(batch, observe)
+        except MemoryError:
+            for run, _ in passes:
+                run.spoilt = True
+            raise
 
     def _count(self, batch: PassBatch, sequences: int, seconds: float) -> None:
         if batch.kind is PassKind.PREFILL:
@@ -693,7 +720,7 @@ class Engine:
     def _end(self, run: Run, error: Exception | None = None) -> None:
         """Take a run that has ended out of the passes to come."""
         self._tell(run)
-        run.error = error
+        run.error = _without_arrays(error) if isinstance(error, MemoryError) else error
         self._leave(run)
 
 
@@ -701,6 +728,27 @@ def _order(requests: tuple[SequencePass, ...]) -> tuple[Any, ...]:
     """Equal for passes that share their operations, and comparable."""
     *key, attention = operations_key(requests)
     return *key, id(attention)  # equal ones are one: generation_config
+
+
+def _repeatable(requests: tuple[SequencePass, ...]) -> bool:
+    """Whether a pass that failed can be run again.
+
+    A sparse commit cannot that goes on in a page: it reads the page's bounds, which it may have widened.
+    """
+    first = requests[0]
+    sparse = first.kind is PassKind.COMMIT and first.options.attention.commit == "sparse"
+    return not sparse or first.prefix_length % first.cache.page_size == 0
+
+
+def _without_arrays(error: MemoryError) -> OutOfMemoryError:
+    """The error as our own, whose traceback no longer holds what the pass had allocated."""
+    if not isinstance(error, OutOfMemoryError):
+        error, cause = OutOfMemoryError(f"no memory for a generation: {error or 'on the host'}"), error
+        error.__cause__ = cause
+    for one in (error, error.__cause__):
+        if one is not None:
+            traceback.clear_frames(one.__traceback__)
+    return error
 
 
 def _known(proposals: Ids[Proposals | NumericalError]) -> list[Proposals]:

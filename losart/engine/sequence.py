@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Ids
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -105,6 +106,7 @@ class Sequence:
         self._piece = 0  # tokens of the one that is under way
         self._committed: tuple[int, list[int | None], str] | None = None  # start, tokens, text
         self._denoised: tuple[PassKind, int, np.ndarray] | None = None  # kind, start, fixed positions
+        self._asked: list[dict[str, Any]] = []  # the passes so far that denoise the block
         self._select = strategy(options.remasking)
         self._rng = np.random.default_rng(options.seed)
         # Every pass fixes one position at least: there are never more passes than positions.
@@ -213,8 +215,18 @@ class Sequence:
     def _denoising(self, kind: PassKind, block: np.ndarray, masked: np.ndarray, start: int) -> SequencePass:
         # One number per position and pass, so that a draw does not depend on what else is masked.
         uniforms = self._rng.random(len(block)) if self.options.temperature > 0 else NO_NUMBERS
+        if kind is PassKind.FIRST:
+            self._asked.clear()
+        self._asked.append({"kind": kind, "ids": block, "masked": masked, "uniforms": uniforms})
         options = self.options, self.cache, self.slot
         return SequencePass(kind, block, start, *options, masked=masked, uniforms=uniforms)
+
+    def passes_before(self, asked: SequencePass) -> list[SequencePass]:
+        """What stored, in this order, what the pass that was asked for last finds stored, and may change."""
+        if asked.slot is None or asked.kind is PassKind.PREFILL:
+            return []
+        before = self._asked[:-1] if asked.kind.denoises else self._asked
+        return [replace(asked, **one) for one in before]
 
     def apply(self, proposals: Ids[Proposals] = ()) -> None:
         """Take a pass's result; `steps` tells what it did.
