@@ -48,7 +48,9 @@ class Engine:
         Bytes for the KV caches of generations under way and for what is held of those that have ended. A
         generation begins when the room fits that its prompt and `max_new_tokens` take, in whole chunks, less
         what it shares; what is held for nobody makes room for it, that first which was used least recently.
-        Without it there is no limit but the device's memory.
+        Without it, on a GPU too, there is no limit but the device's memory: a limit plans for answers of
+        `max_new_tokens`, which most are not, and what is held would fill it. Give one where others use the
+        device, or where more than 16 prefixes are worth holding.
 
     Raises
     ------

@@ -411,10 +411,10 @@ class Engine:
     def _leave(self, run: Run) -> None:
         """Free what a run holds; it takes part in no pass any more."""
         with self._lock:
-            if run.kept is None and not run.left:
-                self._ended.add(run.sequence)
-                self._ended.finished += run.sequence.finished and run.error is None
             if self._pool is not None:
+                if run.kept is None and not run.left:
+                    self._ended.add(run.sequence)
+                    self._ended.finished += run.sequence.finished and run.error is None
                 finished = run.sequence.finished and run.error is None and not run.left
                 held = self._pool.leave(run.sequence, keep=finished)
                 if run.kept is not None and held is not None:
