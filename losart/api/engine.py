@@ -36,7 +36,8 @@ class Engine:
     Where an allocation fails all the same, held prefixes are given up, and where a cache still cannot grow,
     the generation that began last is set back: it gives its cache up and waits, is prefilled again when
     another one has ended, and goes on where it was. One whose answer was committed sparsely is not, since
-    prefill would not give the same.
+    prefill would not give the same. A pass for which there is no memory is divided; only a sparse commit that
+    fails within a page ends its generation.
 
     Parameters
     ----------
