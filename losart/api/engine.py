@@ -36,7 +36,8 @@ class Engine:
     Where an allocation fails all the same, held prefixes are given up, and where a cache still cannot grow,
     the generation that began last is set back: it gives its cache up and waits, is prefilled again when
     another one has ended, and goes on where it was. One whose answer was committed sparsely is not, since
-    prefill would not give the same.
+    prefill would not give the same. A pass for which there is no memory is divided; only a sparse commit that
+    fails within a page ends its generation.
 
     Parameters
     ----------
@@ -48,7 +49,9 @@ class Engine:
         Bytes for the KV caches of generations under way and for what is held of those that have ended. A
         generation begins when the room fits that its prompt and `max_new_tokens` take, in whole chunks, less
         what it shares; what is held for nobody makes room for it, that first which was used least recently.
-        Without it there is no limit but the device's memory.
+        Without it, on a GPU too, there is no limit but the device's memory: a limit plans for answers of
+        `max_new_tokens`, which most are not, and what is held would fill it. Give one where others use the
+        device, or where more than 16 prefixes are worth holding.
 
     Raises
     ------

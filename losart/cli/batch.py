@@ -13,9 +13,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from losart.api.engine import Engine
-from losart.cli.arguments import add_generation, add_loading, generation_options, positive
+from losart.cli.arguments import add_generation, add_loading, generation_options
+from losart.cli.engines import add_engine, open_engine
 from losart.cli.progress import Progress, load_model
+from losart.cli.prompts import message
 from losart.config.options import OPTIONS
 from losart.engine.engine import Stream
 from losart.errors import DataError, LosartError, OptionError, PromptError
@@ -44,13 +45,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         help="checkpoint directory or hub id (the small one that comes with losart)",
     )
     add_loading(command)
-    command.add_argument(
-        "--max-sequences",
-        type=positive,
-        metavar="N",
-        help="at a time (16, on a GPU 128)",
-    )
     command.add_argument("--chat", action="store_true", help="take text as a user's message")
+    add_engine(command)
     add_generation(command)
 
 
@@ -65,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
             raise DataError(f"{args.output}: the answers need a file of their own")
         answered, end = _answered(answers)
         model = load_model(args.model, args.device, args.dtype)
-        engine = Engine(model, max_sequences=args.max_sequences)
+        engine = open_engine(model, args)
         defaults = generation_options(args)
         model.session(**defaults)  # which refuses options that are wrong for every line
         answers.truncate(end)
@@ -127,7 +123,7 @@ def _request(line: bytes, chat: bool) -> tuple[Any, Any, dict[str, Any]]:
         raise DataError(f"unknown keys: {', '.join(sorted(unknown))}")
     prompt, name = values.pop("prompt"), values.pop("id", None)
     if chat and isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}]
+        prompt = message(prompt)
     return prompt, name, values
 
 

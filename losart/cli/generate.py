@@ -7,16 +7,16 @@ import os
 import sys
 import warnings
 from contextlib import ExitStack
-from pathlib import Path
 
-from losart.api.engine import Engine
 from losart.api.model import Model
 from losart.cli.answers import print_figures, print_json, print_steps
 from losart.cli.arguments import add_generation, add_model, generation_options
+from losart.cli.engines import add_engine, open_engine
 from losart.cli.progress import Progress, load_model
+from losart.cli.prompts import message, read_prompt
 from losart.cli.watch import Watch
 from losart.config.options import AttentionConfig
-from losart.errors import OptionError, PromptError
+from losart.errors import OptionError
 from losart.loaders import Tokenizer
 from losart.observe.step import Observer, Step
 from losart.observe.trace import TraceWriter
@@ -57,6 +57,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--trace", metavar="FILE", help="write what every pass read, as JSON lines for `losart plot`"
     )
+    add_engine(command)
     add_generation(command)
 
 
@@ -65,12 +66,13 @@ def run(args: argparse.Namespace) -> None:
     if args.prompt is not None and len(args.prompt) > 1:
         _answer_all(args)
         return
-    text = _prompt_text(args)
+    text = args.prompt[0] if args.prompt else read_prompt(args.prompt_file or "-")
     model = load_model(args.model, args.device, args.dtype)
     if args.model is None:
         _warn_of_unknown_words(model, text)
-    session = model.session(**generation_options(args))
-    prompt = _message(text) if args.chat else text
+    options = generation_options(args)
+    session, engine = model.session(**options), open_engine(model, args)
+    prompt = message(text) if args.chat else text
     observers: list[Observer] = []
 
     def tell(step: Step) -> None:
@@ -80,7 +82,7 @@ def run(args: argparse.Namespace) -> None:
     observer = tell if args.trace or args.watch else None
     with ExitStack() as stack:
         progress = stack.enter_context(Progress("reading the prompt", "tokens"))
-        steps = session.stream(prompt, progress=progress, observer=observer)
+        steps = engine.submit(prompt, progress=progress, observer=observer, **options)
         if args.trace:  # only now: a mistake in the prompt leaves an older file as it is
             trace = stack.enter_context(TraceWriter(args.trace, session, args.model or "small_checkpoint"))
             observers.append(trace)
@@ -103,8 +105,8 @@ def _answer_all(args: argparse.Namespace) -> None:
     if args.watch or args.trace:
         raise OptionError("--watch and --trace show one prompt, not several")
     model = load_model(args.model, args.device, args.dtype)
-    engine = Engine(model)
-    prompts = [_message(text) if args.chat else text for text in args.prompt]
+    engine = open_engine(model, args)
+    prompts = [message(text) if args.chat else text for text in args.prompt]
     streams = [engine.submit(prompt, **generation_options(args)) for prompt in prompts]
     for index, stream in enumerate(streams):
         if args.json:
@@ -115,11 +117,6 @@ def _answer_all(args: argparse.Namespace) -> None:
             print_steps(stream)
         if args.stats:
             print_figures(stream.result())
-
-
-def _message(text: str) -> list[dict[str, str]]:
-    """A conversation of one message."""
-    return [{"role": "user", "content": text}]
 
 
 def _watch(tokenizer: Tokenizer | None, attention: AttentionConfig) -> Watch:
@@ -148,16 +145,3 @@ def _warn_of_unknown_words(model: Model, text: str) -> None:
             f"losart, which knows no natural language: name a MODEL",
             stacklevel=2,
         )
-
-
-def _prompt_text(args: argparse.Namespace) -> str:
-    if args.prompt is not None:
-        return args.prompt[0]
-    file = args.prompt_file or "-"
-    if file == "-" and sys.stdin.isatty():
-        print("the prompt is read from standard input, to its end (Ctrl-D)", file=sys.stderr)
-    try:
-        data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise PromptError(f"{file}: the prompt is not UTF-8 text: {error}") from error

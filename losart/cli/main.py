@@ -22,12 +22,24 @@ def parser() -> argparse.ArgumentParser:
     # Imported here, so that `main` catches an interrupt during the imports.
     import argparse
 
-    from losart.cli import batch, bench, chat, eval, footprint, generate, info, inspect, plot, prebuild
+    from losart.cli import (
+        batch,
+        bench,
+        chat,
+        eval,
+        footprint,
+        generate,
+        info,
+        inspect,
+        plot,
+        prebuild,
+        prefix,
+    )
 
     top = argparse.ArgumentParser(prog="losart", description="Runs block-wise diffusion language models.")
     top.add_argument("--version", action="version", version=f"losart {__version__}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (generate, chat, batch, eval, plot, bench, footprint, inspect, info, prebuild):
+    for module in (generate, chat, batch, prefix, eval, plot, bench, footprint, inspect, info, prebuild):
         command = commands.add_parser(
             module.__name__.rpartition(".")[2],
             help=module.HELP,
@@ -67,8 +79,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OptionError as error:
         print(f"losart: {error}", file=sys.stderr)
         return USAGE
-    except (LosartError, OSError, MemoryError) as error:
+    except (LosartError, MemoryError) as error:
         print(f"losart: {error or type(error).__name__}", file=sys.stderr)
+        return FAILED
+    except OSError as error:
+        where = "" if error.filename is None else f"{error.filename}: "
+        print(f"losart: {where}{error.strerror or error}", file=sys.stderr)
         return FAILED
     return 0
 

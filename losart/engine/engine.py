@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import threading
 import time
+import traceback
 import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, MutableSet
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain
 from typing import Any, Protocol, TypeVar
 
@@ -27,8 +29,9 @@ from losart.engine.kv_pool import KVPool, Prefix
 from losart.engine.output import Decode, Output
 from losart.engine.sampling import NOT_FINITE, check_remasking, choose
 from losart.engine.sequence import Sequence
+from losart.engine.totals import Totals
 from losart.engine.turns import Turns
-from losart.errors import LosartError, NumericalError, OptionError
+from losart.errors import LosartError, NumericalError, OptionError, OutOfMemoryError
 from losart.observe.engine_stats import EngineStats
 from losart.observe.step import GenerationResult, ObservedLayer, Observer, Progress, Step
 
@@ -166,6 +169,8 @@ class Run:
         When it was queued, by `time.perf_counter`.
     kept : list of Prefix, optional
         Takes what is held of it when it has ended.
+    spoilt : bool
+        Whether a pass that failed may have changed what it found stored.
     """
 
     sequence: Sequence
@@ -177,6 +182,7 @@ class Run:
     last_pass: int = 0
     joined: float = 0.0
     kept: list[Prefix] | None = None
+    spoilt: bool = False
 
     @property
     def ended(self) -> bool:
@@ -227,6 +233,8 @@ class Engine:
         self._passes = 0
         self._block_passes = 0
         self._block_sequences = 0  # of those passes, in all
+        self._block_seconds = 0.0
+        self._ended = Totals()  # generations
         self._prefilled_tokens = 0
         self._prefilled = 0  # tokens of prompts since the last pass over blocks
         # A run's last passes, and what they read of the prefix.
@@ -236,17 +244,28 @@ class Engine:
     def stats(self) -> EngineStats:
         """Figures of this moment."""
         with self._lock:
-            pool = self._pool or KVPool(0)
+            pool, totals = self._pool or KVPool(0), Totals()
+            totals.include(self._ended)
+            for run in (*self._running, *self._waiting):
+                if run.kept is None:
+                    totals.add(run.sequence)
             return EngineStats(
                 running=len(self._running),
                 waiting=len(self._waiting),
+                finished=self._ended.finished,
                 kv_bytes_in_use=pool.bytes_in_use,
+                kv_bytes_shared=pool.bytes_shared,
                 kv_bytes_held=pool.bytes_held,
                 kv_memory=pool.limit,
                 reused_tokens=pool.reused_tokens,
                 prefilled_tokens=self._prefilled_tokens,
+                new_tokens=totals.new_tokens,
+                decode_seconds=self._block_seconds,
                 passes=self._block_passes,
                 mean_sequences=self._block_sequences / max(1, self._block_passes),
+                density=totals.reads.density,
+                mean_queue_seconds=totals.queued.value,
+                mean_first_token_seconds=totals.first_token.value,
                 set_back=self._set_backs,
             )
 
@@ -308,7 +327,7 @@ class Engine:
     def new_cache(self, prompt: Ids[int], options: GenerationConfig) -> PagedKVCache:
         """An empty cache for a prompt and its answer."""
         expected = min(len(prompt) + options.max_new_tokens, self.runner.config.max_positions)
-        return self.runner.new_cache(options, expected)
+        return self._with_room(lambda: self.runner.new_cache(options, expected))
 
     def sequence(
         self,
@@ -396,6 +415,9 @@ class Engine:
         """Free what a run holds; it takes part in no pass any more."""
         with self._lock:
             if self._pool is not None:
+                if run.kept is None and not run.left:
+                    self._ended.add(run.sequence)
+                    self._ended.finished += run.sequence.finished and run.error is None
                 finished = run.sequence.finished and run.error is None and not run.left
                 held = self._pool.leave(run.sequence, keep=finished)
                 if run.kept is not None and held is not None:
@@ -491,7 +513,7 @@ class Engine:
             self._running.append(run)
             if sequence.finished:  # all that it was to prefill was there
                 self._end(run)
-            elif sequence.slot is None:
+            elif sequence.slot is None and run.kept is None:  # prefill needs none
                 sequence.slot = self._with_room(lambda: self.runner.new_slot(sequence.options))
         except Exception as error:
             if isinstance(error, MemoryError) and self._set_back(run):
@@ -583,10 +605,15 @@ class Engine:
             try:
                 self._forward_together(some)
             except MemoryError as error:
-                if len(some) > 1:  # fewer rows take less
-                    left += some[len(some) // 2 :], some[: len(some) // 2]
-                else:
-                    self._end(some[0][0], error)
+                again = [one for one in some if _repeatable(one[1])] if len(some) > 1 else []
+                for one in some:
+                    one[0].spoilt = True
+                    if one not in again:
+                        self._end(one[0], error)
+                if len(again) == len(some):  # fewer rows take less
+                    left += again[len(again) // 2 :], again[: len(again) // 2]
+                elif again:
+                    left.append(again)
 
     def _forward_together(self, passes: list[tuple[Run, tuple[SequencePass, ...]]]) -> None:
         """Run some sequences' passes in one forward.
@@ -599,13 +626,14 @@ class Engine:
         began = time.perf_counter()
         batch = PassBatch(tuple(chain.from_iterable(requests for _, requests in passes)))
         observe = any(run.observer is not None for run, _ in passes)
-        finish = self._with_room(lambda: self.runner.begin(batch, observe))
+        begin = partial(self._begin, passes, batch, observe)
+        finish = self._with_room(begin) if all(_repeatable(one) for _, one in passes) else begin()
         self._tell()  # of the pass before, while this one is under way
         result = finish()
-        self._count(batch, len(passes))
         denoised = [requests[-1] for _, requests in passes if requests[-1].kind.denoises]
         fixes = _fixes(result, denoised)
         seconds = time.perf_counter() - began
+        self._count(batch, len(passes), seconds)
         first = 0
         for run, requests in passes:
             last = first + len(requests)
@@ -616,12 +644,29 @@ class Engine:
                 run.sequence.shared += 0 if batch.kind is PassKind.PREFILL else len(passes)
                 self._apply(run, requests, fix, *of_run, seconds)
 
-    def _count(self, batch: PassBatch, sequences: int) -> None:
+    def _begin(
+        self, passes: list[tuple[Run, tuple[SequencePass, ...]]], batch: PassBatch, observe: bool
+    ) -> Callable[[], PassResult]:
+        """Launch a pass; what one that failed found stored is stored again before."""
+        try:
+            for run, requests in passes:
+                if run.spoilt:
+                    for before in run.sequence.passes_before(requests[-1]):
+                        self.runner.begin(PassBatch((before,)))()
+                    run.spoilt = False
+            return self.runner.begin(batch, observe)
+        except MemoryError:
+            for run, _ in passes:
+                run.spoilt = True
+            raise
+
+    def _count(self, batch: PassBatch, sequences: int, seconds: float) -> None:
         if batch.kind is PassKind.PREFILL:
             self._prefilled_tokens += batch.tokens
         else:
             self._block_passes += 1
             self._block_sequences += sequences
+            self._block_seconds += seconds
 
     def _request(self, run: Run) -> tuple[SequencePass, ...]:
         """What a run wants next; nothing where it has been closed, or an error ends it."""
@@ -697,7 +742,7 @@ class Engine:
     def _end(self, run: Run, error: Exception | None = None) -> None:
         """Take a run that has ended out of the passes to come."""
         self._tell(run)
-        run.error = error
+        run.error = _without_arrays(error) if isinstance(error, MemoryError) else error
         self._leave(run)
 
 
@@ -705,6 +750,27 @@ def _order(requests: tuple[SequencePass, ...]) -> tuple[Any, ...]:
     """Equal for passes that share their operations, and comparable."""
     *key, attention = operations_key(requests)
     return *key, id(attention)  # equal ones are one: generation_config
+
+
+def _repeatable(requests: tuple[SequencePass, ...]) -> bool:
+    """Whether a pass that failed can be run again.
+
+    A sparse commit cannot that goes on in a page: it reads the page's bounds, which it may have widened.
+    """
+    first = requests[0]
+    sparse = first.kind is PassKind.COMMIT and first.options.attention.commit == "sparse"
+    return not sparse or first.prefix_length % first.cache.page_size == 0
+
+
+def _without_arrays(error: MemoryError) -> OutOfMemoryError:
+    """The error as our own, whose traceback no longer holds what the pass had allocated."""
+    if not isinstance(error, OutOfMemoryError):
+        error, cause = OutOfMemoryError(f"no memory for a generation: {error or 'on the host'}"), error
+        error.__cause__ = cause
+    for one in (error, error.__cause__):
+        if one is not None:
+            traceback.clear_frames(one.__traceback__)
+    return error
 
 
 def _fixes(result: PassResult, denoised: list[SequencePass]) -> Iterator[Fix | NumericalError]:

@@ -102,6 +102,12 @@ class KVPool:
         used = _sizes(one.cache.chunks for one in tuple(self._running))
         return sum(size for chunk, size in self._held_sizes().items() if chunk not in used)
 
+    @property
+    def bytes_shared(self) -> int:
+        """Memory that the running sequences' caches would take more, did they share nothing."""
+        chunks = [chunk for one in tuple(self._running) for chunk in one.cache.chunks]
+        return sum(kv.nbytes + bounds.nbytes for kv, bounds in chunks) - sum(_sizes([chunks]).values())
+
     def check(self, sequence: Sequence) -> None:
         """Refuse a sequence that can never join.
 
@@ -121,7 +127,7 @@ class KVPool:
         found = self._find(sequence)
         # While part of a chunk is copied there are two of it: where that is too much, whole chunks serve.
         for shared in (found, _without_part(found)):
-            if self._make_room(*self._planned(sequence, shared)):
+            if self.limit is None or self._make_room(*self._planned(sequence, shared)):
                 try:
                     sequence.cache.share(shared.chunks, len(shared.ids))
                 except MemoryError:

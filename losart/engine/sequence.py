@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Ids
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,7 @@ class Sequence:
         Of the prompt that go through the model at a time, about.
     commits_ride : bool
         Whether a finished block is committed in the same pass as the next block is first denoised.
-    exactly : bool
+    deterministic : bool
         Whether keys and values that prefill gives to rounding are not enough for others: those of the answer.
 
     Attributes
@@ -76,7 +77,7 @@ class Sequence:
         cache: PagedKVCache,
         prefill_tokens: int,
         commits_ride: bool = False,
-        exactly: bool = False,
+        deterministic: bool = False,
     ) -> None:
         length = options.block_length
         self.options = options
@@ -98,15 +99,17 @@ class Sequence:
         self.decode_seconds = 0.0
         self.first_token_seconds: float | None = None
         self.shared = 0
-        self.reads = ReadLog(block_length=length)
+        self.reads = ReadLog(length)
         self._prompt_tokens = len(self.ids)
         self._prompt_end = len(self.prefix)
-        self._exactly = exactly
+        self._deterministic = deterministic
         self.prefill_tokens = prefill_tokens
         self._kind = PassKind.PREFILL  # of the pass that is under way
         self._piece = 0  # tokens of the prompt in it
         self._committed: tuple[int, list[int], str] | None = None  # start, tokens, text
         self._denoised: tuple[PassKind, int, list[int]] | None = None  # kind, start, fixed positions
+        # Passes so far that denoise the block, where they store something: kind, ids, masked, uniforms.
+        self._asked: list[tuple[Any, ...]] = []
         self._rng = np.random.default_rng(options.seed) if options.temperature > 0 else None
         # Every pass fixes one position at least: there are never more passes than positions.
         self._counts = transfer_counts(length, min(length, options.denoising_steps))
@@ -159,7 +162,7 @@ class Sequence:
 
     def shareable(self) -> np.ndarray:
         """Ids of the positions in the cache whose keys and values are those that prefill gives."""
-        answer = self.options.attention.commit == "dense" and not self._exactly
+        answer = self.options.attention.commit == "dense" and not self._deterministic
         return np.array(self.ids[: self.cache.length if answer else self._prompt_end][: self.cache.length])
 
     @property
@@ -220,7 +223,18 @@ class Sequence:
         uniforms = None if self._rng is None else self._rng.random(len(block))
         passes = self._passes if kind is PassKind.LATER else 0
         count = self._counts[passes] if passes < len(self._counts) - 1 else None  # the last one fixes all
+        if self.slot is not None:
+            if kind is PassKind.FIRST:
+                self._asked.clear()
+            self._asked.append((kind, block, masked, uniforms))
         return SequencePass(kind, block, start, self.options, self.cache, self.slot, masked, uniforms, count)
+
+    def passes_before(self, asked: SequencePass) -> list[SequencePass]:
+        """What stored, in this order, what the pass that was asked for last finds stored, and may change."""
+        if asked.slot is None or asked.kind is PassKind.PREFILL:
+            return []
+        before = self._asked[:-1] if asked.kind.denoises else self._asked
+        return [replace(asked, kind=k, ids=i, masked=m, uniforms=u) for k, i, m, u in before]
 
     def apply(self, tokens: Ids[int] = (), chosen: Ids[bool] = ()) -> None:
         """Take a pass's result; `steps` tells what it did.
@@ -316,13 +330,14 @@ class ReadLog:
     Parameters
     ----------
     block_length : int
+        Of the passes that are added here.
     """
 
-    def __init__(self, block_length: int) -> None:
+    def __init__(self, block_length: int = 0) -> None:
         self._block_length = block_length
-        self._all = _Mean()
-        self._sparse = _Mean()
-        self._active = _Mean()
+        self._all = Mean()
+        self._sparse = Mean()
+        self._active = Mean()
 
     def add(self, reads: PassReads, prefix_length: int, kv_heads: int) -> None:
         """Count a pass."""
@@ -333,6 +348,12 @@ class ReadLog:
             self._all.add(total, layers)
             if reads.sparse:
                 self._sparse.add(total, layers)
+
+    def include(self, other: ReadLog) -> None:
+        """Count the passes that another log has, too."""
+        self._all.include(other._all)
+        self._sparse.include(other._sparse)
+        self._active.include(other._active)
 
     @property
     def density(self) -> float | None:
@@ -350,15 +371,23 @@ class ReadLog:
         return self._active.value
 
 
-class _Mean:
+class Mean:
+    """The mean of what is added."""
+
     def __init__(self) -> None:
         self._total = 0.0
         self._count = 0
 
     def add(self, total: float, count: int) -> None:
+        """Add so many values by their sum."""
         self._total += total
         self._count += count
 
+    def include(self, other: Mean) -> None:
+        """Add what another one has."""
+        self.add(other._total, other._count)
+
     @property
     def value(self) -> float | None:
+        """None without values."""
         return self._total / self._count if self._count else None

@@ -101,7 +101,11 @@ def test_reads_a_file(tiny_checkpoint, tmp_path, capsys):
     [
         (["no/such/directory", "--prompt", "x"], 1, "no/such/directory"),
         (["CHECKPOINT", "--prompt", ""], 1, "empty"),
-        (["CHECKPOINT", "--prompt-file", "no-such-file"], 1, "no-such-file"),
+        (
+            ["CHECKPOINT", "--prompt-file", "no-such-file"],
+            1,
+            "losart: no-such-file: cannot be read: No such file",
+        ),
         (["CHECKPOINT", "--prompt-file", "BINARY"], 1, "UTF-8"),
         (["CHECKPOINT", "--prompt", "x" * 5000], 1, "positions"),
         (["CHECKPOINT", "--prompt", "x", "--top-p", "2"], 2, "top_p"),

@@ -72,7 +72,7 @@ def test_an_interrupt_leaves_the_cells_that_were_done(tiny_checkpoint, tmp_path,
         (["--attention", "dense,flash"], 2, "losart: attention must be one of dense, "),
         (["--style", "symbols"], 2, "losart: style 'symbols' needs a checkpoint with the vocabulary"),
         (["--lengths", "4096"], 2, "losart: lengths: 4096 tokens and an answer do not fit"),
-        (["--json", "/nowhere/eval.json"], 1, "losart: [Errno 2] No such file or directory: '/nowhere"),
+        (["--json", "/nowhere/eval.json"], 1, "losart: /nowhere/eval.json: No such file or directory"),
     ],
 )
 def test_mistakes_are_one_line(tiny_checkpoint, capsys, arguments, code, message):

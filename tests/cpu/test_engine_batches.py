@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,11 @@ from arrivals import check_arrivals, requests
 from by_rows import model_by_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scarce_memory import PLACES, ScarceMemory, fail_at
 
 import losart
+from losart import OutOfMemoryError
+from losart.engine.batch import PassKind
 from losart.engine.engine import Stream
 
 OPTIONS: list[dict[str, Any]] = [
@@ -77,6 +81,99 @@ def test_each_generation_is_what_it_is_alone(model, asked, places, random):
         assert facts(result) == alone(model, prompt, number, new)
 
     check_arrivals(asked, random, submit, check)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(requests(len(PROMPTS), len(OPTIONS)), min_size=1, max_size=9),
+    st.sampled_from([1, 3, 16]),
+    st.sets(st.sampled_from(PLACES), min_size=1),
+    st.sampled_from([0.02, 0.1, 0.3]),
+    st.randoms(),
+)
+def test_memory_runs_out_anywhere(model, asked, places, where, often, random):
+    """A generation gives what it gives alone, or ends by itself, and nothing is left."""
+    memory = ScarceMemory()
+    runner = model._engine.runner
+    engine = losart.Engine(model, max_sequences=places)
+    on = True
+
+    def fails(place: str) -> bool:
+        return on and place in where and random.random() < often
+
+    def submit(prompt: int, number: int, new: int) -> Stream:
+        return engine.submit(PROMPTS[prompt], **options_of(number, new))
+
+    def check(result: losart.GenerationResult, prompt: int, number: int, new: int) -> None:
+        nonlocal on
+        on = False
+        assert facts(result) == alone(model, prompt, number, new)
+        on = True
+
+    with pytest.MonkeyPatch.context() as patch:
+        memory.install(runner.backend, patch)
+        memory.fails = lambda: fails("chunk")
+        slots = fail_at(fails, runner, patch)
+        check_arrivals(asked, random, submit, check, ends=(OutOfMemoryError,))
+    stats = engine.stats
+    assert (stats.running, stats.waiting, stats.kv_bytes_in_use) == (0, 0, 0)
+    assert not any(slot() for slot in slots)
+    assert memory.in_use == stats.kv_bytes_held
+    while engine._engine._pool.give_up():
+        pass
+    assert memory.in_use == 0
+
+
+@pytest.mark.parametrize("number", range(len(OPTIONS)))
+def test_what_a_failed_pass_has_stored_changes_nothing(model, number, monkeypatch):
+    """All passes fail while a prefix is held, then those of more than one; each when all of it is done.
+
+    It ends who commits sparsely, since what that has written cannot be taken back.
+    """
+    runner, engine = model._engine.runner, losart.Engine(model)
+    expected = [alone(model, prompt, number, 16) for prompt in range(2, 5)]
+    engine.submit(PROMPTS[5], **options_of(0, 1)).result()
+    begin, failed = runner.begin, []
+
+    def scarce(batch: Any, observe: bool = False) -> Any:
+        finish = begin(batch, observe)
+        if engine._engine._pool._held or len({id(one.cache) for one in batch.sequences}) > 1:
+            failed.append(batch.kind)
+            raise OutOfMemoryError("no memory for the rest of a pass")
+        return finish
+
+    streams = [engine.submit(PROMPTS[prompt], **options_of(number, 16)) for prompt in range(2, 5)]
+    for stream in streams:
+        next(stream)
+    monkeypatch.setattr(runner, "begin", scarce)
+    found = []
+    for stream in streams:
+        try:
+            found.append(facts(stream.result()))
+        except OutOfMemoryError:
+            assert OPTIONS[number].get("commit") == "sparse"
+    assert len(found) == len(expected) or OPTIONS[number].get("commit") == "sparse"
+    assert all(one in expected for one in found)
+    assert PassKind.LATER in failed
+
+
+def test_an_error_does_not_keep_what_a_pass_had_allocated(model, monkeypatch):
+    """Nor is a host's error another one than a device's."""
+    arrays = []
+
+    def begin(batch: Any, observe: bool = False) -> Any:
+        array = np.zeros(8)
+        arrays.append(weakref.ref(array))
+        raise MemoryError("so much")
+
+    engine = losart.Engine(model)
+    streams = [engine.submit(PROMPTS[1], **options_of(0, 8)) for _ in range(2)]
+    monkeypatch.setattr(model._engine.runner, "begin", begin)
+    with pytest.raises(OutOfMemoryError, match="no memory for a generation: so much"):
+        streams[0].result()
+    with suppress(OutOfMemoryError):
+        engine.submit(PROMPTS[2], **options_of(0, 8)).result()
+    assert arrays and not any(array() is not None for array in arrays)
 
 
 def test_a_list_of_prompts_is_decoded_together(model, monkeypatch):

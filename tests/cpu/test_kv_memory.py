@@ -349,16 +349,74 @@ def test_threads_share_little_memory(model, memory, chunk, sequences):
 def test_figures_of_an_engine(model, memory, chunk):
     engine = losart.Engine(model, max_sequences=2, kv_memory=4 * chunk)
     streams = [engine.submit(prompt(0), **options()) for _ in range(3)]
-    assert engine.stats == losart.EngineStats(0, 3, 0, 0, 4 * chunk, 0, 0, 0, 0.0, 0)
+    stats = engine.stats
+    assert (stats.running, stats.waiting, stats.kv_memory) == (0, 3, 4 * chunk)
+    others = vars(stats).keys() - {"running", "waiting", "kv_memory"}
+    assert {getattr(stats, name) for name in others} == {0, None}
+    assert stats.tokens_per_second == 0.0
     next(streams[1])
     stats = engine.stats
     assert (stats.running, stats.waiting, stats.kv_bytes_in_use) == (2, 1, 2 * chunk)
+    assert stats.mean_queue_seconds > 0
     results = [stream.result() for stream in streams]
     stats = engine.stats
-    assert (stats.running, stats.waiting, stats.kv_bytes_in_use) == (0, 0, 0)
+    assert (stats.running, stats.waiting, stats.finished, stats.kv_bytes_in_use) == (0, 0, 3, 0)
     assert stats.kv_bytes_held == chunk == memory.in_use
     assert (stats.reused_tokens, stats.prefilled_tokens) == (2 * 192, 200 + 2 * 8)
     assert stats.passes * stats.mean_sequences == sum(one.stats.forward_passes for one in results)
     assert 1 < stats.mean_sequences <= 2
     engine.submit(prompt(1), **options()).cancel()
     assert engine.stats == stats
+
+
+def test_figures_of_an_engine_are_those_of_its_generations(model):
+    engine = losart.Engine(model, max_sequences=2)
+    chosen = options(attention="quest", budget=32)
+    streams = [engine.submit(prompt(one), **(chosen if one else options())) for one in range(3)]
+    found = [stream.result().stats for stream in streams]
+    stats = engine.stats
+    assert stats.new_tokens == sum(one.new_tokens for one in found) == 60
+    weights = [one.denoising_passes + one.commit_passes for one in found]
+    assert stats.density == pytest.approx(np.average([one.density for one in found], weights=weights))
+    assert stats.density < 1
+    assert stats.mean_queue_seconds == pytest.approx(np.mean([one.queue_seconds for one in found]))
+    assert stats.mean_first_token_seconds == pytest.approx(
+        np.mean([one.first_token_seconds for one in found])
+    )
+    own = [one.decode_seconds for one in found]
+    assert max(own) < stats.decode_seconds < sum(own)
+    assert stats.tokens_per_second == 60 / stats.decode_seconds
+
+
+def test_figures_have_what_is_under_way_and_what_was_left(model):
+    engine = losart.Engine(model)
+    first, second = (engine.submit(prompt(one), **options(denoising_steps=1)) for one in range(2))
+    next(first)
+    next(first)
+    first.cancel()
+    assert engine.stats.new_tokens == 8
+    next(second)
+    stats = engine.stats
+    assert (stats.running, stats.finished, stats.new_tokens) == (1, 0, 12)
+    assert stats.mean_first_token_seconds > 0 and stats.density == 1.0
+    second.close()
+    assert engine.stats.new_tokens == 12
+
+
+def test_figures_say_what_is_shared(model, chunk):
+    engine = losart.Engine(model)
+    engine.submit(RANDOM[:600], **options()).result()
+    streams = [engine.submit([*RANDOM[:600], number], **options()) for number in range(3)]
+    next(streams[0])
+    stats = engine.stats
+    assert (stats.kv_bytes_in_use, stats.kv_bytes_shared) == ((2 + 3) * chunk, 2 * 2 * chunk)
+    for stream in streams:
+        stream.cancel()
+    assert engine.stats.kv_bytes_shared == 0
+
+
+def test_a_prefix_is_no_generation(model, tmp_path):
+    engine = losart.Engine(model)
+    engine.save_prefix(prompt(0), tmp_path / "prefix.kv", **options())
+    stats = engine.stats
+    assert (stats.finished, stats.mean_queue_seconds, stats.prefilled_tokens) == (0, None, 200)

@@ -111,6 +111,12 @@ def test_what_is_held_or_saved_before_is_not_prefilled_again(model, tmp_path):
     assert (stats.running, stats.waiting, stats.kv_bytes_in_use) == (0, 0, 0)
 
 
+def test_a_prefix_needs_no_room_for_stored_results(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(model._engine.runner, "new_slot", None)
+    chosen = options(attention="losa", budget=64)
+    assert losart.Engine(model).save_prefix(DOCUMENT, tmp_path / "prefix", **chosen) == 688
+
+
 def test_keys_and_values_after_a_prefix_are_not_saved(model, tmp_path):
     """They may be another generation's."""
     engine = losart.Engine(model)

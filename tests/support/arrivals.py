@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from hypothesis import strategies as st
@@ -29,23 +30,36 @@ def check_arrivals(
     random: Any,
     submit: Callable[[int, int, int], Stream],
     check: Callable[[losart.GenerationResult, int, int, int], None],
-) -> None:
-    """Submit by prompt, options and new tokens, ask streams for steps at random, and check each result."""
+    ends: tuple[type[Exception], ...] = (),
+) -> int:
+    """Submit by prompt, options and new tokens, ask streams for steps at random, and check each result.
+
+    Returns how many came to a result; errors that are `ends` may end others.
+    """
     coming = sorted(enumerate(asked), key=lambda one: one[1][3])
     streams: dict[int, Stream] = {}
     taken = dict.fromkeys(range(len(asked)), 0)
-    steps = 0
+    steps = results = 0
     while coming or streams:
         while coming and (not streams or coming[0][1][3] <= steps):
             index, (*request, _, _) = coming.pop(0)
-            streams[index] = submit(*request)
+            with suppress(*ends):
+                streams[index] = submit(*request)
+        if not streams:
+            continue
         index = random.choice(list(streams))
         *request, _, cancelled = asked[index]
         if taken[index] == cancelled:
             streams.pop(index).cancel()
             continue
-        step = next(streams[index])
+        try:
+            step = next(streams[index])
+        except ends:
+            del streams[index]
+            continue
         steps, taken[index] = steps + 1, taken[index] + 1
         if step.result is not None:
             check(step.result, *request)
+            results += 1
             del streams[index]
+    return results

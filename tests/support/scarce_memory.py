@@ -10,6 +10,9 @@ import numpy as np
 
 from losart.backends.cpu.backend import CpuBackend
 from losart.engine.kv_cache import PagedKVCache
+from losart.errors import OutOfMemoryError
+
+PLACES = ("cache", "chunk", "slot", "launch", "pass", "result")  # where memory can run out
 
 
 class ScarceMemory:
@@ -55,3 +58,42 @@ class ScarceMemory:
 
     def _free(self, size: int) -> None:
         self.in_use -= size
+
+
+def fail_at(places: Callable[[str], bool], runner: Any, monkeypatch: Any) -> list[weakref.ref[Any]]:
+    """Let memory run out in a runner where `places` says so, with what has been done until there done.
+
+    Returns the slots that it gives.
+    """
+    new_cache, new_slot, begin = runner.new_cache, runner.new_slot, runner.begin
+    slots = []
+
+    def check(place: str) -> None:
+        if places(place):
+            raise OutOfMemoryError(f"no memory for a {place}")
+
+    def failing_cache(*arguments: Any) -> PagedKVCache:
+        check("cache")
+        return new_cache(*arguments)
+
+    def failing_slot(options: Any) -> Any:
+        check("slot")
+        if (slot := new_slot(options)) is not None:
+            slots.append(weakref.ref(slot))
+        return slot
+
+    def failing_begin(*arguments: Any) -> Callable[[], Any]:
+        check("launch")
+        finish = begin(*arguments)
+        check("pass")
+
+        def failing_finish() -> Any:
+            result = finish()
+            check("result")
+            return result
+
+        return failing_finish
+
+    for name, fails in (("new_cache", failing_cache), ("new_slot", failing_slot), ("begin", failing_begin)):
+        monkeypatch.setattr(runner, name, fails)
+    return slots

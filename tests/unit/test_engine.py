@@ -13,13 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 from kv import model_config
+from scripted import Cache, Scripted
 
-from losart.config.options import GenerationConfig, generation_config
+from losart.config.options import generation_config
 from losart.engine.batch import PassBatch, PassKind, PassReads, PassResult
 from losart.engine.engine import Engine, Stream
-from losart.engine.kv_pool import KVPool
 from losart.engine.sampling import Proposals
-from losart.engine.turns import Turns
 from losart.errors import LosartError, NumericalError, OutOfMemoryError
 
 BLOCK = 4
@@ -27,54 +26,17 @@ MASK = 63
 MODEL = model_config(1, 1, 16)
 
 
-class Cache:
-    """A cache without keys and values."""
+@dataclass(kw_only=True)
+class Runner(Scripted):
+    """Notes each pass's kinds and first ids, and proposes its rows' numbers."""
 
-    name = -1
-    length = 0
-    positions_per_chunk = 256
-
-    def reserve(self, positions: int) -> None:
-        pass
-
-    def advance(self, tokens: int) -> None:
-        self.length += tokens
-
-
-@dataclass
-class Scripted:
-    """In a transformer's place: notes each pass's kinds and first ids, and proposes its rows' numbers."""
-
+    config: Any = MODEL
     batch_rows: int = 64
-    max_sequences: int = 16
     prefill_tokens: int = 8
     beside_tokens: int = 4
-    rides: bool = False
-    deterministic: bool = False
     passes: list[list[tuple[str, int]]] = field(default_factory=list)
     fails: set[int] = field(default_factory=set)  # first ids of prompts whose logits are not finite
     during: Any = None  # called in each pass
-    config: Any = MODEL
-    slots: int = 0
-    turns: Turns = field(default_factory=Turns)
-    pools: set[KVPool] = field(default_factory=set)
-
-    def check(self, options: GenerationConfig) -> None:
-        pass
-
-    def commits_ride(self, options: GenerationConfig) -> bool:
-        return self.rides
-
-    def new_cache(self, options: GenerationConfig, expected: int) -> Cache:
-        return Cache()
-
-    def new_slot(self, options: GenerationConfig) -> int:
-        self.slots += 1
-        return self.slots
-
-    def begin(self, batch: PassBatch, observe: bool = False) -> Callable[[], PassResult]:
-        result = self.forward(batch, observe)
-        return lambda: result
 
     def forward(self, batch: PassBatch, observe: bool = False) -> PassResult:
         self.passes.append([(one.kind.value, one.cache.name) for one in batch.sequences])
@@ -116,7 +78,7 @@ def started(engine: Engine, *prompts: int, **more: Any) -> list[Stream]:
 
 @pytest.mark.parametrize("rides", [False, True])
 def test_sequences_that_have_been_started_share_passes(rides):
-    engine = Engine(runner := Scripted(rides=rides), 16)
+    engine = Engine(runner := Runner(rides=rides), 16)
     results = [stream.result() for stream in started(engine, 4, 4, 4)]
     assert [result.token_ids for result in results] == [[0, 1, 2, 3] * 2] * 3
     assert all(result.stats.rides == int(rides) for result in results)
@@ -127,7 +89,7 @@ def test_sequences_that_have_been_started_share_passes(rides):
 
 
 def test_figures_of_waiting_and_sharing():
-    engine = Engine(runner := Scripted(), max_sequences=2)
+    engine = Engine(runner := Runner(), max_sequences=2)
     runner.during = lambda: time.sleep(0.002)
     first, second, third = (stream.result().stats for stream in started(engine, 4, 4, 4))
     assert first.queue_seconds < 0.002 and third.queue_seconds > 0.008
@@ -135,12 +97,12 @@ def test_figures_of_waiting_and_sharing():
         assert stats.queue_seconds + 0.002 < stats.first_token_seconds
     assert first.first_token_seconds < third.first_token_seconds
     assert 1 < first.mean_sequences <= 2 and 1 <= third.mean_sequences <= 2
-    alone = submit(Engine(Scripted()), 0).result().stats
+    alone = submit(Engine(Runner()), 0).result().stats
     assert alone.mean_sequences == 1
 
 
 def test_one_that_was_not_started_waits_until_it_is_asked():
-    engine = Engine(runner := Scripted(), 16)
+    engine = Engine(runner := Runner(), 16)
     first, second = submit(engine, 1), submit(engine, 2)
     first.result()
     assert {name for passed in runner.passes for _, name in passed} == {1}
@@ -149,7 +111,7 @@ def test_one_that_was_not_started_waits_until_it_is_asked():
 
 @pytest.mark.parametrize(("rows", "sequences"), [(0, 16), (64, 1)])
 def test_what_is_asked_alone_is_run_alone(rows, sequences):
-    engine = Engine(runner := Scripted(batch_rows=rows), sequences)
+    engine = Engine(runner := Runner(batch_rows=rows), sequences)
     first, second = started(engine, 4, 4)
     next(first)
     assert {name for passed in runner.passes for _, name in passed} == {0}
@@ -158,7 +120,7 @@ def test_what_is_asked_alone_is_run_alone(rows, sequences):
 
 
 def test_between_two_pieces_of_a_prompt_all_others_have_a_pass():
-    engine = Engine(runner := Scripted(), 16)
+    engine = Engine(runner := Runner(), 16)
     short, long = submit(engine, 0, 4, new=40), submit(engine, 1, 80, new=4)
     next(short)
     long.start()
@@ -171,7 +133,7 @@ def test_between_two_pieces_of_a_prompt_all_others_have_a_pass():
 
 def test_pieces_beside_others_are_smaller_the_longer_the_prefix(monkeypatch):
     monkeypatch.setattr("losart.engine.engine.LONG_PREFIX", 32)
-    engine = Engine(runner := Scripted(beside_tokens=16), 16)
+    engine = Engine(runner := Runner(beside_tokens=16), 16)
     short, long = submit(engine, 0, 4, new=60), submit(engine, 1, 80, new=4)
     next(short)
     long.start()
@@ -184,7 +146,7 @@ def test_pieces_beside_others_are_smaller_the_longer_the_prefix(monkeypatch):
 
 
 def test_a_short_prompt_does_not_wait_for_all_of_a_long_one():
-    engine = Engine(runner := Scripted(), 16)
+    engine = Engine(runner := Runner(), 16)
     asked, long, short = submit(engine, 0, 4, new=60), submit(engine, 1, 80), submit(engine, 2, 4)
     next(asked)
     long.start()
@@ -197,11 +159,11 @@ def test_a_short_prompt_does_not_wait_for_all_of_a_long_one():
 
 
 def test_no_more_than_so_many_sequences_and_rows_take_part():
-    engine = Engine(runner := Scripted(), max_sequences=2)
+    engine = Engine(runner := Runner(), max_sequences=2)
     for stream in started(engine, 4, 4, 4, 4, 4):
         stream.result()
     assert max(len(passed) for passed in runner.passes) == 2
-    engine = Engine(runner := Scripted(batch_rows=3 * BLOCK), 16)
+    engine = Engine(runner := Runner(batch_rows=3 * BLOCK), 16)
     streams = started(engine, 4, 4, 4, 4, 4, new=40)
     streams[0].result()
     assert max(len(passed) for passed in runner.passes) == 3
@@ -212,7 +174,7 @@ def test_no_more_than_so_many_sequences_and_rows_take_part():
 
 @pytest.mark.parametrize("most", [0, 1, 2, 3])
 def test_passes_for_which_there_is_no_memory_are_divided(most):
-    engine = Engine(runner := Scripted(), 16)
+    engine = Engine(runner := Runner(), 16)
     begin = runner.begin
 
     def scarce(batch: PassBatch, observe: bool = False) -> Callable[[], PassResult]:
@@ -233,7 +195,7 @@ def test_passes_for_which_there_is_no_memory_are_divided(most):
 
 
 def test_numbers_that_are_not_finite_end_one_sequence():
-    engine = Engine(Scripted(fails={1}), 16)
+    engine = Engine(Runner(fails={1}), 16)
     streams = started(engine, 4, 4, 4)
     assert streams[0].result().token_ids == streams[2].result().token_ids
     with pytest.raises(NumericalError, match="not finite"):
@@ -241,7 +203,7 @@ def test_numbers_that_are_not_finite_end_one_sequence():
 
 
 def test_an_observer_that_raises_ends_its_own_sequence():
-    engine = Engine(Scripted(), 16)
+    engine = Engine(Runner(), 16)
 
     def fail(step: Any) -> None:
         raise ZeroDivisionError
@@ -254,7 +216,7 @@ def test_an_observer_that_raises_ends_its_own_sequence():
 
 
 def test_a_cache_that_cannot_grow_ends_its_own_sequence():
-    engine = Engine(Scripted(), 16)
+    engine = Engine(Runner(), 16)
     first, second = submit(engine, 1, new=40), submit(engine, 2, new=40)
     cache = Cache()
 
@@ -272,7 +234,7 @@ def test_a_cache_that_cannot_grow_ends_its_own_sequence():
 
 
 def test_what_a_pass_raises_ends_those_whose_pass_it_was():
-    engine = Engine(runner := Scripted(), 16)
+    engine = Engine(runner := Runner(), 16)
     streams = started(engine, 4, 4)
 
     def fail() -> None:
@@ -289,7 +251,7 @@ def test_what_a_pass_raises_ends_those_whose_pass_it_was():
 
 
 def test_closing_and_forgetting_a_stream_frees_its_place():
-    engine = Engine(Scripted(), max_sequences=2)
+    engine = Engine(Runner(), max_sequences=2)
     first, other, second = started(engine, 4, 4, 4, new=40)
     next(first)
     run, _ = engine._running
@@ -307,13 +269,13 @@ def test_closing_and_forgetting_a_stream_frees_its_place():
 
 
 def test_an_observer_may_generate_and_not_ask_for_its_own():
-    engine = Engine(Scripted(), 16)
+    engine = Engine(Runner(), 16)
     inner = []
 
     def generate(step: Any) -> None:
         inner.append(submit(engine, 9, new=4).result().token_ids)
 
-    alone = [(step.block_start, step.fixed) for step in submit(Engine(Scripted(), 16), 1)]
+    alone = [(step.block_start, step.fixed) for step in submit(Engine(Runner(), 16), 1)]
     observed = [(step.block_start, step.fixed) for step in submit(engine, 1, observer=generate)]
     assert observed == alone, "its own passes go on within those that the observer asks for"
     assert inner and all(tokens == [0, 1, 2, 3] for tokens in inner)
@@ -328,14 +290,14 @@ def test_an_observer_may_generate_and_not_ask_for_its_own():
 
 
 def test_places_are_taken_when_a_stream_is_asked_for_where_passes_are_not_shared():
-    engine = Engine(runner := Scripted(), 1)
+    engine = Engine(runner := Runner(), 1)
     streams = started(engine, 4, 4, 4)
     next(streams[1])
     assert runner.slots == 1 and len(engine._running) == 1
 
 
 def test_what_has_ended_is_freed_while_its_stream_is_kept():
-    engine = Engine(Scripted(), 16)
+    engine = Engine(Runner(), 16)
     streams = started(engine, 4, 4)
     caches = [weakref.ref(run.sequence.cache) for run in engine._waiting]
     next(streams[0])
@@ -346,7 +308,7 @@ def test_what_has_ended_is_freed_while_its_stream_is_kept():
 
 
 def test_threads_that_ask_have_turns():
-    runner, order = Scripted(), []
+    runner, order = Runner(), []
     runner.during = lambda: time.sleep(0.001)
     streams = [submit(Engine(runner, 1), name, new=40) for name in range(3)]
 
@@ -365,7 +327,7 @@ def test_threads_that_ask_have_turns():
 
 @pytest.mark.parametrize("engines", [1, 12])
 def test_streams_are_asked_by_threads(engines):
-    runner = Scripted()
+    runner = Runner()
     of_thread = [Engine(runner, 16) for _ in range(engines)]
     results: list[Any] = [None] * 12
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -12,65 +12,30 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kv import model_config
+from scripted import Cache, Scripted
 
 from losart.config.options import GenerationConfig, generation_config
 from losart.engine.batch import PassBatch, PassKind, PassReads, PassResult
 from losart.engine.engine import Engine
-from losart.engine.kv_pool import KVPool
 from losart.engine.sampling import STRATEGIES, propose, transfer_counts
-from losart.engine.turns import Turns
 from losart.observe.step import Step
 
 VOCAB, MASK = 64, 63
 MODEL = model_config(1, 1, 16, vocab_size=VOCAB, max_positions=1 << 16)
-
-
 PREFILL_TOKENS = 512
 
 
-class Cache:
-    length = 0
-    reserved = 0
-    positions_per_chunk = 256
+@dataclass(kw_only=True)
+class Runner(Scripted):
+    """Notes what it is asked, and answers with logits that depend on the block."""
 
-    def reserve(self, positions: int) -> None:
-        self.reserved = positions
-
-    def advance(self, tokens: int) -> None:
-        self.length += tokens
-
-
-@dataclass
-class Scripted:
-    """In a transformer's place: notes what it is asked, and answers with logits that depend on the block."""
-
-    logits: np.ndarray | None = None
+    config: Any = MODEL
+    batch_rows: int = 0
     prefill_tokens: int = PREFILL_TOKENS
     beside_tokens: int = PREFILL_TOKENS
-    rides: bool = False
-    deterministic: bool = False
-    batch_rows: int = 0
-    turns: Turns = field(default_factory=Turns)
-    pools: set[KVPool] = field(default_factory=set)
+    logits: np.ndarray | None = None
     prefilled: list[list[int]] = field(default_factory=list)
     passes: list[tuple[PassKind, list[int]]] = field(default_factory=list)
-    config: Any = MODEL
-
-    def check(self, options: GenerationConfig) -> None:
-        pass
-
-    def commits_ride(self, options: GenerationConfig) -> bool:
-        return self.rides
-
-    def new_cache(self, options: GenerationConfig, expected: int) -> Cache:
-        return Cache()
-
-    def new_slot(self, options: GenerationConfig) -> None:
-        pass
-
-    def begin(self, batch: PassBatch, observe: bool = False) -> Callable[[], PassResult]:
-        result = self.forward(batch, observe)
-        return lambda: result
 
     def forward(self, batch: PassBatch, observe: bool = False) -> PassResult:
         sequence = batch.sequences[-1]
@@ -127,7 +92,7 @@ class Event:
 class Decoder:
     """An engine with one sequence."""
 
-    def __init__(self, transformer: Scripted, options: GenerationConfig) -> None:
+    def __init__(self, transformer: Runner, options: GenerationConfig) -> None:
         self.engine, self.options = Engine(transformer), options
 
     def run(self, prompt: list[int], progress: Any = None) -> Iterator[Event]:
@@ -138,13 +103,13 @@ class Decoder:
         return getattr(self.sequence, name)
 
 
-def decoder_of(transformer: Scripted, stop_token_ids: tuple[int, ...] = (), **options: Any) -> Decoder:
+def decoder_of(transformer: Runner, stop_token_ids: tuple[int, ...] = (), **options: Any) -> Decoder:
     options = {"mask_token_id": MASK, "stop_token_ids": list(stop_token_ids), **options}
     return Decoder(transformer, generation_config(MODEL, options))
 
 
 def tokens_of(prompt: list[int], **options: Any) -> list[int]:
-    decoder = decoder_of(Scripted(), **options)
+    decoder = decoder_of(Runner(), **options)
     for _ in decoder.run(prompt):
         pass
     return decoder.output.tokens
@@ -162,7 +127,7 @@ def tokens_of(prompt: list[int], **options: Any) -> list[int]:
     stop_tokens=st.sets(st.integers(0, VOCAB - 1), max_size=2),
 )
 def test_what_holds_for_every_generation(prompt, new, block_length, steps, stop_tokens, **options):
-    transformer = Scripted()
+    transformer = Runner()
     decoder = decoder_of(
         transformer,
         tuple(stop_tokens),
@@ -216,7 +181,7 @@ def test_what_holds_for_every_generation(prompt, new, block_length, steps, stop_
 
 
 def test_kinds_of_passes_in_their_order():
-    transformer = Scripted()
+    transformer = Runner()
     options = {"block_length": 3, "remasking": "sequential", "max_new_tokens": 7}
     list(decoder_of(transformer, **options).run([1, 2, 3, 4, 5]))
     first, later, commit = PassKind.FIRST, PassKind.LATER, PassKind.COMMIT
@@ -230,7 +195,7 @@ def test_kinds_of_passes_in_their_order():
 @pytest.mark.parametrize("remasking", ["sequential", "low_confidence_static"])
 def test_a_block_takes_its_steps(steps, passes, remasking):
     decoder = decoder_of(
-        Scripted(), block_length=8, denoising_steps=steps, remasking=remasking, max_new_tokens=8
+        Runner(), block_length=8, denoising_steps=steps, remasking=remasking, max_new_tokens=8
     )
     fixed = [len(event.fixed) for event in decoder.run([0] * 8)]
     assert len(fixed) <= passes and fixed == transfer_counts(8, passes)[: len(fixed)]
@@ -241,7 +206,7 @@ def test_a_sure_model_needs_one_pass_a_block():
     logits = np.full(VOCAB, -30, np.float32)
     logits[5] = 0
     for options in ({"remasking": "low_confidence_dynamic"}, {"remasking": "entropy_bounded"}):
-        decoder = decoder_of(Scripted(logits), block_length=8, max_new_tokens=24, **options)
+        decoder = decoder_of(Runner(logits=logits), block_length=8, max_new_tokens=24, **options)
         assert [event.fixed.tolist() for event in decoder.run([1])] == [
             list(range(1, 8)),
             *[list(range(8))] * 3,
@@ -253,7 +218,7 @@ def test_a_sure_model_needs_one_pass_a_block():
 @pytest.mark.parametrize("block_length", [1, 7, 32])
 def test_prefill_goes_in_pieces_of_whole_blocks_and_reports(length, block_length):
     prompt = np.random.default_rng(0).integers(0, VOCAB, length).tolist()
-    transformer, reports = Scripted(), []
+    transformer, reports = Runner(), []
     decoder = decoder_of(transformer, block_length=block_length, max_new_tokens=1)
     list(decoder.run(prompt, lambda done, total: reports.append((done, total))))
     whole = length // block_length * block_length
@@ -289,7 +254,7 @@ def test_tokens_are_as_frequent_as_their_probability(temperature, remasking):
     logits[[3, 9, 20, 33, 62]] = [0.0, 1.0, -1.0, 2.0, 0.5]
     logits[MASK] = 9.0  # never drawn
     decoder = decoder_of(
-        Scripted(logits),
+        Runner(logits=logits),
         temperature=temperature,
         remasking=remasking,
         block_length=64,
