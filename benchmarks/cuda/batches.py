@@ -120,12 +120,14 @@ def decode(model: NoiseModel, caches: list[Any], prompt: int, options: dict[str,
     """New tokens of all sequences over the time that they take, after a round that captures."""
     fixed = {"remasking": "low_confidence_static", "stop_token_ids": [], "max_new_tokens": NEW_TOKENS}
     config = generation_config(model.config, fixed | options)
-    ids = np.random.default_rng(0).integers(model.config.vocab_size, size=prompt).tolist()
+    prompts = np.random.default_rng(0).integers(model.config.vocab_size, size=(len(caches), prompt)).tolist()
     engine = Engine(model.transformer, len(caches))
-    for _ in range(2):
+
+    def generate(held: int) -> tuple[float, list[Run]]:
+        """Seconds of all sequences, of whose prompts so much is in the caches, and the sequences."""
         for cache in caches:
-            cache.length = prompt
-        runs = [Run(engine.sequence(ids, config, cache)) for cache in caches]
+            cache.length = held
+        runs = [Run(engine.sequence(ids, config, cache)) for ids, cache in zip(prompts, caches, strict=True)]
         model.transformer.passes.clear()
         began = time.perf_counter()
         for run in runs:
@@ -133,12 +135,19 @@ def decode(model: NoiseModel, caches: list[Any], prompt: int, options: dict[str,
         for run in runs:
             while engine._advance(run):
                 run.steps.clear()
-        seconds = time.perf_counter() - began
+        return time.perf_counter() - began, runs
+
+    more = {}
+    if len(caches) > MANY:
+        more["with prefill"] = len(caches) * NEW_TOKENS / min(generate(0)[0] for _ in range(2))
+    for _ in range(2):
+        seconds, runs = generate(prompt)
     passes = model.transformer.passes
     count, rows, times = len(passes), sum(one.rows for one in passes), sum(one.seconds for one in passes)
     stats = [run.sequence.result().stats for run in runs]
     return {
         "tokens a second": len(caches) * NEW_TOKENS / seconds,
+        **more,
         "pass ms": 1e3 * times / count,
         "between passes ms": 1e3 * (seconds - times) / count,
         "rows": rows / count,

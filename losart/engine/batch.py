@@ -30,7 +30,7 @@ class PassKind(enum.Enum):
         self.rank = ("prefill", "commit", "first", "later").index(value)
 
 
-FIRST_RANK, LATER_RANK = PassKind.FIRST.rank, PassKind.LATER.rank
+PREFILL_RANK, FIRST_RANK, LATER_RANK = PassKind.PREFILL.rank, PassKind.FIRST.rank, PassKind.LATER.rank
 
 
 @dataclass(eq=False, slots=True)  # not frozen, which takes four times as long to make; nothing changes one
@@ -77,12 +77,14 @@ class SequencePass:
 def operations_key(unit: Sequence[SequencePass]) -> tuple[Any, ...]:
     """Equal for passes whose attention can be done by the same operations.
 
-    `unit` is one sequence's pass, or two where its commit rides.
+    `unit` is one sequence's pass, or two where its commit rides. Pieces of prompts differ in length.
     """
     first = unit[0]
     options, rank = first.options, first.kind.rank
-    attention = options.attention
-    if rank == LATER_RANK and attention.method == "dense":
+    attention: Any = options.attention
+    if rank == PREFILL_RANK:
+        attention = first.cache
+    elif rank == LATER_RANK and attention.method == "dense":
         rank = FIRST_RANK  # which does the same
     return rank, len(unit), options.block_length, first.cache.positions_per_chunk, attention
 
