@@ -56,12 +56,15 @@ class Prefix:
         Whole pages and blocks.
     chunks : sequence of Chunk
         That hold them; what the last one has after them is of no use.
+    checked : bool
+        Whether logits were finite that came of it.
     """
 
     kind: PrefixKind
     positions_per_chunk: int
     ids: np.ndarray
     chunks: Ids[Chunk]
+    checked: bool = True
 
     def first(self, positions: int) -> Prefix:
         """The beginning of it."""
@@ -183,8 +186,8 @@ class KVPool:
         if not keep:
             return None
         kind, cache = PrefixKind.of(sequence), sequence.cache
-        ids = sequence.shareable()
-        whole = Prefix(kind, cache.positions_per_chunk, ids, tuple(cache.chunks))
+        ids, checked = sequence.shareable(), sequence.denoising_passes > 0
+        whole = Prefix(kind, cache.positions_per_chunk, ids, tuple(cache.chunks), checked)
         prefix = whole.first(kind.whole(len(ids)))
         if not len(prefix.ids):
             return None
@@ -226,6 +229,12 @@ class KVPool:
         if least is not None:
             self._held.pop(least, None)
         return least is not None
+
+    def give_up_unchecked(self) -> None:
+        """Give up what no logits came of: where some are not finite, it may be the cause."""
+        for held in tuple(self._held):
+            if not held.checked:
+                self._held.pop(held, None)
 
     def awaits(self, sequence: Sequence) -> bool:
         """Whether a prefill that is under way will have more in common with a sequence than there is now."""

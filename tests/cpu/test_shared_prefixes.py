@@ -222,8 +222,9 @@ def test_who_waited_for_a_prefill_goes_on_without_it(model, end):
         streams[0].cancel()
     else:
         del streams[0]
+    (held,) = engine._engine._pool._held
     result = streams[-1].result()
-    assert result.stats.reused_tokens == 0
+    assert result.stats.reused_tokens == len(held.ids) < 896
     assert result.token_ids == model.generate(RANDOM, **options()).token_ids
 
 
@@ -282,15 +283,68 @@ def test_the_engine_alone_holds_prefixes(model):
         gc.enable()
 
 
-def test_a_cancelled_generation_leaves_nothing(model):
-    engine = losart.Engine(model)
+@pytest.mark.parametrize("sequences", [1, 16])
+def test_who_comes_again_finds_what_was_cancelled(model, sequences):
+    engine = losart.Engine(model, max_sequences=sequences)
     stream = engine.submit(DOCUMENT, **options())
     next(stream)
     (run,) = engine._engine._running
     arrays = [weakref.ref(array) for chunk in run.sequence.cache.chunks for array in chunk]
+    before = engine.stats
     stream.cancel()
-    assert not run.sequence.cache.chunks and not any(array() is not None for array in arrays)
-    assert not engine._engine._pool._held
+    assert not run.sequence.cache.chunks
+    stats = engine.stats
+    assert (stats.running, stats.kv_bytes_in_use, stats.kv_bytes_held) == (0, 0, before.kv_bytes_in_use)
+    again = engine.submit(DOCUMENT, **options()).result()
+    assert again.stats.reused_tokens == 592
+    assert again.token_ids == model.generate(DOCUMENT, **options()).token_ids
+    while engine._engine._pool.give_up():
+        pass
+    assert not any(array() is not None for array in arrays)
+
+
+def test_who_is_cancelled_in_a_pass_leaves_what_was_there_before(model, monkeypatch):
+    runner: Any = model._engine.runner
+    engine, begin, lengths = losart.Engine(model), runner.begin, []
+    stream = engine.submit(DOCUMENT, **options(max_new_tokens=80))
+
+    def cancelled(batch: Any, *more: Any) -> Any:
+        finish = begin(batch, *more)
+        lengths.append(batch.sequences[0].cache.length)
+        if lengths[-1] >= 616:
+            stream.cancel()
+        return finish
+
+    monkeypatch.setattr(runner, "begin", cancelled)
+    for _ in stream:
+        pass
+    monkeypatch.undo()
+    (held,) = engine._engine._pool._held
+    assert len(held.ids) == lengths[-1] // 16 * 16 == 608
+    answer = model.generate(DOCUMENT, **options(max_new_tokens=80)).token_ids
+    prompt = [*DOCUMENT, *answer[:14], *RANDOM[600:]]
+    found = engine.submit(prompt, **options()).result()
+    assert found.stats.reused_tokens == 608
+    assert found.token_ids == model.generate(prompt, **options()).token_ids
+
+
+def test_what_may_not_be_finite_is_given_up_where_logits_are_not(make_checkpoint):
+    """Who is cancelled before a pass over a block has not been seen to be finite."""
+    path = with_tensor(make_checkpoint(), "model.embed_tokens.weight", spoil_row(3, np.nan))
+    engine = losart.Engine(losart.load(path, "cpu"))
+    good, bad = [4 + token for token in range(100)], [*range(100, 200), 3, 3, 3, 3]
+    engine.submit(good, **options()).result()
+
+    def cancel(done: int, total: int) -> None:
+        stream.cancel()
+
+    stream = engine.submit(bad, progress=cancel, **options())
+    assert list(stream) == [] and len(engine._engine._pool._held) == 2
+    with pytest.raises(losart.NumericalError):
+        engine.submit(bad, **options()).result()
+    assert len(engine._engine._pool._held) == 1
+    assert engine.submit(bad[:100], **options()).result().stats.reused_tokens == 0
+    assert engine.submit(good, **options()).result().stats.reused_tokens == 96
 
 
 @given(st.lists(st.integers(0, 2)), st.lists(st.integers(0, 2)))
