@@ -392,7 +392,8 @@ class Engine:
     def _leave(self, run: Run) -> None:
         """Free what a run holds; it takes part in no pass any more.
 
-        What its cache has for others to come is held for nobody, however it ended: no pass changes that.
+        What its cache has for others to come is held, however it ended, unless its logits were not finite: a
+        pass that was cut short has written only after that.
         """
         with self._lock:
             if self._pool is not None:

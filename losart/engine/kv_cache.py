@@ -61,8 +61,7 @@ class PagedKVCache:
     length : int
         Committed positions. The block being denoised begins here.
     chunks : list of tuple
-        Arrays of keys and values, and of page bounds. Those that `length` is past are never written again,
-        but for a rewind.
+        Arrays of keys and values, and of page bounds. Those that `length` is past are never written again.
     """
 
     def __init__(
@@ -178,12 +177,3 @@ class PagedKVCache:
     def advance(self, tokens: int) -> None:
         """Take `tokens` positions into the prefix: their keys and values are written in all layers."""
         self.length += tokens
-
-    def rewind(self, positions: int, multiple: int = 1) -> None:
-        """Take positions out of the prefix until `positions` are left at most. Memory is kept.
-
-        What is left are whole pages, and a multiple of `multiple`: only its first position opens a
-        page's bounds anew, so those of a page cut in two would go on bounding what was taken out.
-        """
-        step = math.lcm(self.page_size, multiple)
-        self.length = min(self.length, positions) // step * step

@@ -393,55 +393,6 @@ def test_a_cache_that_begins_with_another_has_its_keys_and_their_bounds(steps, p
     np.testing.assert_array_equal(coded, [x[:full] for x in coded_page_bounds(kv[0], page_size, dtype)])
 
 
-@st.composite
-def written_and_taken_back(draw):
-    """Writes of whole blocks, some never taken into the prefix, and rewinds in between."""
-    block = draw(st.integers(1, 20))
-    steps = st.one_of(
-        st.tuples(st.just("write"), st.integers(1, 120 // block)),
-        st.tuples(st.just("lost"), st.integers(1, 120 // block)),
-        st.tuples(st.just("rewind"), st.integers(0, 400)),
-    )
-    return block, draw(st.lists(steps, min_size=1, max_size=10))
-
-
-@quick
-@given(written_and_taken_back(), st.sampled_from([16, 48]), st.sampled_from(list(HELD_AS)))
-def test_bounds_after_going_back_are_those_of_the_keys_that_are_left(steps, page_size, dtype):
-    block, steps = steps
-    chunks = []
-
-    def allocate(shape, format):
-        chunks.append(np.zeros(shape, format.array))
-        return chunks[-1]
-
-    cache = PagedKVCache(PageTable(1, 2, 16, page_size, 16 * page_size, FORMATS[dtype]), allocate)
-    keys = np.zeros((0, 2, 16), np.float32)
-    dirty = False
-    for seed, (kind, count) in enumerate(steps):
-        if kind == "rewind" or dirty:
-            before = cache.length
-            cache.rewind(count if kind == "rewind" else before, block)
-            assert cache.length <= before and cache.length % page_size == cache.length % block == 0
-            if kind == "rewind" and count < before:
-                assert count - cache.length < math.lcm(page_size, block)
-            keys, dirty = keys[: cache.length], False
-        if kind != "rewind":
-            k, v = random_kv(count * block, seed=seed)
-            write(cache, 0, k, v)
-            if kind == "write":
-                cache.advance(len(k))
-                keys = np.concatenate([keys, k])
-            dirty = kind == "lost"
-    if dirty or not len(keys):
-        return
-    smallest, largest = ref.page_bounds(held(keys, dtype), page_size)
-    # Pages that hold more than the prefix are those past its end.
-    found = bounds(list(zip(chunks[::2], chunks[1::2], strict=True)), 0)
-    np.testing.assert_array_equal(found[0][: cache.pages], largest)
-    np.testing.assert_array_equal(found[1][: cache.pages], smallest)
-
-
 @pytest.mark.parametrize("page_size", [16, 48])
 @pytest.mark.parametrize("dtype", HELD_AS)
 @pytest.mark.parametrize("positions", [1, 1000, 1024, 1025, 5000])
