@@ -14,7 +14,6 @@ from benchmarks.cuda.model import NoiseModel, TimedTransformer
 from benchmarks.cuda.noise import BLOCK
 from benchmarks.support.attempts import attempt, free_memory, ratio
 from losart.api.session import Session
-from losart.engine.engine import Engine
 from losart.observe.step import Stats
 
 RIDING = "commit and first"
@@ -55,7 +54,7 @@ def method_rows(model: NoiseModel, prompt: int, new_tokens: int) -> Iterator[dic
         "remasking": "low_confidence_static",
         "stop_token_ids": [],
     }
-    session = Session(Engine(model.transformer), None, None, fixed)
+    session = Session(model.transformer, None, None, fixed)
     ids = np.random.default_rng(0).integers(model.config.vocab_size, size=prompt).tolist()
     passes, dense = model.transformer.passes, None
     for name, options in METHODS.items():

@@ -12,7 +12,6 @@ from benchmarks.cuda.model import NoiseModel
 from benchmarks.cuda.noise import BLOCK
 from benchmarks.support.attempts import attempt, free_memory, ratio
 from losart.api.session import Session
-from losart.engine.engine import Engine
 
 STEPS, NEW_TOKENS, ROUNDS = 4, 256, 4
 METHODS: dict[str, dict[str, Any]] = {"dense": {}, "losa": {"attention": "losa", "budget": 128}}
@@ -51,7 +50,7 @@ def milliseconds(model: NoiseModel, prompt: int, options: dict[str, Any]) -> tup
         "remasking": "low_confidence_static",
         "stop_token_ids": [],
     }
-    session = Session(Engine(model.transformer), None, None, fixed | options)
+    session = Session(model.transformer, None, None, fixed | options)
     ids = np.random.default_rng(0).integers(model.config.vocab_size, size=prompt).tolist()
     times: tuple[list[float], list[float]] = ([], [])
     riding_blocks = model.backend.riding_blocks

@@ -1,4 +1,4 @@
-"""A conversation with a model: who said what, over a session that keeps its KV cache."""
+"""A conversation with a model: who said what, over a session."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Chat:
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
         prompt = [*system, *self.messages, question]
         steps = self._session.stream(prompt, progress=progress, observer=observer)
-        return Stream(self._noted(question, steps))
+        return Stream(self._noted(question, steps), close=steps.close)
 
     def _noted(self, question: dict[str, str], steps: Iterator[Step]) -> Iterator[Step]:
         messages, answer = self.messages, {"role": "assistant", "content": ""}

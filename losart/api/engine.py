@@ -29,9 +29,10 @@ class Engine:
 
     What a prompt begins with in common with another one, under way or answered, is prefilled once, in whole
     pages and blocks; who comes while another prefills it waits for that. Answers' finished blocks belong to
-    it too, unless `commit="sparse"` wrote them. Only generations of equal `block_length` and `page_size`
-    share, whose caches have chunks of the same size: 256 positions where prompt and answer have 8,192 tokens
-    at most, else 1,024. Without `kv_memory`, 16 prefixes are held for nobody at most, those used last.
+    it too, unless `commit="sparse"` wrote them, and so does what a cancelled generation had come to. Only
+    generations of equal `block_length` and `page_size` share. They share memory where their caches have
+    chunks of the same size, 256 positions where prompt and answer have 8,192 tokens at most, else 1,024; else
+    what they share is copied. Without `kv_memory`, 16 prefixes are held for nobody at most, those used last.
 
     Where an allocation fails all the same, held prefixes are given up, and where a cache still cannot grow,
     the generation that began last is set back: it gives its cache up and waits, is prefilled again when
@@ -92,8 +93,9 @@ class Engine:
     ) -> Stream:
         """Begin a generation.
 
-        Returns a stream: an iterator over a `Step` per denoising pass, with `result()`, and `cancel()`, which
-        frees what the generation holds. An error in one generation ends that one alone.
+        Returns a stream: an iterator over a `Step` per denoising pass, with `result()`, and `cancel()`, after
+        which its memory is free for others, and until they want it held for who asks the same again. An error
+        in one generation ends that one alone.
 
         Parameters, and errors, which are raised at once, are those of :meth:`losart.Model.stream`;
         OutOfMemoryError too where prompt and answer take more than `kv_memory`.
@@ -120,7 +122,8 @@ class Engine:
             Is overwritten once the new one is complete.
         **options
             Of those of :meth:`losart.Model.generate`, `block_length` and `page_size` must be those of the
-            generations to come; with `max_new_tokens` the prompt must be on the same side of 8,192 tokens.
+            generations to come. They share memory with what is loaded, and not a copy of it, where with
+            `max_new_tokens` their prompts and this one are on the same side of 8,192 tokens.
 
         Returns
         -------

@@ -177,11 +177,11 @@ class Model:
         return self._submit(self._engine, prompt, progress, observer, options)
 
     def session(self, **options: Any) -> Session:
-        """A session: generations with these options, each prompt reusing the KV cache of those before.
+        """A session: generations with these options, each reusing what the one before it left.
 
         Options and their errors are those of `generate`.
         """
-        return Session(self._engine, self.tokenizer, self.chat_template, options)
+        return Session(self._engine.runner, self.tokenizer, self.chat_template, options)
 
 
 def load(

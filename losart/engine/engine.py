@@ -139,7 +139,7 @@ class Stream:
         return self._last.result
 
     def close(self) -> None:
-        """Leave it, from any thread; what it holds is freed."""
+        """Leave it, from any thread; memory that it holds is free for others."""
         self._steps = iter(())
         if self._close is not None:
             self._close()
@@ -412,14 +412,20 @@ class Engine:
                 run.joined = run.joined or time.perf_counter()
 
     def _leave(self, run: Run) -> None:
-        """Free what a run holds; it takes part in no pass any more."""
+        """Free what a run holds; it takes part in no pass any more.
+
+        What its cache has for others to come is held, however it ended, unless its logits were not finite: a
+        pass that was cut short has written only after that.
+        """
         with self._lock:
             if self._pool is not None:
                 if run.kept is None and not run.left:
                     self._ended.add(run.sequence)
                     self._ended.finished += run.sequence.finished and run.error is None
-                finished = run.sequence.finished and run.error is None and not run.left
-                held = self._pool.leave(run.sequence, keep=finished)
+                finite = not isinstance(run.error, NumericalError)
+                if not finite:
+                    self._pool.give_up_unchecked()
+                held = self._pool.leave(run.sequence, keep=finite)
                 if run.kept is not None and held is not None:
                     run.kept.append(held)
                 run.sequence.cache = run.sequence.cache.emptied()
@@ -429,7 +435,7 @@ class Engine:
                 if run in runs:
                     runs.remove(run)
                     self._full = False
-            run.sequence.slot = None  # a session keeps the sequence
+            run.sequence.slot = None
 
     # -- passes
 
@@ -454,7 +460,7 @@ class Engine:
             raise LosartError("an observer cannot ask for a generation that waits for those it is told of")
         if not self._together:
             self._run(running[:1])
-            # A session can go on from a block whose last step it has given.
+            # Where its stream is left now, what it has given is held all the same.
             if asked in running and not asked.ended and asked.commits:
                 self._run(running)
             return

@@ -29,10 +29,10 @@ def chunk_positions(page_size: int, expected: int | None = None) -> int:
 class HostArrays:
     """What is done with the arrays of chunks beside passes, in the host's memory."""
 
-    def copy(self, to: Any, source: Any, axis: int, count: int) -> None:
-        """Copy the first `count` along an axis."""
-        first = (slice(None),) * axis + (slice(count),)
-        to[first] = source[first]
+    def copy(self, to: Any, at: int, source: Any, start: int, axis: int, count: int) -> None:
+        """Copy `count` along an axis, from `start` on, to where `at` is."""
+        before = (slice(None),) * axis
+        to[(*before, slice(at, at + count))] = source[(*before, slice(start, start + count))]
 
     def to_host(self, array: Any) -> np.ndarray:
         """The array, or a copy of it on the host."""
@@ -61,8 +61,7 @@ class PagedKVCache:
     length : int
         Committed positions. The block being denoised begins here.
     chunks : list of tuple
-        Arrays of keys and values, and of page bounds. Those that `length` is past are never written again,
-        but for a rewind.
+        Arrays of keys and values, and of page bounds. Those that `length` is past are never written again.
     """
 
     def __init__(
@@ -134,13 +133,16 @@ class PagedKVCache:
         self.table.add_chunk(*chunk)
         self.chunks.append(chunk)
 
-    def share(self, chunks: Sequence[tuple[Any, Any]], positions: int) -> None:
-        """Begin with what another cache, of the same sizes, holds.
+    def share(self, chunks: Sequence[tuple[Any, Any]], positions_per_chunk: int, positions: int) -> None:
+        """Begin with what another cache, of the same page size, holds.
 
         Parameters
         ----------
         chunks : sequence of tuple
-            The other's. Those that the positions fill are shared; of the last one the beginning is copied.
+            The other's. Those that the positions fill are shared, and the rest is copied; all is where the
+            other's chunks have another size.
+        positions_per_chunk : int
+            The other's.
         positions : int
             Whole pages, and a multiple of the block length.
 
@@ -149,14 +151,19 @@ class PagedKVCache:
         MemoryError
             When the copy cannot be allocated; the cache stays empty.
         """
-        full, rest = divmod(positions, self.positions_per_chunk)
-        shared = list(chunks[:full])
-        if rest:
-            # No more than these positions: what comes after them in the other may not be finite.
-            kv, bounds = shared_copy = self._new_chunk()
-            self.arrays.copy(kv, chunks[full][0], 3, rest)
-            self.arrays.copy(bounds, chunks[full][1], 2, -(-rest // (GROUP_PAGES * self.page_size)))
-            shared.append(shared_copy)
+        own, group = self.positions_per_chunk, GROUP_PAGES * self.page_size
+        shared = list(chunks[: positions // own]) if positions_per_chunk == own else []
+        copied = own * len(shared)
+        # No more than these positions: what comes after them in the other may not be finite.
+        while copied < positions:
+            at, start = copied % own, copied % positions_per_chunk  # whole groups, as chunks are
+            count = min(positions - copied, own - at, positions_per_chunk - start)
+            if not at:
+                shared.append(self._new_chunk())
+            source = chunks[copied // positions_per_chunk]
+            for to, other, axis, unit in zip(shared[-1], source, (3, 2), (1, group), strict=True):
+                self.arrays.copy(to, at // unit, other, start // unit, axis, -(-count // unit))
+            copied += count
         for chunk in shared:
             self._add(chunk)
         self.length = positions
@@ -170,12 +177,3 @@ class PagedKVCache:
     def advance(self, tokens: int) -> None:
         """Take `tokens` positions into the prefix: their keys and values are written in all layers."""
         self.length += tokens
-
-    def rewind(self, positions: int, multiple: int = 1) -> None:
-        """Take positions out of the prefix until `positions` are left at most. Memory is kept.
-
-        What is left are whole pages, and a multiple of `multiple`: only its first position opens a
-        page's bounds anew, so those of a page cut in two would go on bounding what was taken out.
-        """
-        step = math.lcm(self.page_size, multiple)
-        self.length = min(self.length, positions) // step * step

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Ids
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -32,13 +32,11 @@ class PrefixKind:
 
     block_length: int
     page_size: int
-    positions_per_chunk: int
 
     @classmethod
     def of(cls, sequence: Sequence) -> PrefixKind:
         """That of a sequence's cache."""
-        cache = sequence.cache
-        return cls(sequence.options.block_length, cache.page_size, cache.positions_per_chunk)
+        return cls(sequence.options.block_length, sequence.cache.page_size)
 
     def whole(self, positions: int) -> int:
         """Of so many positions those in whole pages and whole blocks."""
@@ -53,22 +51,38 @@ class Prefix:
     Attributes
     ----------
     kind : PrefixKind
+    positions_per_chunk : int
     ids : int64 [positions]
         Whole pages and blocks.
     chunks : sequence of Chunk
         That hold them; what the last one has after them is of no use.
+    checked : bool
+        Whether logits were finite that came of it.
     """
 
     kind: PrefixKind
+    positions_per_chunk: int
     ids: np.ndarray
     chunks: Ids[Chunk]
+    checked: bool = True
+
+    def first(self, positions: int) -> Prefix:
+        """The beginning of it."""
+        chunks = self.chunks[: -(-positions // self.positions_per_chunk)]
+        return replace(self, ids=self.ids[:positions], chunks=chunks)
+
+    def full_chunks(self, positions_per_chunk: int) -> int:
+        """How many of its chunks a cache with chunks of this size can share."""
+        same = positions_per_chunk == self.positions_per_chunk
+        return len(self.ids) // positions_per_chunk if same else 0
 
 
 class KVPool:
     """The caches of an engine's running sequences, and prefixes of those that have ended.
 
     A sequence that joins shares the chunks that are full of what it has in common with another one, running
-    or ended, and gets a copy of the part of a chunk that follows. All is done under the engine's lock.
+    or ended, and gets a copy of the part of a chunk that follows; of all, if their chunks differ in size. All
+    is done under the engine's lock.
 
     Parameters
     ----------
@@ -125,11 +139,11 @@ class KVPool:
     def join(self, sequence: Sequence) -> bool:
         """Give a sequence's empty cache what is held of its prefix; False: there is no room for it yet."""
         found = self._find(sequence)
-        # While part of a chunk is copied there are two of it: where that is too much, whole chunks serve.
-        for shared in (found, _without_part(found)):
+        # While something is copied there are two of it: where that is too much, whole chunks serve.
+        for shared in (found, _without_copies(found, sequence.cache.positions_per_chunk)):
             if self.limit is None or self._make_room(*self._planned(sequence, shared)):
                 try:
-                    sequence.cache.share(shared.chunks, len(shared.ids))
+                    sequence.cache.share(shared.chunks, shared.positions_per_chunk, len(shared.ids))
                 except MemoryError:
                     continue
                 sequence.found = len(shared.ids)
@@ -148,7 +162,7 @@ class KVPool:
         used = _sizes(cache.chunks for cache, *_ in caches)
         if sequence is not None and found is not None:
             used |= _sizes([found.chunks])
-            full = len(found.ids) // found.kind.positions_per_chunk
+            full = found.full_chunks(sequence.cache.positions_per_chunk)
             caches.append((sequence.cache, full, sequence.end))
         to_come = (cache.bytes_for(end) - count * cache.chunk_bytes for cache, count, end in caches)
         return sum(used.values()) + sum(to_come), used
@@ -178,12 +192,11 @@ class KVPool:
         if not keep:
             return None
         kind, cache = PrefixKind.of(sequence), sequence.cache
-        ids = sequence.shareable()
-        ids = ids[: kind.whole(len(ids))]
-        if not len(ids):
+        ids, checked = sequence.shareable(), sequence.denoising_passes > 0
+        whole = Prefix(kind, cache.positions_per_chunk, ids, tuple(cache.chunks), checked)
+        prefix = whole.first(kind.whole(len(ids)))
+        if not len(prefix.ids):
             return None
-        chunks = cache.chunks[: -(-len(ids) // kind.positions_per_chunk)]
-        prefix = Prefix(kind, ids, tuple(chunks))
         self.hold(prefix)
         return prefix
 
@@ -205,7 +218,7 @@ class KVPool:
     def hold(self, prefix: Prefix) -> None:
         """Hold a prefix, for which there is room, until memory is wanted."""
         for held in tuple(self._held):
-            if held.kind == prefix.kind:
+            if (held.kind, held.positions_per_chunk) == (prefix.kind, prefix.positions_per_chunk):
                 common = common_length(held.ids, prefix.ids)
                 if common == len(prefix.ids):
                     self._used(held)
@@ -222,6 +235,12 @@ class KVPool:
         if least is not None:
             self._held.pop(least, None)
         return least is not None
+
+    def give_up_unchecked(self) -> None:
+        """Give up what no logits came of: where some are not finite, it may be the cause."""
+        for held in tuple(self._held):
+            if not held.checked:
+                self._held.pop(held, None)
 
     def awaits(self, sequence: Sequence) -> bool:
         """Whether a prefill that is under way will have more in common with a sequence than there is now."""
@@ -243,19 +262,21 @@ class KVPool:
 
     def _find(self, sequence: Sequence) -> Prefix:
         """The longest beginning of a sequence's prefix that there is, perhaps of no ids."""
-        kind = PrefixKind.of(sequence)
-        source, most = Prefix(kind, sequence.prefix[:0], ()), 0
+        kind, per_chunk = PrefixKind.of(sequence), sequence.cache.positions_per_chunk
+        source, best = Prefix(kind, per_chunk, sequence.prefix[:0], ()), (0, False)
         for prefix in self._prefixes(kind):
             common = kind.whole(common_length(prefix.ids, sequence.prefix))
-            if common > most:
-                source, most = prefix, common
+            found = common, prefix.positions_per_chunk == per_chunk  # which is shared, and not copied
+            if common and found > best:
+                source, best = prefix, found
         self._used(source)
-        return Prefix(kind, source.ids[:most], source.chunks[: -(-most // kind.positions_per_chunk)])
+        return source.first(best[0])
 
     def _prefixes(self, kind: PrefixKind) -> Iterator[Prefix]:
         for one in tuple(self._running):
             if PrefixKind.of(one) == kind:
-                yield Prefix(kind, one.prefix[: one.cache.length], one.cache.chunks)
+                cache = one.cache
+                yield Prefix(kind, cache.positions_per_chunk, one.prefix[: cache.length], cache.chunks)
         yield from (held for held in tuple(self._held) if held.kind == kind)
 
     def _used(self, prefix: Prefix) -> None:
@@ -263,14 +284,10 @@ class KVPool:
             self._held[prefix] = None
 
 
-def _without_part(prefix: Prefix) -> Prefix:
-    """Of a prefix what fills chunks, if these are whole blocks."""
-    kind = prefix.kind
-    full = len(prefix.ids) // kind.positions_per_chunk
-    positions = full * kind.positions_per_chunk
-    if kind.whole(positions) != positions:
-        full = positions = 0
-    return Prefix(kind, prefix.ids[:positions], prefix.chunks[:full])
+def _without_copies(prefix: Prefix, positions_per_chunk: int) -> Prefix:
+    """Of a prefix what fills chunks of this size, if these are whole blocks."""
+    positions = prefix.full_chunks(positions_per_chunk) * positions_per_chunk
+    return prefix.first(positions if prefix.kind.whole(positions) == positions else 0)
 
 
 def _sizes(caches: Iterable[Ids[Chunk]]) -> dict[int, int]:

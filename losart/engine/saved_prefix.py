@@ -47,7 +47,7 @@ def save_prefix(file: Path, prefix: Prefix, cache: PagedKVCache, facts: dict[str
         Is overwritten once the new one is complete.
     prefix : Prefix
     cache : PagedKVCache
-        One of its kind.
+        One of its kind, with chunks of the same size.
     facts : dict
         What must be the same where it is loaded.
 
@@ -56,7 +56,8 @@ def save_prefix(file: Path, prefix: Prefix, cache: PagedKVCache, facts: dict[str
     PrefixError
         The file cannot be written.
     """
-    facts = facts | dataclasses.asdict(prefix.kind) | {"positions": len(prefix.ids)}
+    sizes = {"positions_per_chunk": prefix.positions_per_chunk, "positions": len(prefix.ids)}
+    facts = facts | dataclasses.asdict(prefix.kind) | sizes
     write_sections(file, facts, _sizes(cache, len(prefix.ids)), _sections(prefix, cache.arrays))
 
 
@@ -87,7 +88,8 @@ def open_prefix(file: Path, runner: Any, facts: dict[str, Any]) -> tuple[int, Ca
         if found.get(name) != value:
             raise PrefixError(f"{file}: was saved with {name} {found.get(name)}, and here it is {value}")
     kind = PrefixKind(*(found[field.name] for field in dataclasses.fields(PrefixKind)))
-    cache, positions = _cache_of(runner, kind, file), found["positions"]
+    per_chunk, positions = found["positions_per_chunk"], found["positions"]
+    cache = _cache_of(runner, kind, per_chunk, file)
     ids, *sections = map_sections(file, _sizes(cache, positions))
     table = cache.table
 
@@ -99,19 +101,19 @@ def open_prefix(file: Path, runner: Any, facts: dict[str, Any]) -> tuple[int, Ca
             )
             for kv, bounds in zip(sections[::2], sections[1::2], strict=True)
         ]
-        return Prefix(kind, np.array(ids.view("<i8")), chunks)
+        return Prefix(kind, per_chunk, np.array(ids.view("<i8")), chunks)
 
     return cache.bytes_for(positions), load
 
 
-def _cache_of(runner: Any, kind: PrefixKind, file: Path) -> PagedKVCache:
+def _cache_of(runner: Any, kind: PrefixKind, per_chunk: int, file: Path) -> PagedKVCache:
     attention = AttentionConfig(page_size=kind.page_size)
     options = GenerationConfig(kind.block_length, mask_token_id=0, denoising_steps=1, attention=attention)
     for expected in (1, FEW_POSITIONS + 1):
         cache = runner.new_cache(options, expected)
-        if cache.positions_per_chunk == kind.positions_per_chunk:
+        if cache.positions_per_chunk == per_chunk:
             return cache
-    raise PrefixError(f"{file}: has chunks of {kind.positions_per_chunk} positions, which no cache has here")
+    raise PrefixError(f"{file}: has chunks of {per_chunk} positions, which no cache has here")
 
 
 def _sizes(cache: PagedKVCache, positions: int) -> list[int]:
@@ -121,15 +123,15 @@ def _sizes(cache: PagedKVCache, positions: int) -> list[int]:
 
 
 def _sections(prefix: Prefix, arrays: HostArrays) -> Iterator[np.ndarray]:
-    kind = prefix.kind
+    per_chunk = prefix.positions_per_chunk
     yield prefix.ids.astype("<i8")
-    for first, chunk in zip(range(0, len(prefix.ids), kind.positions_per_chunk), prefix.chunks, strict=True):
-        positions = min(kind.positions_per_chunk, len(prefix.ids) - first)
-        groups = -(-positions // (GROUP_PAGES * kind.page_size))
+    for first, chunk in zip(range(0, len(prefix.ids), per_chunk), prefix.chunks, strict=True):
+        positions = min(per_chunk, len(prefix.ids) - first)
+        groups = -(-positions // (GROUP_PAGES * prefix.kind.page_size))
         for array, axis, count in zip(chunk, (3, 2), (positions, groups), strict=True):
             held = arrays.to_host(array)
             whole = np.zeros_like(held)  # keys after the prefix may be another sequence's
-            HostArrays().copy(whole, held, axis, count)
+            HostArrays().copy(whole, 0, held, 0, axis, count)
             yield whole
 
 

@@ -329,52 +329,68 @@ def test_positions_of_a_list(length, page_size, heads, data):
 
 
 @st.composite
-def written_and_taken_back(draw):
-    """Writes of whole blocks, some never taken into the prefix, and rewinds in between."""
+def written_and_begun_with(draw):
+    """Writes of whole blocks, some never taken into the prefix, and caches that begin with the one before."""
     block = draw(st.integers(1, 20))
     steps = st.one_of(
-        st.tuples(st.just("write"), st.integers(1, 120 // block)),
+        st.tuples(st.just("write"), st.integers(1, 300 // block)),
         st.tuples(st.just("lost"), st.integers(1, 120 // block)),
-        st.tuples(st.just("rewind"), st.integers(0, 400)),
+        st.tuples(st.just("share"), st.integers(0, 800)),
     )
-    return block, draw(st.lists(steps, min_size=1, max_size=10))
+    return (
+        block,
+        draw(st.lists(steps, min_size=1, max_size=10)),
+        draw(st.lists(st.integers(1, 4), min_size=10)),
+    )
 
 
 @quick
-@given(written_and_taken_back(), st.sampled_from([16, 48]), st.sampled_from(list(HELD_AS)))
-def test_bounds_after_going_back_are_those_of_the_keys_that_are_left(steps, page_size, dtype):
-    block, steps = steps
-    chunks = []
+@given(written_and_begun_with(), st.sampled_from([16, 48]), st.sampled_from(list(HELD_AS)))
+def test_a_cache_that_begins_with_another_has_its_keys_and_their_bounds(steps, page_size, dtype):
+    """Whatever the sizes of their chunks."""
+    block, steps, groups = steps
+    step = math.lcm(page_size, block)
 
     def allocate(shape, format):
-        chunks.append(np.zeros(shape, format.array))
-        return chunks[-1]
+        return np.zeros(shape, format.array)
 
-    cache = PagedKVCache(PageTable(1, 2, 16, page_size, 16 * page_size, FORMATS[dtype]), allocate)
-    keys = np.zeros((0, 2, 16), np.float32)
+    def new_cache():
+        chunk = groups.pop() * 16 * page_size if groups else 16 * page_size
+        return PagedKVCache(PageTable(1, 2, 16, page_size, chunk, FORMATS[dtype]), allocate)
+
+    cache = new_cache()
+    kv = [np.zeros((0, 2, 16), np.float32)] * 2
     dirty = False
-    for seed, (kind, count) in enumerate(steps):
-        if kind == "rewind" or dirty:
-            before = cache.length
-            cache.rewind(count if kind == "rewind" else before, block)
-            assert cache.length <= before and cache.length % page_size == cache.length % block == 0
-            if kind == "rewind" and count < before:
-                assert count - cache.length < math.lcm(page_size, block)
-            keys, dirty = keys[: cache.length], False
-        if kind != "rewind":
-            k, v = random_kv(count * block, seed=seed)
-            write(cache, 0, k, v)
+    for seed, (kind, count) in enumerate([*steps, ("share", 10**6)]):
+        if kind == "share" or dirty:
+            before, cache = cache, new_cache()
+            kept = min(count if kind == "share" else before.length, before.length) // step * step
+            own, other = cache.positions_per_chunk, before.positions_per_chunk
+            cache.share(before.chunks, other, kept)
+            shared = [one is two for one, two in zip(cache.chunks, before.chunks, strict=False)]
+            assert sum(shared) == (kept // own if own == other else 0)
+            assert cache.length == kept and len(cache.chunks) == -(-kept // own)
+            kv, dirty = [x[:kept] for x in kv], False
+        if kind != "share":
+            written = random_kv(count * block, seed=seed)
+            write(cache, 0, *written)
             if kind == "write":
-                cache.advance(len(k))
-                keys = np.concatenate([keys, k])
+                cache.advance(count * block)
+                kv = [np.concatenate(both) for both in zip(kv, written, strict=True)]
             dirty = kind == "lost"
-    if dirty or not len(keys):
+    if not len(kv[0]):
         return
-    smallest, largest = ref.page_bounds(held(keys, dtype), page_size)
+    np.testing.assert_array_equal(
+        read_back(cache.chunks, 0, cache.length, dtype), [held(x, dtype) for x in kv]
+    )
+    smallest, largest = ref.page_bounds(held(kv[0], dtype), page_size)
     # Pages that hold more than the prefix are those past its end.
-    found = bounds(list(zip(chunks[::2], chunks[1::2], strict=True)), 0)
+    found = bounds(cache.chunks, 0)
     np.testing.assert_array_equal(found[0][: cache.pages], largest)
     np.testing.assert_array_equal(found[1][: cache.pages], smallest)
+    full = cache.length // (16 * page_size) * 16
+    coded = [x[:full] for x in coded_bounds(cache.chunks, 0, dtype)]
+    np.testing.assert_array_equal(coded, [x[:full] for x in coded_page_bounds(kv[0], page_size, dtype)])
 
 
 @pytest.mark.parametrize("page_size", [16, 48])

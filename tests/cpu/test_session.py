@@ -1,4 +1,4 @@
-"""Sessions: prompts that share a KV cache answer as if each had one of its own, and prefill less."""
+"""Sessions: prompts that begin with what the one before left answer as they do alone, and prefill less."""
 
 from __future__ import annotations
 
@@ -17,10 +17,9 @@ from test_model_api import spoil_row, with_tensor
 
 import losart
 from losart import NumericalError, OptionError, OutOfMemoryError, PromptError
-from losart.backends.cpu.backend import CpuBackend
 from losart.config.options import generation_config
 from losart.engine.batch import PassKind
-from losart.engine.kv_cache import PagedKVCache
+from losart.engine.kv_pool import Prefix, common_length
 from losart.measure.random_checkpoint import write_checkpoint
 
 LOSA = {"attention": "losa", "budget": 32, "active": 2}
@@ -52,15 +51,15 @@ def check_turns(model: losart.Model, options: dict[str, Any]) -> None:
 
     going_on = [*FIRST, *first.token_ids, *MORE]
     second = session.generate(going_on)
-    # All but the block that the answer ended in.
-    held = (len(FIRST) + len(first.token_ids) - 1) // length * length
+    # Whole pages, without the block that the answer ended in.
+    step = math.lcm(length, page)
+    held = (len(FIRST) + len(first.token_ids) - 1) // length * length // step * step
     assert second.stats.reused_tokens == held > len(FIRST)
     assert second.stats.prefilled_tokens == len(going_on) // length * length - held
     assert second.token_ids == model.generate(going_on, **options).token_ids
 
     turning_off = [*FIRST[:90], *MORE[:30]]
     third = session.generate(turning_off)
-    step = math.lcm(length, page)
     assert third.stats.reused_tokens == 90 // step * step
     assert third.token_ids == model.generate(turning_off, **options).token_ids
 
@@ -199,7 +198,85 @@ def test_a_stream_that_is_left_is_no_trouble(models):
         said = list(itertools.islice(session.stream(prompt), steps))
         known = [token for step in said[-1:] for token in step.block if token is not None]
         going_on = [*prompt, *known, *MORE]
-        assert session.generate(going_on).token_ids == model.generate(going_on, **options).token_ids
+        found = session.generate(going_on)
+        assert found.token_ids == model.generate(going_on, **options).token_ids
+        assert found.stats.reused_tokens == (96 if steps else 0)
+
+
+def test_what_a_left_stream_has_answered_is_found(models):
+    """While the stream is kept, too."""
+    model, options = models["float32"], {"max_new_tokens": 80, "stop_token_ids": []}
+    answer = model.generate(FIRST, **options).token_ids
+    session = model.session(**options)
+    stream = session.stream(FIRST)
+    for step in stream:
+        if step.block_start >= 144:
+            break
+    going_on = [*FIRST, *answer[:43], *MORE]
+    found = session.generate(going_on)
+    assert found.stats.reused_tokens == 144
+    assert found.token_ids == model.generate(going_on, **options).token_ids
+    with pytest.raises(PromptError, match="begun another"):
+        next(stream)
+
+
+def test_an_interrupted_prefill_goes_on_where_it_was(models, monkeypatch):
+    model, options = models["float32"], {"max_new_tokens": 8, "stop_token_ids": []}
+    prompt = np.random.default_rng(3).integers(0, 256, 1900).tolist()
+    runner: Any = model._engine.runner
+    begin, passes = runner.begin, itertools.count(1)
+
+    def interrupted(*args: Any) -> Any:
+        finish = begin(*args)
+
+        def wait() -> Any:
+            result = finish()
+            if next(passes) == 3:
+                raise KeyboardInterrupt
+            return result
+
+        return wait
+
+    session = model.session(**options)
+    monkeypatch.setattr(runner, "begin", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        session.generate(prompt)
+    monkeypatch.undo()
+    again = session.generate(prompt)
+    assert again.stats.reused_tokens == 1024
+    assert again.token_ids == model.generate(prompt, **options).token_ids
+
+
+def test_a_conversation_outgrows_small_chunks(models, monkeypatch):
+    monkeypatch.setattr("losart.engine.kv_cache.FEW_POSITIONS", 300)
+    model, options = models["float32"], {"max_new_tokens": 60, "stop_token_ids": []}
+    session, prompt, known, sizes = model.session(**options), FIRST, 0, []
+    for _ in range(4):
+        result = session.generate(prompt)
+        assert result.stats.reused_tokens == known
+        assert result.token_ids == model.generate(prompt, **options).token_ids
+        (prefix,) = held_by(session)
+        sizes.append(prefix.positions_per_chunk)
+        known = (len(prompt) + 59) // 16 * 16
+        prompt = [*prompt, *result.token_ids, *MORE]
+    assert sizes == [256, 256, 1024, 1024]
+
+
+@pytest.mark.parametrize(("commit", "reused"), [("dense", 144), ("sparse", 96)])
+def test_answers_that_were_committed_sparsely_are_prefilled(models, commit, reused):
+    model = models["float32"]
+    options = {
+        "max_new_tokens": 50,
+        "stop_token_ids": [],
+        "attention": "quest",
+        "budget": 32,
+        "commit": commit,
+    }
+    session = model.session(**options)
+    going_on = [*FIRST, *session.generate(FIRST).token_ids, *MORE]
+    found = session.generate(going_on)
+    assert found.stats.reused_tokens == reused
+    assert found.token_ids == model.generate(going_on, **options).token_ids
 
 
 def test_a_stream_cannot_go_on_after_another_began(models):
@@ -213,9 +290,21 @@ def test_a_stream_cannot_go_on_after_another_began(models):
     assert list(new)[-1].result.token_ids == expected
 
 
+def test_a_stream_that_has_ended_has_its_result_whatever_came_since(models):
+    session = models["float32"].session(max_new_tokens=12, stop_token_ids=[])
+    ended = session.stream(FIRST)
+    while (step := next(ended)).result is None:
+        pass
+    session.generate(MORE)
+    assert ended.result() is step.result
+
+
 FILES = {
     str(Path(losart.__file__).parent / f"{name}.py")
-    for name in ("api/session", "engine/engine", "engine/sequence", "models/transformer", "engine/kv_cache")
+    for name in (
+        *("api/session", "engine/engine", "engine/sequence", "models/transformer"),
+        *("engine/kv_cache", "engine/kv_pool"),
+    )
 }
 
 
@@ -235,28 +324,13 @@ class Interrupt:
         return self
 
 
-@pytest.fixture
-def allocated(monkeypatch) -> list[np.ndarray]:
-    """What caches have allocated: chunks of keys and values, and of bounds, in turns."""
-    arrays: list[np.ndarray] = []
-    new_cache = CpuBackend.new_cache
-
-    def noting(backend: CpuBackend, *sizes: int) -> PagedKVCache:
-        cache = new_cache(backend, *sizes)
-
-        def allocate(*wanted: Any) -> np.ndarray:
-            arrays.append(cache_allocate(*wanted))
-            return arrays[-1]
-
-        cache_allocate, cache._allocate = cache._allocate, allocate
-        return cache
-
-    monkeypatch.setattr(CpuBackend, "new_cache", noting)
-    return arrays
+def held_by(session: losart.Session) -> list[Prefix]:
+    return list(session._engine._pool._held)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # in the end of a stream
 @pytest.mark.parametrize("attention", [{}, {"attention": "quest", "budget": 16}], ids=["dense", "quest"])
-def test_an_interrupt_anywhere_leaves_a_usable_session(make_checkpoint, allocated, attention):
+def test_an_interrupt_anywhere_leaves_a_usable_session(make_checkpoint, attention):
     model = losart.load(make_checkpoint(), device="cpu")
     options = {"max_new_tokens": 10, "stop_token_ids": [], "block_length": 4, "page_size": 16, **attention}
     whole = [*FIRST, *model.generate(FIRST, **options).token_ids]
@@ -264,11 +338,10 @@ def test_an_interrupt_anywhere_leaves_a_usable_session(make_checkpoint, allocate
     def turn_off(place: int) -> list[int]:
         return [*whole[:place], *MORE]
 
-    # What follows goes on with all, or turns off early, or where the interrupt left the cache's end.
+    # What follows goes on with all, or turns off early, or where what the interrupt left ends.
     expected = {}
-    interrupted = 0
+    interrupted = found = 0
     for line in itertools.count(1, 3):
-        allocated.clear()
         session = model.session(**options)
         session.generate(FIRST[:30])
         before = sys.gettrace()
@@ -281,23 +354,29 @@ def test_an_interrupt_anywhere_leaves_a_usable_session(make_checkpoint, allocate
             break
         finally:
             sys.settrace(before)
-        length = session._cache.length
+        length = max((len(prefix.ids) for prefix in held_by(session)), default=0)
         place = (length, length, len(whole), 40)[line % 4]
         if place not in expected:
-            chunks = list(allocated)
             expected[place] = model.generate(turn_off(place), **options).token_ids
-            allocated[:] = chunks
-        assert session.generate(turn_off(place)).token_ids == expected[place], line
-        check_bounds(allocated, session._cache)
-    assert interrupted > 100
+        common = 0
+        for prefix in held_by(session):
+            check_bounds(prefix)
+            common = common_length(prefix.ids, turn_off(place)) // 16 * 16
+        again = session.generate(turn_off(place))
+        assert again.token_ids == expected[place], line
+        assert again.stats.reused_tokens == common
+        found += again.stats.reused_tokens > 30
+        (prefix,) = held_by(session)
+        check_bounds(prefix)
+        assert session._engine.stats.kv_bytes_in_use == 0
+    assert interrupted > 100 and found > interrupted / 3
 
 
-def check_bounds(allocated: list[np.ndarray], cache: PagedKVCache) -> None:
-    """Of the one layer's pages: those of the keys in the cache."""
-    chunks = list(zip(allocated[::2], allocated[1::2], strict=True))
-    keys, _ = read_back(chunks, 0, cache.length, "float32")
-    smallest, largest = ref.page_bounds(keys, cache.page_size)
-    found = [bound[: cache.pages] for bound in bounds(chunks, 0)]
+def check_bounds(prefix: Prefix) -> None:
+    """Of the one layer's pages: those of the keys that are held."""
+    keys, _ = read_back(prefix.chunks, 0, len(prefix.ids), "float32")
+    smallest, largest = ref.page_bounds(keys, prefix.kind.page_size)
+    found = [bound[: len(largest)] for bound in bounds(prefix.chunks, 0)]
     np.testing.assert_array_equal(found, [largest, smallest])
 
 
@@ -311,7 +390,11 @@ def test_an_error_leaves_a_usable_session(make_checkpoint):
     assert session.generate(good).token_ids == expected
     with pytest.raises(NumericalError):
         session.generate(bad)
-    assert session.generate(good).token_ids == expected
+    again = session.generate(good)
+    assert (again.token_ids, again.stats.reused_tokens) == (expected, 96)
+    with pytest.raises(NumericalError):
+        session.generate(bad)
+    assert session.generate([*bad[:28], *good]).stats.reused_tokens == 0
 
 
 def test_no_memory_leaves_a_usable_session(models, monkeypatch):

@@ -14,10 +14,12 @@ from hypothesis import strategies as st
 from test_model_api import spoil_row, with_tensor
 
 import losart
+from losart.config.options import generation_config
 from losart.engine.kv_pool import common_length
 from losart.measure.random_checkpoint import write_checkpoint
 
 RANDOM = np.random.default_rng(7).integers(0, 256, 900).tolist()
+LONG = np.random.default_rng(8).integers(0, 256, 2200).tolist()
 DOCUMENT = RANDOM[:600]
 PAGE = 16
 ATTENTION: list[dict[str, Any]] = [
@@ -71,6 +73,73 @@ def test_what_prompts_begin_with_in_common_is_prefilled_once_on_cuda(tmp_path, c
     assert found.token_ids == model.generate(prompt, **options()).token_ids
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("page_size", [16, 48])
+@pytest.mark.parametrize("few", ["first", "second"])
+@pytest.mark.parametrize("common", [2100, 1050, 17])
+def test_prompts_share_whose_caches_have_chunks_of_other_sizes(
+    tmp_path, monkeypatch, device, page_size, few, common
+):
+    """256 positions and 1,024, or 768 and 1,536: in float32, with calm attention, and bit for bit."""
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_layers": 2, "head_dim": 16}
+    path = write_checkpoint(tmp_path / "calm", head_gain=1.0, **(small if device == "cpu" else {}))
+    model = losart.load(path, device, "float32")
+    chosen = options(page_size=page_size)
+    prompt = [*LONG[:common], *(token ^ 1 for token in LONG[common:2100]), *LONG[2100:2190]]
+    engine = losart.Engine(model)
+    for ids, small in ((LONG[:2110], few == "first"), (prompt, few == "second")):
+        monkeypatch.setattr("losart.engine.kv_cache.FEW_POSITIONS", 8192 if small else 0)
+        result = engine.submit(ids, **chosen).result()
+    assert result.stats.reused_tokens == common // (step := np.lcm(page_size, 4)) * step
+    assert result.token_ids == model.generate(prompt, **chosen).token_ids
+    first, second = engine._engine._pool._held
+    assert (first.positions_per_chunk < second.positions_per_chunk) == (few == "first")
+    assert not {id(array) for chunk in first.chunks for array in chunk} & {
+        id(array) for chunk in second.chunks for array in chunk
+    }
+    to_host = engine._engine.new_cache(prompt, generation_config(model.config, chosen)).arrays.to_host
+    for axis, unit in ((3, 1), (2, 16 * page_size)):
+        whole = [
+            np.concatenate([to_host(chunk[axis == 2]) for chunk in prefix.chunks], axis)
+            for prefix in (first, second)
+        ]
+        reused = [array.swapaxes(0, axis)[: result.stats.reused_tokens // unit] for array in whole]
+        assert reused[0].tobytes() == reused[1].tobytes()
+
+
+def test_what_is_shared_comes_before_what_is_copied_unless_that_is_longer(model, monkeypatch):
+    monkeypatch.setattr("losart.engine.kv_cache.FEW_POSITIONS", 700)
+    engine = losart.Engine(model)
+    engine.submit(DOCUMENT, **options(max_new_tokens=200)).result()
+    assert engine.submit(DOCUMENT[:500], **options()).result().stats.reused_tokens == 496
+    large, small = engine._engine._pool._held
+
+    def begins_with(prompt: list[int]) -> bool:
+        stream = engine.submit(prompt, **options())
+        next(stream)
+        (run,) = engine._engine._running
+        return run.sequence.cache.chunks[0][0] is small.chunks[0][0]
+
+    assert begins_with([*DOCUMENT[:480], *RANDOM[600:700]])
+    assert not begins_with(DOCUMENT)
+    assert large.positions_per_chunk > small.positions_per_chunk
+
+
+@pytest.mark.parametrize("chunks", [4, 6, 7])
+def test_what_is_copied_takes_room_of_its_own(model, monkeypatch, chunks):
+    """3 chunks for the prompt and its answer; beside it 4, as large as one, of what it begins with."""
+    monkeypatch.setattr("losart.engine.kv_cache.FEW_POSITIONS", 700)
+    chunk = model._engine.runner.backend.new_cache(16, 256).chunk_bytes
+    engine = losart.Engine(model, kv_memory=chunks * chunk)
+    engine.submit(DOCUMENT, **options(max_new_tokens=200)).result()
+    stream = engine.submit(DOCUMENT, **options())
+    next(stream)
+    stats = engine.stats
+    assert stats.reused_tokens == (592 if chunks > 6 else 0)
+    assert stats.kv_bytes_in_use + stats.kv_bytes_held <= chunks * chunk
+    assert stream.result().token_ids == model.generate(DOCUMENT, **options()).token_ids
+
+
 @settings(max_examples=30, deadline=None)
 @given(
     st.sampled_from([1, 3, 4, 7, 16]),
@@ -90,16 +159,26 @@ def test_whole_pages_and_blocks_are_shared(model, block_length, page_size, commo
     assert found.token_ids == model.generate(prompt, **chosen).token_ids
 
 
-@pytest.mark.parametrize("changed", [{"block_length": 8}, {"page_size": 32}, {"max_new_tokens": 3000}])
-def test_other_blocks_pages_or_chunks_are_not_shared(make_checkpoint, changed):
+@pytest.mark.parametrize("changed", [{"block_length": 8}, {"page_size": 32}])
+def test_other_blocks_or_pages_are_not_shared(model, changed):
+    engine = losart.Engine(model)
+    engine.submit(DOCUMENT, **options()).result()
+    stream = engine.submit(DOCUMENT, **options(**changed))
+    next(stream)
+    (run,) = engine._engine._running
+    assert run.sequence.reused == 0
+    assert engine.submit(DOCUMENT, **options()).result().stats.reused_tokens == 592
+
+
+def test_a_prompt_with_more_than_8192_positions_begins_with_one_that_has_fewer(make_checkpoint):
     model = losart.load(make_checkpoint(max_positions=16384), "cpu")
     prompt = [token % 250 for token in range(6000)]
     engine = losart.Engine(model)
     engine.submit(prompt, **options()).result()
-    stream = engine.submit(prompt, **options(**changed))
+    stream = engine.submit(prompt, **options(max_new_tokens=3000))
     next(stream)
     (run,) = engine._engine._running
-    assert run.sequence.reused == 0
+    assert run.sequence.reused == 6000
     assert engine.submit(prompt, **options()).result().stats.reused_tokens == 6000
 
 
@@ -143,8 +222,9 @@ def test_who_waited_for_a_prefill_goes_on_without_it(model, end):
         streams[0].cancel()
     else:
         del streams[0]
+    (held,) = engine._engine._pool._held
     result = streams[-1].result()
-    assert result.stats.reused_tokens == 0
+    assert result.stats.reused_tokens == len(held.ids) < 896
     assert result.token_ids == model.generate(RANDOM, **options()).token_ids
 
 
@@ -203,15 +283,68 @@ def test_the_engine_alone_holds_prefixes(model):
         gc.enable()
 
 
-def test_a_cancelled_generation_leaves_nothing(model):
-    engine = losart.Engine(model)
+@pytest.mark.parametrize("sequences", [1, 16])
+def test_who_comes_again_finds_what_was_cancelled(model, sequences):
+    engine = losart.Engine(model, max_sequences=sequences)
     stream = engine.submit(DOCUMENT, **options())
     next(stream)
     (run,) = engine._engine._running
     arrays = [weakref.ref(array) for chunk in run.sequence.cache.chunks for array in chunk]
+    before = engine.stats
     stream.cancel()
-    assert not run.sequence.cache.chunks and not any(array() is not None for array in arrays)
-    assert not engine._engine._pool._held
+    assert not run.sequence.cache.chunks
+    stats = engine.stats
+    assert (stats.running, stats.kv_bytes_in_use, stats.kv_bytes_held) == (0, 0, before.kv_bytes_in_use)
+    again = engine.submit(DOCUMENT, **options()).result()
+    assert again.stats.reused_tokens == 592
+    assert again.token_ids == model.generate(DOCUMENT, **options()).token_ids
+    while engine._engine._pool.give_up():
+        pass
+    assert not any(array() is not None for array in arrays)
+
+
+def test_who_is_cancelled_in_a_pass_leaves_what_was_there_before(model, monkeypatch):
+    runner: Any = model._engine.runner
+    engine, begin, lengths = losart.Engine(model), runner.begin, []
+    stream = engine.submit(DOCUMENT, **options(max_new_tokens=80))
+
+    def cancelled(batch: Any, *more: Any) -> Any:
+        finish = begin(batch, *more)
+        lengths.append(batch.sequences[0].cache.length)
+        if lengths[-1] >= 616:
+            stream.cancel()
+        return finish
+
+    monkeypatch.setattr(runner, "begin", cancelled)
+    for _ in stream:
+        pass
+    monkeypatch.undo()
+    (held,) = engine._engine._pool._held
+    assert len(held.ids) == lengths[-1] // 16 * 16 == 608
+    answer = model.generate(DOCUMENT, **options(max_new_tokens=80)).token_ids
+    prompt = [*DOCUMENT, *answer[:14], *RANDOM[600:]]
+    found = engine.submit(prompt, **options()).result()
+    assert found.stats.reused_tokens == 608
+    assert found.token_ids == model.generate(prompt, **options()).token_ids
+
+
+def test_what_may_not_be_finite_is_given_up_where_logits_are_not(make_checkpoint):
+    """Who is cancelled before a pass over a block has not been seen to be finite."""
+    path = with_tensor(make_checkpoint(), "model.embed_tokens.weight", spoil_row(3, np.nan))
+    engine = losart.Engine(losart.load(path, "cpu"))
+    good, bad = [4 + token for token in range(100)], [*range(100, 200), 3, 3, 3, 3]
+    engine.submit(good, **options()).result()
+
+    def cancel(done: int, total: int) -> None:
+        stream.cancel()
+
+    stream = engine.submit(bad, progress=cancel, **options())
+    assert list(stream) == [] and len(engine._engine._pool._held) == 2
+    with pytest.raises(losart.NumericalError):
+        engine.submit(bad, **options()).result()
+    assert len(engine._engine._pool._held) == 1
+    assert engine.submit(bad[:100], **options()).result().stats.reused_tokens == 0
+    assert engine.submit(good, **options()).result().stats.reused_tokens == 96
 
 
 @given(st.lists(st.integers(0, 2)), st.lists(st.integers(0, 2)))

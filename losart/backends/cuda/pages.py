@@ -25,15 +25,15 @@ class DeviceArrays(HostArrays):
     def __init__(self, memory: DeviceMemory) -> None:
         self._memory = memory
 
-    def copy(self, to: Any, source: Any, axis: int, count: int) -> None:
+    def copy(self, to: Any, at: int, source: Any, start: int, axis: int, count: int) -> None:
         rows = math.prod(source.shape[:axis])
-        pitch = source.nbytes // rows
-        width = pitch // source.shape[axis] * count
+        to_pitch, source_pitch = to.nbytes // rows, source.nbytes // rows
+        size = source_pitch // source.shape[axis]  # of one along the axis
         runtime = cupy.cuda.runtime
         with self._memory.running("the KV cache"):
             runtime.memcpy2DAsync(
-                *(to.data.ptr, pitch, source.data.ptr, pitch, width, rows),
-                *(runtime.memcpyDeviceToDevice, self._memory.stream.ptr),
+                *(to.data.ptr + at * size, to_pitch, source.data.ptr + start * size, source_pitch),
+                *(count * size, rows, runtime.memcpyDeviceToDevice, self._memory.stream.ptr),
             )
 
     def to_host(self, array: Any) -> np.ndarray:
