@@ -475,7 +475,7 @@ class Engine:
         self._run(self._batch(decoding, asked))
 
     def _pieces(self, prefilling: list[Run], beside: bool) -> list[Run]:
-        """Those whose prompts go through the model next, and how many tokens of each; `beside` others' blocks."""
+        """Whose prompts go through the model next, and how much of each; `beside` others' blocks."""
         left = self.runner.beside_tokens - self._prefilled if beside else self.runner.prefill_tokens
         pieces = list[Run]()
         for run in sorted(prefilling, key=lambda run: run.last_pass):
