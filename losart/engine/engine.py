@@ -766,6 +766,8 @@ class Engine:
 def _order(requests: tuple[SequencePass, ...]) -> tuple[Any, ...]:
     """Equal for passes that share their operations, and comparable."""
     *key, attention = operations_key(requests)
+    if requests[0].kind is PassKind.PREFILL:  # each by itself, in the order in which they came
+        return (*key, 0)
     return *key, id(attention)  # equal ones are one: generation_config
 
 
