@@ -30,7 +30,7 @@ class PassKind(enum.Enum):
         self.rank = ("prefill", "commit", "first", "later").index(value)
 
 
-PREFILL_RANK, FIRST_RANK, LATER_RANK = PassKind.PREFILL.rank, PassKind.FIRST.rank, PassKind.LATER.rank
+FIRST_RANK, LATER_RANK = PassKind.FIRST.rank, PassKind.LATER.rank
 
 
 @dataclass(eq=False, slots=True)  # not frozen, which takes four times as long to make; nothing changes one
@@ -77,14 +77,12 @@ class SequencePass:
 def operations_key(unit: Sequence[SequencePass]) -> tuple[Any, ...]:
     """Equal for passes whose attention can be done by the same operations.
 
-    `unit` is one sequence's pass, or two where its commit rides. Pieces of prompts differ in length.
+    `unit` is one sequence's pass, or two where its commit rides.
     """
     first = unit[0]
     options, rank = first.options, first.kind.rank
-    attention: Any = options.attention
-    if rank == PREFILL_RANK:
-        attention = first.cache
-    elif rank == LATER_RANK and attention.method == "dense":
+    attention = options.attention
+    if rank == LATER_RANK and attention.method == "dense":
         rank = FIRST_RANK  # which does the same
     return rank, len(unit), options.block_length, first.cache.positions_per_chunk, attention
 

@@ -469,27 +469,16 @@ class Engine:
             (prefilling if run.prefills else decoding).append(run)
         # Those that decode have a pass after so many tokens of prompts, which is one piece of a long one.
         if prefilling and not (self._prefilled >= self.runner.beside_tokens and decoding):
-            self._run(self._pieces(prefilling, bool(decoding)))
+            run = min(prefilling, key=lambda run: run.last_pass)
+            before, runner = run.sequence.prefilled, self.runner
+            cost = 1 + run.sequence.cache.length // LONG_PREFIX
+            beside = max(1, runner.beside_tokens // cost)
+            run.sequence.prefill_tokens = beside if decoding else runner.prefill_tokens
+            self._run([run])
+            self._prefilled += (run.sequence.prefilled - before) * cost
             return
         self._prefilled = 0
         self._run(self._batch(decoding, asked))
-
-    def _pieces(self, prefilling: list[Run], beside: bool) -> list[Run]:
-        """Whose prompts go through the model next, and how much of each; `beside` others' blocks."""
-        left = self.runner.beside_tokens - self._prefilled if beside else self.runner.prefill_tokens
-        pieces = list[Run]()
-        for run in sorted(prefilling, key=lambda run: run.last_pass):
-            sequence, before = run.sequence, run.sequence.cache.length
-            cost = 1 + before // LONG_PREFIX if beside else 1
-            length = sequence.options.block_length
-            sequence.prefill_tokens = -(-max(1, left // cost) // length) * length
-            pieces.append(run)
-            taken = cost * min(sequence.prefill_tokens, sequence.prefill_end - before)
-            self._prefilled += taken
-            left -= taken
-            if left <= 0 or self.runner.deterministic:  # with others its sums might be rounded otherwise
-                break
-        return pieces
 
     def _batch(self, decoding: list[Run], asked: Run) -> list[Run]:
         """Those whose rows fit in a pass, the one asked and those first that have waited longest."""
@@ -766,8 +755,6 @@ class Engine:
 def _order(requests: tuple[SequencePass, ...]) -> tuple[Any, ...]:
     """Equal for passes that share their operations, and comparable."""
     *key, attention = operations_key(requests)
-    if requests[0].kind is PassKind.PREFILL:  # each by itself, in the order in which they came
-        return (*key, 0)
     return *key, id(attention)  # equal ones are one: generation_config
 
 
