@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-import traceback
 import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, MutableSet
@@ -322,7 +321,7 @@ class Engine:
             if (alive := reference()) is not None:
                 action(alive)
 
-        return Stream(self._steps(run), lambda: act(self._join), lambda: act(self._leave))
+        return Stream(self._steps(run), lambda: act(self._join), lambda: act(self._close))
 
     def new_cache(self, prompt: Ids[int], options: GenerationConfig) -> PagedKVCache:
         """An empty cache for a prompt and its answer."""
@@ -436,6 +435,11 @@ class Engine:
                     runs.remove(run)
                     self._full = False
             run.sequence.slot = None
+
+    def _close(self, run: Run) -> None:
+        """Leave, and have no error asked for, whose traceback may refer to the run."""
+        self._leave(run)
+        run.error = None
 
     # -- passes
 
@@ -748,7 +752,7 @@ class Engine:
     def _end(self, run: Run, error: Exception | None = None) -> None:
         """Take a run that has ended out of the passes to come."""
         self._tell(run)
-        run.error = _without_arrays(error) if isinstance(error, MemoryError) else error
+        run.error = error if error is None else _to_keep(error)
         self._leave(run)
 
 
@@ -768,14 +772,19 @@ def _repeatable(requests: tuple[SequencePass, ...]) -> bool:
     return not sparse or first.prefix_length % first.cache.page_size == 0
 
 
-def _without_arrays(error: MemoryError) -> OutOfMemoryError:
-    """The error as our own, whose traceback no longer holds what the pass had allocated."""
-    if not isinstance(error, OutOfMemoryError):
+def _to_keep(error: Exception) -> Exception:
+    """An error until somebody asks for it; want of memory as our own.
+
+    The tracebacks of ours tell nothing, and would keep alive what the pass allocated, and its caches.
+    """
+    if isinstance(error, MemoryError) and not isinstance(error, LosartError):
         error, cause = OutOfMemoryError(f"no memory for a generation: {error or 'on the host'}"), error
         error.__cause__ = cause
-    for one in (error, error.__cause__):
-        if one is not None:
-            traceback.clear_frames(one.__traceback__)
+    if isinstance(error, LosartError):
+        one: BaseException | None = error
+        while one is not None:
+            one.__traceback__ = None
+            one = one.__cause__ or one.__context__
     return error
 
 
