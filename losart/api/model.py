@@ -207,9 +207,8 @@ def load(
     progress : callable, optional
         Called after each layer's weights with the layers loaded and in all.
     deterministic : bool
-        Generations that share passes and beginnings give bit for bit what each gives alone, which is slower
-        with more than 32 rows per pass on a GPU, 8 on the CPU, and for prompts. Else sums may be rounded
-        otherwise.
+        Generations that share passes and beginnings give bit for bit what each gives alone, which is slower:
+        twice with 128 sequences on a GPU. Else sums may be rounded otherwise.
 
     Raises
     ------
