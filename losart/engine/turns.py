@@ -18,31 +18,26 @@ class Turns:
         self._changed = threading.Condition()
         self._asking: deque[object] = deque()
         self._thread: int | None = None
-        self._depth = 0
 
     @contextmanager
     def turn(self) -> Iterator[None]:
         """Wait for a turn, and have it."""
-        with self._changed:
-            if self._thread != threading.get_ident():
-                self._wait()
-            self._depth += 1
-        try:
+        mine, asking = threading.get_ident(), object()
+        has_one = self._thread == mine
+        try:  # from here on, so that an interrupt gives back what was taken
+            if not has_one:
+                with self._changed:
+                    self._asking.append(asking)
+                    while self._thread is not None or self._asking[0] is not asking:
+                        self._changed.wait()
+                    self._thread = mine
+                    self._asking.popleft()
             yield
         finally:
-            with self._changed:
-                self._depth -= 1
-                if not self._depth:
-                    self._thread = None
-                self._changed.notify_all()
-
-    def _wait(self) -> None:
-        asking = object()
-        self._asking.append(asking)
-        try:
-            while self._thread is not None or self._asking[0] is not asking:
-                self._changed.wait()
-            self._thread = threading.get_ident()
-        finally:
-            self._asking.remove(asking)
-            self._changed.notify_all()
+            if not has_one:
+                with self._changed:
+                    if asking in self._asking:
+                        self._asking.remove(asking)
+                    if self._thread == mine:
+                        self._thread = None
+                    self._changed.notify_all()
