@@ -236,8 +236,8 @@ class Engine:
         self._ended = Totals()  # generations
         self._prefilled_tokens = 0
         self._prefilled = 0  # tokens of prompts since the last pass over blocks
-        # A run's last passes, and what they read of the prefix.
-        self._untold: dict[Run, tuple[tuple[SequencePass, ...], Ids[PassReads]]] = {}
+        # What a run's last pass read, and after how many positions; not the pass, which has the cache.
+        self._untold: dict[Run, tuple[list[int], Ids[PassReads]]] = {}
 
     @property
     def stats(self) -> EngineStats:
@@ -717,7 +717,7 @@ class Engine:
                 sequence.decode_seconds += seconds
                 with self._lock:
                     if not run.left:
-                        self._untold[run] = requests, reads
+                        self._untold[run] = [one.prefix_length for one in requests], reads
             if sequence.first_token_seconds is None and sequence.output.tokens:
                 sequence.first_token_seconds = time.perf_counter() - run.joined
             if run.observer is not None:
@@ -740,10 +740,10 @@ class Engine:
             for run in runs or list(self._untold):
                 if run not in self._untold:
                     continue
-                requests, reads = self._untold.pop(run)
+                prefix_lengths, reads = self._untold.pop(run)
                 sequence = run.sequence
-                for one, read in zip(requests, reads, strict=True):
-                    sequence.reads.add(read, one.prefix_length, self.runner.config.num_kv_heads)
+                for read, prefix_length in zip(reads, prefix_lengths, strict=True):
+                    sequence.reads.add(read, prefix_length, self.runner.config.num_kv_heads)
                 for step in sequence.steps():
                     if step.kind != PassKind.COMMIT.value:
                         result = sequence.result() if sequence.finished else None
