@@ -7,7 +7,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 {
     extern __shared__ __align__(SHARED_ALIGNMENT) unsigned char shared_bytes[];
     int kv_head = blockIdx.x, *list = (int *)(shared_bytes + STAGES * 2 * TILE_BYTES);
-    if (!fixed && !pages.marks) wait_for_previous(); /* for the tokens, for which mark_pages has waited */
+    if (!fixed) wait_for_previous(); /* for the tokens, and before the starts are written */
     SequenceShare mine = share_of_block(tokens, parts.tokens, sequences, fixed, list, (int *)parts.first);
     if (mine.sequence < 0) return;
     int sequence = mine.sequence;
