@@ -192,7 +192,7 @@ class KVPool:
         if not keep:
             return None
         kind, cache = PrefixKind.of(sequence), sequence.cache
-        ids, checked = sequence.shareable(), sequence.denoising_passes > 0
+        ids, checked = sequence.shareable(), sequence.checked
         whole = Prefix(kind, cache.positions_per_chunk, ids, tuple(cache.chunks), checked)
         prefix = whole.first(kind.whole(len(ids)))
         if not len(prefix.ids):

@@ -149,6 +149,11 @@ class Sequence:
         return self.prefilled > 0 or self.denoising_passes > 0
 
     @property
+    def checked(self) -> bool:
+        """Whether logits have come of all that the cache holds."""
+        return self._passes > 0
+
+    @property
     def replaceable(self) -> bool:
         """Whether prefill gives what the cache holds, and `set_back` may be called."""
         return not self.pending and len(self.shareable()) == self.cache.length

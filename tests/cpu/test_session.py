@@ -397,6 +397,37 @@ def test_an_error_leaves_a_usable_session(make_checkpoint):
     assert session.generate([*bad[:28], *good]).stats.reused_tokens == 0
 
 
+def test_a_block_whose_keys_are_not_finite_does_not_stay(models, monkeypatch):
+    """It is committed by itself, and the stream left before logits have come of it."""
+    model = models["float32"]
+    options = {"attention": "losa", "selector": "anchor", "block_length": 4, "stop_token_ids": []}
+    runner, start, broken = model._engine.runner, 76, True
+    begin = runner.begin
+
+    def spoiling(batch: Any, *more: Any) -> Any:
+        finish = begin(batch, *more)
+        one = batch.sequences[0]
+        if broken and one.kind is PassKind.COMMIT and one.prefix_length == start:
+            for kv, _ in one.cache.chunks:
+                kv[:, :, :, start : start + 4] = np.nan
+        return finish
+
+    prompt = FIRST[:62]
+    answer = model.generate(prompt, **options).token_ids
+    session = model.session(**options)
+    monkeypatch.setattr(runner, "begin", spoiling)
+    stream = session.stream(prompt)
+    for step in stream:
+        if step.block_start == start and None not in step.block:
+            break
+    stream.close()
+    broken = False
+    following = [*prompt, *answer[:30]]
+    with pytest.raises(NumericalError):
+        session.generate(following)
+    assert session.generate(following).token_ids == model.generate(following, **options).token_ids
+
+
 def test_no_memory_leaves_a_usable_session(models, monkeypatch):
     model, long = models["float32"], [7] * 1500
     session = model.session(max_new_tokens=4, stop_token_ids=[])
