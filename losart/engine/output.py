@@ -50,8 +50,7 @@ class Output:
         self._decode = decode
         self._text = ""
         self._texted = 0  # tokens that the text is of
-        self._settled_tokens = 0
-        self._settled_text = ""
+        self._settled = 0, ""  # tokens, and their text
 
     @property
     def text(self) -> str:
@@ -83,18 +82,21 @@ class Output:
 
     def _update_text(self) -> None:
         """Decode what has come since it was last asked for."""
-        decode = self._decode
-        if decode is None or self._texted == len(self.tokens):
+        decode, count = self._decode, len(self.tokens)
+        if decode is None or self._texted == count:
             return
-        self._texted = len(self.tokens)
         if self.finish_reason is not None:
-            self._text = decode(self.tokens)
-            return
-        context = max(0, self._settled_tokens - CONTEXT_TOKENS)
-        known = decode(self.tokens[context : self._settled_tokens])
-        self._text = self._settled_text + decode(self.tokens[context:])[len(known) :]
-        if len(self.tokens) - self._settled_tokens >= TAIL_TOKENS and not self._text.endswith(INCOMPLETE):
-            self._settled_tokens, self._settled_text = len(self.tokens), self._text
+            text = decode(self.tokens)
+        else:
+            settled, settled_text = self._settled
+            context = max(0, settled - CONTEXT_TOKENS)
+            known = decode(self.tokens[context:settled])
+            text = settled_text + decode(self.tokens[context:])[len(known) :]
+            if count - settled >= TAIL_TOKENS and not text.endswith(INCOMPLETE):
+                self._settled = count, text
+        # In this order: another thread may ask meanwhile, or an interrupt come.
+        self._text = text
+        self._texted = count
 
     def _stop_at_string(self, decode: Decode, searched: int) -> None:
         overlap = max(map(len, self._stop_strings))
