@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 import weakref
 from collections import deque
@@ -29,7 +28,7 @@ from losart.engine.output import Decode, Output
 from losart.engine.sampling import NOT_FINITE, check_remasking, choose
 from losart.engine.sequence import Sequence
 from losart.engine.totals import Totals
-from losart.engine.turns import Turns
+from losart.engine.turns import Guard, Turns
 from losart.errors import LosartError, NumericalError, OptionError, OutOfMemoryError
 from losart.observe.engine_stats import EngineStats
 from losart.observe.step import GenerationResult, ObservedLayer, Observer, Progress, Step
@@ -224,7 +223,7 @@ class Engine:
         if pool is not None:
             runner.pools.add(pool)
         self._together = runner.batch_rows > 0 and max_sequences > 1
-        self._lock = threading.RLock()  # guards who waits and who runs
+        self._lock = Guard()  # of who waits and who runs
         self._waiting: deque[Run] = deque()
         self._running: list[Run] = []
         self._full = False  # whether there was no memory for one more, and none has ended since
@@ -317,11 +316,15 @@ class Engine:
         # The iterator alone holds the run, so that its cache is freed with its end.
         reference = weakref.ref(run)
 
-        def act(action: Callable[[Run], None]) -> None:
+        def start() -> None:
             if (alive := reference()) is not None:
-                action(alive)
+                self._join(alive)
 
-        return Stream(self._steps(run), lambda: act(self._join), lambda: act(self._close))
+        def close() -> None:
+            if (alive := reference()) is not None:
+                self._lock.soon(partial(self._close, alive))
+
+        return Stream(self._steps(run), start, close)
 
     def new_cache(self, prompt: Ids[int], options: GenerationConfig) -> PagedKVCache:
         """An empty cache for a prompt and its answer."""
@@ -389,7 +392,7 @@ class Engine:
                 finally:
                     del error
         finally:
-            self._leave(run)
+            self._lock.soon(partial(self._leave, run))
 
     def _advance(self, run: Run) -> bool:
         """Run passes, or wait while another thread does, until a run has a step; False: it has ended."""
@@ -708,6 +711,8 @@ class Engine:
             if isinstance(fix, NumericalError):
                 raise fix
             sequence.apply(*fix)
+            if sequence.first_token_seconds is None and sequence.output.tokens:
+                sequence.first_token_seconds = time.perf_counter() - run.joined
             if prefilled:
                 sequence.prefill_seconds += seconds
                 if run.progress is not None:
@@ -718,8 +723,6 @@ class Engine:
                 with self._lock:
                     if not run.left:
                         self._untold[run] = [one.prefix_length for one in requests], reads
-            if sequence.first_token_seconds is None and sequence.output.tokens:
-                sequence.first_token_seconds = time.perf_counter() - run.joined
             if run.observer is not None:
                 for step, of_pass in zip(sequence.steps(), layers, strict=True):
                     run.observer(replace(step, layers=of_pass))
@@ -744,15 +747,20 @@ class Engine:
                 sequence = run.sequence
                 for read, prefix_length in zip(reads, prefix_lengths, strict=True):
                     sequence.reads.add(read, prefix_length, self.runner.config.num_kv_heads)
-                for step in sequence.steps():
-                    if step.kind != PassKind.COMMIT.value:
-                        result = sequence.result() if sequence.finished else None
-                        run.steps.append(replace(step, result=result) if result else step)
+                try:
+                    steps = [step for step in sequence.steps() if step.kind != PassKind.COMMIT.value]
+                    if steps and sequence.finished:
+                        steps[-1] = replace(steps[-1], result=sequence.result())
+                except Exception as error:  # decoding may raise
+                    self._end(run, error)
+                else:
+                    run.steps += steps
 
     def _end(self, run: Run, error: Exception | None = None) -> None:
         """Take a run that has ended out of the passes to come."""
         self._tell(run)
-        run.error = error if error is None else _to_keep(error)
+        if run.error is None:
+            run.error = error if error is None else _to_keep(error)
         self._leave(run)
 
 

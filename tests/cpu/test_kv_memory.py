@@ -152,6 +152,34 @@ def test_who_is_set_back_gives_its_memory_up_at_once(model, memory, chunk):
     assert engine.stats.set_back
 
 
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_one_that_is_set_back_is_enough(model, memory, chunk, count):
+    """Its chunk is free before the step of its last pass has been told."""
+    memory.limit = count * chunk
+    engine = losart.Engine(model)
+    prompts = [prompt(0, 200), *(prompt(one, 120 - 20 * one) for one in range(1, count))]
+    streams = [engine.submit(one, **options(max_new_tokens=100)) for one in prompts]
+    assert [len(stream.result().token_ids) for stream in streams] == [100] * count
+    assert engine.stats.set_back == 1
+
+
+def test_a_stream_may_be_collected_while_it_is_admitted(model):
+    engine = losart.Engine(model)
+    engine.submit(prompt(0, 400), **options()).result()
+    dropped = [engine.submit(prompt(0, 400), **options())]
+    other = engine.submit(prompt(3), **options())
+    cache = engine._engine._waiting[0].sequence.cache
+    allocate = cache._new_chunk
+
+    def collecting() -> Any:
+        dropped.clear()
+        return allocate()
+
+    cache._new_chunk = collecting
+    assert len(other.result().token_ids) == options()["max_new_tokens"] and not dropped
+    assert not engine._engine._running and not engine._engine._pool._running
+
+
 def test_what_is_held_is_not_what_makes_an_allocation_fail(model, memory, chunk):
     memory.limit = 3 * chunk
     engine = losart.Engine(model, max_sequences=4)

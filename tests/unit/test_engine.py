@@ -350,3 +350,63 @@ def test_streams_are_asked_by_threads(engines):
     for thread in threads:
         thread.join(60)
     assert all(len(tokens) == 40 for tokens in results)
+
+
+@pytest.mark.parametrize("new", [8, 16])  # at the end of its output, and midway
+def test_an_error_of_decoding_ends_its_own_sequence(new):
+    def fail(ids: list[int]) -> str:
+        if len(ids) > 6:
+            raise ZeroDivisionError
+        return "x" * len(ids)
+
+    engine = Engine(Runner(), 16)
+    bad, *others = submit(engine, 1, new=new, decode=fail), submit(engine, 2), submit(engine, 3)
+    for stream in (bad, *others):
+        stream.start()
+    assert [len(stream.result().token_ids) for stream in others] == [8, 8]
+    with pytest.raises(ZeroDivisionError):
+        bad.result()
+    assert not engine._running and not engine._untold
+
+
+def test_a_text_that_is_asked_for_twice_at_once_is_whole():
+    """By the thread that runs the pass, for an observer, and meanwhile by the one whose stream it is."""
+    decoding = threading.Event()
+
+    def slow(ids: list[int]) -> str:
+        if threading.current_thread().name == "runs" and len(ids) == 8:
+            decoding.set()
+            time.sleep(0.2)
+        return "x" * len(ids)
+
+    engine = Engine(Runner(), 16)
+    other = submit(engine, 1, new=16)
+    stream = submit(engine, 2, decode=slow, observer=lambda step: None)
+    for one in (other, stream):
+        one.start()
+    runs = threading.Thread(target=other.result, name="runs")
+    runs.start()
+    assert decoding.wait(5)
+    assert stream.result().text == "x" * 8
+    runs.join()
+
+
+def test_a_stream_that_is_collected_waits_for_no_lock():
+    """Its thread holds a lock that the thread wants which changes the engine's state, as the device's is."""
+    memory, wanted = threading.Lock(), threading.Event()
+
+    def reserve(positions: int) -> None:
+        wanted.set()
+        with memory:
+            pass
+
+    engine = Engine(Runner(), 16)
+    stream, dropped = started(engine, 4, 4)
+    engine._waiting[0].sequence.cache.reserve = reserve  # type: ignore[method-assign]
+    runs = threading.Thread(target=stream.result, daemon=True)
+    with memory:
+        runs.start()
+        assert wanted.wait(5)
+        del dropped
+    runs.join(5)
+    assert not runs.is_alive() and not engine._lock._later and not engine._running
