@@ -121,7 +121,7 @@ def decode(model: NoiseModel, caches: list[Any], prompt: int, options: dict[str,
     fixed = {"remasking": "low_confidence_static", "stop_token_ids": [], "max_new_tokens": NEW_TOKENS}
     config = generation_config(model.config, fixed | options)
     prompts = np.random.default_rng(0).integers(model.config.vocab_size, size=(len(caches), prompt)).tolist()
-    engine = Engine(model.transformer, len(caches))
+    engine = Engine(model.transformer, len(caches), prefill_first=True)
 
     def generate(held: int) -> tuple[float, list[Run]]:
         """Seconds of all sequences, of whose prompts so much is in the caches, and the sequences."""

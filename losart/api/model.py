@@ -136,7 +136,8 @@ class Model:
             return self._submit(self._engine, prompt, progress, observer, options).result()
         # Where somebody observes, who could not tell one prompt's steps from another's, one after another.
         runner = self._engine.runner
-        engine = Engine(runner, runner.max_sequences if observer is None else 1, KVPool(HELD_PREFIXES))
+        count = runner.max_sequences if observer is None else 1
+        engine = Engine(runner, count, KVPool(HELD_PREFIXES), prefill_first=True)
         streams = []
         for index, one in enumerate(prompt):
             try:

@@ -32,8 +32,9 @@ def add_engine(command: argparse.ArgumentParser) -> None:
 
 
 def open_engine(model: Model, args: argparse.Namespace) -> Engine:
-    """The engine, with the prefixes in it."""
-    engine = Engine(model, max_sequences=args.max_sequences, kv_memory=args.kv_memory)
+    """The engine, with the prefixes in it; nobody waits for one of its answers alone."""
+    limits = {"max_sequences": args.max_sequences, "kv_memory": args.kv_memory}
+    engine = Engine(model, **limits, prefill_first=True)
     for file in args.prefix:
         engine.load_prefix(file)
     return engine

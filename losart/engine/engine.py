@@ -214,11 +214,20 @@ class Engine:
         more in common with them than is held so far.
     pool : KVPool, optional
         Shares what prompts begin with in common. None: each has a cache of its own.
+    prefill_first : bool
+        Whether those that decode wait for all prompts, and not for a piece of one between two passes.
     """
 
-    def __init__(self, runner: Runner, max_sequences: int = 1, pool: KVPool | None = None) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        max_sequences: int = 1,
+        pool: KVPool | None = None,
+        prefill_first: bool = False,
+    ) -> None:
         self.runner = runner
         self.max_sequences = max_sequences
+        self.prefill_first = prefill_first
         self._pool = pool
         if pool is not None:
             runner.pools.add(pool)
@@ -475,12 +484,13 @@ class Engine:
         for run in running:
             (prefilling if run.prefills else decoding).append(run)
         # Those that decode have a pass after so many tokens of prompts, which is one piece of a long one.
-        if prefilling and not (self._prefilled >= self.runner.beside_tokens and decoding):
+        beside = bool(decoding) and not self.prefill_first
+        if prefilling and not (beside and self._prefilled >= self.runner.beside_tokens):
             run = min(prefilling, key=lambda run: run.last_pass)
             before, runner = run.sequence.prefilled, self.runner
             cost = 1 + run.sequence.cache.length // LONG_PREFIX
-            beside = max(1, runner.beside_tokens // cost)
-            run.sequence.prefill_tokens = beside if decoding else runner.prefill_tokens
+            piece = max(1, runner.beside_tokens // cost)
+            run.sequence.prefill_tokens = piece if beside else runner.prefill_tokens
             self._run([run])
             self._prefilled += (run.sequence.prefilled - before) * cost
             return

@@ -131,6 +131,18 @@ def test_between_two_pieces_of_a_prompt_all_others_have_a_pass():
     assert len(pieces) == 21 and all(b - a >= 2 for a, b in itertools.pairwise(pieces[1:]))
 
 
+def test_prompts_may_come_first():
+    engine = Engine(runner := Runner(prefill_tokens=16), 16, prefill_first=True)
+    short, long = submit(engine, 0, 4, new=40), submit(engine, 1, 80, new=4)
+    next(short)
+    long.start()
+    for _ in short:
+        pass
+    assert len(long.result().token_ids) == 4
+    kinds = [passed[0][0] for passed in runner.passes]
+    assert kinds[:2] == ["prefill", "first"] and kinds[2:7] == ["prefill"] * 5 and "prefill" not in kinds[7:]
+
+
 def test_pieces_beside_others_are_smaller_the_longer_the_prefix(monkeypatch):
     monkeypatch.setattr("losart.engine.engine.LONG_PREFIX", 32)
     engine = Engine(runner := Runner(beside_tokens=16), 16)
