@@ -72,6 +72,7 @@ class PagedKVCache:
     ) -> None:
         self.table = table
         self.length = 0
+        self.shared_chunks = 0  # that another one had, of the first ones
         self.chunks: list[tuple[Any, Any]] = []
         self._allocate = allocate
         self.arrays = arrays or HostArrays()
@@ -97,6 +98,16 @@ class PagedKVCache:
         table = self.table
         kv, bounds = math.prod(table.kv_shape), math.prod(table.bounds_shape)
         return kv * table.kv_format.itemsize + bounds * table.bounds_format.itemsize
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of its chunks."""
+        return sum(kv.nbytes + bounds.nbytes for kv, bounds in self.chunks)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Of that, chunks that another one had when this one began."""
+        return sum(kv.nbytes + bounds.nbytes for kv, bounds in self.chunks[: self.shared_chunks])
 
     def bytes_for(self, positions: int) -> int:
         """Memory that this many positions take, in whole chunks."""
@@ -153,7 +164,8 @@ class PagedKVCache:
         """
         own, group = self.positions_per_chunk, GROUP_PAGES * self.page_size
         shared = list(chunks[: positions // own]) if positions_per_chunk == own else []
-        copied = own * len(shared)
+        count_shared = len(shared)
+        copied = own * count_shared
         # No more than these positions: what comes after them in the other may not be finite.
         while copied < positions:
             at, start = copied % own, copied % positions_per_chunk  # whole groups, as chunks are
@@ -166,6 +178,7 @@ class PagedKVCache:
             copied += count
         for chunk in shared:
             self._add(chunk)
+        self.shared_chunks = count_shared
         self.length = positions
 
     def emptied(self) -> PagedKVCache:

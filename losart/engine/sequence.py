@@ -323,6 +323,8 @@ class Sequence:
             queue_seconds=self.queue_seconds,
             first_token_seconds=self.first_token_seconds,
             mean_sequences=self.shared / (self.denoising_passes + self.commit_passes - rides),
+            kv_bytes=self.cache.nbytes,
+            kv_bytes_shared=self.cache.shared_bytes,
         )
         return GenerationResult(output.text, list(output.tokens), output.finish_reason, stats)
 

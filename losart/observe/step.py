@@ -36,6 +36,9 @@ class Stats:
         From then to the first token that is known.
     mean_sequences : float
         That shared a forward pass over a block with this one, itself counted, on average.
+    kv_bytes, kv_bytes_shared : int
+        Memory of its KV cache in the end, in whole chunks; and of that what another generation's cache had
+        when this one began.
     """
 
     prompt_tokens: int
@@ -53,6 +56,8 @@ class Stats:
     queue_seconds: float = 0.0
     first_token_seconds: float | None = None
     mean_sequences: float = 1.0
+    kv_bytes: int = 0
+    kv_bytes_shared: int = 0
 
     @property
     def forward_passes(self) -> int:

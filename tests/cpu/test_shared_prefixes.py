@@ -53,6 +53,9 @@ def test_what_prompts_begin_with_in_common_is_prefilled_once(model, common, atte
     found = engine.submit(prompt, **options(**attention)).result()
     assert found.stats.reused_tokens == common // PAGE * PAGE
     assert found.stats.reused_tokens + found.stats.prefilled_tokens == len(prompt) // 4 * 4
+    chunk = model._engine.runner.backend.new_cache(PAGE, 256).chunk_bytes
+    assert found.stats.kv_bytes_shared == common // 256 * chunk
+    assert found.stats.kv_bytes == -(-(len(prompt) + found.stats.new_tokens) // 256) * chunk
     assert found.token_ids == model.generate(prompt, **options(**attention)).token_ids
     assert (
         first.result().token_ids

@@ -16,7 +16,7 @@ class Cache:
     """A cache without keys and values."""
 
     name = -1
-    length = reserved = 0
+    length = reserved = nbytes = shared_bytes = 0
     positions_per_chunk = 256
 
     def reserve(self, positions: int) -> None:
