@@ -176,11 +176,6 @@ class GenerationConfig:
         if not all(is_int(token) and token >= 0 for token in self.stop_token_ids):
             raise OptionError(f"stop_token_ids must be a list of token ids, not {self.stop_token_ids!r}")
 
-    @property
-    def sampling(self) -> tuple[float, int, float, int]:
-        """What the sampling of a token depends on."""
-        return self.temperature, self.top_k, self.top_p, self.mask_token_id
-
 
 _ATTENTION_OPTIONS = {f.name for f in dataclasses.fields(AttentionConfig)} - {"method"}
 _GENERATION_OPTIONS = {f.name for f in dataclasses.fields(GenerationConfig)}
