@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, MutableSet
+from collections.abc import Callable, Generator, Iterator
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
-from losart.config.model import ModelConfig
 from losart.config.options import GenerationConfig
 from losart.engine.batch import (
     PassBatch,
@@ -25,10 +25,10 @@ from losart.engine.batch import (
 from losart.engine.kv_cache import PagedKVCache
 from losart.engine.kv_pool import KVPool, Prefix
 from losart.engine.output import Decode, Output
+from losart.engine.runner import Runner
 from losart.engine.sampling import NOT_FINITE, check_remasking, choose
 from losart.engine.sequence import Sequence
 from losart.engine.totals import Totals
-from losart.engine.turns import Guard, Turns
 from losart.errors import LosartError, NumericalError, OptionError, OutOfMemoryError
 from losart.observe.engine_stats import EngineStats
 from losart.observe.step import GenerationResult, ObservedLayer, Observer, Progress, Step
@@ -38,49 +38,6 @@ LONG_PREFIX = 16384  # positions over which a token's attention takes about as l
 Room = TypeVar("Room")  # whatever takes memory
 Fix = tuple[list[int], list[bool]]  # tokens proposed for the masked rows, and which of them are fixed
 NOTHING: Fix = ([], [])
-
-
-class Runner(Protocol):
-    """What runs passes: a transformer on a backend."""
-
-    config: ModelConfig
-    turns: Turns  # in which its passes are run
-    pools: MutableSet[KVPool]  # whose prefixes make room where an allocation fails
-
-    @property
-    def prefill_tokens(self) -> int:
-        """Tokens of a prompt that go through the model at a time, about."""
-
-    @property
-    def beside_tokens(self) -> int:
-        """The same while other sequences wait for their passes."""
-
-    @property
-    def deterministic(self) -> bool:
-        """Whether a sequence must not depend, not even by rounding, on what it shares."""
-
-    @property
-    def max_sequences(self) -> int:
-        """That share passes, unless somebody says otherwise."""
-
-    @property
-    def batch_rows(self) -> int:
-        """Rows that a pass over several sequences may have; 0: a pass has one sequence."""
-
-    def commits_ride(self, options: GenerationConfig) -> bool:
-        """Whether a pass commits a block and begins the next one."""
-
-    def check(self, options: GenerationConfig) -> None:
-        """Raise OptionError where the options do not go together."""
-
-    def new_cache(self, options: GenerationConfig, expected: int) -> PagedKVCache:
-        """An empty KV cache, expected to hold so many positions in the end."""
-
-    def new_slot(self, options: GenerationConfig) -> Any:
-        """Room for a sequence's stored results; None where its attention method stores none."""
-
-    def begin(self, batch: PassBatch, observe: bool = False) -> Callable[[], PassResult]:
-        """Launch one pass; the function returned waits for its result, before the next is begun."""
 
 
 class Stream:
@@ -232,7 +189,8 @@ class Engine:
         if pool is not None:
             runner.pools.add(pool)
         self._together = runner.batch_rows > 0 and max_sequences > 1
-        self._lock = Guard()  # of who waits and who runs
+        self._lock = threading.RLock()  # guards who waits and who runs
+        self._later: deque[Callable[[], None]] = deque()  # what finalizers could not do at once
         self._waiting: deque[Run] = deque()
         self._running: list[Run] = []
         self._full = False  # whether there was no memory for one more, and none has ended since
@@ -251,6 +209,7 @@ class Engine:
     def stats(self) -> EngineStats:
         """Figures of this moment."""
         with self._lock:
+            self._catch_up()
             pool, totals = self._pool or KVPool(0), Totals()
             totals.include(self._ended)
             for run in (*self._running, *self._waiting):
@@ -331,7 +290,7 @@ class Engine:
 
         def close() -> None:
             if (alive := reference()) is not None:
-                self._lock.soon(partial(self._close, alive))
+                self._soon(partial(self._close, alive))
 
         return Stream(self._steps(run), start, close)
 
@@ -401,7 +360,7 @@ class Engine:
                 finally:
                     del error
         finally:
-            self._lock.soon(partial(self._leave, run))
+            self._soon(partial(self._leave, run))
 
     def _advance(self, run: Run) -> bool:
         """Run passes, or wait while another thread does, until a run has a step; False: it has ended."""
@@ -415,9 +374,29 @@ class Engine:
                     self._tell(run)
         return bool(run.steps)
 
+    def _soon(self, action: Callable[[], None]) -> None:
+        """Do something under the lock, now or when next one is free, and wait for none.
+
+        The garbage collector calls finalizers anywhere: where this thread is changing what they would change,
+        or holds a lock that the one which has this lock waits for.
+        """
+        self._later.append(action)
+        owned = self._lock._is_owned()  # type: ignore[attr-defined]
+        if not owned and self._lock.acquire(blocking=False):
+            try:
+                self._catch_up()
+            finally:
+                self._lock.release()
+
+    def _catch_up(self) -> None:
+        """Do what finalizers could not."""
+        while self._later:
+            self._later.popleft()()
+
     def _join(self, run: Run) -> None:
         """Queue a run, unless it has been."""
         with self._lock:
+            self._catch_up()
             if run not in self._running and run not in self._waiting and not run.ended:
                 self._waiting.append(run)
                 run.joined = run.joined or time.perf_counter()
@@ -466,6 +445,7 @@ class Engine:
     def _step(self, asked: Run) -> None:
         """Run one pass, and bring `asked` nearer to its next step."""
         with self._lock:
+            self._catch_up()
             self._admit_waiting(asked)
             # For one that waits for memory without shared passes, those that have it go on, one by one.
             running = self._running if self._together or asked not in self._running else [asked]

@@ -1,10 +1,10 @@
-"""Whose turn it is, and who may change an engine's state."""
+"""Whose turn it is."""
 
 from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 
@@ -41,49 +41,3 @@ class Turns:
                     if self._thread == mine:
                         self._thread = None
                     self._changed.notify_all()
-
-
-class Guard:
-    """A lock that a thread may take again, and that finalizers need not wait for.
-
-    The garbage collector calls these anywhere: where the same thread is changing what they would change, or
-    holds a lock that the one which has this lock waits for.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.RLock()
-        self._depth = 0
-        self._later: deque[Callable[[], None]] = deque()
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-        if not self._depth:
-            self._catch_up()
-        self._depth += 1
-
-    def __exit__(self, *_: object) -> None:
-        self._depth -= 1
-        self._lock.release()
-        self._try()
-
-    def soon(self, action: Callable[[], None]) -> None:
-        """Do something with the lock: now if it is free, else when it is, by who has it."""
-        self._later.append(action)
-        self._try()
-
-    def _try(self) -> None:
-        while self._later and self._lock.acquire(blocking=False):
-            try:
-                if self._depth:  # this thread is within
-                    return
-                self._catch_up()
-            finally:
-                self._lock.release()
-
-    def _catch_up(self) -> None:
-        self._depth += 1
-        try:
-            while self._later:
-                self._later.popleft()()
-        finally:
-            self._depth -= 1

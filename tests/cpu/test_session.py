@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import linecache
 import math
 import sys
 from pathlib import Path
@@ -309,18 +310,34 @@ FILES = {
 
 
 class Interrupt:
-    """Raises KeyboardInterrupt at the n-th line that runs in the files above."""
+    """Raises KeyboardInterrupt at the n-th line that runs in the files above.
+
+    At the next one, where that is the end of a `with` or a `try`: there Python calls no handler of a signal,
+    and a lock would stay taken.
+    """
 
     def __init__(self, lines: int) -> None:
         self.left = lines
+        self.raised = False
+        self.before: dict[Any, int] = {}  # the line before, by frame
 
     def __call__(self, frame: Any, event: str, _: Any) -> Any:
-        if frame.f_code.co_filename not in FILES:
+        file, line = frame.f_code.co_filename, frame.f_lineno
+        if file not in FILES:
             return None
         if event == "line":
             self.left -= 1
-            if self.left == 0:
+            back = self.before.get(frame, 0) > line
+            self.before[frame] = line
+            if self.left > 0 or self.raised:
+                return self
+            text = linecache.getline(file, line).strip()
+            if text != "try:" and not (back and text.startswith("with ")):
+                self.raised = True
+                self.before.clear()
                 raise KeyboardInterrupt
+        elif event == "return":
+            self.before.pop(frame, None)
         return self
 
 

@@ -421,4 +421,14 @@ def test_a_stream_that_is_collected_waits_for_no_lock():
         assert wanted.wait(5)
         del dropped
     runs.join(5)
-    assert not runs.is_alive() and not engine._lock._later and not engine._running
+    assert not runs.is_alive() and not engine._later and not engine._running
+
+
+def test_what_a_finalizer_asks_for_is_done_now_or_when_the_lock_is_free():
+    engine, done = Engine(Runner()), list[str]()
+    engine._soon(lambda: done.append("free"))
+    assert done == ["free"]
+    with engine._lock:
+        engine._soon(lambda: done.append("within"))
+        assert done == ["free"], "this thread is changing something"
+    assert engine.stats and done == ["free", "within"]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import losart.engine.turns
-from losart.engine.turns import Guard, Turns
+from losart.engine.turns import Turns
 
 
 def test_threads_have_turns_in_the_order_in_which_they_ask():
@@ -64,51 +64,3 @@ def test_an_interrupt_while_a_turn_is_taken_gives_it_back(line):
     other.start()
     other.join(5)
     assert not other.is_alive(), "another thread waits for a turn that nobody has"
-
-
-def test_what_a_finalizer_asks_for_is_done_now_or_when_the_lock_is_free():
-    guard, done = Guard(), list[str]()
-    guard.soon(lambda: done.append("free"))
-    assert done == ["free"]
-    with guard:
-        with guard:
-            guard.soon(lambda: done.append("within"))
-        assert done == ["free"], "the thread is still changing something"
-    assert done == ["free", "within"]
-
-    entered, leave = threading.Event(), threading.Event()
-
-    def hold() -> None:
-        with guard:
-            entered.set()
-            leave.wait(5)
-
-    other = threading.Thread(target=hold)
-    other.start()
-    entered.wait(5)
-    guard.soon(lambda: done.append("by the other"))
-    assert len(done) == 2, "it must not wait"
-    leave.set()
-    other.join()
-    assert done[2:] == ["by the other"]
-
-
-def test_nothing_asked_for_is_lost_or_done_twice():
-    guard, count, threads = Guard(), 0, 4
-
-    def add() -> None:
-        nonlocal count
-        count += 1
-
-    def ask() -> None:
-        for _ in range(2000):
-            guard.soon(add)
-            with guard:
-                pass
-
-    asking = [threading.Thread(target=ask) for _ in range(threads)]
-    for thread in asking:
-        thread.start()
-    for thread in asking:
-        thread.join()
-    assert count == 2000 * threads and not guard._later
