@@ -15,7 +15,8 @@ class Turns:
     """
 
     def __init__(self) -> None:
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()  # whose own `with` an interrupt cannot cut, other than a condition's
+        self._changed = threading.Condition(self._lock)
         self._asking: deque[object] = deque()
         self._thread: int | None = None
 
@@ -26,7 +27,7 @@ class Turns:
         has_one = self._thread == mine
         try:  # from here on, so that an interrupt gives back what was taken
             if not has_one:
-                with self._changed:
+                with self._lock:
                     self._asking.append(asking)
                     while self._thread is not None or self._asking[0] is not asking:
                         self._changed.wait()
@@ -35,7 +36,7 @@ class Turns:
             yield
         finally:
             if not has_one:
-                with self._changed:
+                with self._lock:
                     if asking in self._asking:
                         self._asking.remove(asking)
                     if self._thread == mine:
