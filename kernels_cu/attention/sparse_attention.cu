@@ -5,7 +5,8 @@
  * q [sequences, sequence_tokens, heads, head_dim]; tokens [sequences, parts.tokens], null: all; the rows of a negative
  * token are undefined. Adds to reads [sequences, 2] as count_reads does.
  *
- * Grid: (kv_heads, parts of all sequences, rows / PLAIN_ROWS). Must read the listed pages once: 2 * positions * head_dim. */
+ * Grid: (kv_heads, parts of all sequences, rows / PLAIN_ROWS). Must read the listed pages once:
+ * 2 * positions * head_dim. */
 extern "C" __global__ void __launch_bounds__(PLAIN_THREADS)
     sparse_attention(const float *q, const int *tokens, CachesView caches, PagesView pages, int capacity, int *reads,
                      PartsView parts, int heads, int sequence_tokens, int sequences, int fixed)

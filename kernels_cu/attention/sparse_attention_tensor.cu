@@ -1,6 +1,7 @@
 /* sparse_attention.cu on tensor cores; one part per thread block.
  *
- * Grid: (kv_heads, parts of all sequences, rows / BLOCK_ROWS). Must read the listed pages once: 2 * positions * head_dim. */
+ * Grid: (kv_heads, parts of all sequences, rows / BLOCK_ROWS). Must read the listed pages once:
+ * 2 * positions * head_dim. */
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     sparse_attention_tensor(const float *q, const int *tokens, CachesView caches, PagesView pages, int capacity,
                             int *reads, PartsView parts, int heads, int sequence_tokens, int sequences, int fixed)
