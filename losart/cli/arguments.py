@@ -38,6 +38,16 @@ def add_model(command: argparse.ArgumentParser, required: bool = False) -> None:
     add_loading(command)
 
 
+def add_model_option(command: argparse.ArgumentParser) -> None:
+    """The same, for commands whose first arguments are files."""
+    command.add_argument(
+        "--model",
+        metavar="MODEL",
+        help="checkpoint directory or hub id (the small one that comes with losart)",
+    )
+    add_loading(command)
+
+
 def add_loading(command: argparse.ArgumentParser) -> None:
     """How a checkpoint is loaded."""
     command.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")

@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from losart.cli.arguments import add_generation, add_loading, generation_options
+from losart.cli.arguments import add_generation, add_model_option, generation_options
 from losart.cli.engines import add_engine, open_engine
 from losart.cli.progress import Progress, load_model
 from losart.cli.prompts import message
@@ -39,12 +39,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
     command.add_argument("input", metavar="IN", type=Path, help="prompts, one JSON object per line")
     command.add_argument("output", metavar="OUT", type=Path, help="answers, one JSON object per line")
-    command.add_argument(
-        "--model",
-        metavar="MODEL",
-        help="checkpoint directory or hub id (the small one that comes with losart)",
-    )
-    add_loading(command)
+    add_model_option(command)
     command.add_argument("--chat", action="store_true", help="take text as a user's message")
     add_engine(command)
     add_generation(command)

@@ -7,15 +7,15 @@ import json
 from pathlib import Path
 
 from losart.api.engine import Engine
-from losart.cli.arguments import add_loading, generation_options
+from losart.cli.arguments import add_model_option, generation_options
 from losart.cli.progress import Progress, load_model
 from losart.cli.prompts import message, read_prompt
 from losart.cli.tables import print_rows, size
 from losart.engine.saved_prefix import read_facts
 
 HELP = "prefill a prompt into a file, for many later ones that begin with it"
-DESCRIPTION = """Prefill what a prompt has in whole pages and blocks into a file, or show of what a file is.
-`losart generate` and `losart batch` begin with it by --prefix, with the same model, device and dtype."""
+DESCRIPTION = """Prefill what a prompt has in whole pages and blocks into a file, or show what a file was made
+with. `losart generate` and `losart batch` begin with it by --prefix, with the same model, device and dtype."""
 EXAMPLE = (
     "example: losart prefix save document.kv --model path/to/SDAR-1.7B-Chat --prompt-file document.txt, then "
     "losart batch questions.jsonl answers.jsonl --model path/to/SDAR-1.7B-Chat --prefix document.kv"
@@ -29,12 +29,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     save = actions.add_parser("save", help=text, description=f"{text.capitalize()}.")
     save.set_defaults(act=_save)
     save.add_argument("file", metavar="FILE", type=Path, help="is overwritten")
-    save.add_argument(
-        "--model",
-        metavar="MODEL",
-        help="checkpoint directory or hub id (the small one that comes with losart)",
-    )
-    add_loading(save)
+    add_model_option(save)
     save.add_argument(
         "--prompt-file",
         metavar="PROMPT",
@@ -49,9 +44,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--max-new-tokens",
         type=int,
         metavar="N",
-        help="the same side of 8,192 tokens, with the prompt, is enough (128)",
+        help="so that caches have chunks of the same size; else the prefix is copied for each prompt (128)",
     )
-    text = "show of what a file is"
+    text = "show which model, dtype and device a file was made with"
     show = actions.add_parser("show", help=text, description=f"{text.capitalize()}.")
     show.set_defaults(act=_show)
     show.add_argument("file", metavar="FILE", type=Path)
