@@ -15,7 +15,7 @@ from losart.engine.saved_prefix import read_facts
 
 HELP = "prefill a prompt into a file, for many later ones that begin with it"
 DESCRIPTION = """Prefill what a prompt has in whole pages and blocks into a file, or show what a file was made
-with. `losart generate` and `losart batch` begin with it by --prefix, with the same model, device and dtype."""
+with. `losart generate` and `losart batch` begin with it by --prefix: same model, device and dtype."""
 EXAMPLE = (
     "example: losart prefix save document.kv --model path/to/SDAR-1.7B-Chat --prompt-file document.txt, then "
     "losart batch questions.jsonl answers.jsonl --model path/to/SDAR-1.7B-Chat --prefix document.kv"
@@ -44,7 +44,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--max-new-tokens",
         type=int,
         metavar="N",
-        help="so that caches have chunks of the same size; else the prefix is copied for each prompt (128)",
+        help="so that caches have chunks of the same size; else each prompt gets a copy (128)",
     )
     text = "show which model, dtype and device a file was made with"
     show = actions.add_parser("show", help=text, description=f"{text.capitalize()}.")

@@ -338,6 +338,7 @@ class Engine:
         """
         assert self._pool is not None
         with self.runner.turns.turn(), self._lock:
+            self._catch_up()
             self._pool.make_room(size)
             prefix = self._with_room(load)
             self._pool.hold(prefix)
@@ -375,7 +376,7 @@ class Engine:
         return bool(run.steps)
 
     def _soon(self, action: Callable[[], None]) -> None:
-        """Do something under the lock, now or when next one is free, and wait for none.
+        """Do something under the lock: now if it is free, else when it is taken next; never wait for it.
 
         The garbage collector calls finalizers anywhere: where this thread is changing what they would change,
         or holds a lock that the one which has this lock waits for.
