@@ -35,16 +35,12 @@ extern "C" __global__ void __launch_bounds__(WARP_ROWS_THREADS)
 #pragma unroll
     for (int i = 0; i < PIECES; i++) {
         int piece = i * WARP + lane;
-        if (!is_v && piece < pieces) gain[i] = ((const float4 *)(is_q ? q_gain : k_gain))[piece];
-    }
-    wait_for_previous();
-#pragma unroll
-    for (int i = 0; i < PIECES; i++) {
-        int piece = i * WARP + lane;
         if (is_v || piece >= pieces) continue;
+        gain[i] = ((const float4 *)(is_q ? q_gain : k_gain))[piece];
         sine[i] = scaled(rotations[piece % half], piece < half ? -1.0f : 1.0f);
         cosine[i] = rotations[half + piece % half];
     }
+    wait_for_previous();
 #pragma unroll
     for (int i = 0; i < PIECES; i++)
         x[i] = i * WARP + lane < pieces ? qkv.at<float4>(token, head * head_dim + (i * WARP + lane) * 4) : zero4();

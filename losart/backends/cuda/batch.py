@@ -156,6 +156,7 @@ class BatchBuffers:
         self._words = np.zeros(size, np.uint8)
         self.device, self._host = _fields(self._from_host, fields), _fields(self._words, fields)
         self.device.reads = self.device.reads.reshape(sequences, 2)
+        self._offsets = np.arange(max(rows, denoised), dtype=np.int32)
         self.device.rotations = cupy.empty((rows, 2, head_dim // 2), np.float32)
         self.results = self._to_host[2 * sequences :].reshape(4, denoised)
         self.view = BatchView(*(getattr(self.device, name).data.ptr for name, *_ in BatchView._fields_))
@@ -178,21 +179,18 @@ class BatchBuffers:
         denoised: list[SequencePass] = []
         for index, ((group, _), shape) in enumerate(zip(batch.groups(), self.shapes, strict=True)):
             of_group, tokens, per_cache = group.sequences, shape.tokens, shape.per_cache
-            used, ends = len(of_group), sequence + shape.sequences
-            host.slots[sequence:ends], host.tables[sequence:ends], host.lengths[sequence:ends] = (
-                scratch[index],
-                0,
-                0,
-            )
-            places, used_ends = slice(sequence, sequence + used), row + used * tokens
+            used, ends, used_rows = len(of_group), sequence + shape.sequences, row + len(of_group) * tokens
+            if (padding := sequence + used) < ends:
+                host.slots[padding:ends], host.tables[padding:ends] = scratch[index], 0
+                host.lengths[padding:ends], host.ids[used_rows : row + shape.rows] = 0, 0
+            places = slice(sequence, padding)
             host.slots[places] = [0 if one.slot is None else one.slot.address for one in of_group]
             host.tables[places] = [one.cache.table.place(stream) for one in of_group]
             host.lengths[places] = [one.prefix_length for one in of_group]
             # An array from a list is made faster than a part of one is set to it.
-            host.ids[row:used_ends] = np.array([*chain.from_iterable(one.ids for one in of_group)], np.int32)
-            host.ids[used_ends : row + shape.rows] = 0
-            positions = host.lengths[sequence:ends, None] + np.arange(tokens, dtype=np.int32)
-            host.positions[row : row + shape.rows] = positions.reshape(-1)
+            host.ids[row:used_rows] = np.array([*chain.from_iterable(one.ids for one in of_group)], np.int32)
+            to = host.positions[row : row + shape.rows].reshape(-1, tokens)
+            np.add(host.lengths[sequence:ends, None], self._offsets[:tokens], out=to)
             if shape.denoises:
                 of_blocks = of_group[per_cache - 1 :: per_cache]
                 denoised += of_blocks
@@ -204,32 +202,33 @@ class BatchBuffers:
                 lengths = host.lengths[sequence:ends][per_cache - 1 :: per_cache]
                 host.starts[parts[0]], host.owners[parts[1]] = divide_prefixes(lengths, self._plans[index])
             sequence, row = ends, row + shape.rows
-        self._fill_masked(np.array(rows, np.int32), denoised)
+        if denoised:
+            self._fill_masked(np.array(rows, np.int32), denoised)
         self._from_host.set(self._words, stream=stream)  # has read pageable memory when it returns
 
     def _fill_masked(self, rows: np.ndarray, sequences: list[SequencePass]) -> None:
         host, count, options = self._host, len(rows), [one.options for one in sequences]
-        counts = [len(one.masked) for one in sequences]
         host.is_masked[:] = 0
         host.is_masked[rows] = 1
         host.masked_count[0], host.masked[:count] = count, rows
-        host.logits[:count] = np.arange(count) if self.gathers or not count else sequences[0].masked
-        host.mask_token[:count] = np.repeat([one.mask_token_id for one in options], counts)
-        temperatures = [one.temperature for one in options]
-        if not any(temperatures):  # greedy ones do not look at the rest
-            host.temperature[:count] = 0
-            return
+        host.logits[:count] = self._offsets[:count] if self.gathers else sequences[0].masked
+        counts = [len(one.masked) for one in sequences]
+
+        def spread(to: np.ndarray, values: list[Any]) -> None:
+            alike = values.count(values[0]) == len(values)
+            to[:count] = values[0] if alike else np.repeat(np.array(values, to.dtype), counts)
+
+        spread(host.mask_token, [one.mask_token_id for one in options])
+        spread(host.temperature, [float32_temperature(one.temperature) for one in options])
+        if not any(one.temperature for one in options):
+            return  # greedy ones do not look at the rest
+        spread(host.top_p, [one.top_p for one in options])
+        spread(host.top_k, [min(one.top_k, LARGEST_TOP_K) for one in options])
         first = 0
         for one, of_one in zip(sequences, counts, strict=True):
             if one.uniforms is not None:
                 host.uniforms[first : first + of_one] = one.uniforms[one.masked]
             first += of_one
-        for to, values in (
-            (host.temperature, list(map(float32_temperature, temperatures))),
-            (host.top_p, [one.top_p for one in options]),
-            (host.top_k, [min(one.top_k, LARGEST_TOP_K) for one in options]),
-        ):
-            to[:count] = np.repeat(np.array(values, to.dtype), counts)
 
     @property
     def masked_count(self) -> int:

@@ -86,14 +86,19 @@ class PassRunner:
         memory = self._memory
         with memory.running("a pass", memory.pass_pool):
             memory.prefill_pool.free_all_blocks()
-            placed = self.place(batch)
+            placed = self._filled(batch)
             launched = None if body.key is None else self._replay(placed, body, observe)
             if launched is None:  # launch by launch, which compiles the kernels and fills the pool
-                launched = _launch(placed, body, observe)
+                launched = self._launch(placed, body, observe)
         return lambda: self._output(placed, launched)
 
     def place(self, batch: PassBatch) -> DeviceBatch:
         """Bring a pass's inputs to where its kernels look for them, on the current stream."""
+        placed = self._filled(batch)
+        self._launch_rotations(placed)
+        return placed
+
+    def _filled(self, batch: PassBatch) -> DeviceBatch:
         groups = [group for group, _ in batch.groups()]
         shapes = tuple(group_shape(group, self._config.max_positions) for group in groups)
         if batch.kind is PassKind.PREFILL:
@@ -102,11 +107,13 @@ class PassRunner:
             buffers = self._buffers.get(shapes) or self._kept_buffers(shapes)
         scratch = [self._scratch_slot(*group) for group in zip(groups, shapes, strict=True)]
         buffers.fill(batch, scratch, self._memory.stream)
-        rotations, factor = buffers.device.rotations, float(self._rope_factor)
-        tokens, _, pairs = rotations.shape
-        arguments = (self._frequencies, factor, buffers.view, rotations, pairs)
-        self._kernels.launch("rotations", (tokens,), ROTATION_THREADS, *arguments)
         return DeviceBatch(batch, buffers)
+
+    def _launch_rotations(self, batch: DeviceBatch) -> None:
+        rotations, factor = batch.buffers.device.rotations, float(self._rope_factor)
+        tokens, _, pairs = rotations.shape
+        arguments = (self._frequencies, factor, batch.view, rotations, pairs)
+        self._kernels.launch("rotations", (tokens,), ROTATION_THREADS, *arguments)
 
     def _kept_buffers(self, shapes: tuple[GroupShape, ...]) -> BatchBuffers:
         if len(self._buffers) == KEPT_SHAPES:  # graphs of theirs would write to what others are given
@@ -170,11 +177,18 @@ class PassRunner:
         stream = self._memory.stream
         try:
             stream.begin_capture()
-            launched = _launch(batch, body, observe)
+            launched = self._launch(batch, body, observe)
         finally:
             if stream.is_capturing():
                 graph = stream.end_capture()
         return replace(launched, graph=graph)
+
+    def _launch(self, batch: DeviceBatch, body: PassBody, observe: bool) -> Launched:
+        """Launch a pass's kernels one by one."""
+        self._launch_rotations(batch)
+        proposals, reads = body.launch(batch)
+        counts = any(selection is not None for of_group in reads for selection in of_group)
+        return Launched(proposals is not None, counts, reads if observe else [])
 
     def _output(self, batch: DeviceBatch, launched: Launched) -> PassOutput:
         """Fetch what the pass gives."""
@@ -189,10 +203,3 @@ class PassRunner:
         ids, confidence, entropy, finite = results[:, : batch.buffers.masked_count]
         fields = ids.astype(np.int64), confidence.view(np.float32), entropy.view(np.float32), finite != 0
         return PassOutput(Proposals(*fields), positions, reading, launched.reads)
-
-
-def _launch(batch: DeviceBatch, body: PassBody, observe: bool) -> Launched:
-    """Launch a pass's kernels one by one."""
-    proposals, reads = body.launch(batch)
-    counts = any(selection is not None for of_group in reads for selection in of_group)
-    return Launched(proposals is not None, counts, reads if observe else [])
