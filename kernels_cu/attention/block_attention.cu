@@ -1,7 +1,7 @@
 /* Attention of blocks' tokens over their block's own keys and values, k and v [tokens, kv_heads, head_dim], all to all,
  * merged with the parts of attention over the prefix. q [tokens, heads, head_dim]; o alike, narrowed for the matmul
- * that follows; head_dim is a multiple of 4. A block is block_tokens of one sequence; its parts are those of its cache,
- * of cache_tokens.
+ * that follows; head_dim is a multiple of 4. A block is block_tokens of one sequence; its parts are those of its cache
+ * (CacheBlocks).
  *
  * Where stored_o has no slot for a block, the parts are of all its tokens. With stored_o [block, heads, head_dim] and
  * stored_lse [block, heads] they are of the tokens fresh [blocks, fresh_count] (null: all; negative: none), whose
@@ -18,13 +18,14 @@
  * once, and reads each kv head's keys and values once per row, from the L2 cache. */
 extern "C" __global__ void __launch_bounds__(WARP_ROWS_THREADS, BLOCKS_PER_SM)
     block_attention(const float *q, const float *k, const float *v, PartsView parts, const int *fresh, int fresh_count,
-                    StoredView stored_q, StoredView stored_o, StoredView stored_lse, Activation *o, int block_tokens,
-                    int cache_tokens, int heads, int kv_heads, int head_dim)
+                    StoredView stored_q, StoredView stored_o, StoredView stored_lse, Activation *o, const int *rides,
+                    int per_cache, int block_tokens, int heads, int kv_heads, int head_dim)
 {
     extern __shared__ float weights_of_warps[];
     let_next_start();
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, head = blockIdx.y * WARP_ROWS + warp;
-    int tokens = block_tokens, token = blockIdx.x, block = token / tokens, cache = token / cache_tokens;
+    int tokens = block_tokens, token = blockIdx.x, block = token / tokens;
+    int cache = CacheBlocks::cache_of(block, rides, per_cache);
     if (head >= heads) return;
     u64 slot = stored_o.address(block); /* long before it is needed */
     float *weights = weights_of_warps + warp * tokens;
@@ -58,7 +59,7 @@ extern "C" __global__ void __launch_bounds__(WARP_ROWS_THREADS, BLOCKS_PER_SM)
     __syncwarp();
 
     /* The token's index among those of the parts, -1 if it is not one of them. */
-    int part_token = token % cache_tokens;
+    int part_token = token - CacheBlocks(cache, rides, per_cache).first * tokens;
     if (slot && (fresh || !parts.tokens)) {
         int index = -1;
         for (int i = lane; i < fresh_count; i += WARP)

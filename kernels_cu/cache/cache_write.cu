@@ -1,6 +1,6 @@
 /* Writes k, v [tokens, kv_heads, head_dim] of each cache, `tokens` of every `stride` rows, into it from position
  * `length` on, includes the keys, as they are stored, in the bounds of their pages, and codes the bounds of groups of
- * pages that they fill. Where there is no cache nothing is written.
+ * pages that they fill. Where there is no cache nothing is written; with `rides` only of the first *rides caches.
  *
  * A page's first position starts its bounds. A key that is not finite becomes NaN: so does its score, whatever the
  * query, and it shows in the logits. A group with such a key is not coded: its other pages' bounds would be lost.
@@ -94,10 +94,12 @@ __device__ __forceinline__ void code_bounds(const PageBounds &bounds, int channe
 }
 
 extern "C" __global__ void __launch_bounds__(CACHE_WRITE_THREADS)
-    cache_write(CachesView caches, const float *k, const float *v, int tokens, int stride, int sequences)
+    cache_write(CachesView caches, const float *k, const float *v, int tokens, int stride, int sequences,
+                const int *rides)
 {
     let_next_start();
     wait_for_previous();
+    if (rides && blockIdx.z >= *rides) return;
     CacheView cache = caches.of(blockIdx.z * sequences);
     if (!cache.kv_chunks) return;
     int channels = channel_threads(cache.head_dim), channel = threadIdx.x % channels, row = threadIdx.x / channels;

@@ -12,6 +12,25 @@ struct SequenceRows {
     }
 };
 
+/* Which of a pass's blocks are of a cache. Without `rides` every cache has `per_cache`; else the first *rides caches
+ * have two, a commit and the block after it, and all others one. The host copies *rides before the pass. */
+struct CacheBlocks {
+    int first, count;
+
+    __device__ __forceinline__ CacheBlocks(int cache, const int *rides, int per_cache)
+        : first(cache * per_cache), count(per_cache)
+    {
+        if (!rides) return;
+        int riding = *rides;
+        first = cache + min(cache, riding), count = 1 + (cache < riding);
+    }
+
+    static __device__ __forceinline__ int cache_of(int block, const int *rides, int per_cache)
+    {
+        return !rides ? block / per_cache : block < 2 * *rides ? block / 2 : block - *rides;
+    }
+};
+
 /* A thread block's share of the work on one of several sequences. */
 struct SequenceShare {
     int sequence, part, parts; /* -1: there is nothing to do */

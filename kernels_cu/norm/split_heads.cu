@@ -37,7 +37,7 @@ extern "C" __global__ void __launch_bounds__(WARP_ROWS_THREADS)
         int piece = i * WARP + lane;
         if (is_v || piece >= pieces) continue;
         gain[i] = ((const float4 *)(is_q ? q_gain : k_gain))[piece];
-        sine[i] = scaled(rotations[piece % half], piece < half ? -1.0f : 1.0f);
+        sine[i] = rotations[piece % half];
         cosine[i] = rotations[half + piece % half];
     }
     wait_for_previous();
@@ -63,7 +63,7 @@ extern "C" __global__ void __launch_bounds__(WARP_ROWS_THREADS)
         if (!is_v) {
             float4 pair = piece_of_warp(x, piece < half ? piece + half : piece - half);
             y = times(y, cosine[i]);
-            accumulate(y, times(pair, sine[i]));
+            accumulate(y, times(pair, sine[i]), piece < half ? -1.0f : 1.0f);
         }
         if (piece < pieces) ((float4 *)to)[piece] = y;
     }

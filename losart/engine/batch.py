@@ -6,7 +6,7 @@ import enum
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain, groupby
+from itertools import chain, groupby, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,7 +30,7 @@ class PassKind(enum.Enum):
         self.rank = ("prefill", "commit", "first", "later").index(value)
 
 
-FIRST_RANK, LATER_RANK = PassKind.FIRST.rank, PassKind.LATER.rank
+FIRST_RANK = PassKind.FIRST.rank
 
 
 @dataclass(eq=False, slots=True)  # not frozen, which takes four times as long to make; nothing changes one
@@ -80,11 +80,11 @@ def operations_key(unit: Sequence[SequencePass]) -> tuple[Any, ...]:
     `unit` is one sequence's pass, or two where its commit rides.
     """
     first = unit[0]
-    options, rank = first.options, first.kind.rank
+    options, rank, count = first.options, first.kind.rank, len(unit)
     attention = options.attention
-    if rank == LATER_RANK and attention.method == "dense":
-        rank = FIRST_RANK  # which does the same
-    return rank, len(unit), options.block_length, first.cache.positions_per_chunk, attention
+    if attention.method == "dense" and unit[-1].kind.denoises:
+        rank, count = FIRST_RANK, 0  # dense attention does the same in all of them
+    return rank, count, options.block_length, first.cache.positions_per_chunk, attention
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,10 +108,10 @@ class PassBatch:
         """What a group's pass is for: commits that ride aside."""
         return self.sequences[-1].kind
 
-    @property
+    @cached_property
     def rides(self) -> bool:
-        """Whether a group's commits ride."""
-        return len(self.sequences) > 1 and self.sequences[0].cache is self.sequences[1].cache
+        """Whether commits of a group ride: of dense attention those of its first sequences."""
+        return any(one.cache is after.cache for one, after in pairwise(self.sequences))
 
     @property
     def options(self) -> GenerationConfig:

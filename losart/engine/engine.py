@@ -756,9 +756,9 @@ class Engine:
 
 
 def _order(requests: tuple[SequencePass, ...]) -> tuple[Any, ...]:
-    """Equal for passes that share their operations, and comparable."""
+    """Brings passes together that share their operations, of those first the ones whose commits ride."""
     *key, attention = operations_key(requests)
-    return *key, id(attention)  # equal ones are one: generation_config
+    return *key, id(attention), -len(requests)  # equal ones are one: generation_config
 
 
 def _repeatable(requests: tuple[SequencePass, ...]) -> bool:

@@ -253,7 +253,7 @@ class CudaBackend:
             "cache_write",
             (c.num_kv_heads, groups, shape.caches),
             threads,
-            *(batch.caches_view(layer), k, v, shape.tokens, stride, shape.per_cache),
+            *(batch.caches_view(layer), k, v, shape.tokens, stride, shape.per_cache, batch.riding),
         )
 
     def _activations(self, shape: tuple[int, ...]) -> Any:
@@ -271,10 +271,11 @@ class CudaBackend:
     def prefix_attention(self, layer: int, q: Any, batch: DeviceBatch) -> PrefixParts:
         shape, (starts, owners) = batch.shape, batch.parts
         tokens, (_, heads, head_dim) = shape.per_cache * shape.tokens, q.shape
-        plan = prefix_plan(*self._shape(tokens), shape.caches, self.kernels.same_sums)
-        parts = PrefixParts.empty(plan.parts, tokens, heads, head_dim, shape.caches, starts)
+        plan = prefix_plan(*self._shape(tokens), shape.most_caches, self.kernels.same_sums)
+        parts = PrefixParts.empty(plan.parts, tokens, heads, head_dim, shape.most_caches, starts)
         view = batch.caches_view(layer)
-        self.kernels.launch_plan(plan, q, view, parts.view, owners, heads, shape.per_cache)
+        counts = heads, shape.per_cache, shape.tokens
+        self.kernels.launch_plan(plan, q, view, parts.view, owners, batch.riding, *counts)
         return parts
 
     def prefix_attention_and_masses(self, layer: int, q: Any, batch: DeviceBatch) -> tuple[PrefixParts, Any]:
@@ -321,7 +322,7 @@ class CudaBackend:
             plan,
             *(q, k, v, prefix.view, fresh, fresh_count),
             *(prefix.stored_queries, prefix.stored_o, prefix.stored_lse),
-            *(o, shape.tokens, shape.per_cache * shape.tokens, heads, c.num_kv_heads, head_dim),
+            *(o, batch.riding, shape.per_cache, shape.tokens, heads, c.num_kv_heads, head_dim),
         )
         return o
 

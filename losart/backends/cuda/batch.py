@@ -28,30 +28,39 @@ class GroupShape:
 
     Attributes
     ----------
-    caches : int
-        That pad the group included.
-    per_cache : int
-        Sequences of a cache: 2 where commits ride.
+    caches, sequences : int
+        Those that pad the group included. A cache has two sequences where its commit rides, else one.
+    rides : bool
+        Whether commits ride: all, or with `mixed` those of the first caches.
     tokens : int
         Rows of a sequence.
     denoises : bool
     page_size, chunk_positions : int
     pages : int
         Of a prefix at most; 0 where nothing depends on it.
+    mixed : bool
+        Whether some caches may have two sequences and others one: how many have two, the device is told.
     """
 
     caches: int
-    per_cache: int
+    sequences: int
+    rides: bool
     tokens: int
     denoises: bool
     page_size: int
     chunk_positions: int
     pages: int
+    mixed: bool
 
     @property
-    def sequences(self) -> int:
-        """Sequences, those that pad the group included."""
-        return self.caches * self.per_cache
+    def per_cache(self) -> int:
+        """Sequences of a cache, at most."""
+        return 1 + self.rides
+
+    @property
+    def most_caches(self) -> int:
+        """Caches if none has two sequences, where that may be."""
+        return self.sequences if self.mixed else self.caches
 
     @property
     def rows(self) -> int:
@@ -70,16 +79,29 @@ def group_shape(group: PassBatch, max_positions: int) -> GroupShape:
     A single prefix may have any number of pages that the model takes, so that one captured pass serves it as
     it grows; several, whose page scores would take too much memory, a power of two.
     """
-    first, per_cache, table = group.sequences[0], 1 + group.rides, group.sequences[0].cache.table
-    caches, page_size = padded(len(group.sequences) // per_cache), table.page_size
-    pages = -(-max_positions // page_size)
+    first, rides, table = group.sequences[0], group.rides, group.sequences[0].cache.table
+    count, page_size, denoises = len(group.sequences), table.page_size, group.sequences[-1].kind.denoises
+    caches, pages, mixed = count - riding(group), -(-max_positions // page_size), False
     if caches > 1 and first.options.attention.method == "dense":
-        pages = 0
+        pages, mixed = 0, True
     elif caches > 1:
         longest = max(sequence.prefix_length for sequence in group.sequences)
         pages = min(pages, 1 << max(0, -(-longest // page_size) - 1).bit_length())
-    tokens, denoises = len(first.ids), group.sequences[-1].kind.denoises
-    return GroupShape(caches, per_cache, tokens, denoises, page_size, table.positions_per_chunk, pages)
+    sequences = padded(count) if mixed else padded(caches) * (1 + rides)
+    sizes = page_size, table.positions_per_chunk
+    return GroupShape(padded(caches), sequences, rides, len(first.ids), denoises, *sizes, pages, mixed)
+
+
+def riding(group: PassBatch) -> int:
+    """Caches whose commit rides: the first ones."""
+    if not group.rides:
+        return 0
+    sequences = group.sequences
+    count = sum(not one.kind.denoises for one in sequences)
+    assert all(
+        one.cache is after.cache for one, after in zip(*[iter(sequences[: 2 * count])] * 2, strict=True)
+    )
+    return count
 
 
 def padded(count: int) -> int:
@@ -108,6 +130,7 @@ class BatchBuffers:
         masked_count : int32 [1]
         masked, logits, mask_token, top_k : int32 [denoised rows], temperature : float32, uniforms, top_p :
         float64, of all masked rows one after the other: the row, that of its logits, and how it is sampled.
+        riding : int32 [groups], caches whose commits ride.
         starts : int32 [caches + 1 of all groups], owners : int32 [parts of all groups], of dense prefix
         attention: every cache's first part, and every part's cache, -1 for none.
         reads : int32 [sequences, 2], by sparse attention in this pass: positions, and tokens that read them,
@@ -129,7 +152,8 @@ class BatchBuffers:
         )
         self.gathers = denoised > 0 and (len(shapes) > 1 or shapes[0].caches > 1)
         planned = [
-            (s.caches + 1, p.parts) if s.caches > 1 else (0, 0) for s, p in zip(shapes, plans, strict=True)
+            (s.most_caches + 1, p.parts) if s.caches > 1 else (0, 0)
+            for s, p in zip(shapes, plans, strict=True)
         ]
         starts, owners = (np.cumsum([0, *sizes]) for sizes in zip(*planned, strict=True))
         self._parts = [
@@ -146,6 +170,7 @@ class BatchBuffers:
             ("temperature", np.float32, denoised),
             ("starts", np.int32, starts[-1]),
             ("owners", np.int32, owners[-1]),
+            ("riding", np.int32, len(shapes)),
             ("reads", np.int32, 2 * sequences),
         )
         size = sum(count * np.dtype(dtype).itemsize for _, dtype, count in fields)
@@ -178,7 +203,7 @@ class BatchBuffers:
         rows: list[int] = []
         denoised: list[SequencePass] = []
         for index, ((group, _), shape) in enumerate(zip(batch.groups(), self.shapes, strict=True)):
-            of_group, tokens, per_cache = group.sequences, shape.tokens, shape.per_cache
+            of_group, tokens = group.sequences, shape.tokens
             used, ends, used_rows = len(of_group), sequence + shape.sequences, row + len(of_group) * tokens
             if (padding := sequence + used) < ends:
                 host.slots[padding:ends], host.tables[padding:ends] = scratch[index], 0
@@ -191,16 +216,17 @@ class BatchBuffers:
             host.ids[row:used_rows] = np.array([*chain.from_iterable(one.ids for one in of_group)], np.int32)
             to = host.positions[row : row + shape.rows].reshape(-1, tokens)
             np.add(host.lengths[sequence:ends, None], self._offsets[:tokens], out=to)
-            if shape.denoises:
-                of_blocks = of_group[per_cache - 1 :: per_cache]
-                denoised += of_blocks
-                first = row + (per_cache - 1) * tokens
-                for one in of_blocks:
+            for first, one in zip(range(row, used_rows, tokens), of_group, strict=True):
+                if one.kind.denoises:
+                    denoised.append(one)
                     rows += [first + position for position in one.masked]
-                    first += per_cache * tokens
+            host.riding[index] = two = riding(group)
             if (parts := self._parts[index]) is not None:
-                lengths = host.lengths[sequence:ends][per_cache - 1 :: per_cache]
-                host.starts[parts[0]], host.owners[parts[1]] = divide_prefixes(lengths, self._plans[index])
+                lengths = host.lengths[sequence:ends]  # of each cache the last one, which is the longest
+                skipped = slice(0, 2 * two if shape.mixed else len(lengths), 2)
+                lengths = np.delete(lengths, skipped) if shape.rides else lengths
+                starts, host.owners[parts[1]] = divide_prefixes(lengths, self._plans[index])
+                host.starts[parts[0]][: len(starts)] = starts
             sequence, row = ends, row + shape.rows
         if denoised:
             self._fill_masked(np.array(rows, np.int32), denoised)
@@ -348,6 +374,12 @@ class DeviceBatch:
     def parts(self) -> tuple[Any, Any]:
         """Of dense prefix attention: every cache's first part, and every part's cache; None for one cache."""
         return self.buffers.parts(self._index)
+
+    @property
+    def riding(self) -> Any | None:
+        """int32 [1], of a group with `mixed` caches how many have two sequences; None: all have as many."""
+        mixed = self.shape.mixed and self.shape.rides
+        return self.buffers.device.riding[self._index :] if mixed else None
 
     @property
     def is_masked(self) -> Any:

@@ -126,7 +126,7 @@ class PassRunner:
     def _new_buffers(self, shapes: tuple[GroupShape, ...]) -> BatchBuffers:
         c, kernels, plans = self._config, self._kernels, []
         for shape in shapes:
-            sizes = shape.per_cache * shape.tokens, c.num_heads, c.num_kv_heads, c.head_dim, shape.caches
+            sizes = shape.per_cache * shape.tokens, c.num_heads, c.num_kv_heads, c.head_dim, shape.most_caches
             plans.append(prefix_plan(kernels.card, kernels.tensor_attention, *sizes, kernels.same_sums))
         return BatchBuffers(shapes, plans, c.head_dim)
 
