@@ -77,12 +77,14 @@ class SequencePass:
 def operations_key(unit: Sequence[SequencePass]) -> tuple[Any, ...]:
     """Equal for passes whose attention can be done by the same operations.
 
-    `unit` is one sequence's pass, or two where its commit rides.
+    `unit` is one sequence's pass, or two where its commit rides. Pieces of prompts differ in length.
     """
     first = unit[0]
     options, rank, count = first.options, first.kind.rank, len(unit)
-    attention = options.attention
-    if attention.method == "dense" and unit[-1].kind.denoises:
+    attention: Any = options.attention
+    if first.kind is PassKind.PREFILL:
+        attention = first.cache
+    elif attention.method == "dense" and unit[-1].kind.denoises:
         rank, count = FIRST_RANK, 0  # dense attention does the same in all of them
     return rank, count, options.block_length, first.cache.positions_per_chunk, attention
 

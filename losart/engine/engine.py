@@ -467,16 +467,27 @@ class Engine:
         # Those that decode have a pass after so many tokens of prompts, which is one piece of a long one.
         beside = bool(decoding) and not self.prefill_first
         if prefilling and not (beside and self._prefilled >= self.runner.beside_tokens):
-            run = min(prefilling, key=lambda run: run.last_pass)
-            before, runner = run.sequence.prefilled, self.runner
-            cost = 1 + run.sequence.cache.length // LONG_PREFIX
-            piece = max(1, runner.beside_tokens // cost)
-            run.sequence.prefill_tokens = piece if beside else runner.prefill_tokens
-            self._run([run])
-            self._prefilled += (run.sequence.prefilled - before) * cost
+            self._run(self._pieces(prefilling, beside))
             return
         self._prefilled = 0
         self._run(self._batch(decoding, asked))
+
+    def _pieces(self, prefilling: list[Run], beside: bool) -> list[Run]:
+        """Whose prompts go through the model next, and how much of each; `beside` others' blocks."""
+        left = self.runner.beside_tokens - self._prefilled if beside else self.runner.prefill_tokens
+        pieces = list[Run]()
+        for run in sorted(prefilling, key=lambda run: run.last_pass):
+            sequence, before = run.sequence, run.sequence.cache.length
+            cost = 1 + before // LONG_PREFIX if beside else 1
+            length = sequence.options.block_length
+            sequence.prefill_tokens = -(-max(1, left // cost) // length) * length
+            pieces.append(run)
+            taken = cost * min(sequence.prefill_tokens, sequence.prefill_end - before)
+            self._prefilled += taken
+            left -= taken
+            if left <= 0 or self.runner.deterministic:  # with others its sums might be rounded otherwise
+                break
+        return pieces
 
     def _batch(self, decoding: list[Run], asked: Run) -> list[Run]:
         """Those whose rows fit in a pass, the one asked and those first that have waited longest."""
@@ -758,6 +769,8 @@ class Engine:
 def _order(requests: tuple[SequencePass, ...]) -> tuple[Any, ...]:
     """Brings passes together that share their operations, of those first the ones whose commits ride."""
     *key, attention = operations_key(requests)
+    if requests[0].kind is PassKind.PREFILL:  # each by itself, in the order in which they came
+        return tuple(key)
     return *key, id(attention), -len(requests)  # equal ones are one: generation_config
 
 

@@ -71,8 +71,13 @@ def test_what_can_never_fit_is_refused_at_once(model, chunk):
 def test_there_is_never_more_than_the_limit(model, memory, chunk, chunks, sequences):
     """And they come in order, as many at a time as there is room for."""
     engine = losart.Engine(model, max_sequences=sequences, kv_memory=chunks * chunk)
-    streams = [engine.submit(prompt(number), **options()) for number in range(6)]
+    came: list[int] = []
+    streams = [
+        engine.submit(prompt(number), progress=lambda *_, number=number: came.append(number), **options())
+        for number in range(6)
+    ]
     results = [stream.result() for stream in streams]
+    assert list(dict.fromkeys(came)) == list(range(6))
     assert 0 < memory.most <= chunks * chunk and not memory.refused
     assert [result.token_ids for result in results] == [
         model.generate(prompt(number), **options()).token_ids for number in range(6)
@@ -80,8 +85,6 @@ def test_there_is_never_more_than_the_limit(model, memory, chunk, chunks, sequen
     shared = [result.stats.mean_sequences for result in results]
     assert max(shared) <= min(chunks, sequences)
     assert (max(shared) > 1) == (min(chunks, sequences) > 1)
-    waited = [result.stats.queue_seconds for result in results]
-    assert waited == sorted(waited) or sequences == 1
 
 
 def test_what_is_shared_needs_no_room(model, memory, chunk):
@@ -422,13 +425,14 @@ def test_figures_have_what_is_under_way_and_what_was_left(model):
     next(first)
     next(first)
     first.cancel()
-    assert engine.stats.new_tokens == 8
-    next(second)
+    assert engine.stats.new_tokens == 8 + 8  # prompts were prefilled together
+    for _ in range(3):
+        next(second)
     stats = engine.stats
-    assert (stats.running, stats.finished, stats.new_tokens) == (1, 0, 12)
+    assert (stats.running, stats.finished, stats.new_tokens) == (1, 0, 8 + 12)
     assert stats.mean_first_token_seconds > 0 and stats.density == 1.0
     second.close()
-    assert engine.stats.new_tokens == 12
+    assert engine.stats.new_tokens == 8 + 12
 
 
 def test_figures_say_what_is_shared(model, chunk):

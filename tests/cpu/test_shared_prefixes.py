@@ -217,8 +217,8 @@ def test_prompts_that_come_together_wait_for_what_one_of_them_prefills(model):
 @pytest.mark.parametrize("end", ["cancel", "drop"])
 def test_who_waited_for_a_prefill_goes_on_without_it(model, end):
     engine = losart.Engine(model)
-    streams = [engine.submit(RANDOM, **options()) for _ in range(2)]
-    short = engine.submit(RANDOM[100:120], **options(max_new_tokens=40))
+    streams = [engine.submit(LONG[:1500], **options()) for _ in range(2)]
+    short = engine.submit(RANDOM[:20], **options(max_new_tokens=40))
     next(short)
     assert len(engine._engine._waiting) == 1
     if end == "cancel":
@@ -227,8 +227,8 @@ def test_who_waited_for_a_prefill_goes_on_without_it(model, end):
         del streams[0]
     (held,) = engine._engine._pool._held
     result = streams[-1].result()
-    assert result.stats.reused_tokens == len(held.ids) < 896
-    assert result.token_ids == model.generate(RANDOM, **options()).token_ids
+    assert result.stats.reused_tokens == len(held.ids) < 1500
+    assert result.token_ids == model.generate(LONG[:1500], **options()).token_ids
 
 
 @pytest.mark.parametrize("attention", [{}, {"attention": "quest", "budget": 32}], ids=["dense", "quest"])

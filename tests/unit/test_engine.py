@@ -76,6 +76,20 @@ def started(engine: Engine, *prompts: int, **more: Any) -> list[Stream]:
     return streams
 
 
+def test_short_prompts_are_prefilled_together():
+    engine = Engine(runner := Runner(prefill_tokens=10), 16)
+    for stream in started(engine, 4, 4, 4, 4, 9):
+        stream.result()
+    prefills = [passed for passed in runner.passes if passed[0][0] == "prefill"]
+    # 10 tokens in whole blocks, then a piece beside those that decode; the longest has two blocks.
+    assert prefills[0] == [("prefill", 0), ("prefill", 1), ("prefill", 2)]
+    assert prefills[1:] == [[("prefill", 3)], [("prefill", 4)], [("prefill", 4)]]
+    engine = Engine(runner := Runner(prefill_tokens=10, deterministic=True), 16)
+    for stream in started(engine, 4, 4):
+        stream.result()
+    assert max(len(passed) for passed in runner.passes if passed[0][0] == "prefill") == 1
+
+
 @pytest.mark.parametrize("rides", [False, True])
 def test_sequences_that_have_been_started_share_passes(rides):
     engine = Engine(runner := Runner(rides=rides), 16)
@@ -198,7 +212,8 @@ def test_passes_for_which_there_is_no_memory_are_divided(most):
     streams = started(engine, 4, 4, 4, 4, 4)
     if most:
         assert all(len(stream.result().token_ids) == 8 for stream in streams)
-        assert max(len(passed) for passed in runner.passes) == most
+        over_blocks = [passed for passed in runner.passes if passed[0][0] != "prefill"]
+        assert max(map(len, over_blocks)) == most
         return
     for stream in streams:
         with pytest.raises(MemoryError, match="for a pass"):
