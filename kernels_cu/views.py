@@ -17,7 +17,7 @@ def _fields(pointers: str, ints: str) -> list[tuple[str, type]]:
 class CachesView(ctypes.Structure):
     """A layer of the KV caches of a pass's sequences."""
 
-    _fields_ = _fields("tables lengths", "layer kv_heads head_dim chunk_positions page_size max_chunks")
+    _fields_ = _fields("tables table lengths", "layer kv_heads head_dim chunk_positions page_size max_chunks")
 
 
 class BatchView(ctypes.Structure):

@@ -25,12 +25,13 @@ struct CacheView {
 struct CachesView {
     const u64 *tables;  /* [sequences], of page tables: addresses of chunks, of bounds `max_chunks` after those of keys
                          * and values; 0: there is no cache */
+    const u64 *table;   /* of one cache, which the host has copied here; then `tables` is null */
     const int *lengths; /* [sequences] */
     int layer, kv_heads, head_dim, chunk_positions, page_size, max_chunks;
 
     __device__ __forceinline__ CacheView of(int sequence) const
     {
-        const u64 *chunks = (const u64 *)tables[sequence];
+        const u64 *chunks = tables ? (const u64 *)tables[sequence] : table;
         return {chunks, chunks + max_chunks, lengths + sequence, layer, kv_heads, head_dim, chunk_positions, page_size};
     }
 };

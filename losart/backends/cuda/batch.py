@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from operator import attrgetter
 from types import SimpleNamespace
 from typing import Any
 
@@ -35,7 +36,8 @@ class GroupShape:
     tokens : int
         Rows of a sequence.
     denoises : bool
-    page_size, chunk_positions : int
+    page_size, chunk_positions, max_chunks : int
+        Of the caches' page tables.
     pages : int
         Of a prefix at most; 0 where nothing depends on it.
     mixed : bool
@@ -49,6 +51,7 @@ class GroupShape:
     denoises: bool
     page_size: int
     chunk_positions: int
+    max_chunks: int
     pages: int
     mixed: bool
 
@@ -88,7 +91,7 @@ def group_shape(group: PassBatch, max_positions: int) -> GroupShape:
         longest = max(sequence.prefix_length for sequence in group.sequences)
         pages = min(pages, 1 << max(0, -(-longest // page_size) - 1).bit_length())
     sequences = padded(count) if mixed else padded(caches) * (1 + rides)
-    sizes = page_size, table.positions_per_chunk
+    sizes = page_size, table.positions_per_chunk, table.max_chunks
     return GroupShape(padded(caches), sequences, rides, len(first.ids), denoises, *sizes, pages, mixed)
 
 
@@ -142,6 +145,8 @@ class BatchBuffers:
     view : BatchView
     views : dict
         Of layers of the groups' caches.
+    tables : dict
+        Copies of page tables, of groups that have one cache.
     """
 
     def __init__(self, shapes: tuple[GroupShape, ...], plans: Sequence[Plan], head_dim: int) -> None:
@@ -186,6 +191,12 @@ class BatchBuffers:
         self.results = self._to_host[2 * sequences :].reshape(4, denoised)
         self.view = BatchView(*(getattr(self.device, name).data.ptr for name, *_ in BatchView._fields_))
         self.views: dict[tuple[int, int], CachesView] = {}
+        self.tables = {
+            i: cupy.empty((2, shape.max_chunks), np.uint64)
+            for i, shape in enumerate(shapes)
+            if shape.caches == 1
+        }
+        self._copied: dict[int, tuple[int, int]] = {}
 
     def parts(self, index: int) -> tuple[Any, Any]:
         """`starts` and `owners` of a group; None, None for one cache."""
@@ -205,6 +216,8 @@ class BatchBuffers:
         for index, ((group, _), shape) in enumerate(zip(batch.groups(), self.shapes, strict=True)):
             of_group, tokens = group.sequences, shape.tokens
             used, ends, used_rows = len(of_group), sequence + shape.sequences, row + len(of_group) * tokens
+            if shape.caches == 1:
+                self._copy_table(index, of_group[0].cache.table, stream)
             if (padding := sequence + used) < ends:
                 host.slots[padding:ends], host.tables[padding:ends] = scratch[index], 0
                 host.lengths[padding:ends], host.ids[used_rows : row + shape.rows] = 0, 0
@@ -232,6 +245,15 @@ class BatchBuffers:
             self._fill_masked(np.array(rows, np.int32), denoised)
         self._from_host.set(self._words, stream=stream)  # has read pageable memory when it returns
 
+    def _copy_table(self, index: int, table: CudaPageTable, stream: Any) -> None:
+        """Have a single cache's page table where kernels find it without looking for its address first."""
+        table.place(stream)
+        copied = table.number, table.placed
+        if self._copied.get(index) != copied:
+            to = self.tables[index]
+            to.data.copy_from_device_async(table.addresses.data, to.nbytes, stream)
+            self._copied[index] = copied
+
     def _fill_masked(self, rows: np.ndarray, sequences: list[SequencePass]) -> None:
         host, count, options = self._host, len(rows), [one.options for one in sequences]
         host.is_masked[:] = 0
@@ -239,17 +261,19 @@ class BatchBuffers:
         host.masked_count[0], host.masked[:count] = count, rows
         host.logits[:count] = self._offsets[:count] if self.gathers else sequences[0].masked
         counts = [len(one.masked) for one in sequences]
+        differing = options[:1] if all(one is options[0] for one in options) else options
 
-        def spread(to: np.ndarray, values: list[Any]) -> None:
+        def spread(to: np.ndarray, value: Callable[[GenerationConfig], Any]) -> None:
+            values = [value(one) for one in differing]
             alike = values.count(values[0]) == len(values)
             to[:count] = values[0] if alike else np.repeat(np.array(values, to.dtype), counts)
 
-        spread(host.mask_token, [one.mask_token_id for one in options])
-        spread(host.temperature, [float32_temperature(one.temperature) for one in options])
+        spread(host.mask_token, attrgetter("mask_token_id"))
+        spread(host.temperature, lambda one: float32_temperature(one.temperature))
         if not any(one.temperature for one in options):
             return  # greedy ones do not look at the rest
-        spread(host.top_p, [one.top_p for one in options])
-        spread(host.top_k, [min(one.top_k, LARGEST_TOP_K) for one in options])
+        spread(host.top_p, attrgetter("top_p"))
+        spread(host.top_k, lambda one: min(one.top_k, LARGEST_TOP_K))
         first = 0
         for one, of_one in zip(sequences, counts, strict=True):
             if one.uniforms is not None:
@@ -261,9 +285,9 @@ class BatchBuffers:
         """Masked rows of all sequences."""
         return int(self._host.masked_count[0])
 
-    def fetch(self) -> tuple[np.ndarray, np.ndarray]:
-        """Reads and results, when the current stream has reached this point."""
-        words, reads = self._to_host.get(), self.device.reads
+    def fetch(self, stream: Any = None) -> tuple[np.ndarray, np.ndarray]:
+        """Reads and results, when the stream (None: the current one) has reached this point."""
+        words, reads = self._to_host.get(stream), self.device.reads
         return words[: reads.size].reshape(reads.shape), words[reads.size :].reshape(self.results.shape)
 
 
@@ -307,11 +331,6 @@ class DeviceBatch:
         self._index = index or 0
         self.buffers = buffers
         self.sequences = batch.sequences
-        self.kind: PassKind = batch.kind
-        self.rides: bool = batch.rides
-        self.denoises: bool = batch.denoises
-        self.samples: bool = batch.samples
-        self.options: GenerationConfig = batch.options
         self.shape = buffers.shapes[self._index]
         self.view = buffers.view
         groups = len(buffers.shapes) if index is None else 1
@@ -328,9 +347,33 @@ class DeviceBatch:
             row += shape.rows
         return groups
 
+    # As the batch has them; a pass that is replayed asks for none of these.
+
     @property
-    def placed(self) -> list[int]:
+    def kind(self) -> PassKind:
+        return self._batch.kind
+
+    @property
+    def rides(self) -> bool:
+        return self._batch.rides
+
+    @property
+    def denoises(self) -> bool:
+        return self._batch.denoises
+
+    @property
+    def samples(self) -> bool:
+        return self._batch.samples
+
+    @property
+    def options(self) -> GenerationConfig:
+        return self._batch.options
+
+    @property
+    def placed(self) -> slice | list[int]:
         """Where each sequence is among those that pad the groups."""
+        if len(self.buffers.shapes) == 1:
+            return slice(0, len(self.sequences))
         found: list[int] = []
         first = 0
         for (group, _), shape in zip(self._batch.groups(), self.buffers.shapes, strict=True):
@@ -364,8 +407,10 @@ class DeviceBatch:
         views, key = self.buffers.views, (self._index, layer)
         if key not in views:
             table, device = self.table, self.buffers.device
-            addresses = (array[self._first :].data.ptr for array in (device.tables, device.lengths))
-            sizes = self.shape.chunk_positions, self.shape.page_size, table.max_chunks
+            copy = self.buffers.tables.get(self._index)
+            tables, lengths = (array[self._first :].data.ptr for array in (device.tables, device.lengths))
+            addresses = (tables, None, lengths) if copy is None else (None, copy.data.ptr, lengths)
+            sizes = self.shape.chunk_positions, self.shape.page_size, self.shape.max_chunks
             _, _, kv_heads, _, head_dim = table.kv_shape
             views[key] = CachesView(*addresses, layer, kv_heads, head_dim, *sizes)
         return views[key]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -12,6 +13,8 @@ from losart.backends.cuda.memory import DeviceMemory
 from losart.config.model import ModelConfig
 from losart.config.precision import GROUP_PAGES, Format
 from losart.engine.kv_cache import HostArrays
+
+NUMBERS = itertools.count()  # of page tables
 
 
 class DeviceArrays(HostArrays):
@@ -66,6 +69,11 @@ class CudaPageTable:
     Attributes
     ----------
     max_chunks : int
+    addresses : uint64 [2, max_chunks]
+        Of the chunks, of which `placed` are there.
+    number : int
+        No other table's.
+    placed : int
     """
 
     def __init__(self, config: ModelConfig, page_size: int, positions_per_chunk: int, format: Format) -> None:
@@ -82,9 +90,10 @@ class CudaPageTable:
         self.max_positions = config.max_positions
         # The last block may reach beyond the positions, by less than the largest block.
         self.max_chunks = -(-2 * config.max_positions // positions_per_chunk) + 2
-        self._addresses = cupy.zeros((2, self.max_chunks), np.uint64)
-        self._address = int(self._addresses.data.ptr)
-        self._placed = 0
+        self.addresses = cupy.zeros((2, self.max_chunks), np.uint64)
+        self.number = next(NUMBERS)
+        self.placed = 0
+        self._address = int(self.addresses.data.ptr)
 
     @property
     def capacity(self) -> int:
@@ -97,11 +106,9 @@ class CudaPageTable:
 
     def place(self, stream: Any) -> int:
         """Where kernels find the addresses of the chunks: of keys and values, and of bounds."""
-        if self._placed < len(self.chunks):
-            for row, added in zip(
-                self._addresses, zip(*self.chunks[self._placed :], strict=True), strict=True
-            ):
+        if self.placed < len(self.chunks):
+            for row, added in zip(self.addresses, zip(*self.chunks[self.placed :], strict=True), strict=True):
                 pointers = np.array([chunk.data.ptr for chunk in added], np.uint64)
-                row[self._placed : len(self.chunks)].set(pointers, stream=stream)
-            self._placed = len(self.chunks)
+                row[self.placed : len(self.chunks)].set(pointers, stream=stream)
+            self.placed = len(self.chunks)
         return self._address
