@@ -17,6 +17,8 @@ __device__ __forceinline__ float inverse_rms(float mean_square, float eps)
     return mean_square < INFINITE ? rsqrtf(mean_square + eps) : NOT_A_NUMBER;
 }
 
+__device__ __forceinline__ float silu(float x) { return x / (1.0f + expf(-x)); }
+
 __device__ __forceinline__ float4 zero4() { return make_float4(0, 0, 0, 0); }
 
 __device__ __forceinline__ float4 scaled(float4 x, float factor)

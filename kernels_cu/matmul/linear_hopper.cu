@@ -1,27 +1,37 @@
-/* y [tokens, rows] = x [tokens, inner] times the transposed weight [rows, inner] by wgmma, for many tokens: a thread
- * block has tiles of TILE_TOKENS tokens and WIDTH rows, each of its two compute warpgroups 64 of the tokens. Where
- * tiles are few, each is divided among `splits` thread blocks, which have a share of the columns and a plane of planes
- * [splits, tokens, rows] each (planes.cuh).
+/* y = x [tokens, inner] times the transposed weight [rows, inner] by wgmma, for many tokens: a thread block has tiles
+ * of TILE_TOKENS tokens and WIDTH rows, each of its two compute warpgroups 64 of the tokens. Where tiles are few, each
+ * is divided among `splits` thread blocks, which have a share of the columns and a plane of y [splits, tokens, rows]
+ * each (planes.cuh).
+ *
+ * With GATED the weights are joined gate and up projections, `rows` in all; a tile has WIDTH / 2 rows of each, and y
+ * [tokens, rows / 2] = silu(gate) * up is narrowed for the matmul that follows. There is one split, and rows / 2 is
+ * even.
  *
  * A thread of a third warpgroup copies STEP_COLUMNS columns of both at a time, through STAGES buffers of shared memory
- * and by tensor maps, whose boxes are TILE_TOKENS tokens of x and WIDTH / CLUSTER rows of the weights. Whatever is past
+ * and by tensor maps, whose boxes are TILE_TOKENS tokens of x and BOX_ROWS rows of the weights. Whatever is past
  * tokens, rows or `inner` (a multiple of 8) arrives as zeros. The CLUSTER thread blocks of a cluster have the same rows
  * and neighbouring tokens; each copies its share of the weights into all of them, so that the tensor cores do not wait
  * for the L2 cache. A stage is overwritten once the warpgroups of all these thread blocks have read it.
  *
- * Compiled with WIDTH (64, 128, 192 or 256), CLUSTER (1 or 2) and STAGES. Grid: thread blocks, a multiple of CLUSTER,
- * at most one per SM, each with a tile. A cluster takes every (grid / CLUSTER)-th tile, tokens first, then splits:
- * tiles in flight share weights, and x stays in the L2 cache. Must do 2 * tokens * rows * inner operations. */
+ * Compiled with WIDTH (64, 128, 192 or 256), CLUSTER (1 or 2), STAGES and GATED. Grid: thread blocks, a multiple of
+ * CLUSTER, at most one per SM, each with a tile. A cluster takes every (grid / CLUSTER)-th tile, tokens first, then
+ * splits: tiles in flight share weights, and x stays in the L2 cache. Must do 2 * tokens * rows * inner operations. */
 static_assert(TILE_TOKENS == 128 && LINEAR_HOPPER_THREADS == 3 * WARPGROUP, "two warpgroups of 64 tokens, one copies");
 static_assert(STEP_COLUMNS == 64, "a row is 128 bytes");
 #define ROW_BYTES (STEP_COLUMNS * 2)
 #define X_BYTES (TILE_TOKENS * ROW_BYTES)
 #define WEIGHT_BYTES (WIDTH * ROW_BYTES)
 #define STAGE_BYTES (X_BYTES + WEIGHT_BYTES)
+#define BOX_ROWS (WIDTH / (GATED ? 2 : CLUSTER))
+#if GATED
+using Output = Activation;
+#else
+using Output = float;
+#endif
 
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(LINEAR_HOPPER_THREADS, 1)
-    linear_hopper(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap weight, float *planes,
-                  int tokens, int rows, int inner, int splits)
+    linear_hopper(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap weight, Output *y, int tokens,
+                  int rows, int inner, int splits)
 {
     extern __shared__ __align__(SHARED_ALIGNMENT) unsigned char shared_bytes[];
     unsigned shared = shared_address(shared_bytes); /* STAGES times x and weights, then the ring's barriers */
@@ -34,7 +44,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(LIN
     int tiles = across * splits * ((rows + WIDTH - 1) / WIDTH); /* of the clusters */
     auto first_token = [&](int tile) { return (tile % across * CLUSTER + block) * TILE_TOKENS; };
     auto split_of = [&](int tile) { return tile / across % splits; };
-    auto first_row = [&](int tile) { return tile / across / splits * WIDTH; };
+    auto first_row = [&](int tile) { return tile / across / splits * (GATED ? WIDTH / 2 : WIDTH); };
 
     if (threadIdx.x == 0) {
         ring.initialize(2 * CLUSTER);
@@ -47,13 +57,17 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(LIN
         set_registers_down<40>();
         if (threadIdx.x == 2 * WARPGROUP) {
             auto load_weights = [&](int stage, int step, int row) {
-                int share = WIDTH / CLUSTER * block;
-                unsigned to = weights_of(stage) + share * ROW_BYTES, full = ring.full(stage);
+                unsigned full = ring.full(stage);
                 barrier_arrive_expecting(full, STAGE_BYTES);
-                if (CLUSTER == 1)
-                    copy_box(to, &weight, step * STEP_COLUMNS, row + share, full);
-                else
-                    copy_box_to((1 << CLUSTER) - 1, to, &weight, step * STEP_COLUMNS, row + share, full);
+#pragma unroll
+                for (int box = block; box < WIDTH / BOX_ROWS; box += CLUSTER) {
+                    unsigned to = weights_of(stage) + box * BOX_ROWS * ROW_BYTES;
+                    int from = row + box * (GATED ? rows / 2 : BOX_ROWS);
+                    if (CLUSTER == 1)
+                        copy_box(to, &weight, step * STEP_COLUMNS, from, full);
+                    else
+                        copy_box_to((1 << CLUSTER) - 1, to, &weight, step * STEP_COLUMNS, from, full);
+                }
             };
             prefetch_map(&x);
             prefetch_map(&weight);
@@ -111,9 +125,17 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(LIN
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 int token = first_token(tile) + warpgroup * 64 + thread / WARP * 16 + g + half * 8;
-                int row = first_row(tile) + t * 2;
-                float *to = planes + ((size_t)split_of(tile) * tokens + token) * rows + row;
-                int left = token < tokens ? rows - row : 0;
+                int column = first_row(tile) + t * 2, columns = GATED ? rows / 2 : rows;
+                Output *to = y + ((size_t)split_of(tile) * tokens + token) * columns + column;
+                int left = token < tokens ? columns - column : 0;
+#if GATED
+#pragma unroll
+                for (int n = 0; n < WIDTH / 16; n++) {
+                    const float *gate = sum + n * 4 + half * 2, *up = gate + WIDTH / 4;
+                    if (n * 8 < left)
+                        *(unsigned *)(to + n * 8) = pack<Output>(silu(gate[0]) * up[0], silu(gate[1]) * up[1]);
+                }
+#else
                 if (rows % 2 == 0) {
 #pragma unroll
                     for (int n = 0; n < WIDTH / 8; n++)
@@ -126,6 +148,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(LIN
                         for (int j = 0; j < 2; j++)
                             if (n * 8 + j < left) to[n * 8 + j] = sum[n * 4 + half * 2 + j];
                 }
+#endif
             }
             pin(sum);
         }

@@ -2,8 +2,6 @@
  * follows; ffn is a multiple of 4.
  *
  * Grid: (ffn / 4 / SILU_THREADS, tokens). Must read two values and write one for each of tokens * ffn. */
-__device__ __forceinline__ float silu(float x) { return x / (1.0f + expf(-x)); }
-
 extern "C" __global__ void silu_gate(MatmulView gate_up, Activation *y, int ffn)
 {
     let_next_start();

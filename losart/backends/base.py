@@ -248,8 +248,8 @@ class Backend(Protocol):
         q and k are RMS-normed per head and rotated to the rows' positions.
         """
 
-    def silu_gate(self, gate_up: Matmul) -> Array:
-        """silu(gate) * up from the joined projections [tokens, 2 * ffn]."""
+    def gated_linear(self, x: Array, gate_up: Weight, prefill: bool) -> Array:
+        """silu(gate) * up, [tokens, ffn], of x times the joined projections [2 * ffn, in]."""
 
     def write_kv(self, layer: int, k: Array, v: Array, batch: Batch) -> None:
         """Keys and values of the rows that are not denoised into the cache, after each sequence's prefix."""

@@ -191,7 +191,8 @@ class Transformer:
 
     def _pass(self, batch: Batch) -> tuple[Any, list[list[Selection | None]]]:
         backend = self.backend
-        linear = backend.prefill_linear if batch.kind is PassKind.PREFILL else backend.linear
+        prefills = batch.kind is PassKind.PREFILL
+        linear = backend.prefill_linear if prefills else backend.linear
         x, delta = backend.embed(self.embedding, batch), None
         groups = [(group, rows, self.policy(group.options)) for group, rows in batch.groups()]
         reads: list[list[Selection | None]] = [[] for _ in groups]
@@ -208,7 +209,7 @@ class Transformer:
             o = parts[0] if len(parts) == 1 else backend.join(parts)
             delta = linear(o.reshape(len(o), -1), layer.o, layer.o_bias)
             x, h = backend.add_rms_norm(x, delta, layer.post_norm)
-            delta = linear(backend.silu_gate(linear(h, layer.gate_up)), layer.down)
+            delta = linear(backend.gated_linear(h, layer.gate_up, prefills), layer.down)
         _, hidden = backend.add_rms_norm(x, delta, self.final_norm)
         return (backend.propose(hidden, self.head, batch) if batch.denoises else None), reads
 

@@ -181,6 +181,46 @@ def test_every_way_to_cut_a_matmul(monkeypatch, dtype, sms, shape):
         assert_matmul_of_integers(backend, dtype, *shape)
 
 
+def gated(backend, dtype, x, weight):
+    """silu(gate) * up of the device, and by float64."""
+    with backend.memory.stream:
+        y = backend.gated_linear(to_device(backend, x, dtype), to_weight(backend, weight, dtype), len(x) > 64)
+    gate, up = np.split(held(x, dtype) @ held(weight, dtype).T, 2, axis=1)
+    return widened(on_host(backend, y), dtype), gate / (1 + np.exp(-gate)) * up
+
+
+@steady(40)
+@given(st.sampled_from(DTYPES), st.integers(1, 300), st.integers(1, 200), st.integers(1, 600))
+@example("bfloat16", 640, 2432, 1024)
+@example("float16", 2048, 96, 8192)
+def test_gated_matmuls(dtype, tokens, quarters, inner):
+    rng = np.random.default_rng(tokens + quarters + inner)
+    x, weight = (rng.standard_normal((n, inner), np.float32) for n in (tokens, 8 * quarters))
+    backend = new_backend(dtype, kv_heads=1, group=1, width=16)
+    assert_close(*gated(backend, dtype, x, weight / np.float32(inner**0.5)), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("sms", [2, 132])
+@pytest.mark.parametrize(
+    "shape", [(300, 350, 264), (129, 502, 72), (65, 32, 8), (640, 770, 1032), (70, 150, 1600)]
+)
+def test_every_way_to_cut_a_gated_matmul(monkeypatch, dtype, sms, shape):
+    import losart.backends.cuda.backend
+
+    tokens, ffn, inner = shape
+    rng = np.random.default_rng(sum(shape))
+    x = rng.integers(-3, 4, (tokens, inner)).astype(np.float32)
+    weight = rng.integers(-3, 4, (2 * ffn, inner)).astype(np.float32) / 64
+    backend = new_backend(dtype, {"sms": sms}, kv_heads=1, group=1, width=16)
+    if not backend.kernels.card.hopper:
+        pytest.skip("not a Hopper GPU")
+    for _, plan in hopper_matmul_plans(backend.kernels.card, tokens, 2 * ffn, inner, gated=True):
+        monkeypatch.setattr(losart.backends.cuda.backend, "gated_matmul_plan", lambda *_, plan=plan: plan)
+        poison(backend)
+        assert_close(*gated(backend, dtype, x, weight), TOLERANCE[dtype])
+
+
 @steady(20)
 @given(st.sampled_from(DTYPES), st.integers(1, 70), st.sampled_from([8, 100, 1024, 2560]), st.booleans())
 def test_residual_and_norm(dtype, tokens, hidden, first):

@@ -14,7 +14,12 @@ import pytest
 
 import losart.kernels_cu.launch
 import losart.kernels_cu.tensor_map
-from losart.backends.cuda.matmul_plans import hopper_matmul_plans, matmul_plan, usual_splits
+from losart.backends.cuda.matmul_plans import (
+    gated_matmul_plan,
+    hopper_matmul_plans,
+    matmul_plan,
+    usual_splits,
+)
 from losart.backends.cuda.plans import sparse_plan
 from losart.backends.cuda.variants import CARDS
 from losart.config.precision import Precision
@@ -162,6 +167,19 @@ def test_a_matmul_may_be_split_alike_for_any_number_of_tokens(rows, inner):
     for tokens in (1, 4, 31, 64, 65, 500, 1024):
         plan = matmul_plan(card, True, tokens, rows, inner, splits)
         assert (plan.kernel, plan.parts) == ("linear_hopper", splits)
+
+
+def test_a_gated_matmul_has_whole_sums():
+    card = CARDS["sm_90a"]
+    for tokens in (640, 2048):
+        plan = gated_matmul_plan(card, True, tokens, 9728, 2560)
+        assert plan is not None and plan.parts == 1 and dict(plan.defines)["GATED"] == 1
+        assert plan.boxes == (128, dict(plan.defines)["WIDTH"] // 2)
+        assert gated_matmul_plan(card, True, tokens, 9728, 2560, 1) is not None
+        assert gated_matmul_plan(card, True, tokens, 9728, 2560, 2) is None
+        assert gated_matmul_plan(card, False, tokens, 9728, 2560) is None
+        assert gated_matmul_plan(CARDS["sm_80"], True, tokens, 9728, 2560) is None
+    assert gated_matmul_plan(card, True, 16, 9728, 2560) is None
 
 
 @pytest.mark.parametrize("card", CARDS.values(), ids=CARDS)

@@ -226,8 +226,9 @@ class CpuBackend:
             rotation = self._rotation = (key, cos, sin)
         return rotation[1], rotation[2]
 
-    def silu_gate(self, gate_up: np.ndarray) -> np.ndarray:
-        gate, up = np.split(gate_up, 2, axis=1)
+    def gated_linear(self, x: np.ndarray, gate_up: Weight, prefill: bool) -> np.ndarray:
+        linear = self.prefill_linear if prefill else self.linear
+        gate, up = np.split(linear(x, gate_up), 2, axis=1)
         # exp(-gate) = inf gives the right zero; what is not finite shows in the logits.
         with np.errstate(over="ignore", invalid="ignore"):
             y = np.exp(-gate)

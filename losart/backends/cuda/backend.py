@@ -25,11 +25,12 @@ from losart.backends.cuda.batch import DeviceBatch
 from losart.backends.cuda.host_selector import HostSelector
 from losart.backends.cuda.kernels import Kernels
 from losart.backends.cuda.matmul import blas_matmul
-from losart.backends.cuda.matmul_plans import matmul_plan, usual_splits
+from losart.backends.cuda.matmul_plans import gated_matmul_plan, matmul_plan, usual_splits
 from losart.backends.cuda.memory import DeviceMemory
 from losart.backends.cuda.pages import CudaPageTable, DeviceArrays
 from losart.backends.cuda.plans import (
     Card,
+    Plan,
     block_plan,
     causal_plan,
     masses_plan,
@@ -197,15 +198,18 @@ class CudaBackend:
         plan = matmul_plan(self.kernels.card, self.kernels.tensor_matmul, tokens, rows, inner, splits)
         planes = cupy.empty((plan.parts, tokens, rows), np.float32)
         if plan.boxes:
-            boxes = zip((x, weight.values), plan.boxes, strict=True)
-            maps = (tensor_map(matrix.data.ptr, *matrix.shape, box_rows) for matrix, box_rows in boxes)
-            self.kernels.launch_plan(plan, *maps, planes, tokens, rows, inner, plan.parts)
+            self._launch_hopper(plan, x, weight, planes)
             return Matmul(planes, bias, plan.parts)
         if plan.kernel == "linear_tensor":
             self.kernels.launch_plan(plan, x, weight.view, planes, tokens, tokens, plan.share)
             return Matmul(planes, bias, -(-inner // cu.STEP_COLUMNS), plan.share)
         self.kernels.launch_plan(plan, x, weight.view, planes, tokens)
         return Matmul(planes, bias)
+
+    def _launch_hopper(self, plan: Plan, x: Any, weight: Weight, y: Any) -> None:
+        boxes = zip((x, weight.values), plan.boxes, strict=True)
+        maps = (tensor_map(matrix.data.ptr, *matrix.shape, box_rows) for matrix, box_rows in boxes)
+        self.kernels.launch_plan(plan, *maps, y, len(x), *weight.values.shape, plan.parts)
 
     def add_rms_norm(self, x: Any, delta: Matmul | None, gain: Any) -> tuple[Any, Any]:
         tokens, hidden = x.shape
@@ -237,7 +241,20 @@ class CudaBackend:
         )
         return q, k, v
 
+    def gated_linear(self, x: Any, gate_up: Weight, prefill: bool) -> Any:
+        kernels, tokens, (rows, inner) = self.kernels, len(x), gate_up.values.shape
+        splits = None
+        if kernels.deterministic and kernels.card.hopper:
+            splits = 1 if prefill else usual_splits(kernels.card, rows, inner)
+        plan = gated_matmul_plan(kernels.card, kernels.tensor_matmul, tokens, rows // 2, inner, splits)
+        if plan is None:
+            return self.silu_gate((self.prefill_linear if prefill else self.linear)(x, gate_up))
+        y = self._activations((tokens, rows // 2))
+        self._launch_hopper(plan, x, gate_up, y)
+        return y
+
     def silu_gate(self, gate_up: Matmul) -> Any:
+        """silu(gate) * up from the joined projections [tokens, 2 * ffn]."""
         tokens, ffn = len(gate_up), gate_up.rows // 2
         y, grid = self._activations((tokens, ffn)), (-(-ffn // (4 * cu.SILU_THREADS)), tokens)
         self.kernels.launch("silu_gate", grid, cu.SILU_THREADS, gate_up.view, y, ffn)

@@ -18,6 +18,7 @@ MEMORY_BYTES = 2000  # per clock, of all SMs
 TILE_CLOCKS = 2000  # of a tile, before its first step's copies have arrived and after its last one
 SPLITS = (1, 2, 3, 4, 6, 8)  # of a tile's columns
 LEAST_STEPS = 8  # of a split
+SILU_CLOCKS = 4000  # of a launch of silu_gate, but for what it reads and writes
 MIDDLING_TOKENS = 256
 MOST_SKINNY_ON_HOPPER = 32  # by single matmuls on an H200; of up to 32 tokens linear_tensor sums alike
 MIN_SHARE = 16  # units per block of linear_tensor with one block per SM: adding up planes costs time too
@@ -71,8 +72,30 @@ def usual_splits(card: Card, rows: int, inner: int) -> int:
     return matmul_plan(card, True, MIDDLING_TOKENS, rows, inner).parts
 
 
-def hopper_matmul_plans(card: Card, tokens: int, rows: int, inner: int) -> Iterator[tuple[float, Plan]]:
+@lru_cache(1024)
+def gated_matmul_plan(
+    card: Card, tensor: bool, tokens: int, ffn: int, inner: int, splits: int | None = None
+) -> Plan | None:
+    """A matmul by joined gate and up projections that ends with silu(gate) * up.
+
+    None where `matmul_plan` and silu_gate are faster, or have to be: sums that are split are not complete.
+    """
+    skinny = tokens <= MOST_SKINNY_ON_HOPPER and not splits
+    if not (tensor and card.hopper) or inner % 8 or ffn % 2 or skinny or (splits or 1) > 1:
+        return None
+    gated = min(hopper_matmul_plans(card, tokens, 2 * ffn, inner, gated=True), key=itemgetter(0))
+    if splits:
+        return gated[1]
+    clocks = min(one[0] for one in hopper_matmul_plans(card, tokens, 2 * ffn, inner)) + SILU_CLOCKS
+    return gated[1] if gated[0] <= clocks else None
+
+
+def hopper_matmul_plans(
+    card: Card, tokens: int, rows: int, inner: int, gated: bool = False
+) -> Iterator[tuple[float, Plan]]:
     """Ways to cut a matmul of many tokens into tiles, each with the clocks that it takes.
+
+    `gated`: rows are gates and as many more, by which the kernel itself multiplies them.
 
     A last wave of few tiles, the speed of the L2 cache and of memory, and the planes of partial sums decide;
     all other costs are the same for each.
@@ -82,7 +105,7 @@ def hopper_matmul_plans(card: Card, tokens: int, rows: int, inner: int) -> Itera
         max_clusters = card.sms // cluster
         for width in TILE_WIDTHS if max_clusters else ():
             whole = ceil(tokens / (cu.TILE_TOKENS * cluster)) * ceil(rows / width)
-            for splits in SPLITS:
+            for splits in (1,) if gated else SPLITS:
                 if splits > 1 and steps < splits * LEAST_STEPS:
                     continue
                 tiles = whole * splits
@@ -93,10 +116,11 @@ def hopper_matmul_plans(card: Card, tokens: int, rows: int, inner: int) -> Itera
                 clocks = ceil(tiles / clusters) * (ceil(steps / splits) * step + TILE_CLOCKS)
                 clocks = max(clocks, 2 * rows * inner / MEMORY_BYTES)
                 # Both of writing and of reading them again.
-                clocks += 2 * splits * tokens * rows * 4 / (L2_BYTES * card.sms)
+                written = 2 * tokens * rows // 2 if gated else 4 * splits * tokens * rows
+                clocks += 2 * written / (L2_BYTES * card.sms)
                 stage = (cu.TILE_TOKENS + width) * cu.STEP_COLUMNS * 2 + cu.BARRIER_BYTES
                 stages = min(8, card.shared_per_block // stage)
-                defines = (("WIDTH", width), ("CLUSTER", cluster), ("STAGES", stages))
-                grid, boxes = (clusters * cluster,), (cu.TILE_TOKENS, width // cluster)
+                defines = (("WIDTH", width), ("CLUSTER", cluster), ("STAGES", stages), ("GATED", int(gated)))
+                grid, boxes = (clusters * cluster,), (cu.TILE_TOKENS, width // (2 if gated else cluster))
                 shape = (grid, cu.LINEAR_HOPPER_THREADS, stages * stage, defines)
                 yield clocks, Plan("linear_hopper", *shape, parts=splits, boxes=boxes)

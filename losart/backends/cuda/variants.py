@@ -55,7 +55,8 @@ def plans(card: Card) -> Iterator[Plan]:
                 yield causal_plan(card, tensor, 2048, heads, kv_heads, head_dim)
                 yield from (block_plan(card, tokens, heads, 16, False) for tokens in (16, 1024))
     if card.hopper:
-        yield from (plan for _, plan in hopper_matmul_plans(card, 2048, 4096, 4096))
+        for gated in (False, True):
+            yield from (plan for _, plan in hopper_matmul_plans(card, 2048, 4096, 4096, gated))
 
 
 def variants(name: str, card: Card) -> dict[Defines, int]:
