@@ -137,19 +137,25 @@ class PassBatch:
 
     def groups(self) -> list[tuple[PassBatch, slice]]:
         """Neighbours that agree in what attention does (`operations_key`), with their rows."""
-        return self._groups
+        return self._groups or [(self, slice(0, self.tokens))]
 
     @cached_property
     def _groups(self) -> list[tuple[PassBatch, slice]]:
+        """Empty for a single one, which is the batch itself: a cycle would keep caches alive."""
+        if len(self.sequences) == 1:
+            return []
         units: list[tuple[SequencePass, ...]] = []
         for one in self.sequences:
             if units and units[-1][0].cache is one.cache:
                 units[-1] += (one,)
             else:
                 units.append((one,))
+        alike = [[*chain.from_iterable(group)] for _, group in groupby(units, operations_key)]
+        if len(alike) == 1:
+            return []
         groups, first = [], 0
-        for _, alike in groupby(units, operations_key):
-            group = PassBatch(tuple(chain.from_iterable(alike)))
+        for sequences in alike:
+            group = PassBatch(tuple(sequences))
             groups.append((group, slice(first, first + group.tokens)))
             first += group.tokens
         return groups

@@ -11,7 +11,7 @@ from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from losart.config.options import GenerationConfig
 from losart.engine.batch import (
@@ -155,6 +155,26 @@ class Run:
         return self.sequence.next_kind is PassKind.PREFILL
 
 
+class Done(NamedTuple):
+    """A pass that has been run.
+
+    Attributes
+    ----------
+    reads : sequence of PassReads
+        Of all its sequences.
+    sequences : int
+        That shared it, commits that ride aside.
+    seconds : float
+    ended : float
+        By `time.perf_counter`.
+    """
+
+    reads: Ids[PassReads]
+    sequences: int
+    seconds: float
+    ended: float
+
+
 class Engine:
     """Takes prompts, and runs their passes as their streams are asked for steps.
 
@@ -202,8 +222,8 @@ class Engine:
         self._ended = Totals()  # generations
         self._prefilled_tokens = 0
         self._prefilled = 0  # tokens of prompts since the last pass over blocks
-        # What a run's last pass read, and after how many positions; not the pass, which has the cache.
-        self._untold: dict[Run, tuple[list[int], Ids[PassReads]]] = {}
+        # A run's last pass, its first index and count there, and the prefix's length; nothing has the cache.
+        self._untold: dict[Run, tuple[Done, int, int, int]] = {}
 
     @property
     def stats(self) -> EngineStats:
@@ -647,17 +667,15 @@ class Engine:
         result = finish()
         denoised = [requests[-1] for _, requests in passes if requests[-1].kind.denoises]
         fixes = _fixes(result, denoised)
-        seconds = time.perf_counter() - began
-        self._count(batch, len(passes), seconds)
-        first = 0
+        ended = time.perf_counter()
+        done = Done(result.reads, len(passes), ended - began, ended)
+        self._count(batch, done)
+        index = 0
         for run, requests in passes:
-            last = first + len(requests)
             fix = next(fixes) if requests[-1].kind.denoises else NOTHING
-            of_run = result.reads[first:last], result.layers[first:last]
-            first = last
             if not run.left:
-                run.sequence.shared += 0 if batch.kind is PassKind.PREFILL else len(passes)
-                self._apply(run, requests, fix, *of_run, seconds)
+                self._apply(run, requests, fix, done, index, result.layers)
+            index += len(requests)
 
     def _begin(
         self, passes: list[tuple[Run, tuple[SequencePass, ...]]], batch: PassBatch, observe: bool
@@ -675,13 +693,13 @@ class Engine:
                 run.spoilt = True
             raise
 
-    def _count(self, batch: PassBatch, sequences: int, seconds: float) -> None:
+    def _count(self, batch: PassBatch, done: Done) -> None:
         if batch.kind is PassKind.PREFILL:
             self._prefilled_tokens += batch.tokens
         else:
             self._block_passes += 1
-            self._block_sequences += sequences
-            self._block_seconds += seconds
+            self._block_sequences += done.sequences
+            self._block_seconds += done.seconds
 
     def _request(self, run: Run) -> tuple[SequencePass, ...]:
         """What a run wants next; nothing where it has been closed, or an error ends it."""
@@ -703,30 +721,31 @@ class Engine:
         run: Run,
         requests: tuple[SequencePass, ...],
         fix: Fix | NumericalError,
-        reads: Ids[PassReads],
+        done: Done,
+        index: int,
         layers: Ids[tuple[ObservedLayer, ...]],
-        seconds: float,
     ) -> None:
-        """Apply a pass's result to its sequence and call its listeners; an error ends this run alone."""
-        sequence, prefilled = run.sequence, requests[0].kind is PassKind.PREFILL
+        """Apply a pass's result to its sequence and call its listeners; an error ends this run alone.
+
+        `index` is that of the first of `requests` among the pass's sequences.
+        """
+        sequence = run.sequence
         try:
             if isinstance(fix, NumericalError):
                 raise fix
             sequence.apply(*fix)
-            if sequence.first_token_seconds is None and sequence.output.tokens:
-                sequence.first_token_seconds = time.perf_counter() - run.joined
-            if prefilled:
-                sequence.prefill_seconds += seconds
+            if requests[0].kind is PassKind.PREFILL:
+                sequence.prefill_seconds += done.seconds
                 if run.progress is not None:
-                    done, of = (end - sequence.found for end in (sequence.cache.length, sequence.prefill_end))
-                    run.progress(done, of)
+                    ends = sequence.cache.length, sequence.prefill_end
+                    run.progress(*(end - sequence.found for end in ends))
             else:
-                sequence.decode_seconds += seconds
                 with self._lock:
                     if not run.left:
-                        self._untold[run] = [one.prefix_length for one in requests], reads
+                        self._untold[run] = done, index, len(requests), requests[0].prefix_length
             if run.observer is not None:
-                for step, of_pass in zip(sequence.steps(), layers, strict=True):
+                of_run = layers[index : index + len(requests)]
+                for step, of_pass in zip(sequence.steps(), of_run, strict=True):
                     run.observer(replace(step, layers=of_pass))
         except Exception as error:
             self._untold.pop(run, None)
@@ -745,10 +764,15 @@ class Engine:
             for run in runs or list(self._untold):
                 if run not in self._untold:
                     continue
-                prefix_lengths, reads = self._untold.pop(run)
-                sequence = run.sequence
-                for read, prefix_length in zip(reads, prefix_lengths, strict=True):
-                    sequence.reads.add(read, prefix_length, self.runner.config.num_kv_heads)
+                done, index, count, prefix_length = self._untold.pop(run)
+                sequence, heads = run.sequence, self.runner.config.num_kv_heads
+                sequence.decode_seconds += done.seconds
+                sequence.shared += done.sequences
+                if sequence.first_token_seconds is None and sequence.output.tokens:
+                    sequence.first_token_seconds = done.ended - run.joined
+                for read in done.reads[index : index + count]:
+                    sequence.reads.add(read, prefix_length, heads)
+                    prefix_length += sequence.options.block_length
                 try:
                     steps = [step for step in sequence.steps() if step.kind != PassKind.COMMIT.value]
                     if steps and sequence.finished:

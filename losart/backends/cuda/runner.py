@@ -158,7 +158,7 @@ class PassRunner:
         """Replay a pass; None where it comes for the first time, or there is no memory to capture it."""
         passes = self.passes
         # An observed pass is captured for itself, since it keeps the arrays of its reads.
-        key = (body.key, observe, batch.buffers.shapes)
+        key = body.key, observe, batch.buffers  # by identity, which is quicker to hash than their shapes
         captured = passes.get(key)
         if captured is None:
             if key in passes:
@@ -195,8 +195,7 @@ class PassRunner:
         nothing = (0,) * len(batch.sequences)
         if not launched.proposes and not launched.counts:
             return PassOutput(None, nothing, nothing, launched.reads)
-        with self._memory.running("what a pass gives"):
-            reads, results = batch.buffers.fetch()
+        reads, results = batch.buffers.fetch(self._memory.stream)
         positions, reading = reads[batch.placed].T.tolist()
         if not launched.proposes:
             return PassOutput(None, positions, reading, launched.reads)
