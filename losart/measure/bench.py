@@ -167,9 +167,8 @@ class BlockPasses:
         tokens, length = self.options.block_length, self.cache.length
         self.cache.reserve(length + tokens)
         request = SequencePass(
-            *(kind, self.ids(), length, self.options, self.cache, self._slot),
-            masked=np.arange(tokens, dtype=np.int32),
-            uniforms=np.zeros(tokens),
+            *(kind, self.ids().tolist(), length, self.options, self.cache, self._slot),
+            masked=list(range(tokens)),
         )
         return PassBatch((request,))
 
