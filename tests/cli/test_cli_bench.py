@@ -58,7 +58,7 @@ def test_passes_are_those_of_a_generation(tiny_checkpoint, monkeypatch):
 
     def noting(batch):
         (sequence,) = batch.sequences
-        seen.append((batch.kind, sequence.prefix_length, sequence.masked.tolist()))
+        seen.append((batch.kind, sequence.prefix_length, sequence.masked))
         return forward(batch)
 
     monkeypatch.setattr(blocks.transformer, "forward", noting)
