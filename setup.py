@@ -15,6 +15,8 @@ MODULES = (
     "losart.backends.cpu.kv_index",
     "losart.backends.cpu.attention_kernels",
     "losart.backends.cpu.skinny_linear",
+    "losart.backends.cuda.pass_inputs",
+    "losart.engine.remasking",
 )
 
 OPENMP_PROBE = "#include <omp.h>\nint main(void) { return omp_get_max_threads() < 1; }\n"

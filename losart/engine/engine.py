@@ -25,8 +25,9 @@ from losart.engine.batch import (
 from losart.engine.kv_cache import PagedKVCache
 from losart.engine.kv_pool import KVPool, Prefix
 from losart.engine.output import Decode, Output
+from losart.engine.remasking import choose
 from losart.engine.runner import Runner
-from losart.engine.sampling import NOT_FINITE, check_remasking, choose
+from losart.engine.sampling import NOT_FINITE, check_remasking
 from losart.engine.sequence import Sequence
 from losart.engine.totals import Totals
 from losart.errors import LosartError, NumericalError, OptionError, OutOfMemoryError

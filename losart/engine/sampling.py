@@ -1,15 +1,12 @@
-"""From rows of logits to proposed tokens, and to those that a pass fixes (remasking)."""
+"""From rows of logits to proposed tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Protocol
 
 import numpy as np
 
-from losart.config.options import GenerationConfig
 from losart.errors import NumericalError, OptionError
 
 SMALLEST_TEMPERATURE = float(np.finfo(np.float32).tiny)  # below it float32 may hold zero
@@ -137,139 +134,15 @@ def _keep_top_p(weights: np.ndarray, ranks: np.ndarray, top_p: float) -> None:
     np.put_along_axis(weights, order, ranked.astype(np.float32), axis=1)
 
 
-# Remasking (SDAR, arXiv 2510.06303, and its published script)
+# Remasking (remasking.pyx)
 
-
-class Denoised(Protocol):
-    """What remasking needs to know of a sequence's pass: a `SequencePass`."""
-
-    options: GenerationConfig
-    masked: Sequence[int] | np.ndarray  # rows that proposals are for
-    count: int | None  # how many are fixed at least; None: all
-
-
-class Candidates:
-    """Proposals of some sequences with the same strategy, a row each, from the left.
-
-    Parameters
-    ----------
-    proposals : Proposals
-    passes : sequence of Denoised
-        Whose masked rows they are for, one after the other.
-
-    Attributes
-    ----------
-    valid : bool [sequences, width]
-        Where there is a proposal.
-    counts : int64 [sequences, 1]
-        How many are fixed at least.
-    """
-
-    def __init__(self, proposals: Proposals, passes: Sequence[Denoised]) -> None:
-        sizes = np.array([len(one.masked) for one in passes])
-        self.valid = np.arange(sizes.max()) < sizes[:, None]
-        counts = [len(one.masked) if one.count is None else one.count for one in passes]
-        self.counts = np.array(counts)[:, None]
-        self._proposals = proposals
-        self._passes = passes
-
-    @cached_property
-    def confidence(self) -> np.ndarray:
-        """Of each proposal; -inf where there is none."""
-        return self._spread(self._proposals.confidence, -np.inf)
-
-    @cached_property
-    def entropy(self) -> np.ndarray:
-        """Of each proposal's distribution; inf where there is none."""
-        return self._spread(self._proposals.entropy, np.inf)
-
-    def _spread(self, values: np.ndarray, outside: float) -> np.ndarray:
-        spread = np.full(self.valid.shape, outside, np.float32)
-        spread[self.valid] = values
-        return spread
-
-    def option(self, name: str) -> np.ndarray:
-        """An option of the sequences: float32 [sequences, 1]."""
-        return np.array([getattr(one.options, name) for one in self._passes], np.float32)[:, None]
-
-
-def choose(proposals: Proposals, passes: Sequence[Denoised]) -> np.ndarray:
-    """Which proposals are fixed, as each sequence's strategy says.
-
-    Parameters
-    ----------
-    proposals : Proposals
-    passes : sequence of Denoised
-        Whose masked rows they are for, one after the other.
-
-    Returns
-    -------
-    bool [rows]
-    """
-    names = [one.options.remasking for one in passes]
-    if names.count(names[0]) == len(names):
-        candidates = Candidates(proposals, passes)
-        chosen = STRATEGIES[names[0]](candidates)
-        chosen |= [[one.count is None] for one in passes]
-        return chosen[candidates.valid]
-    chosen = np.empty(len(proposals.tokens), bool)
-    for name in set(names):
-        of_name = [one for one, own in zip(passes, names, strict=True) if own == name]
-        rows = np.repeat([own == name for own in names], [len(one.masked) for one in passes])
-        fields = proposals.tokens, proposals.confidence, proposals.entropy
-        chosen[rows] = choose(Proposals(*(field[rows] for field in fields)), of_name)
-    return chosen
+STRATEGIES = ("sequential", "low_confidence_static", "low_confidence_dynamic", "entropy_bounded")
 
 
 def transfer_counts(block_length: int, steps: int) -> list[int]:
     """How many tokens each of `steps` passes fixes at least, so that all fix a block."""
     base, remainder = divmod(block_length, steps)
     return [base + (step < remainder) for step in range(steps)]
-
-
-Strategy = Callable[[Candidates], np.ndarray]
-
-
-def sequential(candidates: Candidates) -> np.ndarray:
-    """The leftmost masked positions."""
-    return np.arange(candidates.valid.shape[1]) < candidates.counts
-
-
-def low_confidence_static(candidates: Candidates) -> np.ndarray:
-    """The most confident proposals."""
-    return _first(candidates, np.argsort(-candidates.confidence, axis=1, kind="stable"), candidates.counts)
-
-
-def low_confidence_dynamic(candidates: Candidates) -> np.ndarray:
-    """All proposals above the confidence threshold, but at least the `count` most confident."""
-    above = candidates.confidence > candidates.option("confidence_threshold")
-    enough = above.sum(axis=1, keepdims=True) >= candidates.counts
-    return above if enough.all() else np.where(enough, above, low_confidence_static(candidates))
-
-
-def entropy_bounded(candidates: Candidates) -> np.ndarray:
-    """Proposals by ascending entropy while its running sum stays within the bound, at least one.
-
-    `count` does not matter. The published script takes the entropy from the chosen token's
-    probability alone; this is the entropy of the whole distribution.
-    """
-    order = np.argsort(candidates.entropy, axis=1, kind="stable")
-    sums = np.cumsum(np.take_along_axis(candidates.entropy, order, axis=1), axis=1)
-    within = (sums <= candidates.option("eb_threshold")).sum(axis=1, keepdims=True)
-    return _first(candidates, order, np.maximum(1, within))
-
-
-def _first(candidates: Candidates, order: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """The first so many of each row, in an order."""
-    chosen = np.empty(order.shape, bool)
-    np.put_along_axis(chosen, order, np.arange(order.shape[1]) < counts, axis=1)
-    return chosen
-
-
-STRATEGIES: dict[str, Strategy] = {
-    strategy.__name__: strategy
-    for strategy in (sequential, low_confidence_static, low_confidence_dynamic, entropy_bounded)
-}
 
 
 def check_remasking(name: str) -> None:

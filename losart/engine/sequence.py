@@ -12,6 +12,7 @@ from losart.config.options import GenerationConfig
 from losart.engine.batch import PassKind, PassReads, SequencePass
 from losart.engine.kv_cache import PagedKVCache
 from losart.engine.output import Output
+from losart.engine.remasking import fix
 from losart.engine.sampling import transfer_counts
 from losart.observe.step import GenerationResult, Stats, Step
 
@@ -241,14 +242,14 @@ class Sequence:
         before = self._asked[:-1] if asked.kind.denoises else self._asked
         return [replace(asked, kind=k, ids=i, masked=m, uniforms=u) for k, i, m, u in before]
 
-    def apply(self, tokens: Ids[int] = (), chosen: Ids[bool] = ()) -> None:
+    def apply(self, tokens: list[int] | None = None, chosen: list[bool] | None = None) -> None:
         """Take a pass's result; `steps` tells what it did.
 
         Parameters
         ----------
-        tokens : sequence of int
+        tokens : list of int, optional
             Proposed for the masked rows of the one of `next_pass` that denoises, if one does.
-        chosen : sequence of bool
+        chosen : list of bool, optional
             Which of them are fixed.
         """
         kind, start = self._kind, self.cache.length
@@ -263,7 +264,7 @@ class Sequence:
             self._committed = start, self._block, self.output.text
             self._begin_block()
             kind, start = PassKind.FIRST, self.cache.length
-        if chosen:
+        if tokens and chosen:
             self._denoised = kind, start, self._fix(tokens, chosen)
         self.pending = False
 
@@ -284,15 +285,9 @@ class Sequence:
             steps.append(Step(kind.value, start, block, fixed, self.output.text))
         return steps
 
-    def _fix(self, tokens: Ids[int], chosen: Ids[bool]) -> list[int]:
+    def _fix(self, tokens: list[int], chosen: list[bool]) -> list[int]:
         """Fix what was chosen of the proposals for the masked positions; returns where they are."""
-        block, fixed, masked = self._block.copy(), [], []
-        for row, token, is_chosen in zip(self._masked, tokens, chosen, strict=True):
-            if is_chosen:
-                block[row] = token
-                fixed.append(row)
-            else:
-                masked.append(row)
+        block, masked, fixed = fix(self._block, self._masked, tokens, chosen)
         self._block, self._masked = block, masked
         self._passes += 1
         self.denoising_passes += 1

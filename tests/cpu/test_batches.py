@@ -9,7 +9,8 @@ import pytest
 import losart
 from losart.config.options import generation_config
 from losart.engine.batch import PassBatch, PassKind, PassResult, SequencePass
-from losart.engine.sampling import Proposals, choose
+from losart.engine.remasking import choose
+from losart.engine.sampling import Proposals
 from losart.engine.sequence import Sequence
 
 METHODS: list[dict[str, Any]] = [

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from losart.config.options import GenerationConfig
 from losart.engine.batch import PassKind, SequencePass
-from losart.engine.sampling import STRATEGIES, Proposals, check_remasking, choose, transfer_counts
+from losart.engine.remasking import choose
+from losart.engine.sampling import STRATEGIES, Proposals, check_remasking, transfer_counts
 from losart.errors import OptionError
 
 # Sixteenths: exact in float32 and float64, with ties, and equal to a threshold now and then.

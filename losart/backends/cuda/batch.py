@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from operator import attrgetter
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +12,7 @@ import cupy
 import numpy as np
 
 from losart.backends.cuda.pages import CudaPageTable
+from losart.backends.cuda.pass_inputs import PassInputs
 from losart.backends.cuda.plans import Plan, divide_prefixes
 from losart.backends.cuda.slots import Slot
 from losart.config.options import GenerationConfig
@@ -186,7 +186,9 @@ class BatchBuffers:
         self._words = np.zeros(size, np.uint8)
         self.device, self._host = _fields(self._from_host, fields), _fields(self._words, fields)
         self.device.reads = self.device.reads.reshape(sequences, 2)
-        self._offsets = np.arange(max(rows, denoised), dtype=np.int32)
+        names = "slots", "tables", "lengths", "ids", "positions", "is_masked", "masked"
+        self._inputs = PassInputs(*(getattr(self._host, name) for name in names))
+        self._offsets = np.arange(denoised, dtype=np.int32)
         self.device.rotations = cupy.empty((rows, 2, head_dim // 2), np.float32)
         self.results = self._to_host[2 * sequences :].reshape(4, denoised)
         self.view = BatchView(*(getattr(self.device, name).data.ptr for name, *_ in BatchView._fields_))
@@ -210,39 +212,23 @@ class BatchBuffers:
 
         `scratch` has for each group the address of a slot for the sequences that pad it.
         """
-        host, sequence, row = self._host, 0, 0
-        rows: list[int] = []
-        denoised: list[SequencePass] = []
+        host, first, row, masked = self._host, 0, 0, 0
         for index, ((group, _), shape) in enumerate(zip(batch.groups(), self.shapes, strict=True)):
-            of_group, tokens = group.sequences, shape.tokens
-            used, ends, used_rows = len(of_group), sequence + shape.sequences, row + len(of_group) * tokens
             if shape.caches == 1:
-                self._copy_table(index, of_group[0].cache.table, stream)
-            if (padding := sequence + used) < ends:
-                host.slots[padding:ends], host.tables[padding:ends] = scratch[index], 0
-                host.lengths[padding:ends], host.ids[used_rows : row + shape.rows] = 0, 0
-            places = slice(sequence, padding)
-            host.slots[places] = [0 if one.slot is None else one.slot.address for one in of_group]
-            host.tables[places] = [one.cache.table.place(stream) for one in of_group]
-            host.lengths[places] = [one.prefix_length for one in of_group]
-            # An array from a list is made faster than a part of one is set to it.
-            host.ids[row:used_rows] = np.array([*chain.from_iterable(one.ids for one in of_group)], np.int32)
-            to = host.positions[row : row + shape.rows].reshape(-1, tokens)
-            np.add(host.lengths[sequence:ends, None], self._offsets[:tokens], out=to)
-            for first, one in zip(range(row, used_rows, tokens), of_group, strict=True):
-                if one.kind.denoises:
-                    denoised.append(one)
-                    rows += [first + position for position in one.masked]
+                self._copy_table(index, group.sequences[0].cache.table, stream)
+            padded = shape.tokens, shape.sequences, scratch[index]
+            masked = self._inputs.fill(group.sequences, *padded, stream, first, row, masked)
             host.riding[index] = two = riding(group)
             if (parts := self._parts[index]) is not None:
-                lengths = host.lengths[sequence:ends]  # of each cache the last one, which is the longest
+                lengths = host.lengths[first : first + shape.sequences]
+                # Of each cache the last one, which is the longest.
                 skipped = slice(0, 2 * two if shape.mixed else len(lengths), 2)
                 lengths = np.delete(lengths, skipped) if shape.rides else lengths
                 starts, host.owners[parts[1]] = divide_prefixes(lengths, self._plans[index])
                 host.starts[parts[0]][: len(starts)] = starts
-            sequence, row = ends, row + shape.rows
-        if denoised:
-            self._fill_masked(np.array(rows, np.int32), denoised)
+            first, row = first + shape.sequences, row + shape.rows
+        if denoised := [one for one in batch.sequences if one.kind.denoises]:
+            self._fill_masked(masked, denoised)
         self._from_host.set(self._words, stream=stream)  # has read pageable memory when it returns
 
     def _copy_table(self, index: int, table: CudaPageTable, stream: Any) -> None:
@@ -254,11 +240,9 @@ class BatchBuffers:
             to.data.copy_from_device_async(table.addresses.data, to.nbytes, stream)
             self._copied[index] = copied
 
-    def _fill_masked(self, rows: np.ndarray, sequences: list[SequencePass]) -> None:
-        host, count, options = self._host, len(rows), [one.options for one in sequences]
-        host.is_masked[:] = 0
-        host.is_masked[rows] = 1
-        host.masked_count[0], host.masked[:count] = count, rows
+    def _fill_masked(self, count: int, sequences: list[SequencePass]) -> None:
+        host, options = self._host, [one.options for one in sequences]
+        host.masked_count[0] = count
         host.logits[:count] = self._offsets[:count] if self.gathers else sequences[0].masked
         counts = [len(one.masked) for one in sequences]
         differing = options[:1] if all(one is options[0] for one in options) else options

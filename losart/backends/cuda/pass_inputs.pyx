@@ -1,0 +1,111 @@
+"""Writes what sequences bring into a pass to where the copy to the device takes it from."""
+
+import numpy as np
+
+from libc.stdint cimport int32_t, uint64_t
+
+
+cdef class PassInputs:
+    """Arrays of a pass's sequences and rows.
+
+    Parameters
+    ----------
+    slots, tables : uint64 [sequences]
+        Addresses of stored results and of page tables, 0 for none.
+    lengths : int32 [sequences]
+        Of the prefixes.
+    ids, positions, is_masked : int32 [rows]
+    masked : int32 [denoised rows]
+        Rows that are masked, one after the other.
+    """
+
+    cdef uint64_t[::1] slots, tables
+    cdef int32_t[::1] lengths, ids, positions, is_masked, masked
+
+    def __init__(
+        self,
+        uint64_t[::1] slots,
+        uint64_t[::1] tables,
+        int32_t[::1] lengths,
+        int32_t[::1] ids,
+        int32_t[::1] positions,
+        int32_t[::1] is_masked,
+        int32_t[::1] masked,
+    ):
+        self.slots, self.tables, self.lengths = slots, tables, lengths
+        self.ids, self.positions, self.is_masked, self.masked = ids, positions, is_masked, masked
+
+    def fill(
+        self,
+        sequences,
+        Py_ssize_t tokens,
+        Py_ssize_t padded,
+        uint64_t scratch,
+        stream,
+        Py_ssize_t first,
+        Py_ssize_t row,
+        Py_ssize_t masked,
+    ):
+        """Write a group's sequences, and what pads them.
+
+        Parameters
+        ----------
+        sequences : sequence of SequencePass
+            Of so many `tokens` each.
+        tokens, padded : int
+            Rows of a sequence, and sequences with those that pad the group.
+        scratch : int
+            Address of a slot for those.
+        stream : Stream
+            On which page tables are brought up to date.
+        first, row, masked : int
+            Sequences, rows and masked rows of the groups before.
+
+        Returns
+        -------
+        int
+            Masked rows of this group and those before.
+
+        Raises
+        ------
+        ValueError
+            A sequence has another number of rows, or there are more sequences, rows or masked rows than places.
+        """
+        cdef Py_ssize_t used = len(sequences), i, position
+        cdef int32_t length
+        if used > padded or first + padded > self.lengths.shape[0] or row + padded * tokens > self.ids.shape[0]:
+            raise ValueError(f"no room for {used} sequences of {tokens} rows")
+        for one in sequences:
+            slot, ids = one.slot, one.ids
+            if len(ids) != tokens:
+                raise ValueError(f"a sequence has {len(ids)} rows, and others of its group {tokens}")
+            length = one.prefix_length
+            self.slots[first] = 0 if slot is None else slot.address
+            self.tables[first] = one.cache.table.place(stream)
+            self.lengths[first] = length
+            if isinstance(ids, np.ndarray):
+                np.asarray(self.ids)[row : row + tokens] = ids
+            else:
+                for i, token in enumerate(ids):
+                    self.ids[row + i] = token
+            for i in range(tokens):
+                self.positions[row + i] = length + <int32_t>i
+                self.is_masked[row + i] = 0
+            if one.kind.denoises:
+                if masked + len(one.masked) > self.masked.shape[0]:
+                    raise ValueError("there are more masked rows than denoised ones")
+                for position in one.masked:
+                    if not 0 <= position < tokens:
+                        raise ValueError(f"row {position} of {tokens} cannot be masked")
+                    self.masked[masked] = <int32_t>(row + position)
+                    self.is_masked[row + position] = 1
+                    masked += 1
+            first += 1
+            row += tokens
+        for _ in range(padded - used):
+            self.slots[first], self.tables[first], self.lengths[first] = scratch, 0, 0
+            for i in range(tokens):
+                self.ids[row + i], self.positions[row + i], self.is_masked[row + i] = 0, <int32_t>i, 0
+            first += 1
+            row += tokens
+        return masked
