@@ -430,6 +430,7 @@ class Engine:
         pass that was cut short has written only after that.
         """
         with self._lock:
+            self._note(run)
             if self._pool is not None:
                 if run.kept is None and not run.left:
                     self._ended.add(run.sequence)
@@ -442,7 +443,6 @@ class Engine:
                     run.kept.append(held)
                 run.sequence.cache = run.sequence.cache.emptied()
             run.left = True
-            self._untold.pop(run, None)
             for runs in (self._waiting, self._running):
                 if run in runs:
                     runs.remove(run)
@@ -749,31 +749,39 @@ class Engine:
                 for step, of_pass in zip(sequence.steps(), of_run, strict=True):
                     run.observer(replace(step, layers=of_pass))
         except Exception as error:
-            self._untold.pop(run, None)
+            self._note(run)
             self._end(run, error)
             return
         except BaseException:
-            self._untold.pop(run, None)
+            self._note(run)
             self._end(run, LosartError("the pass was interrupted"))
             raise
         if sequence.finished:
             self._end(run)
 
+    def _note(self, run: Run) -> bool:
+        """Note what a run's last pass took and read; False: that has been done."""
+        noted = self._untold.pop(run, None)
+        if noted is None:
+            return False
+        done, index, count, prefix_length = noted
+        sequence, heads = run.sequence, self.runner.config.num_kv_heads
+        sequence.decode_seconds += done.seconds
+        sequence.shared += done.sequences
+        if sequence.first_token_seconds is None and sequence.output.tokens:
+            sequence.first_token_seconds = done.ended - run.joined
+        for read in done.reads[index : index + count]:
+            sequence.reads.add(read, prefix_length, heads)
+            prefix_length += sequence.options.block_length
+        return True
+
     def _tell(self, *runs: Run) -> None:
-        """Give these runs, or all, their steps of the last pass, and note what they read in it."""
+        """Give these runs, or all, their steps of the last pass."""
         with self._lock:
             for run in runs or list(self._untold):
-                if run not in self._untold:
+                if not self._note(run):
                     continue
-                done, index, count, prefix_length = self._untold.pop(run)
-                sequence, heads = run.sequence, self.runner.config.num_kv_heads
-                sequence.decode_seconds += done.seconds
-                sequence.shared += done.sequences
-                if sequence.first_token_seconds is None and sequence.output.tokens:
-                    sequence.first_token_seconds = done.ended - run.joined
-                for read in done.reads[index : index + count]:
-                    sequence.reads.add(read, prefix_length, heads)
-                    prefix_length += sequence.options.block_length
+                sequence = run.sequence
                 try:
                     steps = [step for step in sequence.steps() if step.kind != PassKind.COMMIT.value]
                     if steps and sequence.finished:

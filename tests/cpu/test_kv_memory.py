@@ -435,6 +435,17 @@ def test_figures_have_what_is_under_way_and_what_was_left(model):
     assert engine.stats.new_tokens == 8 + 12
 
 
+def test_figures_have_the_last_pass_of_one_that_is_left_before_it_is_told(model):
+    engine = losart.Engine(model)
+    first, second = (engine.submit(prompt(one), **options(denoising_steps=1)) for one in range(2))
+    next(first)
+    second.cancel()
+    first.close()
+    ended = engine._engine._ended
+    assert ended.reads.density == 1.0 and ended.first_token._count == 2
+    assert engine.stats.new_tokens == 8
+
+
 def test_figures_say_what_is_shared(model, chunk):
     engine = losart.Engine(model)
     engine.submit(RANDOM[:600], **options()).result()
