@@ -12,7 +12,6 @@ import argparse
 import json
 import statistics
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +25,6 @@ from losart.measure.environment import cpu_name
 
 SIZE = "0.6B"
 BLOCK = 4
-
-
-def results(
-    model: losart.Model, prompts: list[list[int]], options: dict[str, Any]
-) -> list[losart.GenerationResult]:
-    """Of all prompts, decoded together."""
-    found = model.generate(prompts, **options)
-    assert isinstance(found, list)
-    return found
 
 
 def measure(model: losart.Model, sequences: int, prompt: int, new: int, rounds: int) -> dict[str, Any]:
@@ -52,11 +42,10 @@ def measure(model: losart.Model, sequences: int, prompt: int, new: int, rounds: 
     for _ in range(rounds):
         alone = [model.stream(one, **options).result() for one in prompts]
         seconds["alone"].append(sum(result.stats.decode_seconds for result in alone))
-        began = time.perf_counter()
-        together = results(model, prompts, options)
-        # All passes that are not prefill, whose seconds are each prompt's own.
-        prefill = sum(result.stats.prefill_seconds for result in together)
-        seconds["together"].append(time.perf_counter() - began - prefill)
+        engine = losart.Engine(model, max_sequences=sequences, prefill_first=True)
+        streams = [engine.submit(one, **options) for one in prompts]
+        together = [stream.result() for stream in streams]
+        seconds["together"].append(engine.stats.decode_seconds)
     medians = {name: statistics.median(of_name) for name, of_name in seconds.items()}
     same = sum(a.token_ids == b.token_ids for a, b in zip(alone, together, strict=True))
     return {

@@ -191,6 +191,7 @@ class Backend(Protocol):
     beside_tokens: int  # the same while other sequences wait for their passes
     riding_blocks: Container[int]  # lengths of blocks whose commits may ride
     deterministic: bool  # whether sums must not depend on what else a pass has
+    same_sums: bool  # whether those of passes over blocks must not
     max_sequences: int  # that share passes, unless somebody says otherwise
     batch_rows: int  # that a pass over several sequences may have; 0: a pass has one sequence
 

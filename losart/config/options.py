@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import threading
 import weakref
 from dataclasses import dataclass, field
 from typing import Any
@@ -195,9 +196,11 @@ def _attention_config(options: dict[str, Any]) -> AttentionConfig:
     """The configuration of these options: equal ones are one object, which is quick to compare."""
     config = AttentionConfig(**options)
     key = tuple((type(value), value) for value in vars(config).values())  # 1, 1.0 and True differ
-    return _ATTENTION_CONFIGS.setdefault(key, config)
+    with _LOCK:  # two threads could each find none
+        return _ATTENTION_CONFIGS.setdefault(key, config)
 
 
+_LOCK = threading.Lock()
 _ATTENTION_CONFIGS: weakref.WeakValueDictionary[Any, AttentionConfig] = weakref.WeakValueDictionary()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain, groupby, pairwise
 from typing import Any, NamedTuple
 
@@ -74,10 +74,11 @@ class SequencePass:
         return -(-self.prefix_length // self.cache.page_size)
 
 
-def operations_key(unit: Sequence[SequencePass]) -> tuple[Any, ...]:
+def operations_key(unit: Sequence[SequencePass], alike: bool = False) -> tuple[Any, ...]:
     """Equal for passes whose attention can be done by the same operations.
 
-    `unit` is one sequence's pass, or two where its commit rides. Pieces of prompts differ in length.
+    `unit` is one sequence's pass, or two where its commit rides. Pieces of prompts differ in length. Dense
+    passes with and without a commit can share operations, unless all must be `alike`.
     """
     first = unit[0]
     options, rank, count = first.options, first.kind.rank, len(unit)
@@ -85,7 +86,7 @@ def operations_key(unit: Sequence[SequencePass]) -> tuple[Any, ...]:
     if first.kind is PassKind.PREFILL:
         attention = first.cache
     elif attention.method == "dense" and unit[-1].kind.denoises:
-        rank, count = FIRST_RANK, 0  # dense attention does the same in all of them
+        rank, count = FIRST_RANK, count if alike else 0  # dense attention does the same in all of them
     return rank, count, options.block_length, first.cache.positions_per_chunk, attention
 
 
@@ -101,9 +102,13 @@ class PassBatch:
     ----------
     sequences : tuple of SequencePass
         In the order of their rows.
+    alike : bool
+        Whether those whose commit rides are a group of their own: how attention is divided, and so how sums
+        are rounded, may depend on the rows that a group's caches have at most.
     """
 
     sequences: tuple[SequencePass, ...]
+    alike: bool = False
 
     @property
     def kind(self) -> PassKind:
@@ -150,12 +155,13 @@ class PassBatch:
                 units[-1] += (one,)
             else:
                 units.append((one,))
-        alike = [[*chain.from_iterable(group)] for _, group in groupby(units, operations_key)]
-        if len(alike) == 1:
+        keyed = groupby(units, partial(operations_key, alike=self.alike))
+        of_groups = [tuple(chain.from_iterable(of_group)) for _, of_group in keyed]
+        if len(of_groups) == 1:
             return []
         groups, first = [], 0
-        for sequences in alike:
-            group = PassBatch(tuple(sequences))
+        for sequences in of_groups:
+            group = PassBatch(sequences, self.alike)
             groups.append((group, slice(first, first + group.tokens)))
             first += group.tokens
         return groups

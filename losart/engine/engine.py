@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 import weakref
@@ -35,6 +36,7 @@ from losart.observe.engine_stats import EngineStats
 from losart.observe.step import GenerationResult, ObservedLayer, Observer, Progress, Step
 
 HELD_PREFIXES = 16  # for nobody, where nothing else limits them
+LEAST_SHARE = 4  # a piece with others' is at least a quarter of one by itself: few rows take almost as long
 LONG_PREFIX = 16384  # positions over which a token's attention takes about as long as its matmuls
 Room = TypeVar("Room")  # whatever takes memory
 Fix = tuple[list[int], list[bool]]  # tokens proposed for the masked rows, and which of them are fixed
@@ -222,7 +224,7 @@ class Engine:
         self._block_seconds = 0.0
         self._ended = Totals()  # generations
         self._prefilled_tokens = 0
-        self._prefilled = 0  # tokens of prompts since the last pass over blocks
+        self._prefilled = 0.0  # tokens of prompts since the last pass over blocks, by what they cost
         # A run's last pass, its first index and count there, and the prefix's length; nothing has the cache.
         self._untold: dict[Run, tuple[Done, int, int, int]] = {}
 
@@ -490,18 +492,19 @@ class Engine:
         if prefilling and not (beside and self._prefilled >= self.runner.beside_tokens):
             self._run(self._pieces(prefilling, beside))
             return
-        self._prefilled = 0
+        self._prefilled = 0.0
         self._run(self._batch(decoding, asked))
 
     def _pieces(self, prefilling: list[Run], beside: bool) -> list[Run]:
         """Whose prompts go through the model next, and how much of each; `beside` others' blocks."""
-        left = self.runner.beside_tokens - self._prefilled if beside else self.runner.prefill_tokens
+        left: float = self.runner.beside_tokens - self._prefilled if beside else self.runner.prefill_tokens
         pieces = list[Run]()
         for run in sorted(prefilling, key=lambda run: run.last_pass):
             sequence, before = run.sequence, run.sequence.cache.length
-            cost = 1 + before // LONG_PREFIX if beside else 1
+            cost = 1 + before / LONG_PREFIX if beside else 1.0
             length = sequence.options.block_length
-            sequence.prefill_tokens = -(-max(1, left // cost) // length) * length
+            piece = max(left, self.runner.beside_tokens / LEAST_SHARE) / cost
+            sequence.prefill_tokens = math.ceil(piece / length) * length
             pieces.append(run)
             taken = cost * min(sequence.prefill_tokens, sequence.prefill_end - before)
             self._prefilled += taken
@@ -634,7 +637,10 @@ class Engine:
         self._passes += 1
         with self._lock:
             passes = [(run, requests) for run in runs if (requests := self._request(run))]
-        passes.sort(key=lambda one: _order(one[1]))  # neighbours of a kind share their attention's operations
+        alike = self.runner.same_sums
+        passes.sort(
+            key=lambda one: _order(one[1], alike)
+        )  # neighbours of a kind share attention's operations
         left = [passes] if passes else []
         while left:
             some = left.pop()
@@ -660,7 +666,8 @@ class Engine:
             There is none for it; nothing has been applied.
         """
         began = time.perf_counter()
-        batch = PassBatch(tuple(chain.from_iterable(requests for _, requests in passes)))
+        sequences = tuple(chain.from_iterable(requests for _, requests in passes))
+        batch = PassBatch(sequences, self.runner.same_sums)
         observe = any(run.observer is not None for run, _ in passes)
         begin = partial(self._begin, passes, batch, observe)
         finish = self._with_room(begin) if all(_repeatable(one) for _, one in passes) else begin()
@@ -799,9 +806,9 @@ class Engine:
         self._leave(run)
 
 
-def _order(requests: tuple[SequencePass, ...]) -> tuple[Any, ...]:
+def _order(requests: tuple[SequencePass, ...], alike: bool) -> tuple[Any, ...]:
     """Brings passes together that share their operations, of those first the ones whose commits ride."""
-    *key, attention = operations_key(requests)
+    *key, attention = operations_key(requests, alike)
     if requests[0].kind is PassKind.PREFILL:  # each by itself, in the order in which they came
         return tuple(key)
     return *key, id(attention), -len(requests)  # equal ones are one: generation_config

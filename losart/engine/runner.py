@@ -33,6 +33,10 @@ class Runner(Protocol):
         """Whether a sequence must not depend, not even by rounding, on what it shares."""
 
     @property
+    def same_sums(self) -> bool:
+        """Whether that is so of passes over blocks."""
+
+    @property
     def max_sequences(self) -> int:
         """That share passes, unless somebody says otherwise."""
 

@@ -107,6 +107,11 @@ class Transformer:
         return self.backend.deterministic
 
     @property
+    def same_sums(self) -> bool:
+        """Whether that is so of passes over blocks."""
+        return self.backend.same_sums
+
+    @property
     def max_sequences(self) -> int:
         """That share passes, unless somebody says otherwise."""
         return self.backend.max_sequences

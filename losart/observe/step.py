@@ -21,6 +21,7 @@ class Stats:
     denoising_passes, commit_passes : int
         Passes over a block; those of prefill are not among them.
     prefill_seconds, decode_seconds : float
+        Of its passes, each counted whole whatever shared it.
     active_fraction : float or None
         Mean share of a block's tokens recomputed in sparse prefix attention.
     sparse_density : float or None

@@ -37,6 +37,7 @@ class Scripted:
     max_sequences: int = 16
     rides: bool = False
     deterministic: bool = False
+    same_sums: bool = False
     slots: int = 0  # so far
     turns: Turns = field(default_factory=Turns)
     pools: set[KVPool] = field(default_factory=set)

@@ -166,9 +166,44 @@ def test_pieces_beside_others_are_smaller_the_longer_the_prefix(monkeypatch):
     for _ in short:
         pass
     kinds = [passed[0][0] for passed in runner.passes]
-    # Of 16 tokens, of 8, and of 5 in whole blocks; of those a pass comes after each.
-    assert kinds.count("prefill") == 1 + 2 + 4 + 2
+    # Of 16 tokens, two of 12 and five of 8: 16 over 1 and a 32nd of the prefix, in whole blocks.
+    assert kinds.count("prefill") == 1 + 8
     assert "prefill prefill" not in " ".join(kinds[1:])
+
+
+def test_a_long_prompt_goes_on_beside_short_ones_that_keep_coming():
+    engine = Engine(runner := Runner(beside_tokens=16), 16)
+    asked, long = submit(engine, 0, 4, new=200), submit(engine, 1, 80, new=4)
+    next(asked)
+    long.start()
+    others = [submit(engine, name, 12, new=4) for name in range(2, 12)]
+    for other in others:
+        other.start()
+        next(asked)
+    together = [passed for passed in runner.passes if passed[-1] == ("prefill", 1) and len(passed) > 1]
+    assert len(together) >= 4 and any(("first", 1) in passed for passed in runner.passes)
+
+
+@pytest.mark.parametrize("alike", [False, True])
+def test_dense_passes_with_and_without_a_commit_share_operations_unless_sums_must_be_the_same(alike):
+    engine = Engine(runner := Runner(rides=True, same_sums=alike), 16)
+    seen = []
+    begin = runner.begin
+
+    def noting(batch, observe=False):
+        names = [one.cache.name for one in batch.sequences]
+        if len({names.count(name) for name in names}) > 1:
+            seen.append(len(batch.groups()))
+        return begin(batch, observe)
+
+    runner.begin = noting
+    streams = [submit(engine, name, 4, new=new) for name, new in enumerate((12, 12, 40))]
+    next(streams[2])
+    for stream in streams[:2]:
+        stream.start()
+    for stream in streams:
+        stream.result()
+    assert seen and set(seen) == {2 if alike else 1}
 
 
 def test_a_short_prompt_does_not_wait_for_all_of_a_long_one():

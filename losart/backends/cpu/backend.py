@@ -90,7 +90,7 @@ class CpuBackend:
             )
         self.config = config
         self.precision = precision
-        self.deterministic = deterministic
+        self.deterministic = self.same_sums = deterministic
         self.selectors = dict.fromkeys(CHOICES["planner"], Selector())
         self._frequencies, self._rope_factor = inverse_frequencies(config.rope, config.head_dim)
         self._rotation: tuple[Hashable, np.ndarray, np.ndarray] | None = None

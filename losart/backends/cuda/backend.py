@@ -98,6 +98,7 @@ class CudaBackend:
         if cu.NORM_CHANNEL_BYTES * config.hidden_size > card.shared_per_block:
             raise ConfigError(f"hidden_size {config.hidden_size} is too large for this GPU's shared memory")
         self.kernels = Kernels(precision, card, deterministic)
+        self.same_sums = self.kernels.same_sums
         self.runner = PassRunner(self.memory, config, self.kernels)
         self._loader = WeightLoader(precision.weights, self.memory.stream)
         with self.memory.running("the model"):
