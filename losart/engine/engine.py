@@ -684,6 +684,9 @@ class Engine:
             if not run.left:
                 self._apply(run, requests, fix, done, index, result.layers)
             index += len(requests)
+        if batch.kind is PassKind.PREFILL:  # once all are applied: who is told may ask for others' steps
+            for run, _ in passes:
+                self._report(run)
 
     def _begin(
         self, passes: list[tuple[Run, tuple[SequencePass, ...]]], batch: PassBatch, observe: bool
@@ -744,13 +747,10 @@ class Engine:
             sequence.apply(*fix)
             if requests[0].kind is PassKind.PREFILL:
                 sequence.prefill_seconds += done.seconds
-                if run.progress is not None:
-                    ends = sequence.cache.length, sequence.prefill_end
-                    run.progress(*(end - sequence.found for end in ends))
-            else:
-                with self._lock:
-                    if not run.left:
-                        self._untold[run] = done, index, len(requests), requests[0].prefix_length
+                return
+            with self._lock:
+                if not run.left:
+                    self._untold[run] = done, index, len(requests), requests[0].prefix_length
             if run.observer is not None:
                 of_run = layers[index : index + len(requests)]
                 for step, of_pass in zip(sequence.steps(), of_run, strict=True):
@@ -764,6 +764,24 @@ class Engine:
             self._end(run, LosartError("the pass was interrupted"))
             raise
         if sequence.finished:
+            self._end(run)
+
+    def _report(self, run: Run) -> None:
+        """Say how far a run's prompt has come; an error of who is told ends this run alone."""
+        sequence = run.sequence
+        if run.left:
+            return
+        try:
+            if run.progress is not None:
+                ends = sequence.cache.length, sequence.prefill_end
+                run.progress(*(end - sequence.found for end in ends))
+        except Exception as error:
+            self._end(run, error)
+            return
+        except BaseException:
+            self._end(run, LosartError("the pass was interrupted"))
+            raise
+        if sequence.finished and not run.left:
             self._end(run)
 
     def _note(self, run: Run) -> bool:

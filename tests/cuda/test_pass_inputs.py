@@ -102,6 +102,15 @@ def test_nothing_is_written_beyond_the_places(wrong, message):
         filler.fill([one_sequence(), one_sequence(**wrong)], 2, 2, SCRATCH, "", 0, 0, 0)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "places"), [(2, (-1, 0, 0)), (2, (0, -1, 0)), (2, (0, 0, -1)), (0, (0, 0, 0))]
+)
+def test_places_before_the_first(tokens, places):
+    filler = PassInputs(*arrays(2, 4).values())
+    with pytest.raises(ValueError, match="counted from 0"):
+        filler.fill([one_sequence()], tokens, 1, SCRATCH, "", *places)
+
+
 @pytest.mark.parametrize(("padded", "first", "row"), [(2, 0, 0), (3, 1, 0), (3, 0, 2)])
 def test_more_sequences_or_rows_than_places(padded, first, row):
     filler = PassInputs(*arrays(3, 6).values())

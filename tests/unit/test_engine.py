@@ -90,6 +90,21 @@ def test_short_prompts_are_prefilled_together():
     assert max(len(passed) for passed in runner.passes if passed[0][0] == "prefill") == 1
 
 
+def test_who_is_told_of_a_prefill_may_ask_for_steps_of_others_in_it():
+    engine = Engine(runner := Runner(), 16)
+    told = []
+
+    def progress(done, of):
+        told.append((done, of, next(other)))
+
+    asked, other = submit(engine, 0, 4, progress=progress), submit(engine, 1, 4)
+    asked.start()
+    other.start()
+    assert asked.result().token_ids == other.result().token_ids
+    assert runner.passes[0] == [("prefill", 0), ("prefill", 1)]
+    assert len(told) == 1 and told[0][:2] == (4, 4) and told[0][2] is not None
+
+
 @pytest.mark.parametrize("rides", [False, True])
 def test_sequences_that_have_been_started_share_passes(rides):
     engine = Engine(runner := Runner(rides=rides), 16)

@@ -73,6 +73,8 @@ cdef class PassInputs:
         """
         cdef Py_ssize_t used = len(sequences), i, position
         cdef int32_t length
+        if min(first, row, masked) < 0 or tokens < 1:
+            raise ValueError("places are counted from 0, rows from 1")
         if used > padded or first + padded > self.lengths.shape[0] or row + padded * tokens > self.ids.shape[0]:
             raise ValueError(f"no room for {used} sequences of {tokens} rows")
         for one in sequences:
