@@ -637,10 +637,8 @@ class Engine:
         self._passes += 1
         with self._lock:
             passes = [(run, requests) for run in runs if (requests := self._request(run))]
-        alike = self.runner.same_sums
-        passes.sort(
-            key=lambda one: _order(one[1], alike)
-        )  # neighbours of a kind share attention's operations
+        # Neighbours of a kind share their attention's operations.
+        passes.sort(key=lambda one: _order(one[1], self.runner.same_sums))
         left = [passes] if passes else []
         while left:
             some = left.pop()
@@ -773,8 +771,9 @@ class Engine:
             return
         try:
             if run.progress is not None:
-                ends = sequence.cache.length, sequence.prefill_end
-                run.progress(*(end - sequence.found for end in ends))
+                # Who was told before may have had passes run over its blocks.
+                done, of = min(sequence.cache.length, sequence.prefill_end), sequence.prefill_end
+                run.progress(done - sequence.found, of - sequence.found)
         except Exception as error:
             self._end(run, error)
             return

@@ -97,12 +97,15 @@ def test_who_is_told_of_a_prefill_may_ask_for_steps_of_others_in_it():
     def progress(done, of):
         told.append((done, of, next(other)))
 
-    asked, other = submit(engine, 0, 4, progress=progress), submit(engine, 1, 4)
+    theirs = []
+    asked = submit(engine, 0, 4, progress=progress)
+    other = submit(engine, 1, 4, progress=lambda *ends: theirs.append(ends))
     asked.start()
     other.start()
     assert asked.result().token_ids == other.result().token_ids
     assert runner.passes[0] == [("prefill", 0), ("prefill", 1)]
     assert len(told) == 1 and told[0][:2] == (4, 4) and told[0][2] is not None
+    assert theirs == [(4, 4)]
 
 
 @pytest.mark.parametrize("rides", [False, True])
