@@ -21,6 +21,7 @@ extern "C" __global__ void __launch_bounds__(PLAIN_THREADS)
     CacheView cache = caches.of(blocks.first);
     q += (size_t)blocks.first * block_tokens * heads * dim;
     QueryRows rows(blockIdx.z * PLAIN_ROWS, blocks.count * block_tokens, kv_head, heads, cache);
+    if (rows.first >= rows.count) return; /* a cache with two blocks has more */
     Prefixes prefixes(cache, rows, blocks.count);
     TileRange tiles = tiles_of_part((prefixes.all + WARP - 1) / WARP, mine.part, mine.parts);
     if (threadIdx.x < PLAIN_ROWS) limit[threadIdx.x] = prefixes.limit(rows.first + threadIdx.x);

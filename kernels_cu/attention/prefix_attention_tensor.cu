@@ -14,6 +14,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     CacheView cache = caches.of(blocks.first);
     q += (size_t)blocks.first * block_tokens * heads * HEAD_DIM;
     QueryRows rows(blockIdx.z * BLOCK_ROWS, blocks.count * block_tokens, kv_head, heads, cache);
+    if (rows.first >= rows.count) return; /* a cache with two blocks has more */
     Prefixes prefixes(cache, rows, blocks.count);
     TileRange tiles = tiles_of_part((prefixes.all + TENSOR_TILE - 1) / TENSOR_TILE, mine.part, mine.parts);
     TensorRows state;

@@ -64,7 +64,7 @@ __device__ __forceinline__ SequenceShare share_of_block(const int *tokens, int c
     }
     int all = __shfl_sync(~0u, weights_through, WARP - 1), rest = blocks - __shfl_sync(~0u, having_through, WARP - 1);
     weight = weights_through - weight, having = having_through - having; /* before this lane's */
-    auto first = [&]() { return all ? having + (int)((long long)rest * weight / all) : 0; };
+    auto first = [&]() { return all ? having + (int)((unsigned)rest * weight / all) : 0; };
     bool writes = starts && blockIdx.x + blockIdx.y + blockIdx.z == 0 && threadIdx.x < WARP;
     SequenceShare mine = {-1, 0, 1};
     for (int i = begin; i < end; i++) {
@@ -82,12 +82,12 @@ __device__ __forceinline__ SequenceShare share_of_block(const int *tokens, int c
     return mine;
 }
 
-/* What part number `part` takes of some tiles. */
+/* What part number `part` takes of some tiles; tiles * parts < 2^32, since division of 64 bits takes long. */
 struct TileRange {
     int first, last;
 };
 
-__device__ __forceinline__ TileRange tiles_of_part(int tiles, int part, int parts)
+__device__ __forceinline__ TileRange tiles_of_part(unsigned tiles, unsigned part, unsigned parts)
 {
-    return {(int)((long long)tiles * part / parts), (int)((long long)tiles * (part + 1) / parts)};
+    return {(int)(tiles * part / parts), (int)(tiles * (part + 1) / parts)};
 }
