@@ -99,18 +99,20 @@ class Engine:
         *,
         progress: Progress | None = None,
         observer: Observer | None = None,
+        each_step: bool = True,
         **options: Any,
     ) -> Stream:
         """Begin a generation.
 
         Returns a stream: an iterator over a `Step` per denoising pass, with `result()`, and `cancel()`, after
         which its memory is free for others, and until they want it held for who asks the same again. An error
-        in one generation ends that one alone.
+        in one generation ends that one alone. Steps that nobody has read yet are kept; with `each_step=False`
+        the stream gives the last one alone, which takes less time and memory where only results are wanted.
 
-        Parameters, and errors, which are raised at once, are those of :meth:`losart.Model.stream`;
+        Other parameters, and errors, which are raised at once, are those of :meth:`losart.Model.stream`;
         OutOfMemoryError too where prompt and answer take more than `kv_memory`.
         """
-        stream = self._model._submit(self._engine, prompt, progress, observer, options)
+        stream = self._model._submit(self._engine, prompt, progress, observer, options, each_step)
         stream.start()
         return stream
 

@@ -141,7 +141,7 @@ class Model:
         streams = []
         for index, one in enumerate(prompt):
             try:
-                streams.append(self._submit(engine, one, progress, observer, options))
+                streams.append(self._submit(engine, one, progress, observer, options, each_step=False))
             except PromptError as error:
                 raise PromptError(f"prompt {index}: {error}") from error
         for stream in streams:
@@ -155,12 +155,15 @@ class Model:
         progress: Progress | None,
         observer: Observer | None,
         options: dict[str, Any],
+        each_step: bool = True,
     ) -> Stream:
         config = generation_config(self.config, options)
         decode = self.tokenizer.decode if self.tokenizer else None
         engine.check(config, decode)
         ids = prompt_ids(prompt, self.config, self.tokenizer, self.chat_template)
-        return engine.submit(ids, config, decode=decode, observer=observer, progress=progress)
+        return engine.submit(
+            ids, config, decode=decode, observer=observer, progress=progress, each_step=each_step
+        )
 
     def stream(
         self,

@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> None:
                 continue
             try:
                 prompt, name, options = _request(line, args.chat)
-                under_way.append((number, name, engine.submit(prompt, **defaults | options)))
+                under_way.append((number, name, engine.submit(prompt, each_step=False, **defaults | options)))
             except (DataError, OptionError, PromptError) as error:
                 skip(number, error)
             if len(under_way) > AHEAD * engine.max_sequences:

@@ -33,9 +33,9 @@ class PassKind(enum.Enum):
 FIRST_RANK = PassKind.FIRST.rank
 
 
-@dataclass(eq=False, slots=True)  # not frozen, which takes four times as long to make; nothing changes one
+@dataclass(eq=False, slots=True)  # not frozen: its sequence makes the block's next pass of it
 class SequencePass:
-    """One sequence's rows of a pass.
+    """One sequence's rows of a pass. Its lists and arrays are not changed, but replaced by those of the next.
 
     Attributes
     ----------
@@ -105,10 +105,13 @@ class PassBatch:
     alike : bool
         Whether those whose commit rides are a group of their own: how attention is divided, and so how sums
         are rounded, may depend on the rows that a group's caches have at most.
+    one_group : bool
+        Whether all are known to agree in what attention does.
     """
 
     sequences: tuple[SequencePass, ...]
     alike: bool = False
+    one_group: bool = False
 
     @property
     def kind(self) -> PassKind:
@@ -147,7 +150,7 @@ class PassBatch:
     @cached_property
     def _groups(self) -> list[tuple[PassBatch, slice]]:
         """Empty for a single one, which is the batch itself: a cycle would keep caches alive."""
-        if len(self.sequences) == 1:
+        if self.one_group or len(self.sequences) == 1:
             return []
         units: list[tuple[SequencePass, ...]] = []
         for one in self.sequences:

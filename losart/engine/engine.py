@@ -14,6 +14,8 @@ from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
+
 from losart.config.options import GenerationConfig
 from losart.engine.batch import (
     PassBatch,
@@ -26,7 +28,7 @@ from losart.engine.batch import (
 from losart.engine.kv_cache import PagedKVCache
 from losart.engine.kv_pool import KVPool, Prefix
 from losart.engine.output import Decode, Output
-from losart.engine.remasking import choose
+from losart.engine.remasking import remask
 from losart.engine.runner import Runner
 from losart.engine.sampling import NOT_FINITE, check_remasking
 from losart.engine.sequence import Sequence
@@ -39,8 +41,7 @@ HELD_PREFIXES = 16  # for nobody, where nothing else limits them
 LEAST_SHARE = 4  # a piece with others' is at least a quarter of one by itself: few rows take almost as long
 LONG_PREFIX = 16384  # positions over which a token's attention takes about as long as its matmuls
 Room = TypeVar("Room")  # whatever takes memory
-Fix = tuple[list[int], list[bool]]  # tokens proposed for the masked rows, and which of them are fixed
-NOTHING: Fix = ([], [])
+Fixed = tuple[list[int], list[int]]  # a block after a pass, and where it is still masked
 
 
 class Stream:
@@ -115,6 +116,8 @@ class Run:
     ----------
     sequence : Sequence
     observer, progress : callable, optional
+    each_step : bool
+        Whether its stream gives a step per denoising pass, and not the last one alone.
     steps : deque of Step
         That nobody has asked for yet.
     error : Exception or None
@@ -134,6 +137,7 @@ class Run:
     sequence: Sequence
     observer: Observer | None = None
     progress: Progress | None = None
+    each_step: bool = True
     steps: deque[Step] = field(default_factory=deque)
     error: Exception | None = None
     left: bool = False
@@ -155,7 +159,7 @@ class Run:
     @property
     def prefills(self) -> bool:
         """Whether a piece of the prompt is next."""
-        return self.sequence.next_kind is PassKind.PREFILL
+        return self.sequence.prefilling
 
 
 class Done(NamedTuple):
@@ -278,6 +282,7 @@ class Engine:
         decode: Decode | None = None,
         observer: Observer | None = None,
         progress: Progress | None = None,
+        each_step: bool = True,
     ) -> Stream:
         """Generate from token ids.
 
@@ -291,6 +296,8 @@ class Engine:
             Called after each denoising and commit pass with a `Step` that has the pass's layers.
         progress : callable, optional
             Called after each prefilled piece of the prompt with the tokens done and in all.
+        each_step : bool
+            Whether the stream gives a step per denoising pass; else the last one alone, with the result.
 
         Raises
         ------
@@ -301,7 +308,7 @@ class Engine:
         """
         self.check(options, decode)
         cache = self.new_cache(prompt, options)
-        run = Run(self.sequence(prompt, options, cache, decode), observer, progress)
+        run = Run(self.sequence(prompt, options, cache, decode), observer, progress, each_step)
         if self._pool is not None:
             self._pool.check(run.sequence)
         # The iterator alone holds the run, so that its cache is freed with its end.
@@ -449,7 +456,7 @@ class Engine:
                 if run in runs:
                     runs.remove(run)
                     self._full = False
-            run.sequence.slot = None
+            run.sequence.release()
 
     def _close(self, run: Run) -> None:
         """Leave, and have no error asked for, whose traceback may refer to the run."""
@@ -484,9 +491,8 @@ class Engine:
             if asked in running and not asked.ended and asked.commits:
                 self._run(running)
             return
-        prefilling, decoding = list[Run](), list[Run]()
-        for run in running:
-            (prefilling if run.prefills else decoding).append(run)
+        prefilling = [run for run in running if run.sequence.prefilling]
+        decoding = [run for run in running if not run.sequence.prefilling] if prefilling else running
         # Those that decode have a pass after so many tokens of prompts, which is one piece of a long one.
         beside = bool(decoding) and not self.prefill_first
         if prefilling and not (beside and self._prefilled >= self.runner.beside_tokens):
@@ -594,15 +600,14 @@ class Engine:
 
     def _reserve(self, runs: list[Run]) -> list[Run]:
         """Make room in some runs' caches for their next pass; returns those that have it and go on."""
-        for run in runs:
-            if run.sequence.room >= run.sequence.next_end:
-                continue
+        short = [run for run in runs if run.sequence.room < run.sequence.next_end]
+        for run in short:
             try:
                 while not self._reserve_one(run):
                     pass
             except Exception as error:
                 self._end(run, error)
-        return [run for run in runs if not run.left and run not in self._waiting]
+        return [run for run in runs if not run.left and run not in self._waiting] if short else runs
 
     def _reserve_one(self, run: Run) -> bool:
         with self._lock:  # one that another thread closes has no cache any more
@@ -637,13 +642,12 @@ class Engine:
         self._passes += 1
         with self._lock:
             passes = [(run, requests) for run in runs if (requests := self._request(run))]
-        # Neighbours of a kind share their attention's operations.
-        passes.sort(key=lambda one: _order(one[1], self.runner.same_sums))
+        one_group = _sort(passes, self.runner.same_sums)
         left = [passes] if passes else []
         while left:
             some = left.pop()
             try:
-                self._forward_together(some)
+                self._forward_together(some, one_group)
             except MemoryError as error:
                 again = [one for one in some if _repeatable(one[1])] if len(some) > 1 else []
                 for one in some:
@@ -655,7 +659,7 @@ class Engine:
                 elif again:
                     left.append(again)
 
-    def _forward_together(self, passes: list[tuple[Run, tuple[SequencePass, ...]]]) -> None:
+    def _forward_together(self, passes: list[tuple[Run, tuple[SequencePass, ...]]], one_group: bool) -> None:
         """Run some sequences' passes in one forward.
 
         Raises
@@ -665,22 +669,22 @@ class Engine:
         """
         began = time.perf_counter()
         sequences = tuple(chain.from_iterable(requests for _, requests in passes))
-        batch = PassBatch(sequences, self.runner.same_sums)
+        batch = PassBatch(sequences, self.runner.same_sums, one_group)
         observe = any(run.observer is not None for run, _ in passes)
         begin = partial(self._begin, passes, batch, observe)
         finish = self._with_room(begin) if all(_repeatable(one) for _, one in passes) else begin()
         self._tell()  # of the pass before, while this one is under way
         result = finish()
-        denoised = [requests[-1] for _, requests in passes if requests[-1].kind.denoises]
-        fixes = _fixes(result, denoised)
         ended = time.perf_counter()
         done = Done(result.reads, len(passes), ended - began, ended)
         self._count(batch, done)
+        denoised = [requests[-1] for _, requests in passes if requests[-1].kind.denoises]
+        fixed = iter(_fixed(result, denoised))
         index = 0
         for run, requests in passes:
-            fix = next(fixes) if requests[-1].kind.denoises else NOTHING
+            after = next(fixed) if requests[-1].kind.denoises else None
             if not run.left:
-                self._apply(run, requests, fix, done, index, result.layers)
+                self._apply(run, requests, after, done, index, result.layers)
             index += len(requests)
         if batch.kind is PassKind.PREFILL:  # once all are applied: who is told may ask for others' steps
             for run, _ in passes:
@@ -729,7 +733,7 @@ class Engine:
         self,
         run: Run,
         requests: tuple[SequencePass, ...],
-        fix: Fix | NumericalError,
+        after: Fixed | NumericalError | None,
         done: Done,
         index: int,
         layers: Ids[tuple[ObservedLayer, ...]],
@@ -740,9 +744,9 @@ class Engine:
         """
         sequence = run.sequence
         try:
-            if isinstance(fix, NumericalError):
-                raise fix
-            sequence.apply(*fix)
+            if isinstance(after, NumericalError):
+                raise after
+            sequence.apply(*after or ())
             if requests[0].kind is PassKind.PREFILL:
                 sequence.prefill_seconds += done.seconds
                 return
@@ -806,6 +810,8 @@ class Engine:
                 if not self._note(run):
                     continue
                 sequence = run.sequence
+                if not (run.each_step or sequence.finished):
+                    continue
                 try:
                     steps = [step for step in sequence.steps() if step.kind != PassKind.COMMIT.value]
                     if steps and sequence.finished:
@@ -823,12 +829,23 @@ class Engine:
         self._leave(run)
 
 
-def _order(requests: tuple[SequencePass, ...], alike: bool) -> tuple[Any, ...]:
-    """Brings passes together that share their operations, of those first the ones whose commits ride."""
-    *key, attention = operations_key(requests, alike)
-    if requests[0].kind is PassKind.PREFILL:  # each by itself, in the order in which they came
-        return tuple(key)
-    return *key, id(attention), -len(requests)  # equal ones are one: generation_config
+def _sort(passes: list[tuple[Run, tuple[SequencePass, ...]]], alike: bool) -> bool:
+    """Bring passes together that share their operations, of those first the ones whose commits ride.
+
+    Returns whether all share them.
+    """
+    keys = [operations_key(requests, alike) for _, requests in passes]
+    passes.sort(key=lambda one: -len(one[1]))
+    if keys.count(keys[0]) == len(keys) if keys else True:
+        return True
+
+    def order(one: tuple[Run, tuple[SequencePass, ...]]) -> tuple[Any, ...]:
+        *key, attention = operations_key(one[1], alike)
+        # Pieces of prompts are each by itself, in the order in which they came.
+        return tuple(key) if one[1][0].kind is PassKind.PREFILL else (*key, id(attention))
+
+    passes.sort(key=order)  # equal options of attention are one: generation_config
+    return False
 
 
 def _repeatable(requests: tuple[SequencePass, ...]) -> bool:
@@ -857,17 +874,16 @@ def _to_keep(error: Exception) -> Exception:
     return error
 
 
-def _fixes(result: PassResult, denoised: list[SequencePass]) -> Iterator[Fix | NumericalError]:
-    """What is fixed of each sequence's proposals, or an error where they are not finite."""
+def _fixed(result: PassResult, denoised: list[SequencePass]) -> list[Fixed] | list[Fixed | NumericalError]:
+    """Each sequence's block after the pass, or an error where its proposals are not finite."""
     proposals = result.proposals
     if proposals is None:
-        return
-    tokens, chosen = proposals.tokens.tolist(), choose(proposals, denoised).tolist()
-    finite = None if proposals.finite is None or proposals.finite.all() else proposals.finite
-    end = 0
-    for one in denoised:
-        rows = slice(end, end := end + len(one.masked))
-        if finite is None or finite[rows].all():
-            yield tokens[rows], chosen[rows]
-        else:
-            yield NumericalError(NOT_FINITE)
+        return []
+    fixed = remask(proposals, denoised)
+    if proposals.finite is None or proposals.finite.all():
+        return fixed
+    ends = np.cumsum([len(one.masked) for one in denoised])
+    return [
+        after if rows.all() else NumericalError(NOT_FINITE)
+        for after, rows in zip(fixed, np.split(proposals.finite, ends), strict=False)
+    ]

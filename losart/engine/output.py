@@ -60,6 +60,11 @@ class Output:
         what may become a stop string, are held back.
         """
         self._update_text()
+        return self.known_text
+
+    @property
+    def known_text(self) -> str:
+        """The text as it was when it was last asked for, or cut at a stop string."""
         if self.finish_reason is not None or not self._text:
             return self._text
         text = self._text.rstrip(INCOMPLETE)

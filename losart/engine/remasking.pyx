@@ -2,6 +2,47 @@
 
 import numpy as np
 
+from libc.stdint cimport int64_t
+
+
+def remask(proposals, passes):
+    """The blocks after a pass: the proposals that `choose` takes are in their places.
+
+    Parameters
+    ----------
+    proposals : Proposals
+    passes : sequence of SequencePass
+        Whose masked rows they are for, one after the other; their ids and masked rows are lists.
+
+    Returns
+    -------
+    list of (list of int, list of int)
+        Of each: the block, and where it is still masked.
+
+    Raises
+    ------
+    ValueError
+        There are more or fewer proposals than masked rows.
+    """
+    cdef const unsigned char[::1] chosen = choose(proposals, passes).view(np.uint8)
+    cdef const int64_t[::1] tokens = np.ascontiguousarray(proposals.tokens, np.int64)
+    cdef Py_ssize_t first = 0, row
+    cdef list block, masked, left, after = []
+    if tokens.shape[0] != chosen.shape[0]:
+        raise ValueError("there must be a proposal for each masked row")
+    for one in passes:
+        block, masked, left = list(one.ids), one.masked, []
+        for row in masked:
+            if not 0 <= row < len(block):
+                raise ValueError(f"row {row} of {len(block)} cannot be masked")
+            if chosen[first]:
+                block[row] = tokens[first]
+            else:
+                left.append(row)
+            first += 1
+        after.append((block, left))
+    return after
+
 
 def choose(proposals, passes):
     """Which proposals are fixed, as each sequence's strategy says.
@@ -99,39 +140,3 @@ cdef void within(const float *values, Py_ssize_t rows, float bound, unsigned cha
         if taken and total > bound:
             return
         out[best] = 1
-
-
-def fix(list block, list masked, list tokens, list chosen):
-    """A block with the chosen proposals in their places.
-
-    Parameters
-    ----------
-    block : list of int
-    masked : list of int
-        Its masked positions, ascending.
-    tokens : list of int
-        Proposed for these.
-    chosen : list of bool
-        Which of them are fixed.
-
-    Returns
-    -------
-    (list of int, list of int, list of int)
-        The block, where it is still masked, and where it no longer is.
-
-    Raises
-    ------
-    ValueError
-        There are more or fewer proposals than masked positions.
-    """
-    cdef Py_ssize_t i, count = len(masked)
-    cdef list after = block.copy(), left = [], fixed = []
-    if not len(tokens) == len(chosen) == count:
-        raise ValueError(f"there are {len(tokens)} proposals for {count} masked positions")
-    for i in range(count):
-        if chosen[i]:
-            after[masked[i]] = tokens[i]
-            fixed.append(masked[i])
-        else:
-            left.append(masked[i])
-    return after, left, fixed

@@ -12,7 +12,6 @@ from losart.config.options import GenerationConfig
 from losart.engine.batch import PassKind, PassReads, SequencePass
 from losart.engine.kv_cache import PagedKVCache
 from losart.engine.output import Output
-from losart.engine.remasking import fix
 from losart.engine.sampling import transfer_counts
 from losart.observe.step import GenerationResult, Stats, Step
 
@@ -108,12 +107,14 @@ class Sequence:
         self._kind = PassKind.PREFILL  # of the pass that is under way
         self._piece = 0  # tokens of the prompt in it
         self._committed: tuple[int, list[int], str] | None = None  # start, tokens, text
-        self._denoised: tuple[PassKind, int, list[int]] | None = None  # kind, start, fixed positions
+        self._denoised: tuple[PassKind, int, list[int]] | None = None  # kind, start, what was masked
+        self._own_pass: tuple[SequencePass] | None = None  # that denoised last, to be made the next
         # Passes so far that denoise the block, where they store something: kind, ids, masked, uniforms.
         self._asked: list[tuple[Any, ...]] = []
         self._rng = np.random.default_rng(options.seed) if options.temperature > 0 else None
         # Every pass fixes one position at least: there are never more passes than positions.
-        self._counts = transfer_counts(length, min(length, options.denoising_steps))
+        counts = transfer_counts(length, min(length, options.denoising_steps))
+        self._counts = counts[:-1]  # the last pass fixes all
         self._begin_block()
 
     def _whole_blocks(self) -> np.ndarray:
@@ -165,6 +166,11 @@ class Sequence:
             self.prefix = self._whole_blocks()
         self.cache = cache
         self.room = self.found = 0
+        self._own_pass = None
+
+    def release(self) -> None:
+        """Give up the slot, and what holds the cache beside `cache`: no pass follows."""
+        self.slot = self._own_pass = None
 
     def shareable(self) -> np.ndarray:
         """Ids of the positions in the cache whose keys and values are those that prefill gives."""
@@ -180,16 +186,20 @@ class Sequence:
     @property
     def next_end(self) -> int:
         """Positions that the cache must have room for before the next pass."""
-        kind = self.next_kind
-        if kind is PassKind.PREFILL:
+        if self.prefilling:
             return len(self.prefix)
-        blocks = 2 if self.commits_ride and kind is PassKind.COMMIT else 1
+        blocks = 2 if self.commits_ride and not self._masked else 1
         return self.cache.length + self.options.block_length * blocks
+
+    @property
+    def prefilling(self) -> bool:
+        """Whether the next pass takes a piece of the prompt into the cache."""
+        return self.cache.length < len(self.prefix)
 
     @property
     def next_kind(self) -> PassKind:
         """What the next pass is for, unless the sequence is finished."""
-        if self.cache.length < len(self.prefix):
+        if self.prefilling:
             return PassKind.PREFILL
         if not self._masked:
             return PassKind.COMMIT
@@ -206,6 +216,9 @@ class Sequence:
         Two, where the first pass over the next block rides with the commit of the block before it.
         """
         self.pending = True
+        if self._passes and self._masked and self._own_pass is not None:  # as most passes
+            self._kind = PassKind.LATER
+            return self._denoise_again(self._own_pass)
         kind, start = self.next_kind, self.cache.length
         self._kind = kind
         if kind is PassKind.PREFILL:
@@ -215,25 +228,43 @@ class Sequence:
             self._piece = len(piece)
             return (SequencePass(kind, piece, start, self.options, self.cache, self.slot),)
         if kind is not PassKind.COMMIT:
-            return (self._denoising(kind, self._block, self._masked, start),)
+            return self._denoising(kind, self._block, self._masked, start)
         where = start, self.options, self.cache
         if not self.commits_ride:
             return (SequencePass(kind, self._block, *where, self.slot),)
         length = len(self._block)
         block, masked = [self.options.mask_token_id] * length, list(range(length))
         commit = SequencePass(kind, self._block, *where)
-        return commit, self._denoising(PassKind.FIRST, block, masked, start + length)
+        return commit, *self._denoising(PassKind.FIRST, block, masked, start + length)
 
-    def _denoising(self, kind: PassKind, block: list[int], masked: list[int], start: int) -> SequencePass:
+    def _denoising(
+        self, kind: PassKind, block: list[int], masked: list[int], start: int
+    ) -> tuple[SequencePass]:
+        """A pass over a block: its first one, or the first after the sequence was set back."""
+        where = start, self.options, self.cache, self.slot
+        uniforms, count = self._sampled(kind, block, masked)
+        self._own_pass = (SequencePass(kind, block, *where, masked, uniforms, count),)
+        return self._own_pass
+
+    def _denoise_again(self, before: tuple[SequencePass]) -> tuple[SequencePass]:
+        """The pass before, made the next one: a new one would take several times as long."""
+        again, kind, block, masked = before[0], PassKind.LATER, self._block, self._masked
+        again.kind, again.ids, again.masked = kind, block, masked
+        again.uniforms, again.count = self._sampled(kind, block, masked)
+        return before
+
+    def _sampled(
+        self, kind: PassKind, block: list[int], masked: list[int]
+    ) -> tuple[np.ndarray | None, int | None]:
+        """Random numbers for the block, and how many tokens are fixed at least."""
         # One number per position and pass, so that a draw does not depend on what else is masked.
         uniforms = None if self._rng is None else self._rng.random(len(block))
-        passes = self._passes if kind is PassKind.LATER else 0
-        count = self._counts[passes] if passes < len(self._counts) - 1 else None  # the last one fixes all
         if self.slot is not None:
             if kind is PassKind.FIRST:
                 self._asked.clear()
             self._asked.append((kind, block, masked, uniforms))
-        return SequencePass(kind, block, start, self.options, self.cache, self.slot, masked, uniforms, count)
+        passes = self._passes if kind is PassKind.LATER else 0
+        return uniforms, self._counts[passes] if passes < len(self._counts) else None
 
     def passes_before(self, asked: SequencePass) -> list[SequencePass]:
         """What stored, in this order, what the pass that was asked for last finds stored, and may change."""
@@ -242,15 +273,13 @@ class Sequence:
         before = self._asked[:-1] if asked.kind.denoises else self._asked
         return [replace(asked, kind=k, ids=i, masked=m, uniforms=u) for k, i, m, u in before]
 
-    def apply(self, tokens: list[int] | None = None, chosen: list[bool] | None = None) -> None:
+    def apply(self, block: list[int] | None = None, masked: list[int] | None = None) -> None:
         """Take a pass's result; `steps` tells what it did.
 
         Parameters
         ----------
-        tokens : list of int, optional
-            Proposed for the masked rows of the one of `next_pass` that denoises, if one does.
-        chosen : list of bool, optional
-            Which of them are fixed.
+        block, masked : list of int, optional
+            The block after a pass that denoises it, and where it is still masked.
         """
         kind, start = self._kind, self.cache.length
         self._committed = self._denoised = None
@@ -261,41 +290,37 @@ class Sequence:
             self.ids[start:] = self._block
             self.cache.advance(len(self._block))
             self.commit_passes += 1
-            self._committed = start, self._block, self.output.text
+            self._committed = start, self._block, self.output.known_text
             self._begin_block()
             kind, start = PassKind.FIRST, self.cache.length
-        if tokens and chosen:
-            self._denoised = kind, start, self._fix(tokens, chosen)
+        if block is not None and masked is not None:
+            self._denoised = kind, start, self._masked
+            self._block, self._masked = block, masked
+            self._passes += 1
+            self.denoising_passes += 1
+            gap = masked[0] if masked else len(block)
+            if gap > self._known:
+                self.output.extend(block[self._known : gap])
+                self._known = gap
         self.pending = False
 
     def steps(self) -> list[Step]:
         """What the last pass did, until the next is applied: a step for each of `next_pass`.
 
-        None for a piece of the prompt.
+        None for a piece of the prompt. A commit that rides has the text that was asked for before.
         """
         steps = []
         if self._committed is not None:
             start, tokens, text = self._committed
             steps.append(Step(PassKind.COMMIT.value, start, list(tokens), [], text))
         if self._denoised is not None:
-            kind, start, fixed = self._denoised
+            kind, start, masked = self._denoised
             block: list[int | None] = list(self._block)
             for row in self._masked:
                 block[row] = None
+            fixed = [row for row in masked if block[row] is not None]
             steps.append(Step(kind.value, start, block, fixed, self.output.text))
         return steps
-
-    def _fix(self, tokens: list[int], chosen: list[bool]) -> list[int]:
-        """Fix what was chosen of the proposals for the masked positions; returns where they are."""
-        block, masked, fixed = fix(self._block, self._masked, tokens, chosen)
-        self._block, self._masked = block, masked
-        self._passes += 1
-        self.denoising_passes += 1
-        gap = masked[0] if masked else len(block)
-        if gap > self._known:
-            self.output.extend(block[self._known : gap])
-            self._known = gap
-        return fixed
 
     def result(self) -> GenerationResult:
         """What the finished sequence gave."""

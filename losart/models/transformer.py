@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Hashable, Mapping, MutableSet
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from losart.attention import AttentionPolicy, make_policy
@@ -172,8 +173,12 @@ class Transformer:
         counted = iter(zip(output.positions, output.tokens, strict=True))
         reads = []
         for group, _ in batch.groups():
-            policy = self.policy(group.options)
-            reads += [policy.reads(one.kind, *next(counted)) for one in group.sequences]
+            policy, of_group = self.policy(group.options), list(islice(counted, len(group.sequences)))
+            if policy.always_dense:
+                reads += [policy.reads(group.kind, 0, 0)] * len(of_group)
+            else:
+                kinds = (one.kind for one in group.sequences)
+                reads += [policy.reads(kind, *one) for kind, one in zip(kinds, of_group, strict=True)]
         if not observe:
             return PassResult(output.proposals, reads)
         layers = []

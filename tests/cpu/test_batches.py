@@ -9,7 +9,7 @@ import pytest
 import losart
 from losart.config.options import generation_config
 from losart.engine.batch import PassBatch, PassKind, PassResult, SequencePass
-from losart.engine.remasking import choose
+from losart.engine.remasking import remask
 from losart.engine.sampling import Proposals
 from losart.engine.sequence import Sequence
 
@@ -82,11 +82,8 @@ def apply(
             sequence.apply()
         return
     denoised = [requests[-1] for requests in asked]
-    tokens, chosen = proposals.tokens.tolist(), choose(proposals, denoised).tolist()
-    for sequence, one in zip(sequences, denoised, strict=True):
-        count = len(one.masked)
-        sequence.apply(tokens[:count], chosen[:count])
-        del tokens[:count], chosen[:count]
+    for sequence, (block, masked) in zip(sequences, remask(proposals, denoised), strict=True):
+        sequence.apply(block, masked)
 
 
 @pytest.mark.parametrize("rides", [False, True])

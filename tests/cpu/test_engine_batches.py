@@ -180,6 +180,23 @@ def test_an_error_keeps_nothing_of_its_pass(model, monkeypatch):
         gc.enable()
 
 
+def test_only_last_steps_where_no_others_are_wanted(model):
+    """Some of a pass have each step, others the last one alone, whose texts and results are the same."""
+    options = options_of(0, 24)
+    engine = losart.Engine(model)
+    each = [engine.submit(prompt, **options) for prompt in PROMPTS[:3]]
+    last = [engine.submit(prompt, each_step=False, **options) for prompt in PROMPTS[:3]]
+    steps = [list(stream) for stream in each]
+    assert all(step.result is None for of_stream in steps for step in of_stream[:-1])
+    for of_stream, stream in zip(steps, last, strict=True):
+        (step,) = stream
+        assert (step.kind, step.block_start, step.block, step.fixed, step.text) == (
+            *(of_stream[-1].kind, of_stream[-1].block_start, of_stream[-1].block),
+            *(of_stream[-1].fixed, of_stream[-1].text),
+        )
+        assert facts(stream.result())[:3] == facts(of_stream[-1].result)[:3]
+
+
 def test_a_list_of_prompts_is_decoded_together(model, monkeypatch):
     rows = []
     begin = model._engine.runner.begin

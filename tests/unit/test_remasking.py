@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from losart.config.options import GenerationConfig
 from losart.engine.batch import PassKind, SequencePass
-from losart.engine.remasking import choose
+from losart.engine.remasking import choose, remask
 from losart.engine.sampling import STRATEGIES, Proposals, check_remasking, transfer_counts
 from losart.errors import OptionError
 
@@ -58,11 +58,35 @@ def test_each_sequence_has_what_the_reference_fixes(sequences):
             fixed = ref.remask(name, np.arange(len(masked)), *spread, masked, count, threshold, eb_threshold)
         expected.append(fixed.tolist())
     confidence, entropy = (np.concatenate([one[0][index] for one in sequences]) for index in (1, 2))
-    chosen = choose(Proposals(np.arange(len(confidence)), confidence, entropy), passes)
-    for one, fixed in zip(passes, expected, strict=True):
+    proposed = Proposals(1 + np.arange(len(confidence)), confidence, entropy)
+    chosen, tokens, blocks = choose(proposed, passes), proposed.tokens, remask(proposed, passes)
+    for one, fixed, (block, left) in zip(passes, expected, blocks, strict=True):
         own, chosen = chosen[: len(one.masked)], chosen[len(one.masked) :]
         assert np.array(one.masked)[own].tolist() == fixed
+        after = np.zeros(len(one.ids), int)
+        after[fixed] = tokens[: len(own)][own]
+        assert block == after.tolist() and left == sorted({*one.masked} - {*fixed})
+        assert not any(one.ids)  # the pass keeps its own
+        tokens = tokens[len(own) :]
     assert not len(chosen)
+
+
+def one_pass(masked: list[int]) -> SequencePass:
+    return SequencePass(PassKind.LATER, [0] * 4, 0, GenerationConfig(4, 0, 1), None, masked=masked, count=1)
+
+
+@pytest.mark.parametrize("masked", [[4], [-1]])
+def test_a_row_that_the_block_has_not_is_refused(masked):
+    one = np.ones(1, np.float32)
+    with pytest.raises(ValueError, match=f"row {masked[0]} of 4 cannot be masked"):
+        remask(Proposals(np.ones(1, int), one, one), [one_pass(masked)])
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_proposals_for_other_rows_are_refused(rows):
+    some = np.ones(rows, np.float32)
+    with pytest.raises(ValueError, match="a proposal for each masked row"):
+        remask(Proposals(np.ones(rows, int), some, some), [one_pass([1, 2])])
 
 
 @settings(max_examples=150, deadline=None)
