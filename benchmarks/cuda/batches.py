@@ -127,7 +127,8 @@ def decode(model: NoiseModel, caches: list[Any], prompt: int, options: dict[str,
         """Seconds of all sequences, of whose prompts so much is in the caches, and the sequences."""
         for cache in caches:
             cache.length = held
-        runs = [Run(engine.sequence(ids, config, cache)) for ids, cache in zip(prompts, caches, strict=True)]
+        sequences = [engine.sequence(ids, config, cache) for ids, cache in zip(prompts, caches, strict=True)]
+        runs = [Run(sequence, each_step=False) for sequence in sequences]
         model.transformer.passes.clear()
         began = time.perf_counter()
         for run in runs:
