@@ -64,6 +64,7 @@ setup(
         *find_packages(include=["losart", "losart.*"]),
         "losart.loaders",
         "losart.loaders.families",
+        "losart.loaders.quantized",
         "losart.kernels_cu",
     ],
     package_dir={"losart.loaders": "loaders", "losart.kernels_cu": "kernels_cu"},

@@ -3,6 +3,7 @@
 from losart.loaders.chat_template import ChatTemplate
 from losart.loaders.checkpoint import Checkpoint, open_checkpoint
 from losart.loaders.families import SUPPORTED_MODEL_TYPES
+from losart.loaders.quantized import QuantizedTensor
 from losart.loaders.safetensors_files import MappedTensor
 from losart.loaders.tokenizer import Prompt, Tokenizer, is_batch, prompt_ids
 
@@ -12,6 +13,7 @@ __all__ = [
     "Checkpoint",
     "MappedTensor",
     "Prompt",
+    "QuantizedTensor",
     "Tokenizer",
     "is_batch",
     "open_checkpoint",

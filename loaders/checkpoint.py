@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from losart.config.model import ModelConfig
@@ -13,7 +14,9 @@ from losart.errors import TensorError
 from losart.loaders.chat_template import ChatTemplate, read_chat_template
 from losart.loaders.families import family_of
 from losart.loaders.hub import checkpoint_directory
+from losart.loaders.json_files import read_json_object
 from losart.loaders.model_config import read_model_config
+from losart.loaders.quantized import Quantization, QuantizedTensor, read_quantization
 from losart.loaders.safetensors_files import MappedTensor, map_tensors
 from losart.loaders.tokenizer import Tokenizer, read_tokenizer
 
@@ -29,7 +32,7 @@ class Checkpoint:
     path : Path
         Its directory.
     config : ModelConfig
-    tensors : dict of str to MappedTensor
+    tensors : dict of str to MappedTensor or QuantizedTensor
         By canonical name (see `losart.loaders.families`); mapped, not read.
     tokenizer : Tokenizer or None
         None where the checkpoint has none.
@@ -39,7 +42,7 @@ class Checkpoint:
 
     path: Path
     config: ModelConfig
-    tensors: dict[str, MappedTensor] = field(repr=False)
+    tensors: dict[str, MappedTensor | QuantizedTensor] = field(repr=False)
     tokenizer: Tokenizer | None
     chat_template: ChatTemplate | None
 
@@ -69,18 +72,29 @@ def open_checkpoint(model: str | os.PathLike[str] | None = None) -> Checkpoint:
     directory = checkpoint_directory(model)
     tokenizer = read_tokenizer(directory)
     config = read_model_config(directory, tokenizer)
-    tensors = _canonical_tensors(directory, config, map_tensors(directory))
+    quantization = read_quantization(read_json_object(directory / "config.json"))
+    tensors = _canonical_tensors(directory, config, map_tensors(directory), quantization)
     special_tokens = {} if tokenizer is None else tokenizer.special_tokens
     return Checkpoint(directory, config, tensors, tokenizer, read_chat_template(directory, special_tokens))
 
 
 def _canonical_tensors(
-    directory: Path, config: ModelConfig, saved: Mapping[str, MappedTensor]
-) -> dict[str, MappedTensor]:
+    directory: Path,
+    config: ModelConfig,
+    saved: Mapping[str, MappedTensor],
+    quantization: Quantization | None,
+) -> dict[str, MappedTensor | QuantizedTensor]:
     family = family_of(config.model_type)
-    tensors: dict[str, MappedTensor] = {}
+    tensors: dict[str, MappedTensor | QuantizedTensor] = {}
+    used: set[str] = set()
     missing: list[str] = []
     for expected in family.expected_tensors(config):
+        if quantization is not None and len(expected.shape) == 2:
+            quantized = quantization.find(expected.source, expected.shape, saved)
+            if quantized is not None:
+                tensors[expected.name] = quantized
+                used.update(part.name for part in quantized.parts.values())
+                continue
         tensor = saved.get(expected.source)
         if tensor is None:
             missing.append(expected.source)
@@ -99,11 +113,15 @@ def _canonical_tensors(
                 f"supported: {', '.join(DTYPES)}"
             )
         tensors[expected.name] = tensor
+        used.add(tensor.name)
     if missing:
         raise TensorError(f"{directory}: missing tensors: {_names(missing)}")
 
-    used = {tensor.name for tensor in tensors.values()}
-    unknown = [name for name in saved if name not in used and not family.is_harmless(name, config)]
+    def is_harmless(name: str) -> bool:
+        patterns = quantization.harmless if quantization is not None else ()
+        return family.is_harmless(name, config) or any(fnmatchcase(name, pattern) for pattern in patterns)
+
+    unknown = [name for name in saved if name not in used and not is_harmless(name)]
     if unknown:
         raise TensorError(f"{directory}: unknown tensors: {_names(unknown)}")
     return tensors

@@ -17,7 +17,11 @@ from losart.loaders.json_files import read_json_object
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-_BY_SAFETENSORS_NAME = {format.safetensors: format for format in FORMATS.values()}
+# dtypes by safetensors' name: ours, and NumPy's of an array of such values.
+_NUMBERS = {format.safetensors: (format.name, format.array) for format in FORMATS.values()}
+_CODES = {"I8": "int8", "I32": "int32", "I64": "int64", "F8_E4M3": "float8"}
+_CODE_ARRAYS = {"int8": "int8", "int32": "int32", "int64": "int64", "float8": "uint8"}
+_DTYPES = _NUMBERS | {saved: (name, _CODE_ARRAYS[name]) for saved, name in _CODES.items()}
 
 
 @dataclass(frozen=True)
@@ -30,17 +34,18 @@ class MappedTensor:
         As in the file.
     file : Path
     shape : tuple of int
-    dtype : {"float32", "bfloat16", "float16"}
-        Or safetensors' name of another dtype, which `array` refuses.
+    dtype : {"float32", "bfloat16", "float16", "int8", "int32", "int64", "float8"}
+        Or safetensors' name of another dtype.
+    nbytes : int
     """
 
     name: str
     file: Path
     shape: tuple[int, ...]
     dtype: str
+    nbytes: int
     _mapping: mmap.mmap = field(repr=False)
     _offset: int = field(repr=False)
-    _nbytes: int = field(repr=False)
 
     def array(self) -> np.ndarray:
         """The values, read-only and not copied: float32, float16, or bfloat16 as uint16 bits.
@@ -54,8 +59,31 @@ class MappedTensor:
         """
         if self.dtype not in FORMATS:
             raise TensorError(f"{self.file}: tensor {self.name!r} has the unsupported dtype {self.dtype}")
-        dtype = np.dtype(FORMATS[self.dtype].array).newbyteorder("<")
-        count = math.prod(self.shape)
+        return self._values(FORMATS[self.dtype].array)
+
+    def codes(self) -> np.ndarray:
+        """As `array`, of integers, and of float8 as its bits: int8, int32, int64 or uint8.
+
+        Raises
+        ------
+        TensorError
+            If the dtype is none of these.
+        """
+        if self.dtype not in _CODE_ARRAYS:
+            raise TensorError(f"{self.file}: tensor {self.name!r} has the unsupported dtype {self.dtype}")
+        return self._values(_CODE_ARRAYS[self.dtype])
+
+    def bytes(self) -> np.ndarray:
+        """The values as they are in the file: uint8 [nbytes]."""
+        return np.frombuffer(self._mapping, np.uint8, self.nbytes, self._offset)
+
+    @property
+    def size(self) -> int:
+        """Number of values."""
+        return math.prod(self.shape)
+
+    def _values(self, name: str) -> np.ndarray:
+        dtype, count = np.dtype(name).newbyteorder("<"), self.size
         array = np.frombuffer(self._mapping, dtype, count, self._offset).reshape(self.shape)
         if self._offset % dtype.itemsize:
             # Compiled code must not read misaligned values.
@@ -65,11 +93,11 @@ class MappedTensor:
 
     def release(self) -> None:
         """Return the tensor's pages to the operating system, where it supports that."""
-        if not hasattr(mmap, "MADV_DONTNEED") or not self._nbytes:
+        if not hasattr(mmap, "MADV_DONTNEED") or not self.nbytes:
             return
         # The first and last page may be shared with other tensors; they are clean, so nothing is lost.
         start = self._offset - self._offset % mmap.PAGESIZE
-        self._mapping.madvise(mmap.MADV_DONTNEED, start, self._offset + self._nbytes - start)
+        self._mapping.madvise(mmap.MADV_DONTNEED, start, self._offset + self.nbytes - start)
 
 
 def map_tensors(directory: Path) -> dict[str, MappedTensor]:
@@ -135,14 +163,13 @@ def map_file(file: Path) -> dict[str, MappedTensor]:
             start, end = entry["data_offsets"]
             shape = tuple(entry["shape"])
             dtype = entry["dtype"]
-            format = _BY_SAFETENSORS_NAME.get(dtype)
+            name_of_dtype, array = _DTYPES.get(dtype, (dtype, None))
             # Checked again, since a wrong size would make NumPy or the kernel read past the file.
-            wrong_size = format is not None and end - start != math.prod(shape) * format.itemsize
+            wrong_size = array is not None and end - start != math.prod(shape) * np.dtype(array).itemsize
             if wrong_size or data_start + end > len(mapping):
                 raise CheckpointError(f"{file}: tensor {name!r} does not fit its place in the file")
-            tensors[name] = MappedTensor(
-                name, file, shape, format.name if format else dtype, mapping, data_start + start, end - start
-            )
+            where = end - start, mapping, data_start + start
+            tensors[name] = MappedTensor(name, file, shape, name_of_dtype, *where)
         return tensors
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{file}: not a sound safetensors file: {error}") from error

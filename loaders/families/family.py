@@ -58,7 +58,7 @@ class ConfigFiles:
         Raises
         ------
         ConfigError
-            For another activation than SiLU, sliding windows, or quantized weights.
+            For another activation than SiLU, or sliding windows.
         """
         config = self.config
         if config.optional_text("hidden_act") not in (None, "silu"):
@@ -68,10 +68,6 @@ class ConfigFiles:
         kinds = config.get("layer_types")
         if kinds is not None and not (isinstance(kinds, list) and all(k == "full_attention" for k in kinds)):
             raise config.error("layer_types", kinds, "'full_attention' for every layer")
-        if config.get("quantization_config") is not None:
-            raise ConfigError(
-                f"{config.file}: quantization_config is not supported; use the unquantized checkpoint"
-            )
 
     def block_length(self, *names: str) -> int | None:
         """The first of the keys `names` in config.json, then in generation_config.json."""

@@ -11,9 +11,9 @@ from losart.backends import make_backend
 from losart.config.checks import is_int
 from losart.config.model import ModelConfig
 from losart.config.options import AttentionConfig, generation_config
-from losart.config.precision import FLOAT32, FORMATS, Precision
+from losart.config.precision import FLOAT32, Precision
 from losart.errors import OptionError
-from losart.loaders import Checkpoint, MappedTensor
+from losart.loaders import Checkpoint, MappedTensor, QuantizedTensor
 
 CONTEXTS = (4096, 32768)  # and all of the model's positions
 
@@ -65,7 +65,7 @@ def inspection(
         "sizes": _sizes(config),
         "parameters": sum(math.prod(tensor.shape) for tensor in tensors),
         "dtype_on_disk": sorted({tensor.dtype for tensor in tensors}),
-        "bytes_on_disk": sum(math.prod(tensor.shape) * FORMATS[tensor.dtype].itemsize for tensor in tensors),
+        "bytes_on_disk": sum(tensor.nbytes for tensor in tensors),
         "device": backend.name,
         "dtype": precision.weights.name,
         "weight_bytes": _held_bytes(tensors, precision),
@@ -95,7 +95,7 @@ def _sizes(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _held_bytes(tensors: Iterable[MappedTensor], precision: Precision) -> int:
+def _held_bytes(tensors: Iterable[MappedTensor | QuantizedTensor], precision: Precision) -> int:
     """Matrices as `Backend.upload` holds them, gains and biases as `Backend.upload_vector` does."""
     return sum(
         math.prod(tensor.shape) * (precision.weights if len(tensor.shape) > 1 else FLOAT32).itemsize

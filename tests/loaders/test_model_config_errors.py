@@ -31,7 +31,6 @@ from losart.loaders.model_config import read_model_config
         ({"use_sliding_window": True}, "use_sliding_window is not supported"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types must be 'full_attention'"),
         ({"layer_types": "full_attention"}, "layer_types must be"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config is not supported"),
         ({"tie_word_embeddings": "false"}, "tie_word_embeddings must be true or false"),
         ({"attention_bias": 1}, "attention_bias must be true or false"),
         ({"torch_dtype": "int8"}, "dtype 'int8' is not supported"),
@@ -172,7 +171,6 @@ OTHER_KEYS = [
     "layer_types",
     "original_max_position_embeddings",
     "partial_rotary_factor",
-    "quantization_config",
 ]
 ANYTHING = st.recursive(
     st.none()

@@ -89,7 +89,7 @@ def test_arrays_may_be_read_after_release(tmp_path):
 def test_a_dtype_without_support_is_named(tmp_path):
     save_file({"a": np.zeros(3, np.int64)}, tmp_path / "model.safetensors")
     tensor = map_tensors(tmp_path)["a"]
-    with pytest.raises(TensorError, match=r"model\.safetensors.*'a'.*I64"):
+    with pytest.raises(TensorError, match=r"model\.safetensors.*'a'.*int64"):
         tensor.array()
 
 

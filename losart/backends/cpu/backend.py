@@ -11,7 +11,7 @@ import numpy as np
 import losart.backends.cpu.attention_kernels as kernels
 import losart.backends.cpu.skinny_linear as skinny_linear
 from losart.backends.base import HostSelection, PassBody, PassOutput, Selection, StoredResults
-from losart.backends.cpu.convert import narrow, widen, widen_into
+from losart.backends.cpu.convert import float32_rows, narrow, widen, widen_into
 from losart.backends.cpu.kv_index import PageTable
 from losart.backends.cpu.selector import Selector
 from losart.config.model import ModelConfig
@@ -104,12 +104,10 @@ class CpuBackend:
         format = self.precision.weights
         if tensor.dtype == format.name:
             return tensor.array()
-        held = np.empty(tensor.shape, format.array)
-        source, out = tensor.array().reshape(-1), held.reshape(-1)
-        for start in range(0, out.size, WIDEN_FLOATS):
-            piece = slice(start, start + WIDEN_FLOATS)
-            out[piece] = narrow(widen(source[piece]), format)
-        del source
+        held, row = np.empty(tensor.shape, format.array), 0
+        for values in float32_rows(tensor, WIDEN_FLOATS):
+            held[row : row + len(values)] = narrow(values, format)
+            row += len(values)
         tensor.release()
         return held
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import numpy as np
 
 import losart.backends.cpu.attention_kernels as kernels
-from losart.config.precision import BFLOAT16, FLOAT16, Format
+from losart.config.precision import BFLOAT16, FLOAT16, FORMATS, Format
 
 
 def widen(values: np.ndarray) -> np.ndarray:
@@ -21,6 +24,15 @@ def widen_into(values: np.ndarray, out: np.ndarray, threads: bool = True) -> Non
     """A held array of 16 bits into a float32 array, by all threads or the caller's alone."""
     code = (BFLOAT16 if values.dtype == BFLOAT16.array else FLOAT16).code
     kernels.widen_into(values.reshape(-1).view(np.uint16), out.reshape(-1), code, threads)
+
+
+def float32_rows(matrix: Any, floats: int) -> Iterator[np.ndarray]:
+    """A checkpoint's matrix, quantized or not, in float32, some rows at a time of about so many numbers."""
+    (rows, columns), source = matrix.shape, matrix.array() if matrix.dtype in FORMATS else None
+    step = max(1, floats // max(1, columns))
+    for start in range(0, rows, step):
+        stop = min(rows, start + step)
+        yield matrix.float32(start, stop) if source is None else widen(source[start:stop])
 
 
 def narrow(values: np.ndarray, format: Format) -> np.ndarray:

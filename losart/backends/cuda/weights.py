@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import cupy
 import numpy as np
 
-from losart.backends.cpu.convert import narrow, widen
+from losart.backends.cpu.convert import float32_rows, narrow, widen
 from losart.backends.cuda.results import Weight
 from losart.config.precision import Format
 
@@ -46,20 +47,26 @@ class WeightLoader:
 
     def _fill(self, out: Any, tensor: Any) -> None:
         """Copy a tensor through two halves of the staging memory: one is filled while the other is copied."""
-        source = tensor.array().reshape(-1)
-        piece = STAGING_BYTES // 2 // out.itemsize
+        piece, start = STAGING_BYTES // 2 // out.itemsize, 0
         staging = np.frombuffer(self._staging, out.dtype, 2 * piece).reshape(2, piece)
         copied = [cupy.cuda.Event(disable_timing=True) for _ in range(2)]
-        for turn, start in enumerate(range(0, out.size, piece)):
-            half = turn % 2
-            values = source[start : start + piece]
-            if tensor.dtype != self._format.name:
-                values = narrow(widen(values), self._format)
+        for turn, values in enumerate(self._pieces(tensor, piece)):
+            half, end = turn % 2, start + values.size
             copied[half].synchronize()
-            staging[half, : len(values)] = values.view(out.dtype)
-            out[start : start + piece].set(staging[half, : len(values)], stream=self._stream)
+            staging[half, : values.size] = values.view(out.dtype)
+            out[start:end].set(staging[half, : values.size], stream=self._stream)
             copied[half].record(self._stream)
+            start = end
             tensor.release()
         self._stream.synchronize()
-        del source, values
         tensor.release()
+
+    def _pieces(self, tensor: Any, size: int) -> Iterator[np.ndarray]:
+        """A matrix as it is held, one after the other at most so many numbers."""
+        if tensor.dtype == self._format.name:
+            source = tensor.array().reshape(-1)
+            for start in range(0, source.size, size):
+                yield source[start : start + size]
+        else:
+            for rows in float32_rows(tensor, size):
+                yield narrow(rows, self._format).reshape(-1)

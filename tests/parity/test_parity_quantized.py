@@ -1,0 +1,101 @@
+"""Matrices that the package compressed-tensors writes are those that it reads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from losart.loaders import open_checkpoint
+from losart.measure.random_checkpoint import write_checkpoint
+
+pytest.importorskip("torch", reason="the oracle needs torch")
+pytest.importorskip("compressed_tensors", reason="the oracle needs compressed-tensors")
+
+import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from safetensors.torch import load_file, save_file
+
+pytestmark = pytest.mark.parity
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "int4, groups": ("pack-quantized", {"num_bits": 4, "strategy": "group", "group_size": 32}),
+    "int4, groups, zeros": (
+        "pack-quantized",
+        {"num_bits": 4, "strategy": "group", "group_size": 16, "symmetric": False},
+    ),
+    "int8, packed, channels, zeros": (
+        "pack-quantized",
+        {"num_bits": 8, "strategy": "channel", "symmetric": False},
+    ),
+    "int8, channels": ("int-quantized", {"num_bits": 8, "strategy": "channel"}),
+    "int8, groups, zeros": (
+        "int-quantized",
+        {"num_bits": 8, "strategy": "group", "group_size": 32, "symmetric": False},
+    ),
+    "float8, one scale": ("float-quantized", {"num_bits": 8, "type": "float", "strategy": "tensor"}),
+    "float8, channels": ("float-quantized", {"num_bits": 8, "type": "float", "strategy": "channel"}),
+    "float8, blocks": (
+        "float-quantized",
+        {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [32, 16]},
+    ),
+}
+
+
+def shape_of_scales(weight: torch.Tensor, args: QuantizationArgs) -> tuple[int, ...]:
+    rows, columns = weight.shape
+    block = args.block_structure or (0, 0)
+    return {
+        "tensor": (1,),
+        "channel": (rows, 1),
+        "group": (rows, columns // (args.group_size or 1)),
+        "block": (-(-rows // (block[0] or 1)), -(-columns // (block[1] or 1))),
+    }[args.strategy.value]
+
+
+@pytest.mark.parametrize("case", list(CASES))
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_matrices_are_those_that_it_decompresses(tmp_path: Path, case: str, dtype: str) -> None:
+    format, weights = CASES[case]
+    args = QuantizationArgs(**weights)
+    scheme = QuantizationScheme(targets=["Linear"], weights=args)
+    compressor = BaseCompressor.get_value_from_registry(format)
+    directory = write_checkpoint(
+        tmp_path, hidden_size=64, intermediate_size=96, num_layers=1, head_dim=16, dtype=dtype
+    )
+    torch.manual_seed(0)
+    tensors, expected = {}, {}
+    for name, weight in load_file(directory / "model.safetensors").items():
+        if not name.endswith("_proj.weight"):
+            tensors[name] = weight
+            continue
+        shape, top = (
+            shape_of_scales(weight, args),
+            240.0 if args.type == "float" else 2 ** (args.num_bits - 1),
+        )
+        scale = (weight.abs().max() / top * (0.5 + torch.rand(shape))).to(weight.dtype)
+        state = {"weight": weight, "weight_scale": scale}
+        if not args.symmetric:
+            half = 2 ** (args.num_bits - 1)
+            state["weight_zero_point"] = torch.randint(-half, half, shape).to(torch.int8)
+        compressed = compressor.compress(state, scheme)
+        expected[name] = compressor.decompress(compressed, scheme)["weight"]
+        module = name.removesuffix(".weight")
+        tensors |= {f"{module}.{end}": part.contiguous() for end, part in compressed.items()}
+    save_file(tensors, directory / "model.safetensors")
+    keys = json.loads((directory / "config.json").read_text())
+    keys["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": format,
+        "config_groups": {"group_0": json.loads(scheme.model_dump_json())},
+    }
+    (directory / "config.json").write_text(json.dumps(keys))
+    found = {tensor.name: tensor for tensor in open_checkpoint(directory).tensors.values()}
+    assert expected
+    for name, weight in expected.items():
+        values = torch.from_numpy(np.ascontiguousarray(found[name].float32(0, weight.shape[0])))
+        assert torch.equal(values.to(weight.dtype), weight)
