@@ -34,12 +34,16 @@ def parser() -> argparse.ArgumentParser:
         plot,
         prebuild,
         prefix,
+        quantize,
     )
 
     top = argparse.ArgumentParser(prog="losart", description="Runs block-wise diffusion language models.")
     top.add_argument("--version", action="version", version=f"losart {__version__}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (generate, chat, batch, prefix, eval, plot, bench, footprint, inspect, info, prebuild):
+    for module in (
+        *(generate, chat, batch, prefix, eval, plot, bench, footprint),
+        *(inspect, quantize, info, prebuild),
+    ):
         command = commands.add_parser(
             module.__name__.rpartition(".")[2],
             help=module.HELP,

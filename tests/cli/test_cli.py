@@ -145,7 +145,18 @@ def test_active_that_is_neither(capsys):
 
 
 def test_help_and_version(capsys):
-    commands = ("generate", "chat", "eval", "plot", "bench", "footprint", "inspect", "info", "prebuild")
+    commands = (
+        "generate",
+        "chat",
+        "eval",
+        "plot",
+        "bench",
+        "footprint",
+        "inspect",
+        "quantize",
+        "info",
+        "prebuild",
+    )
     for arguments in (["--help"], *([command, "--help"] for command in commands), ["--version"]):
         with pytest.raises(SystemExit) as exit_:
             main(arguments)

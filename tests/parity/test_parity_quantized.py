@@ -1,4 +1,4 @@
-"""Matrices that the package compressed-tensors writes are those that it reads."""
+"""The package compressed-tensors, and transformers with it, read and write the same matrices as we do."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from losart.loaders import open_checkpoint
+from losart.loaders import QuantizedTensor, open_checkpoint
 from losart.measure.random_checkpoint import write_checkpoint
+from losart.quantization import WeightFormat, quantize_checkpoint
 
 pytest.importorskip("torch", reason="the oracle needs torch")
 pytest.importorskip("compressed_tensors", reason="the oracle needs compressed-tensors")
 
 import torch
+import transformers
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from safetensors.torch import load_file, save_file
@@ -54,7 +56,7 @@ def shape_of_scales(weight: torch.Tensor, args: QuantizationArgs) -> tuple[int, 
         "channel": (rows, 1),
         "group": (rows, columns // (args.group_size or 1)),
         "block": (-(-rows // (block[0] or 1)), -(-columns // (block[1] or 1))),
-    }[args.strategy.value]
+    }[str(getattr(args.strategy, "value", args.strategy))]
 
 
 @pytest.mark.parametrize("case", list(CASES))
@@ -99,3 +101,28 @@ def test_matrices_are_those_that_it_decompresses(tmp_path: Path, case: str, dtyp
     for name, weight in expected.items():
         values = torch.from_numpy(np.ascontiguousarray(found[name].float32(0, weight.shape[0])))
         assert torch.equal(values.to(weight.dtype), weight)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("format", ["int4", "int8", "fp8"])
+def test_transformers_reads_what_was_quantized(tmp_path: Path, format: str, dtype: str) -> None:
+    """All matrices of a model whose head has another format than its layers."""
+    source = write_checkpoint(
+        tmp_path / "source", hidden_size=64, intermediate_size=128, num_layers=1, head_dim=16, dtype=dtype
+    )
+    directory = quantize_checkpoint(
+        open_checkpoint(source), tmp_path / "new", WeightFormat.by_default(format), WeightFormat("int8")
+    )
+    config = json.loads((directory / "config.json").read_text())
+    config |= {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}
+    (directory / "config.json").write_text(json.dumps(config))
+    model = transformers.Qwen3ForCausalLM.from_pretrained(directory, dtype="auto")
+    model(torch.tensor([[1, 2, 3]]))  # in whose course the matrices are decompressed
+    parameters, checked = dict(model.named_parameters()), 0
+    (directory / "config.json").write_text(json.dumps(config | {"model_type": "sdar"}))
+    for tensor in open_checkpoint(directory).tensors.values():
+        if isinstance(tensor, QuantizedTensor):
+            values = torch.from_numpy(np.ascontiguousarray(tensor.float32(0, tensor.shape[0])))
+            assert torch.equal(values.to(getattr(torch, dtype)), parameters[tensor.name].detach())
+            checked += 1
+    assert checked == 8

@@ -23,6 +23,7 @@ RANKS = {
     "losart.engine": 3,
     "losart.backends": 4,
     "losart.attention": 5,
+    "losart.quantization": 5,
     "losart.models": 6,
     "losart.api": 7,
     "losart.eval": 8,

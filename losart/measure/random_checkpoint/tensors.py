@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
 
 import numpy as np
 
 from losart.backends.cpu.convert import narrow
 from losart.config.precision import Format
+from losart.loaders.safetensors_writer import SafetensorsWriter, TensorEntry, shard_name, write_index
 from losart.observe.step import Progress
 
 _CHUNK = 1 << 22  # values that one thread holds at a time
@@ -32,6 +31,10 @@ class RandomTensor:
     @property
     def size(self) -> int:
         return math.prod(self.shape)
+
+    def entry(self, format: Format) -> TensorEntry:
+        """In a file."""
+        return TensorEntry(self.name, format.safetensors, self.shape, format.itemsize)
 
 
 def write_tensors(
@@ -57,47 +60,31 @@ def write_tensors(
         if progress is not None:
             progress(done >> 20, total * format.itemsize >> 20)
 
-    if shards == 1:
-        _write_file(directory / "model.safetensors", tensors, format, seed, wrote)
-        return
     parts: list[list[RandomTensor]] = [[] for _ in range(shards)]
     written = 0
     for tensor in tensors:
         parts[min(shards - 1, written * shards // total)].append(tensor)
         written += tensor.size
-    weight_map: dict[str, str] = {}
-    for i, part in enumerate(parts):
-        name = f"model-{i + 1:05}-of-{shards:05}.safetensors"
-        _write_file(directory / name, part, format, seed, wrote)
-        weight_map |= {tensor.name: name for tensor in part}
-    index = {"metadata": {"total_size": total * format.itemsize}, "weight_map": weight_map}
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    entries = [[tensor.entry(format) for tensor in part] for part in parts]
+    for i, (part, of_part) in enumerate(zip(parts, entries, strict=True)):
+        with SafetensorsWriter(directory / shard_name(i, shards), of_part) as writer:
+            _write_tensors(writer, part, format, seed, wrote)
+    write_index(directory, entries)
 
 
-def _write_file(
-    file: Path, tensors: list[RandomTensor], format: Format, seed: int, wrote: Callable[[int], None]
+def _write_tensors(
+    writer: SafetensorsWriter,
+    tensors: list[RandomTensor],
+    format: Format,
+    seed: int,
+    wrote: Callable[[int], None],
 ) -> None:
-    """A safetensors file is the header's length, the header in JSON, and the data."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for tensor in tensors:
-        start, end = end, end + tensor.size * format.itemsize
-        entry = {"dtype": format.safetensors, "shape": list(tensor.shape), "data_offsets": [start, end]}
-        header[tensor.name] = entry
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    data_start = 8 + len(text)
-
-    with file.open("wb") as stream, ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        stream.write(len(text).to_bytes(8, "little") + text)
-        stream.truncate(data_start + end)
-        stream.flush()
-        jobs = []
-        for tensor in tensors:
-            offset = data_start + header[tensor.name]["data_offsets"][0]
-            for first in range(0, tensor.size, _CHUNK):
-                chunk_offset = offset + first * format.itemsize
-                jobs.append(pool.submit(_write_chunk, stream, chunk_offset, tensor, first, format, seed))
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        jobs = [
+            pool.submit(_write_chunk, writer, tensor, first, format, seed)
+            for tensor in tensors
+            for first in range(0, tensor.size, _CHUNK)
+        ]
         try:
             for job in jobs:
                 wrote(job.result())
@@ -107,7 +94,7 @@ def _write_file(
 
 
 def _write_chunk(
-    stream: BinaryIO, offset: int, tensor: RandomTensor, first: int, format: Format, seed: int
+    writer: SafetensorsWriter, tensor: RandomTensor, first: int, format: Format, seed: int
 ) -> int:
     """Returns the number of bytes."""
     # Seeded by name and position, so that the values depend neither on threads nor on shards.
@@ -115,8 +102,5 @@ def _write_chunk(
     values = generator.standard_normal(min(_CHUNK, tensor.size - first), dtype=np.float32)
     values *= np.float32(tensor.std)
     values += np.float32(tensor.mean)
-    data = memoryview(narrow(values, format).tobytes())
-    while data:  # one call writes at most 2 GiB
-        count = os.pwrite(stream.fileno(), data, offset)
-        data, offset = data[count:], offset + count
+    writer.write(tensor.name, first * format.itemsize, narrow(values, format))
     return values.size * format.itemsize

@@ -1,0 +1,243 @@
+"""Writes a quantized checkpoint, in the format of compressed-tensors."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from losart.backends.cpu.convert import narrow
+from losart.config.precision import FORMATS
+from losart.errors import CheckpointError, OptionError
+from losart.loaders import Checkpoint, MappedTensor, QuantizedTensor
+from losart.loaders.json_files import read_json_object
+from losart.loaders.safetensors_writer import SafetensorsWriter, TensorEntry, shard_name, write_index
+from losart.observe.step import Progress
+from losart.quantization.rounding import RoundedTensor, WeightFormat
+
+SHARD_BYTES = 4 << 30
+PIECE = 1 << 22  # values that a thread has at a time
+WORD_BITS = 32
+WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pth", "*.gguf")
+
+
+@dataclass(frozen=True)
+class Written:
+    """A tensor of the old checkpoint, and what it becomes.
+
+    Attributes
+    ----------
+    entries : tuple of TensorEntry
+        Of the new one.
+    rows : int
+    step : int
+        Rows that are taken at a time.
+    values : callable
+        First row and the one after the last to the values of each of `entries` for them.
+    source : MappedTensor
+    """
+
+    entries: tuple[TensorEntry, ...]
+    rows: int
+    step: int
+    values: Callable[[int, int], tuple[np.ndarray, ...]]
+    source: MappedTensor
+
+
+def quantize_checkpoint(
+    checkpoint: Checkpoint,
+    destination: str | os.PathLike[str],
+    weights: WeightFormat,
+    head: WeightFormat | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Write a checkpoint whose layers' matrices are quantized, rounded to nearest.
+
+    Embedding, gains and biases stay as they are. All else of the directory is copied. It is complete when
+    it is there under its name.
+
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+    destination : path
+        A directory that does not exist yet.
+    weights : WeightFormat
+        Of the matrices of all layers.
+    head : WeightFormat, optional
+        Of the output projection, which stays as it is without it.
+    progress : callable, optional
+        Called with the MiB read and the MiB in all.
+
+    Raises
+    ------
+    OptionError
+        The checkpoint is quantized, its head is its embedding, or groups do not divide a matrix.
+    CheckpointError
+        The destination exists.
+    TensorError
+        A weight is not finite.
+    """
+    destination = Path(destination)
+    if destination.exists():
+        raise CheckpointError(f"{destination}: exists")
+    tensors = list(_written(checkpoint, weights, head))
+    incomplete = destination.with_name(f"{destination.name}.incomplete")
+    if incomplete.exists():
+        shutil.rmtree(incomplete)
+    incomplete.mkdir(parents=True)
+    try:
+        _copy_others(checkpoint.path, incomplete)
+        _write_config(checkpoint, incomplete, weights, head)
+        _write_tensors(incomplete, tensors, progress)
+        incomplete.rename(destination)
+    except BaseException:
+        shutil.rmtree(incomplete, ignore_errors=True)
+        raise
+    return destination
+
+
+def _written(checkpoint: Checkpoint, weights: WeightFormat, head: WeightFormat | None) -> Iterator[Written]:
+    if head is not None and checkpoint.config.tie_embeddings:
+        raise OptionError("the head is the embedding (tie_word_embeddings), which is not quantized")
+    for name, tensor in checkpoint.tensors.items():
+        if isinstance(tensor, QuantizedTensor):
+            raise OptionError(f"{checkpoint.path}: is quantized; quantize the checkpoint that it was made of")
+        format = head if name == "head" else weights if name.startswith("layers.") else None
+        yield _kept(tensor) if format is None or len(tensor.shape) != 2 else _rounded(tensor, format)
+
+
+def _kept(tensor: MappedTensor) -> Written:
+    held, rows = FORMATS[tensor.dtype], tensor.shape[0]
+    entry = TensorEntry(tensor.name, held.safetensors, tensor.shape, held.itemsize)
+
+    def values(start: int, stop: int) -> tuple[np.ndarray, ...]:
+        return (tensor.array()[start:stop],)
+
+    return Written((entry,), rows, max(1, PIECE * rows // max(1, tensor.size)), values, tensor)
+
+
+def _rounded(tensor: MappedTensor, format: WeightFormat) -> Written:
+    rounded, module = RoundedTensor(tensor, format), tensor.name.removesuffix(".weight")
+    (rows, columns), held = tensor.shape, FORMATS[tensor.dtype]
+    groups = rows, columns // rounded.group
+    scales_entry = TensorEntry(f"{module}.weight_scale", held.safetensors, groups, held.itemsize)
+    entries: tuple[TensorEntry, ...]
+    if rounded.dtype == "float8":
+        entries = (TensorEntry(tensor.name, "F8_E4M3", (rows, columns), 1), scales_entry)
+    else:
+        words = -(-columns * _bits(rounded) // WORD_BITS)
+        entries = (
+            TensorEntry(f"{module}.weight_packed", "I32", (rows, words), 4),
+            scales_entry,
+            TensorEntry(f"{module}.weight_shape", "I64", (2,), 8),
+        )
+
+    def values(start: int, stop: int) -> tuple[np.ndarray, ...]:
+        codes, scales = rounded.rows(start, stop)
+        saved = narrow(scales, held)
+        if rounded.dtype == "float8":
+            return codes, saved
+        shape = np.array([rows, columns][: 2 if start == 0 else 0], np.int64)
+        return packed(codes, _bits(rounded)), saved, shape
+
+    return Written(entries, rows, max(1, PIECE // columns), values, tensor)
+
+
+def _bits(rounded: RoundedTensor) -> int:
+    return int(rounded.dtype.removeprefix("int"))
+
+
+def packed(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Codes [rows, columns] in words of 32 bits along rows, the lowest bits first, offset to be 0 or more."""
+    rows, columns = codes.shape
+    count = WORD_BITS // bits
+    unsigned = np.zeros((rows, -(-columns // count) * count), np.uint8)
+    unsigned[:, :columns] = codes + np.int16(1 << (bits - 1))
+    if bits == 4:
+        unsigned = unsigned[:, ::2] | unsigned[:, 1::2] << 4
+    return np.ascontiguousarray(unsigned).view("<i4")
+
+
+def _copy_others(source: Path, destination: Path) -> None:
+    for file in sorted(source.iterdir()):
+        if file.is_file() and not any(file.match(pattern) for pattern in WEIGHT_FILES):
+            shutil.copyfile(file, destination / file.name)
+
+
+def _write_config(
+    checkpoint: Checkpoint, destination: Path, weights: WeightFormat, head: WeightFormat | None
+) -> None:
+    config = read_json_object(checkpoint.path / "config.json").values
+    groups = {"group_0": _config_group(weights, ["Linear"])}
+    if head is not None:
+        groups["group_1"] = _config_group(head, ["re:.*lm_head"])
+    formats = {group["format"] for group in groups.values()}
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+        "config_groups": groups,
+        "ignore": [] if head is not None else ["lm_head"],
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+    }
+    (destination / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _config_group(format: WeightFormat, targets: list[str]) -> dict[str, Any]:
+    weights = {
+        "num_bits": 4 if format.name == "int4" else 8,
+        "type": "float" if format.name == "fp8" else "int",
+        "symmetric": True,
+        "strategy": "channel" if format.group is None else "group",
+        "group_size": format.group,
+        "dynamic": False,
+    }
+    return {
+        "targets": targets,
+        "weights": weights,
+        "input_activations": None,
+        "output_activations": None,
+        "format": "float-quantized" if format.name == "fp8" else "pack-quantized",
+    }
+
+
+def _write_tensors(directory: Path, tensors: list[Written], progress: Progress | None) -> None:
+    shards: list[list[Written]] = [[]]
+    size = 0
+    for tensor in tensors:
+        nbytes = sum(entry.nbytes for entry in tensor.entries)
+        if shards[-1] and size + nbytes > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += nbytes
+    total, done = sum(tensor.source.nbytes for tensor in tensors), 0
+    entries = [[entry for tensor in shard for entry in tensor.entries] for shard in shards]
+    for number, (shard, of_shard) in enumerate(zip(shards, entries, strict=True)):
+        with (
+            SafetensorsWriter(directory / shard_name(number, len(shards)), of_shard) as writer,
+            ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool,
+        ):
+            for tensor in shard:
+                list(pool.map(partial(_write_rows, writer, tensor), range(0, tensor.rows, tensor.step)))
+                tensor.source.release()
+                done += tensor.source.nbytes
+                if progress is not None:
+                    progress(done >> 20, total >> 20)
+    write_index(directory, entries)
+
+
+def _write_rows(writer: SafetensorsWriter, tensor: Written, start: int) -> None:
+    stop = min(tensor.rows, start + tensor.step)
+    for entry, values in zip(tensor.entries, tensor.values(start, stop), strict=True):
+        if values.size:
+            writer.write(entry.name, start * (entry.nbytes // entry.shape[0]), values)

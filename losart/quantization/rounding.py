@@ -1,0 +1,150 @@
+"""Round to nearest: a matrix as codes, and a scale per row or group of columns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from losart.backends.cpu.convert import narrow, widen
+from losart.config.checks import is_int
+from losart.config.precision import FORMATS
+from losart.errors import OptionError, TensorError
+from losart.loaders import MappedTensor
+from losart.loaders.quantized.float8 import FLOAT8_VALUES
+
+WEIGHTS = ("int8", "int4", "fp8")
+INT4_GROUP = 64  # columns that share a scale, unless somebody says otherwise
+_DTYPES = {"int8": "int8", "int4": "int4", "fp8": "float8"}  # of codes
+_FLOAT8_LARGEST = 448.0
+_FLOAT8_CODES = FLOAT8_VALUES[:127].astype(np.float64)
+_FLOAT8_MIDDLES = (_FLOAT8_CODES[1:] + _FLOAT8_CODES[:-1]) / 2  # exact, as are all sums of neighbours
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """How matrices are quantized.
+
+    Attributes
+    ----------
+    name : {"int8", "int4", "fp8"}
+    group : int or None
+        Columns that share a scale; None: all of a row.
+
+    Raises
+    ------
+    OptionError
+        There is no such format, or it has no such groups.
+    """
+
+    name: str
+    group: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.name not in WEIGHTS:
+            raise OptionError(f"weights must be one of {', '.join(WEIGHTS)}, not {self.name!r}")
+        if self.group is not None and not (is_int(self.group) and self.group > 0 and self.group % 8 == 0):
+            raise OptionError(f"group must be a multiple of 8 above 0, not {self.group!r}")
+        if self.name == "fp8" and self.group is not None:
+            raise OptionError("fp8 has a scale per row, and no groups")
+
+    @classmethod
+    def by_default(cls, name: str, group: int | None = None) -> WeightFormat:
+        """The format of a name, `group` None for its usual groups: 64 columns for int4, else a row."""
+        return cls(name, INT4_GROUP if group is None and name == "int4" else group)
+
+
+@dataclass(frozen=True)
+class RoundedTensor:
+    """A checkpoint's matrix rounded to codes and scales, some rows at a time.
+
+    Attributes
+    ----------
+    source : MappedTensor
+    format : WeightFormat
+
+    Raises
+    ------
+    OptionError
+        The groups do not divide its columns.
+    """
+
+    source: MappedTensor
+    format: WeightFormat
+
+    def __post_init__(self) -> None:
+        if self.shape[1] % self.group:
+            raise OptionError(
+                f"{self.source.file}: groups of {self.group} do not divide the {self.shape[1]} columns of "
+                f"tensor {self.source.name!r}"
+            )
+
+    @property
+    def name(self) -> str:
+        """The matrix's."""
+        return self.source.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The matrix's: (out, in)."""
+        return self.source.shape
+
+    @property
+    def dtype(self) -> str:
+        """Of the codes: "int4", "int8" or "float8"."""
+        return _DTYPES[self.format.name]
+
+    @property
+    def group(self) -> int:
+        """Columns that share a scale."""
+        return self.format.group or self.shape[1]
+
+    def rows(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Some rows: codes int8 [rows, in], or float8 as its bits, uint8; scales float32 [rows, groups].
+
+        Scales are numbers of the matrix's own dtype, and codes are rounded by them.
+
+        Raises
+        ------
+        TensorError
+            A value is not finite.
+        """
+        values = widen(self.source.array()[start:stop])
+        if not np.isfinite(values).all():
+            raise TensorError(f"{self.source.file}: tensor {self.name!r} has values that are not finite")
+        groups = values.reshape(len(values), -1, self.group)
+        scales = widen(narrow(_scales(groups, self.dtype), FORMATS[self.source.dtype]))
+        scales[scales == 0] = 1  # of a group of zeros, or of values too small for the dtype
+        with np.errstate(over="ignore"):
+            scaled = (groups / scales[:, :, None]).reshape(values.shape)
+        return _codes(scaled, self.dtype), scales
+
+    def float32(self, start: int, stop: int) -> np.ndarray:
+        """Some rows of the matrix that codes and scales stand for."""
+        codes, scales = self.rows(start, stop)
+        values = FLOAT8_VALUES[codes] if self.dtype == "float8" else codes.astype(np.float32)
+        return (values.reshape(*scales.shape, -1) * scales[:, :, None]).reshape(codes.shape)
+
+    def release(self) -> None:
+        """Return the matrix's pages to the operating system."""
+        self.source.release()
+
+
+def _scales(groups: np.ndarray, dtype: str) -> np.ndarray:
+    """Scales with which the value of largest magnitude of each group has the outermost code."""
+    if dtype == "int4":  # of 16 codes -8 is the outermost: a scale has the sign that brings the value there
+        most = np.take_along_axis(groups, np.abs(groups).argmax(axis=2, keepdims=True), axis=2)[:, :, 0]
+        return most / np.float32(-8)
+    return np.abs(groups).max(axis=2) / np.float32(127 if dtype == "int8" else _FLOAT8_LARGEST)
+
+
+def _codes(scaled: np.ndarray, dtype: str) -> np.ndarray:
+    """To the nearest code, ties to even."""
+    if dtype != "float8":
+        lowest, highest = (-8, 7) if dtype == "int4" else (-127, 127)
+        return np.clip(np.rint(scaled), lowest, highest).astype(np.int8)
+    magnitude = np.abs(scaled.astype(np.float64))
+    codes = np.searchsorted(_FLOAT8_MIDDLES, magnitude, side="left")
+    inner = np.minimum(codes, len(_FLOAT8_MIDDLES) - 1)
+    codes += (magnitude == _FLOAT8_MIDDLES[inner]) & (codes % 2 == 1)
+    return (np.minimum(codes, 126) | np.signbit(scaled) << 7).astype(np.uint8)

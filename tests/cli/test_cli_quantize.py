@@ -1,0 +1,68 @@
+"""`losart quantize`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+import losart
+from losart.cli import main
+from losart.loaders import open_checkpoint
+from losart.measure.random_checkpoint import write_checkpoint
+
+SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_layers": 2, "head_dim": 32}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "formats"),
+    [
+        ((), {"layers.1.down": ("int4", 64), "head": None}),
+        (("--weights", "int4", "--group", "32"), {"layers.0.q": ("int4", 32), "head": None}),
+        (("--weights", "int8", "--head", "int4"), {"layers.1.down": ("int8", 128), "head": ("int4", 64)}),
+        (("--weights", "fp8", "--head", "int8"), {"layers.0.up": ("float8", 64), "head": ("int8", 64)}),
+    ],
+)
+def test_what_is_asked_for_is_written_and_answers(capsys, tmp_path, arguments, formats):
+    source = write_checkpoint(tmp_path / "source", dtype="bfloat16", **SIZES)
+    assert main(["quantize", str(source), str(tmp_path / "new"), *arguments]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.startswith(f"{tmp_path / 'new'}: ") and "of weights, before" in printed.out
+    tensors = open_checkpoint(tmp_path / "new").tensors
+    for name, format in formats.items():
+        if format is None:
+            assert tensors[name].dtype == "bfloat16"
+        else:
+            assert (tensors[name].dtype, tensors[name].group) == format
+    result = losart.load(tmp_path / "new", "cpu").generate("a", max_new_tokens=8, stop_token_ids=[])
+    assert len(result.token_ids) == 8
+    assert main(["inspect", str(tmp_path / "new")]) == 0
+    dtypes = ", ".join(sorted({tensor.dtype for tensor in tensors.values()}))
+    assert f" in {dtypes}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (("{source}", "{source}"), 1, "source: exists"),
+        (("{tmp}/nowhere", "{tmp}/new"), 1, "nowhere: no such directory"),
+        (("{source}", "{tmp}/new", "--group", "12"), 2, "group must be a multiple of 8"),
+        (("{source}", "{tmp}/new", "--group", "0"), 2, "must be a whole number from 1"),
+        (
+            ("{source}", "{tmp}/new", "--group", "48"),
+            2,
+            "groups of 48 do not divide the 64 columns of tensor",
+        ),
+        (("{source}", "{tmp}/new", "--weights", "int3"), 2, "invalid choice: 'int3'"),
+        (("{source}", "{tmp}/new", "--weights", "fp8", "--group", "64"), 2, "fp8 has a scale per row"),
+    ],
+)
+def test_wrong_arguments(capsys, tmp_path, arguments, code, says):
+    source = write_checkpoint(tmp_path / "source", **SIZES)
+    filled = [text.format(source=source, tmp=tmp_path) for text in arguments]
+    try:
+        found = main(["quantize", *filled])
+    except SystemExit as exit:
+        found = exit.code
+    assert found == code and says in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir()] == ["source"]
