@@ -15,9 +15,12 @@ MODULES = (
     "losart.backends.cpu.kv_index",
     "losart.backends.cpu.attention_kernels",
     "losart.backends.cpu.skinny_linear",
+    "losart.backends.cpu.quantized_linear",
     "losart.backends.cuda.pass_inputs",
     "losart.engine.remasking",
 )
+
+HEADERS = ("simd.h", "simd_body.h", "simd.pxd", "integer_dots.h", "integer_dots_body.h")
 
 OPENMP_PROBE = "#include <omp.h>\nint main(void) { return omp_get_max_threads() < 1; }\n"
 
@@ -55,7 +58,7 @@ def extension(module):
         [module.replace(".", "/") + ".pyx"],
         include_dirs=[numpy.get_include(), "losart/backends/cpu"],
         define_macros=[("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION")],
-        depends=[f"losart/backends/cpu/{name}" for name in ("simd.h", "simd_body.h", "simd.pxd")],
+        depends=[f"losart/backends/cpu/{name}" for name in HEADERS],
     )
 
 

@@ -76,4 +76,4 @@ class AwqTensor(QuantizedTensor):
         first = start // PER_WORD
         words = np.ascontiguousarray(self.parts[end].codes()[:, first : -(-stop // PER_WORD)])
         codes = unpacked(words, BITS, ORDER)[:, start - first * PER_WORD : stop - first * PER_WORD]
-        return np.ascontiguousarray(codes.T)
+        return np.ascontiguousarray(codes.T) - (1 << (BITS - 1))  # those of the file are 0 or more

@@ -73,9 +73,13 @@ class GptqTensor(QuantizedTensor):
     def _bits(self) -> int:
         return int(self.dtype[3:])
 
+    @property
+    def _offset(self) -> int:
+        return 1 << (self._bits - 1)  # codes and zeros of the file are 0 or more
+
     def codes(self, start: int, stop: int) -> np.ndarray:
         words = self.parts["qweight"].codes()[:, start:stop]
-        return unpacked(np.ascontiguousarray(words.T), self._bits)
+        return unpacked(np.ascontiguousarray(words.T), self._bits) - self._offset
 
     def scales(self, start: int, stop: int) -> np.ndarray:
         return widened(np.ascontiguousarray(self.parts["scales"].array()[:, start:stop].T))
@@ -85,4 +89,4 @@ class GptqTensor(QuantizedTensor):
         first = start // per_word
         words = np.ascontiguousarray(self.parts["qzeros"].codes()[:, first : -(-stop // per_word)])
         zeros = unpacked(words, self._bits)[:, start - first * per_word : stop - first * per_word]
-        return np.ascontiguousarray(zeros.T) + self.added
+        return np.ascontiguousarray(zeros.T) + (self.added - self._offset)

@@ -45,7 +45,7 @@ class QuantizedTensor(ABC):
 
     @abstractmethod
     def codes(self, start: int, stop: int) -> np.ndarray:
-        """Codes of some rows, [stop - start, in]: int32, or float32 where they are float8."""
+        """Codes of some rows, [stop - start, in]: int32, from -2^(bits - 1) on; float8 as float32."""
 
     @abstractmethod
     def scales(self, start: int, stop: int) -> np.ndarray:
@@ -54,6 +54,16 @@ class QuantizedTensor(ABC):
     def zeros(self, start: int, stop: int) -> np.ndarray | None:
         """Zeros of some rows, int32 [stop - start, groups]; None where all are 0."""
         return None
+
+    @property
+    def has_zeros(self) -> bool:
+        """Whether some zeros may be others than 0."""
+        return "weight_zero_point" in self.parts or "qzeros" in self.parts
+
+    @property
+    def in_order(self) -> bool:
+        """Whether groups are of consecutive columns."""
+        return "g_idx" not in self.parts
 
     @cached_property
     def group_of_column(self) -> np.ndarray:
@@ -76,18 +86,23 @@ class QuantizedTensor(ABC):
         """Bytes in the files."""
         return sum(part.nbytes for part in self.parts.values())
 
-    def float32(self, start: int, stop: int) -> np.ndarray:
-        """Some rows of the matrix.
+    def rows(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """Codes, scales and zeros of some rows.
 
         Raises
         ------
         TensorError
             A scale is not finite.
         """
-        values, scales, zeros = self.codes(start, stop), self.scales(start, stop), self.zeros(start, stop)
+        scales = self.scales(start, stop)
         if not np.isfinite(scales).all():
             part = next(part for end, part in self.parts.items() if "scale" in end)
             raise TensorError(f"{part.file}: tensor {part.name!r} has scales that are not finite")
+        return self.codes(start, stop), scales, self.zeros(start, stop)
+
+    def float32(self, start: int, stop: int) -> np.ndarray:
+        """Some rows of the matrix; errors are those of `rows`."""
+        values, scales, zeros = self.rows(start, stop)
         if zeros is not None:
             values = values - zeros[:, self.group_of_column]
         return values.astype(np.float32, copy=False) * scales[:, self.group_of_column]

@@ -20,6 +20,7 @@ from losart.loaders.tokenizer import Prompt, is_batch, prompt_ids
 from losart.models.fingerprint import model_fingerprint
 from losart.models.transformer import Transformer
 from losart.observe.step import GenerationResult, Observer, Progress
+from losart.quantization import loaded_tensors
 
 
 class Model:
@@ -33,7 +34,7 @@ class Model:
     device : str
         "cpu" or "cuda".
     dtype : str
-        In which weights, keys and values are held.
+        In which keys and values are held, and weights that are not quantized.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class Model:
         dtype: str = "auto",
         progress: Progress | None = None,
         deterministic: bool = False,
+        weights: str = "auto",
     ) -> None:
         precision = Precision.chosen(dtype, checkpoint.dtype)
         self.config: ModelConfig = checkpoint.config
@@ -51,8 +53,8 @@ class Model:
         self.dtype = precision.weights.name
         backend = make_backend(device, self.config, precision, deterministic)
         self.device = backend.name
-        self._tensors = checkpoint.tensors
-        self._engine = Engine(Transformer(self.config, checkpoint.tensors, backend, progress))
+        self._tensors = loaded_tensors(checkpoint, weights, backend.name)
+        self._engine = Engine(Transformer(self.config, self._tensors, backend, progress))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -195,6 +197,7 @@ def load(
     *,
     progress: Progress | None = None,
     deterministic: bool = False,
+    weights: str = "auto",
 ) -> Model:
     """Load a checkpoint.
 
@@ -207,21 +210,27 @@ def load(
         "auto" takes CUDA where it works, else the CPU.
     dtype : {"auto", "float32", "bfloat16", "float16"}
         In which weights, keys and values are held; "auto" is the checkpoint's own. Arithmetic is
-        float32 on the CPU.
+        float32 on the CPU. Matrices that the checkpoint has in 4 or 8 bits stay so on the CPU.
     progress : callable, optional
         Called after each layer's weights with the layers loaded and in all.
     deterministic : bool
         Generations that share passes and beginnings give bit for bit what each gives alone, which is slower:
         twice with 128 sequences on a GPU. Else sums may be rounded otherwise.
+    weights : {"auto", "int8", "int4"}
+        On the CPU: round the matrices of all layers to 8 bits, with a scale per row, or to 4 bits, with one
+        per 64 columns; a head of its own to 8 bits. "auto" leaves all as it is.
 
     Raises
     ------
+    OptionError
+        There is no such dtype or format of weights, the checkpoint is quantized, or groups of 64 columns do
+        not divide a matrix.
     CheckpointError, TensorError, ConfigError
         See `losart.errors`: the message names the file, the tensor or the key.
     DeviceError
         The device is missing.
     """
-    return Model(open_checkpoint(model), device, dtype, progress, deterministic)
+    return Model(open_checkpoint(model), device, dtype, progress, deterministic, weights)
 
 
 def generate(
@@ -230,6 +239,7 @@ def generate(
     *,
     device: str = "auto",
     dtype: str = "auto",
+    weights: str = "auto",
     **options: Any,
 ) -> GenerationResult | list[GenerationResult]:
     """Load a checkpoint and generate from it: `load` and `Model.generate` in one.
@@ -238,5 +248,5 @@ def generate(
 
     To generate more than once, load the model once and call its `generate`.
     """
-    loaded = model if isinstance(model, Model) else load(model, device, dtype)
+    loaded = model if isinstance(model, Model) else load(model, device, dtype, weights=weights)
     return loaded.generate(prompt, **options)

@@ -11,6 +11,7 @@ from losart.config.options import CHOICES, OPTIONS
 from losart.config.precision import DTYPES
 from losart.engine.sampling import STRATEGIES
 from losart.measure.random_checkpoint import SIZES
+from losart.quantization import LOADED
 
 Group = argparse._ArgumentGroup
 ATTENTION_DETAILS = {
@@ -52,6 +53,9 @@ def add_loading(command: argparse.ArgumentParser) -> None:
     """How a checkpoint is loaded."""
     command.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     command.add_argument("--dtype", choices=["auto", *DTYPES], default="auto")
+    command.add_argument(
+        "--weights", choices=LOADED, default="auto", help="round them as they are loaded (no)"
+    )
 
 
 def add_model_or_size(command: argparse.ArgumentParser) -> None:

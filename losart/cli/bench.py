@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
         if name is None:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="losart-bench-"))
             name = write_weights(Path(folder), args.size, block_length=RANDOM_BLOCK)
-        figures = _measure(load_model(name, args.device, args.dtype), Path(name).name, args)
+        figures = _measure(load_model(name, args.device, args.dtype, args.weights), Path(name).name, args)
     if args.json:
         print(json.dumps(figures, indent=2))
     else:

@@ -87,7 +87,7 @@ def _run_tasks(args: argparse.Namespace) -> None:
     from losart.eval import check_config, evaluate
 
     config = _config(args, "tasks", "lengths", "attention", "budgets", "active", "samples", "seed", "style")
-    model = load_model(args.model, args.device, args.dtype)
+    model = load_model(args.model, args.device, args.dtype, args.weights)
     style = check_config(model, config)
     facts = _facts(args, model, config) | {"style": style, "samples": config.samples}
     with Progress("asking", "questions") as progress:
@@ -107,7 +107,7 @@ def _run_longbench(args: argparse.Namespace) -> None:
         raise OptionError("--longbench takes one of --lengths, the longest prompt")
     datasets = args.tasks if "tasks" in args else find_datasets(Path(args.longbench))
     config = _config(args, "attention", "budgets", "active", "samples", "seed")
-    model = load_model(args.model, args.device, args.dtype)
+    model = load_model(args.model, args.device, args.dtype, args.weights)
     with Progress("asking", "questions") as progress:
         report = Table(SCORE_COLUMNS, JsonReport(args.json, _facts(args, model, config)), progress)
         evaluate_longbench(
@@ -133,7 +133,7 @@ def _run_locality(args: argparse.Namespace) -> None:
     if args.longbench is not None:
         raise OptionError("--longbench and --locality exclude each other")
     config = _config(args, "tasks", "lengths", "samples", "seed", "style", attention=("dense",))
-    model = load_model(args.model, "cpu" if args.device == "auto" else args.device, args.dtype)
+    model = load_model(args.model, "cpu" if args.device == "auto" else args.device, args.dtype, args.weights)
     style = check_config(model, config)
     facts = _facts(args, model, config) | {"style": style, "samples": config.samples}
     with Progress("asking", "questions") as progress:

@@ -33,7 +33,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print the facts."""
-    facts = inspection(open_checkpoint(args.model), args.device, args.dtype, args.context)
+    facts = inspection(open_checkpoint(args.model), args.device, args.dtype, args.context, args.weights)
     if args.json:
         print(json.dumps(facts, indent=2))
     else:
@@ -54,7 +54,7 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, object]]:
         ("positions", f"{sizes['positions']}, rope {_rope(sizes['rope'])}"),
         ("parameters", f"{facts['parameters']:,}"),
         ("on disk", f"{size(facts['bytes_on_disk'])} in {', '.join(disk)}"),
-        ("weights", f"{size(facts['weight_bytes'])} in {facts['dtype']} on {facts['device']}"),
+        ("weights", f"{size(facts['weight_bytes'])} in {', '.join(facts['held_in'])} on {facts['device']}"),
         *((f"KV at {kv['context']}", size(kv["bytes"])) for kv in facts["kv_cache"]),
         ("block length", facts["block_length"] or "not said"),
         ("mask token", _token(facts["mask_token"]) if facts["mask_token"] else "not said"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from losart.backends import make_backend
@@ -13,20 +13,25 @@ from losart.config.model import ModelConfig
 from losart.config.options import AttentionConfig, generation_config
 from losart.config.precision import FLOAT32, Precision
 from losart.errors import OptionError
-from losart.loaders import Checkpoint, MappedTensor, QuantizedTensor
+from losart.loaders import Checkpoint
+from losart.quantization import loaded_tensors
 
 CONTEXTS = (4096, 32768)  # and all of the model's positions
 
 
 def inspection(
-    checkpoint: Checkpoint, device: str = "auto", dtype: str = "auto", contexts: Sequence[int] = ()
+    checkpoint: Checkpoint,
+    device: str = "auto",
+    dtype: str = "auto",
+    contexts: Sequence[int] = (),
+    weights: str = "auto",
 ) -> dict[str, Any]:
     """Facts about a checkpoint as `load` would hold it; JSON types alone.
 
     Parameters
     ----------
     checkpoint : Checkpoint
-    device, dtype : str
+    device, dtype, weights : str
         As :func:`losart.load`'s.
     contexts : sequence of int
         Lengths to compute the size of the KV cache for. Default: those of `CONTEXTS` that the model
@@ -50,7 +55,9 @@ def inspection(
         fitting = [context for context in CONTEXTS if context < config.max_positions]
         contexts = [*fitting, config.max_positions]
     backend = make_backend(device, config, precision)
-    tensors = checkpoint.tensors.values()
+    tensors, loaded = checkpoint.tensors.values(), loaded_tensors(checkpoint, weights, backend.name).values()
+    held = [backend.held(tensor) for tensor in loaded if len(tensor.shape) > 1]
+    vectors = [tensor for tensor in loaded if len(tensor.shape) == 1]  # in float32
 
     def kv_bytes(context: int) -> int:
         return backend.new_cache(AttentionConfig.page_size, context).bytes_for(context)
@@ -68,7 +75,9 @@ def inspection(
         "bytes_on_disk": sum(tensor.nbytes for tensor in tensors),
         "device": backend.name,
         "dtype": precision.weights.name,
-        "weight_bytes": _held_bytes(tensors, precision),
+        "held_in": sorted({name for name, _ in held}),
+        "weight_bytes": sum(nbytes for _, nbytes in held)
+        + sum(v.shape[0] * FLOAT32.itemsize for v in vectors),
         "kv_cache": [{"context": n, "bytes": kv_bytes(n)} for n in contexts],
         "block_length": config.block_length,
         "mask_token": token(config.mask_token_id),
@@ -93,14 +102,6 @@ def _sizes(config: ModelConfig) -> dict[str, Any]:
         "tied_embeddings": config.tie_embeddings,
         "attention_bias": config.attention_bias,
     }
-
-
-def _held_bytes(tensors: Iterable[MappedTensor | QuantizedTensor], precision: Precision) -> int:
-    """Matrices as `Backend.upload` holds them, gains and biases as `Backend.upload_vector` does."""
-    return sum(
-        math.prod(tensor.shape) * (precision.weights if len(tensor.shape) > 1 else FLOAT32).itemsize
-        for tensor in tensors
-    )
 
 
 def _default_options(config: ModelConfig) -> dict[str, Any] | None:

@@ -1,6 +1,15 @@
-"""Weights as codes and scales: rounding to them, and checkpoints that hold them."""
+"""Weights as codes and scales: rounding to them as they are loaded, and checkpoints that hold them."""
 
 from losart.quantization.checkpoint import quantize_checkpoint
-from losart.quantization.rounding import WEIGHTS, RoundedTensor, WeightFormat
+from losart.quantization.loading import LOADED, loaded_tensors
+from losart.quantization.rounding import WEIGHTS, RoundedTensor, WeightFormat, rounded_tensors
 
-__all__ = ["WEIGHTS", "RoundedTensor", "WeightFormat", "quantize_checkpoint"]
+__all__ = [
+    "LOADED",
+    "WEIGHTS",
+    "RoundedTensor",
+    "WeightFormat",
+    "loaded_tensors",
+    "quantize_checkpoint",
+    "rounded_tensors",
+]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -16,12 +16,12 @@ import numpy as np
 
 from losart.backends.cpu.convert import narrow
 from losart.config.precision import FORMATS
-from losart.errors import CheckpointError, OptionError
-from losart.loaders import Checkpoint, MappedTensor, QuantizedTensor
+from losart.errors import CheckpointError
+from losart.loaders import Checkpoint, MappedTensor
 from losart.loaders.json_files import read_json_object
 from losart.loaders.safetensors_writer import SafetensorsWriter, TensorEntry, shard_name, write_index
 from losart.observe.step import Progress
-from losart.quantization.rounding import RoundedTensor, WeightFormat
+from losart.quantization.rounding import RoundedTensor, WeightFormat, rounded_tensors
 
 SHARD_BYTES = 4 << 30
 PIECE = 1 << 22  # values that a thread has at a time
@@ -88,7 +88,10 @@ def quantize_checkpoint(
     destination = Path(destination)
     if destination.exists():
         raise CheckpointError(f"{destination}: exists")
-    tensors = list(_written(checkpoint, weights, head))
+    tensors = [
+        _rounded(tensor) if isinstance(tensor, RoundedTensor) else _kept(tensor)
+        for tensor in rounded_tensors(checkpoint, weights, head).values()
+    ]
     incomplete = destination.with_name(f"{destination.name}.incomplete")
     if incomplete.exists():
         shutil.rmtree(incomplete)
@@ -104,16 +107,6 @@ def quantize_checkpoint(
     return destination
 
 
-def _written(checkpoint: Checkpoint, weights: WeightFormat, head: WeightFormat | None) -> Iterator[Written]:
-    if head is not None and checkpoint.config.tie_embeddings:
-        raise OptionError("the head is the embedding (tie_word_embeddings), which is not quantized")
-    for name, tensor in checkpoint.tensors.items():
-        if isinstance(tensor, QuantizedTensor):
-            raise OptionError(f"{checkpoint.path}: is quantized; quantize the checkpoint that it was made of")
-        format = head if name == "head" else weights if name.startswith("layers.") else None
-        yield _kept(tensor) if format is None or len(tensor.shape) != 2 else _rounded(tensor, format)
-
-
 def _kept(tensor: MappedTensor) -> Written:
     held, rows = FORMATS[tensor.dtype], tensor.shape[0]
     entry = TensorEntry(tensor.name, held.safetensors, tensor.shape, held.itemsize)
@@ -124,14 +117,14 @@ def _kept(tensor: MappedTensor) -> Written:
     return Written((entry,), rows, max(1, PIECE * rows // max(1, tensor.size)), values, tensor)
 
 
-def _rounded(tensor: MappedTensor, format: WeightFormat) -> Written:
-    rounded, module = RoundedTensor(tensor, format), tensor.name.removesuffix(".weight")
-    (rows, columns), held = tensor.shape, FORMATS[tensor.dtype]
+def _rounded(rounded: RoundedTensor) -> Written:
+    module, held = rounded.name.removesuffix(".weight"), FORMATS[rounded.source.dtype]
+    rows, columns = rounded.shape
     groups = rows, columns // rounded.group
     scales_entry = TensorEntry(f"{module}.weight_scale", held.safetensors, groups, held.itemsize)
     entries: tuple[TensorEntry, ...]
     if rounded.dtype == "float8":
-        entries = (TensorEntry(tensor.name, "F8_E4M3", (rows, columns), 1), scales_entry)
+        entries = (TensorEntry(rounded.name, "F8_E4M3", (rows, columns), 1), scales_entry)
     else:
         words = -(-columns * _bits(rounded) // WORD_BITS)
         entries = (
@@ -141,14 +134,14 @@ def _rounded(tensor: MappedTensor, format: WeightFormat) -> Written:
         )
 
     def values(start: int, stop: int) -> tuple[np.ndarray, ...]:
-        codes, scales = rounded.rows(start, stop)
+        codes, scales, _ = rounded.rows(start, stop)
         saved = narrow(scales, held)
         if rounded.dtype == "float8":
             return codes, saved
         shape = np.array([rows, columns][: 2 if start == 0 else 0], np.int64)
         return packed(codes, _bits(rounded)), saved, shape
 
-    return Written(entries, rows, max(1, PIECE // columns), values, tensor)
+    return Written(entries, rows, max(1, PIECE // columns), values, rounded.source)
 
 
 def _bits(rounded: RoundedTensor) -> int:

@@ -10,7 +10,7 @@ from losart.backends.cpu.convert import narrow, widen
 from losart.config.checks import is_int
 from losart.config.precision import FORMATS
 from losart.errors import OptionError, TensorError
-from losart.loaders import MappedTensor
+from losart.loaders import Checkpoint, MappedTensor, QuantizedTensor
 from losart.loaders.quantized.float8 import FLOAT8_VALUES
 
 WEIGHTS = ("int8", "int4", "fp8")
@@ -99,10 +99,13 @@ class RoundedTensor:
         """Columns that share a scale."""
         return self.format.group or self.shape[1]
 
-    def rows(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """Some rows: codes int8 [rows, in], or float8 as its bits, uint8; scales float32 [rows, groups].
+    has_zeros = False
+    in_order = True  # groups are of consecutive columns
 
-        Scales are numbers of the matrix's own dtype, and codes are rounded by them.
+    def rows(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, None]:
+        """Codes of some rows, int8 [rows, in], or float8's bits, uint8; scales, float32 [rows, groups].
+
+        There are no zeros. Scales are numbers of the matrix's own dtype, and codes are rounded by them.
 
         Raises
         ------
@@ -117,17 +120,43 @@ class RoundedTensor:
         scales[scales == 0] = 1  # of a group of zeros, or of values too small for the dtype
         with np.errstate(over="ignore"):
             scaled = (groups / scales[:, :, None]).reshape(values.shape)
-        return _codes(scaled, self.dtype), scales
+        return _codes(scaled, self.dtype), scales, None
 
     def float32(self, start: int, stop: int) -> np.ndarray:
         """Some rows of the matrix that codes and scales stand for."""
-        codes, scales = self.rows(start, stop)
+        codes, scales, _ = self.rows(start, stop)
         values = FLOAT8_VALUES[codes] if self.dtype == "float8" else codes.astype(np.float32)
         return (values.reshape(*scales.shape, -1) * scales[:, :, None]).reshape(codes.shape)
+
+    def bytes(self) -> np.ndarray:
+        """Those of the matrix in its file, uint8."""
+        return self.source.bytes()
 
     def release(self) -> None:
         """Return the matrix's pages to the operating system."""
         self.source.release()
+
+
+def rounded_tensors(
+    checkpoint: Checkpoint, weights: WeightFormat, head: WeightFormat | None
+) -> dict[str, MappedTensor | RoundedTensor]:
+    """A checkpoint's tensors, with the matrices of its layers rounded, and perhaps its head.
+
+    Raises
+    ------
+    OptionError
+        The checkpoint is quantized, its head is its embedding, or groups do not divide a matrix.
+    """
+    if head is not None and checkpoint.config.tie_embeddings:
+        raise OptionError("the head is the embedding (tie_word_embeddings), which is not quantized")
+    tensors: dict[str, MappedTensor | RoundedTensor] = {}
+    for name, tensor in checkpoint.tensors.items():
+        if isinstance(tensor, QuantizedTensor):
+            raise OptionError(f"{checkpoint.path}: is quantized; quantize the checkpoint that it was made of")
+        format = head if name == "head" else weights if name.startswith("layers.") else None
+        rounds = format is not None and len(tensor.shape) == 2
+        tensors[name] = RoundedTensor(tensor, format) if rounds and format is not None else tensor
+    return tensors
 
 
 def _scales(groups: np.ndarray, dtype: str) -> np.ndarray:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 
 import losart
 from losart.cli import main
+from losart.errors import OptionError
 from losart.loaders import open_checkpoint
 from losart.measure.random_checkpoint import write_checkpoint
 
@@ -66,3 +68,48 @@ def test_wrong_arguments(capsys, tmp_path, arguments, code, says):
         found = exit.code
     assert found == code and says in capsys.readouterr().err
     assert [file.name for file in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_weights_that_are_rounded_while_loading_are_those_of_the_written_checkpoint(
+    capsys, tmp_path, weights
+):
+    source = write_checkpoint(tmp_path / "source", dtype="bfloat16", **SIZES)
+    assert main(["quantize", str(source), str(tmp_path / "new"), "--weights", weights, "--head", "int8"]) == 0
+    options = {"max_new_tokens": 24, "stop_token_ids": []}
+    loaded = losart.load(source, "cpu", weights=weights)
+    written = losart.load(tmp_path / "new", "cpu")
+    assert loaded.generate("text", **options).token_ids == written.generate("text", **options).token_ids
+    assert loaded.fingerprint != losart.load(source, "cpu").fingerprint
+    capsys.readouterr()
+    facts = []
+    for arguments in ((str(source), "--weights", weights), (str(tmp_path / "new"),)):
+        assert main(["inspect", *arguments, "--device", "cpu", "--json"]) == 0
+        facts.append(json.loads(capsys.readouterr().out))
+    runner = loaded._engine.runner
+    matrices = [runner.head.matrices[0], runner.embedding.matrices[0]]
+    vectors = [runner.final_norm]
+    for layer in runner.layers:
+        for weight in (layer.qkv, layer.o, layer.gate_up, layer.down):
+            matrices += weight.matrices
+        vectors += [layer.input_norm, layer.q_norm, layer.k_norm, layer.post_norm]
+    for one in facts:
+        assert one["held_in"] == sorted({"bfloat16", "int8", weights})
+        assert one["weight_bytes"] == sum(array.nbytes for array in (*matrices, *vectors))
+
+
+@pytest.mark.parametrize(
+    ("weights", "says"),
+    [("int3", "weights must be one of auto, int8, int4, not 'int3'"), ("fp8", "weights must be one of auto")],
+)
+def test_weights_that_cannot_be_loaded(tmp_path, weights, says):
+    source = write_checkpoint(tmp_path / "source", **SIZES)
+    with pytest.raises(OptionError, match=says):
+        losart.load(source, "cpu", weights=weights)
+
+
+def test_weights_are_not_rounded_twice(tmp_path):
+    source = write_checkpoint(tmp_path / "source", **SIZES)
+    assert main(["quantize", str(source), str(tmp_path / "new")]) == 0
+    with pytest.raises(OptionError, match="new: is quantized"):
+        losart.load(tmp_path / "new", "cpu", weights="int8")

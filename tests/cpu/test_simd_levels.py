@@ -48,3 +48,15 @@ def test_all_levels_generate_the_same(tmp_path, dtype):
     checkpoint = write_checkpoint(tmp_path / "checkpoint", dtype=dtype)
     found = [tokens(checkpoint, level) for level in (0, 1, 2)]
     assert np.unique(found).size == 1
+
+
+@pytest.mark.parametrize("format", ["int4", "int8"])
+def test_all_levels_generate_the_same_with_quantized_weights(tmp_path, format):
+    from losart.loaders import open_checkpoint
+    from losart.measure.random_checkpoint import write_checkpoint
+    from losart.quantization import WeightFormat, quantize_checkpoint
+
+    source = open_checkpoint(write_checkpoint(tmp_path / "checkpoint"))
+    quantized = quantize_checkpoint(source, tmp_path / "quantized", WeightFormat(format, 32))
+    found = [tokens(quantized, level) for level in (0, 1, 2)]
+    assert np.unique(found).size == 1

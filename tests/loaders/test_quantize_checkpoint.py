@@ -71,7 +71,7 @@ def test_the_new_checkpoint_has_the_rounded_matrices(tmp_path, format, head, dty
 
 def rounded_rows(tmp_path: Path, values: np.ndarray, format: WeightFormat) -> tuple[np.ndarray, np.ndarray]:
     save_file({"a": values}, tmp_path / "model.safetensors")
-    return RoundedTensor(map_file(tmp_path / "model.safetensors")["a"], format).rows(0, len(values))
+    return RoundedTensor(map_file(tmp_path / "model.safetensors")["a"], format).rows(0, len(values))[:2]
 
 
 ordinary = st.floats(-(2.0**120), 2.0**120, width=32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Container, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 
 import losart.backends.cpu.attention_kernels as kernels
+import losart.backends.cpu.quantized_linear as quantized_linear
 import losart.backends.cpu.skinny_linear as skinny_linear
 from losart.backends.base import HostSelection, PassBody, PassOutput, Selection, StoredResults
 from losart.backends.cpu.convert import float32_rows, narrow, widen, widen_into
@@ -33,12 +35,13 @@ class Weight:
 
     Attributes
     ----------
-    matrices : tuple of arrays
-        As they are held: mapped from the checkpoint's files where their format is the same.
+    matrices : tuple of arrays or QuantizedMatrix
+        As they are held: mapped from the checkpoint's files where their format is the same, or quantized.
     format : Format
+        Of arrays.
     """
 
-    matrices: tuple[np.ndarray, ...]
+    matrices: tuple[Any, ...]
     format: Format
 
 
@@ -100,8 +103,16 @@ class CpuBackend:
     def upload(self, *tensors: Any) -> Weight:
         return Weight(tuple(self._upload(tensor) for tensor in tensors), self.precision.weights)
 
-    def _upload(self, tensor: Any) -> np.ndarray:
+    def held(self, tensor: Any) -> tuple[str, int]:
+        if (form := _quantized_form(tensor)) is not None:
+            return tensor.dtype, quantized_linear.nbytes_of(*form)
         format = self.precision.weights
+        return format.name, math.prod(tensor.shape) * format.itemsize
+
+    def _upload(self, tensor: Any) -> Any:
+        format = self.precision.weights
+        if (form := _quantized_form(tensor)) is not None:
+            return _packed(tensor, form)
         if tensor.dtype == format.name:
             return tensor.array()
         held, row = np.empty(tensor.shape, format.array), 0
@@ -172,10 +183,13 @@ class CpuBackend:
 
     def _multiply(self, x: np.ndarray, weight: Weight, bias: np.ndarray | None) -> np.ndarray:
         y = np.empty((len(x), sum(map(len, weight.matrices))), np.float32)
-        prepared = skinny_linear.prepared(x) if len(x) <= SKINNY_ROWS else None
+        held = [matrix for matrix in weight.matrices if isinstance(matrix, np.ndarray)]
+        prepared = skinny_linear.prepared(x) if held and len(x) <= SKINNY_ROWS else None
         column = 0
         for matrix in weight.matrices:
-            if prepared is not None:
+            if not isinstance(matrix, np.ndarray):
+                quantized_linear.multiply_all(x, matrix, y, column)
+            elif prepared is not None:
                 skinny_linear.multiply(prepared, matrix, weight.format.code, y, column)
             else:
                 blas_multiply(x, matrix, y[:, column : column + len(matrix)])
@@ -373,6 +387,29 @@ class CpuBackend:
             proposals.append(proposed)
             first += len(sequence.masked)
         return Proposals.joined(proposals)
+
+
+def _quantized_form(tensor: Any) -> tuple[int, int, int, int, bool] | None:
+    """What `QuantizedMatrix` takes; None where a matrix is held in the format of weights."""
+    if tensor.dtype not in ("int4", "int8") or not tensor.in_order:
+        return None
+    if quantized_linear.block_of(tensor.shape[1], tensor.group) is None:
+        return None
+    return *tensor.shape, int(tensor.dtype.removeprefix("int")), tensor.group, tensor.has_zeros
+
+
+def _packed(tensor: Any, form: tuple[int, int, int, int, bool]) -> quantized_linear.QuantizedMatrix:
+    """A checkpoint's matrix of that form, packed some rows at a time."""
+    rows, columns, *others, zeros = form
+    if zeros:  # of symmetric GPTQ all are 0
+        zeros = bool(tensor.zeros(0, rows).any())
+    matrix = quantized_linear.QuantizedMatrix(rows, columns, *others, zeros)
+    step = max(1, WIDEN_FLOATS // quantized_linear.ROWS // max(1, columns)) * quantized_linear.ROWS
+    for start in range(0, rows, step):
+        codes, scales, of_groups = tensor.rows(start, min(rows, start + step))
+        matrix.fill(start, codes, scales, of_groups if zeros else None)
+    tensor.release()
+    return matrix
 
 
 def blas_multiply(x: np.ndarray, weight: np.ndarray, out: np.ndarray) -> None:

@@ -6,6 +6,7 @@ selected, unless it selects itself (host_selector.py), so that a captured pass c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Container, Sequence
 from dataclasses import replace
 from typing import Any
@@ -111,6 +112,10 @@ class CudaBackend:
     def upload(self, *tensors: Any) -> Weight:
         with self.memory.running("the weights"):
             return self._loader.matrix(*tensors)
+
+    def held(self, tensor: Any) -> tuple[str, int]:
+        format = self.precision.weights
+        return format.name, math.prod(tensor.shape) * format.itemsize
 
     def upload_vector(self, *tensors: Any) -> Any:
         with self.memory.running("the weights"):
