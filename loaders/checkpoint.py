@@ -89,7 +89,8 @@ def _canonical_tensors(
     used: set[str] = set()
     missing: list[str] = []
     for expected in family.expected_tensors(config):
-        if quantization is not None and len(expected.shape) == 2:
+        # An embedding's rows are looked up one by one: it must be as it is.
+        if quantization is not None and len(expected.shape) == 2 and expected.name != "embed":
             quantized = quantization.find(expected.source, expected.shape, saved)
             if quantized is not None:
                 tensors[expected.name] = quantized

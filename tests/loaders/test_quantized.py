@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from quantized import awq, compressed, float8_value, fp8, gptq, quantize_checkpoint, save_tensors
 from safetensors.numpy import load_file, save_file
@@ -341,6 +341,7 @@ def test_what_is_not_supported_is_named(tmp_path, config, says):
     assert str(directory / "config.json") in str(caught.value)
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_a_flipped_byte_is_an_error_of_ours_or_none(tmp_path_factory, data):
     case = data.draw(st.sampled_from(list(CASES)))

@@ -9,6 +9,7 @@
 #include "simd.h"
 
 #define PANEL 16
+#define AHEAD 2048 /* bytes that are prefetched before they are unpacked */
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -21,6 +22,9 @@
 #define DOT_FLOAT __m512
 #define DOT_OP(name) _mm512_##name
 #define DOT_LOAD(p) _mm512_loadu_si512(p)
+#define DOT_HALF(p) _mm256_loadu_si256((const __m256i *)(p))
+#define DOT_STORE(p, x) _mm512_storeu_si512(p, x)
+#define DOT_AND(x, y) _mm512_and_si512(x, y)
 #define DOT_ZERO _mm512_setzero_si512()
 #include "integer_dots_body.h"
 
@@ -32,6 +36,9 @@
 #define DOT_FLOAT __m256
 #define DOT_OP(name) _mm256_##name
 #define DOT_LOAD(p) _mm256_loadu_si256((const __m256i *)(p))
+#define DOT_HALF(p) _mm_loadu_si128((const __m128i *)(p))
+#define DOT_STORE(p, x) _mm256_storeu_si256((__m256i *)(p), x)
+#define DOT_AND(x, y) _mm256_and_si256(x, y)
 #define DOT_ZERO _mm256_setzero_si256()
 #include "integer_dots_body.h"
 #endif

@@ -1,7 +1,7 @@
 /* The loops of integer_dots.h for one kind of vector. Included once for each, with
  *
  *   DOT_LANES, DOT_INT, DOT_FLOAT   32-bit lanes of a vector, and its types
- *   DOT_OP(name), DOT_LOAD, DOT_ZERO   intrinsics
+ *   DOT_OP(name), DOT_LOAD, DOT_HALF, DOT_STORE, DOT_AND, DOT_ZERO   intrinsics; DOT_HALF loads half a vector
  *   DOT_TOKENS     tokens whose sums the registers hold
  *   DOT_TARGET, DOT(name)   as SIMD_TARGET and SIMD (simd_body.h)
  */
@@ -9,14 +9,21 @@
 
 DOT_TARGET static void DOT(unpack_block)(const uint8_t *codes, long columns, int bits, int16_t *w)
 {
+    /* Whole vectors are stored, as add_block will load them. */
+    const long step = 2 * DOT_LANES;
     if (bits == 8) {
-        for (long i = 0; i < columns * PANEL; i++) w[i] = (int8_t)codes[i];
+        for (long i = 0; i < columns * PANEL; i += step) {
+            DOT_STORE(w + i, DOT_OP(cvtepi8_epi16)(DOT_HALF(codes + i)));
+            __builtin_prefetch(codes + i + AHEAD);
+        }
         return;
     }
     for (long i = 0; i < columns / 4; i++, codes += 2 * PANEL, w += 4 * PANEL)
-        for (long j = 0; j < 2 * PANEL; j++) {
-            w[j] = codes[j] & 15;
-            w[2 * PANEL + j] = codes[j] >> 4;
+        UNROLL for (long j = 0; j < 2 * PANEL; j += step) {
+            DOT_INT both = DOT_OP(cvtepu8_epi16)(DOT_HALF(codes + j));
+            DOT_STORE(w + j, DOT_AND(both, DOT_OP(set1_epi16)(15)));
+            DOT_STORE(w + 2 * PANEL + j, DOT_OP(srli_epi16)(both, 4));
+            __builtin_prefetch(codes + j + AHEAD);
         }
 }
 
@@ -77,4 +84,7 @@ DOT_TARGET static void DOT(add_block)(const int16_t *w, long columns, const floa
 #undef DOT_FLOAT
 #undef DOT_OP
 #undef DOT_LOAD
+#undef DOT_HALF
+#undef DOT_STORE
+#undef DOT_AND
 #undef DOT_ZERO

@@ -9,7 +9,7 @@ import numpy as np
 
 from cython.parallel cimport prange
 from libc.math cimport INFINITY, NAN, fabsf, lrintf
-from libc.stdint cimport int16_t, uint8_t
+from libc.stdint cimport int16_t, uint8_t, uintptr_t
 from libc.string cimport memset
 
 cdef extern from "integer_dots.h" nogil:
@@ -22,6 +22,7 @@ cdef enum:
     LARGEST_BLOCK = 64    # columns: sums of 2^15 * 2^7 * 64 fit into 32 bits
     SMALLEST_BLOCK = 8
     MOST_TOKENS = 64      # at a time
+    CACHE_LINE = 64       # bytes: vectors that lie in two of them take longer
     WORTH_THREADS = 1 << 20   # multiply-adds
     LARGEST = 32767
 
@@ -242,7 +243,8 @@ cdef void multiply_panel(const uint8_t *codes, const float *scales, const float 
                          const float *x_scales, const float *x_sums, Py_ssize_t tokens, float *out,
                          Py_ssize_t out_stride, Py_ssize_t rows) noexcept nogil:
     cdef float sums[MOST_TOKENS * PANEL_ROWS]
-    cdef int16_t weights[LARGEST_BLOCK * PANEL_ROWS]
+    cdef int16_t scratch[LARGEST_BLOCK * PANEL_ROWS + CACHE_LINE]
+    cdef int16_t *weights = <int16_t *>(((<uintptr_t>scratch) + CACHE_LINE) & ~<uintptr_t>(CACHE_LINE - 1))
     cdef Py_ssize_t b, group, t, r
     memset(sums, 0, sizeof(float) * tokens * PANEL_ROWS)
     for b in range(blocks):

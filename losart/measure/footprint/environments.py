@@ -100,7 +100,10 @@ def own_requirement(extra: str = "") -> str:
 def rival_requirements() -> list[str]:
     """torch and transformers as losart's extra `parity` names them."""
     lines = requires("losart") or []
-    return [line.split(";")[0].strip() for line in lines if re.search(r"extra\s*==\s*['\"]parity['\"]", line)]
+    named = [
+        line.split(";")[0].strip() for line in lines if re.search(r"extra\s*==\s*['\"]parity['\"]", line)
+    ]
+    return [line for line in named if re.split("[<>=]", line)[0] in ("torch", "transformers")]
 
 
 def cpu_index_arguments() -> list[str]:
