@@ -39,6 +39,18 @@ def nvrtc_version() -> tuple[int, int]:
         ) from error
 
 
+def is_known(architecture: str) -> bool:
+    """Whether the compiler at hand knows an architecture, "sm_90a".
+
+    Raises
+    ------
+    DeviceError
+        There is no compiler.
+    """
+    nvrtc_version()
+    return int(architecture.removeprefix("sm_").rstrip("a")) in _nvrtc().getSupportedArchs()
+
+
 def compile_cubin(source: str, name: str, options: tuple[str, ...], architecture: str) -> tuple[bytes, str]:
     """Compile a source.
 

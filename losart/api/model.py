@@ -218,7 +218,7 @@ def load(
         twice with 128 sequences on a GPU. Else sums may be rounded otherwise.
     weights : {"auto", "int8", "int4"}
         On the CPU: round the matrices of all layers to 8 bits, with a scale per row, or to 4 bits, with one
-        per 64 columns; a head of its own to 8 bits. "auto" leaves all as it is.
+        per 64 columns, and the head to 8 bits. "auto" leaves all as it is.
 
     Raises
     ------

@@ -12,6 +12,7 @@ from losart.cli.progress import Progress
 from losart.cli.tables import size
 from losart.config.precision import DTYPES
 from losart.errors import OptionError
+from losart.kernels_cu.compiler import is_known
 from losart.kernels_cu.prebuilt import FOLDER
 
 HELP = "compile the CUDA kernels for installations without a compiler"
@@ -25,7 +26,10 @@ EXAMPLE = "example: losart prebuild --architectures sm_90a --dtypes bfloat16"
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
     command.add_argument(
-        "--architectures", type=listed(str), default=tuple(CARDS), metavar="LIST", help=f"({','.join(CARDS)})"
+        "--architectures",
+        type=listed(str),
+        metavar="LIST",
+        help=f"({','.join(CARDS)}: those that NVRTC knows)",
     )
     command.add_argument(
         "--dtypes", type=listed(str), default=DTYPES, metavar="LIST", help=f"({','.join(DTYPES)})"
@@ -38,10 +42,11 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Compile, and say what was written."""
     for name, known in (("architectures", tuple(CARDS)), ("dtypes", DTYPES)):
-        for value in getattr(args, name):
+        for value in getattr(args, name) or ():
             if value not in known:
                 raise OptionError(f"{name} must be of {', '.join(known)}, not {value!r}")
+    architectures = args.architectures or tuple(filter(is_known, CARDS))
     with Progress("compiling", "kernels") as progress:
-        archives = prebuild(args.output, args.architectures, args.dtypes, progress=progress)
+        archives = prebuild(args.output, architectures, args.dtypes, progress=progress)
     for path, count in archives.items():
         print(f"{path}: {count} kernels, {size(path.stat().st_size)}")

@@ -64,7 +64,8 @@ class Transformer:
             if progress is not None:
                 progress(i + 1, config.num_layers)
         self.final_norm = backend.upload_vector(tensors["final_norm"])
-        self.head = self.embedding if config.tie_embeddings else backend.upload(tensors["head"])
+        # A head that is the embedding may have been quantized by itself.
+        self.head = backend.upload(tensors["head"]) if "head" in tensors else self.embedding
         self.turns = Turns()
         self.pools: MutableSet[KVPool] = weakref.WeakSet()
         self.policies: dict[tuple[AttentionConfig, int], AttentionPolicy] = {}

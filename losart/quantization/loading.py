@@ -6,7 +6,7 @@ from typing import Any
 
 from losart.errors import OptionError
 from losart.loaders import Checkpoint
-from losart.quantization.rounding import WeightFormat, rounded_tensors
+from losart.quantization.rounding import RoundedTensor, WeightFormat, rounded_tensors
 
 LOADED = ("auto", "int8", "int4")
 
@@ -18,7 +18,8 @@ def loaded_tensors(checkpoint: Checkpoint, weights: str, device: str) -> dict[st
     ----------
     checkpoint : Checkpoint
     weights : {"auto", "int8", "int4"}
-        "auto": as they are. Else the matrices of all layers are rounded, and a head of its own to int8.
+        "auto": as they are. Else the matrices of all layers are rounded, and the head to int8, beside the
+        embedding where it is one with it.
     device : str
         The backend's name.
 
@@ -33,5 +34,9 @@ def loaded_tensors(checkpoint: Checkpoint, weights: str, device: str) -> dict[st
         return dict(checkpoint.tensors)
     if device != "cpu":
         raise OptionError(f"weights={weights!r} is for the CPU; on {device} they are held in 16 or 32 bits")
-    head = None if checkpoint.config.tie_embeddings else WeightFormat("int8")
-    return dict(rounded_tensors(checkpoint, WeightFormat.by_default(weights), head))
+    tied, head = checkpoint.config.tie_embeddings, WeightFormat("int8")
+    tensors: dict[str, Any] = {}
+    tensors |= rounded_tensors(checkpoint, WeightFormat.by_default(weights), None if tied else head)
+    if tied:
+        tensors["head"] = RoundedTensor(tensors["embed"], head)
+    return tensors

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import losart
+from losart.backends.cpu.quantized_linear import QuantizedMatrix
 from losart.cli import main
 from losart.errors import OptionError
 from losart.loaders import open_checkpoint
@@ -113,3 +116,19 @@ def test_weights_are_not_rounded_twice(tmp_path):
     assert main(["quantize", str(source), str(tmp_path / "new")]) == 0
     with pytest.raises(OptionError, match="new: is quantized"):
         losart.load(tmp_path / "new", "cpu", weights="int8")
+
+
+def test_a_head_that_is_the_embedding_is_rounded_by_itself(tmp_path):
+    """As if it were one of its own that holds the same."""
+    tied = write_checkpoint(tmp_path / "tied", tied=True, **SIZES)
+    own = write_checkpoint(tmp_path / "own", **SIZES)
+    tensors = load_file(tied / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+    save_file(tensors, own / "model.safetensors")
+    models = [losart.load(path, "cpu", weights="int8") for path in (tied, own)]
+    runner = models[0]._engine.runner
+    assert isinstance(runner.head.matrices[0], QuantizedMatrix)
+    assert isinstance(runner.embedding.matrices[0], np.ndarray)
+    found = [model.generate("text", max_new_tokens=24, stop_token_ids=[]).token_ids for model in models]
+    assert found[0] == found[1]
+    assert losart.load(tied, "cpu")._engine.runner.head is not runner.head
