@@ -47,8 +47,8 @@ class MappedTensor:
     _mapping: mmap.mmap = field(repr=False)
     _offset: int = field(repr=False)
 
-    def array(self) -> np.ndarray:
-        """The values, read-only and not copied: float32, float16, or bfloat16 as uint16 bits.
+    def array(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """The values, or some rows, read-only and not copied: float32, float16, or bfloat16 as uint16 bits.
 
         The array stays usable after `release`: its pages are then read from the file again.
 
@@ -59,9 +59,9 @@ class MappedTensor:
         """
         if self.dtype not in FORMATS:
             raise TensorError(f"{self.file}: tensor {self.name!r} has the unsupported dtype {self.dtype}")
-        return self._values(FORMATS[self.dtype].array)
+        return self._values(FORMATS[self.dtype].array, start, stop)
 
-    def codes(self) -> np.ndarray:
+    def codes(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         """As `array`, of integers, and of float8 as its bits: int8, int32, int64 or uint8.
 
         Raises
@@ -71,20 +71,26 @@ class MappedTensor:
         """
         if self.dtype not in _CODE_ARRAYS:
             raise TensorError(f"{self.file}: tensor {self.name!r} has the unsupported dtype {self.dtype}")
-        return self._values(_CODE_ARRAYS[self.dtype])
+        return self._values(_CODE_ARRAYS[self.dtype], start, stop)
 
     def bytes(self) -> np.ndarray:
         """The values as they are in the file: uint8 [nbytes]."""
         return np.frombuffer(self._mapping, np.uint8, self.nbytes, self._offset)
+
+    def stored(self) -> tuple[MappedTensor, ...]:
+        """Itself, as a quantized tensor has several."""
+        return (self,)
 
     @property
     def size(self) -> int:
         """Number of values."""
         return math.prod(self.shape)
 
-    def _values(self, name: str) -> np.ndarray:
+    def _values(self, name: str, start: int, stop: int | None) -> np.ndarray:
         dtype, count = np.dtype(name).newbyteorder("<"), self.size
         array = np.frombuffer(self._mapping, dtype, count, self._offset).reshape(self.shape)
+        if start or stop is not None:
+            array = array[start:stop]
         if self._offset % dtype.itemsize:
             # Compiled code must not read misaligned values.
             array = array.copy()

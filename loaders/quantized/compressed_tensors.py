@@ -63,6 +63,12 @@ class Scheme:
         targets = keys.get("targets")
         if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
             raise keys.error("targets", targets, "a list of strings")
+        for target in targets:
+            try:
+                re.compile(target.removeprefix("re:"))
+            except re.error as error:
+                if target.startswith("re:"):
+                    raise keys.error("targets", target, f"a regular expression ({error})") from error
         weights = keys.optional_object("weights")
         if weights is None:
             raise keys.missing("weights")
@@ -94,7 +100,7 @@ class CompressedTensors(Quantization):
 
     harmless: ClassVar[tuple[str, ...]] = (
         *("*.input_scale", "*.input_zero_point", "*.output_scale", "*.output_zero_point"),
-        *("*.k_scale", "*.v_scale", "*.q_scale", "*.weight_g_idx"),
+        *("*.k_scale", "*.v_scale", "*.q_scale", "*.weight_g_idx", "*.weight_zero_point"),
     )
 
     def __init__(self, config: JsonObject) -> None:
@@ -140,7 +146,7 @@ class CompressedTensors(Quantization):
                 raise TensorError(f"{part.file}: tensor {part.name!r} says another shape than {list(shape)}")
         else:
             check_part(parts[codes], (rows, columns), ("int8" if scheme.dtype == "int8" else "float8",))
-        scales = (-(-rows // block_rows), groups)
+        scales: tuple[int, ...] = (-(-rows // block_rows), groups)
         if parts["weight_scale"].size == 1 == scales[0] * scales[1]:
             scales = parts["weight_scale"].shape  # a number may have any
         check_part(parts["weight_scale"], scales, FLOATS)
@@ -150,7 +156,7 @@ class CompressedTensors(Quantization):
             check_part(parts["weight_zero_point"], (-(-rows // (WORD_BITS // bits)), groups), ("int32",))
         else:
             check_part(parts["weight_zero_point"], scales, ("int8",))
-        check_groups(parts, columns, groups)
+        check_groups(parts, columns, block_columns)
         where = name, (rows, columns), scheme.dtype, block_columns, parts
         return CompressedTensor(*where, block_rows, bits)
 
@@ -189,9 +195,9 @@ class CompressedTensor(QuantizedTensor):
 
     def codes(self, start: int, stop: int) -> np.ndarray:
         if "weight_packed" in self.parts:
-            words = self.parts["weight_packed"].codes()[start:stop]
+            words = self.parts["weight_packed"].codes(start, stop)
             return unpacked(words, self.bits)[:, : self.shape[1]] - self._offset
-        codes = self.parts["weight"].codes()[start:stop]
+        codes = self.parts["weight"].codes(start, stop)
         return FLOAT8_VALUES[codes] if self.dtype == "float8" else codes.astype(np.int32)
 
     def scales(self, start: int, stop: int) -> np.ndarray:

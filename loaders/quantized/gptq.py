@@ -41,7 +41,8 @@ class Gptq(Quantization):
         if version not in ZEROS_LESS_ONE:
             raise config.error("checkpoint_format", version, f"one of {', '.join(ZEROS_LESS_ONE)}")
         self._added = ZEROS_LESS_ONE[version]
-        if config.optional_object("dynamic") not in (None, JsonObject(config.file, {}, config.prefix)):
+        dynamic = config.optional_object("dynamic")
+        if dynamic is not None and dynamic.values:
             raise ConfigError(f"{config.file}: {config.prefix}dynamic is not supported")
 
     def find(
@@ -59,7 +60,7 @@ class Gptq(Quantization):
         check_part(parts["qweight"], (columns // per_word, rows), ("int32",))
         check_part(parts["scales"], (groups, rows), FLOATS)
         check_part(parts["qzeros"], (groups, rows // per_word), ("int32",))
-        check_groups(parts, columns, groups)
+        check_groups(parts, columns, group)
         return GptqTensor(name, (rows, columns), f"int{self._bits}", group, parts, self._added)
 
 
@@ -89,4 +90,5 @@ class GptqTensor(QuantizedTensor):
         first = start // per_word
         words = np.ascontiguousarray(self.parts["qzeros"].codes()[:, first : -(-stop // per_word)])
         zeros = unpacked(words, self._bits)[:, start - first * per_word : stop - first * per_word]
-        return np.ascontiguousarray(zeros.T) + (self.added - self._offset)
+        # Of version 1 the largest number stands for 0, as in AutoGPTQ.
+        return (np.ascontiguousarray(zeros.T) + self.added) % (1 << self._bits) - self._offset

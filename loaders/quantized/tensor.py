@@ -107,9 +107,9 @@ class QuantizedTensor(ABC):
             values = values - zeros[:, self.group_of_column]
         return values.astype(np.float32, copy=False) * scales[:, self.group_of_column]
 
-    def bytes(self) -> np.ndarray:
-        """Those of the codes in the file, uint8."""
-        return next(iter(self.parts.values())).bytes()
+    def stored(self) -> tuple[MappedTensor, ...]:
+        """What it is made of."""
+        return tuple(self.parts.values())
 
     def release(self) -> None:
         """Return its pages to the operating system."""
@@ -183,8 +183,10 @@ def check_part(part: MappedTensor, shape: tuple[int, ...], dtypes: tuple[str, ..
         )
 
 
-def check_groups(parts: dict[str, MappedTensor], columns: int, groups: int) -> None:
-    """See that "g_idx", if there is one, names a group for each column; one full of -1 is none.
+def check_groups(parts: dict[str, MappedTensor], columns: int, group: int) -> None:
+    """See that "g_idx", if there is one, names a group for each column.
+
+    One that is full of -1, or has groups of `group` consecutive columns, is left out of the parts.
 
     Raises
     ------
@@ -194,8 +196,8 @@ def check_groups(parts: dict[str, MappedTensor], columns: int, groups: int) -> N
     if index is None:
         return
     check_part(index, (columns,), ("int32",))
-    numbers = index.codes()
-    if (numbers == -1).all():
+    numbers, groups = index.codes(), -(-columns // group)
+    if (numbers == -1).all() or np.array_equal(numbers, np.arange(columns) // group):
         del parts["g_idx"]
     elif not 0 <= numbers.min() <= numbers.max() < groups:
         raise TensorError(f"{index.file}: tensor {index.name!r} names groups beyond 0 to {groups - 1}")

@@ -210,7 +210,8 @@ def load(
         "auto" takes CUDA where it works, else the CPU.
     dtype : {"auto", "float32", "bfloat16", "float16"}
         In which weights, keys and values are held; "auto" is the checkpoint's own. Arithmetic is
-        float32 on the CPU. Matrices that the checkpoint has in 4 or 8 bits stay so on the CPU.
+        float32 on the CPU. On the CPU matrices of integers of 4 or 8 bits
+        stay as the checkpoint has them.
     progress : callable, optional
         Called after each layer's weights with the layers loaded and in all.
     deterministic : bool

@@ -26,7 +26,7 @@ def model_fingerprint(config: ModelConfig, tensors: Mapping[str, Any]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name} {tensor.shape} {tensor.dtype} ".encode())
-        values = tensor.bytes()
-        for start in np.linspace(0, max(0, len(values) - STRETCH_BYTES), STRETCHES).astype(int):
-            digest.update(values[start : start + STRETCH_BYTES])
+        for values in (stored.bytes() for stored in tensor.stored()):
+            for start in np.linspace(0, max(0, len(values) - STRETCH_BYTES), STRETCHES).astype(int):
+                digest.update(values[start : start + STRETCH_BYTES])
     return digest.hexdigest()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from losart.observe.step import Progress
 from losart.quantization.rounding import RoundedTensor, WeightFormat, rounded_tensors
 
 SHARD_BYTES = 4 << 30
-PIECE = 1 << 22  # values that a thread has at a time
+PIECE = 1 << 20  # values that a thread has at a time
 WORD_BITS = 32
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pth", "*.gguf")
 
@@ -61,8 +62,8 @@ def quantize_checkpoint(
 ) -> Path:
     """Write a checkpoint whose layers' matrices are quantized, rounded to nearest.
 
-    Embedding, gains and biases stay as they are. All else of the directory is copied. It is complete when
-    it is there under its name.
+    Embedding, gains and biases stay as they are. All other files of the directory are copied. It is complete
+    when it is there under its name: it is written beside that, in one that ends in ".incomplete".
 
     Parameters
     ----------
@@ -86,16 +87,17 @@ def quantize_checkpoint(
         A weight is not finite.
     """
     destination = Path(destination)
-    if destination.exists():
+    if os.path.lexists(destination):
         raise CheckpointError(f"{destination}: exists")
     tensors = [
         _rounded(tensor) if isinstance(tensor, RoundedTensor) else _kept(tensor)
         for tensor in rounded_tensors(checkpoint, weights, head).values()
     ]
-    incomplete = destination.with_name(f"{destination.name}.incomplete")
-    if incomplete.exists():
-        shutil.rmtree(incomplete)
-    incomplete.mkdir(parents=True)
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    incomplete = Path(
+        tempfile.mkdtemp(prefix=f"{destination.name}.", suffix=".incomplete", dir=destination.parent)
+    )
+    incomplete.chmod(0o777 & ~_umask())
     try:
         _copy_others(checkpoint.path, incomplete)
         _write_config(checkpoint, incomplete, weights, head)
@@ -112,7 +114,7 @@ def _kept(tensor: MappedTensor) -> Written:
     entry = TensorEntry(tensor.name, held.safetensors, tensor.shape, held.itemsize)
 
     def values(start: int, stop: int) -> tuple[np.ndarray, ...]:
-        return (tensor.array()[start:stop],)
+        return (tensor.array(start, stop),)
 
     return Written((entry,), rows, max(1, PIECE * rows // max(1, tensor.size)), values, tensor)
 
@@ -157,6 +159,13 @@ def packed(codes: np.ndarray, bits: int) -> np.ndarray:
     if bits == 4:
         unsigned = unsigned[:, ::2] | unsigned[:, 1::2] << 4
     return np.ascontiguousarray(unsigned).view("<i4")
+
+
+def _umask() -> int:
+    """That of the process, which can only be read by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _copy_others(source: Path, destination: Path) -> None:

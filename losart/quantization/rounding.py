@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from losart.backends.cpu.convert import narrow, widen
+from losart.backends.cpu.convert import narrow, widen, widen_into
 from losart.config.checks import is_int
 from losart.config.precision import FORMATS
 from losart.errors import OptionError, TensorError
@@ -112,7 +112,12 @@ class RoundedTensor:
         TensorError
             A value is not finite.
         """
-        values = widen(self.source.array()[start:stop])
+        held = self.source.array(start, stop)
+        values = np.empty(held.shape, np.float32)
+        if held.dtype == np.float32:
+            values[:] = held
+        else:
+            widen_into(held, values, threads=False)  # the caller may be one of several
         if not np.isfinite(values).all():
             raise TensorError(f"{self.source.file}: tensor {self.name!r} has values that are not finite")
         groups = values.reshape(len(values), -1, self.group)
@@ -128,9 +133,9 @@ class RoundedTensor:
         values = FLOAT8_VALUES[codes] if self.dtype == "float8" else codes.astype(np.float32)
         return (values.reshape(*scales.shape, -1) * scales[:, :, None]).reshape(codes.shape)
 
-    def bytes(self) -> np.ndarray:
-        """Those of the matrix in its file, uint8."""
-        return self.source.bytes()
+    def stored(self) -> tuple[MappedTensor, ...]:
+        """What it is made of."""
+        return (self.source,)
 
     def release(self) -> None:
         """Return the matrix's pages to the operating system."""

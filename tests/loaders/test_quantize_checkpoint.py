@@ -154,12 +154,21 @@ def test_what_is_cut_short_leaves_nothing(tmp_path, monkeypatch, error):
     assert [file.name for file in tmp_path.iterdir()] == ["source"]
 
 
-def test_what_a_killed_run_left_is_no_hindrance(tmp_path):
+def test_what_others_left_is_no_hindrance_and_stays(tmp_path):
     source = open_checkpoint(write_checkpoint(tmp_path / "source", **SIZES))
     (tmp_path / "new.incomplete").mkdir()
     (tmp_path / "new.incomplete" / "old").write_text("")
     quantize_checkpoint(source, tmp_path / "new", WeightFormat("int8"))
-    assert not (tmp_path / "new" / "old").exists() and not (tmp_path / "new.incomplete").exists()
+    assert {file.name for file in tmp_path.iterdir()} == {"source", "new", "new.incomplete"}
+    assert (tmp_path / "new.incomplete" / "old").exists()
+    assert (tmp_path / "new").stat().st_mode == (tmp_path / "source").stat().st_mode
+
+
+def test_a_link_to_nowhere_is_one_that_exists(tmp_path):
+    source = open_checkpoint(write_checkpoint(tmp_path / "source", **SIZES))
+    (tmp_path / "new").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="new: exists"):
+        quantize_checkpoint(source, tmp_path / "new", WeightFormat("int8"))
 
 
 def test_quantized_checkpoints_are_refused(tmp_path):

@@ -15,10 +15,12 @@ from quantized import awq, compressed, float8_value, fp8, gptq, quantize_checkpo
 from safetensors.numpy import load_file, save_file
 
 import losart
+from losart.backends.cpu.quantized_linear import QuantizedMatrix
 from losart.errors import CheckpointError, ConfigError, LosartError, TensorError
 from losart.loaders import open_checkpoint
 from losart.loaders.quantized import METHODS
 from losart.loaders.quantized.float8 import FLOAT8_VALUES
+from losart.measure.inspection import inspection
 from losart.measure.random_checkpoint import write_checkpoint
 
 SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "num_layers": 2, "head_dim": 32}
@@ -43,7 +45,7 @@ def weights_of(bits: int, strategy: str, **more: Any) -> dict[str, Any]:
 PACKED, INT, FLOAT = "pack-quantized", "int-quantized", "float-quantized"
 CASES: dict[str, tuple[dict[str, Any], Any]] = {
     "gptq": (
-        {"quant_method": "gptq", "bits": 4, "group_size": 32},
+        {"quant_method": "gptq", "bits": 4, "group_size": 32, "dynamic": {}},
         partial(gptq, bits=4, group=32, version=1, shuffled=False),
     ),
     "gptq, 8 bits, one group": (
@@ -131,16 +133,26 @@ def test_a_generation_is_that_of_the_matrices(case, tmp_path):
     save_file(load_file(plain / "model.safetensors") | matrices, plain / "model.safetensors")
     options: dict[str, Any] = {"max_new_tokens": 12, "stop_token_ids": []}
     models = losart.load(directory, "cpu"), losart.load(plain, "cpu")
+    config = json.loads((directory / "config.json").read_text())["quantization_config"]
+    text = json.dumps(config)
+    stays = not any(word in text for word in ("desc_act", "actorder", '"float"', "fp8"))
+    for layer in models[0]._engine.runner.layers:
+        for weight in (layer.qkv, layer.o, layer.gate_up, layer.down):
+            assert all(isinstance(matrix, QuantizedMatrix) == stays for matrix in weight.matrices)
+    held_in = inspection(open_checkpoint(directory), "cpu")["held_in"]
+    assert len(held_in) == 1 + stays and held_in[0] == "float32"
     found, expected = (model.generate(list(range(40)), **options).token_ids for model in models)
     assert found == expected
 
 
-def test_models_are_told_apart_by_their_codes(case):
+@pytest.mark.parametrize("part", ["codes", "scales"])
+def test_models_are_told_apart_by_their_codes_and_scales(case, part):
     directory, _ = case
 
     def edit(tensors: Any) -> None:
-        name = next(name for name in tensors if name.startswith(f"{MODULE}.") and "scale" not in name)
-        tensors[name][1].view(np.uint8).flat[0] ^= 1
+        names = (name for name in tensors if name.startswith(f"{MODULE}."))
+        name = next(name for name in names if ("scale" in name) == (part == "scales"))
+        tensors[name][1].reshape(-1).view(np.uint8).flat[0] ^= 1
 
     before = losart.load(directory, "cpu").fingerprint
     assert losart.load(directory, "cpu").fingerprint == before
@@ -265,6 +277,14 @@ def test_another_shape_than_the_files_own_is_refused(tmp_path):
         open_checkpoint(directory)
 
 
+def test_zeros_that_a_symmetric_scheme_saved_are_ignored(tmp_path):
+    def edit(tensors: Any) -> None:
+        tensors[f"{MODULE}.weight_zero_point"] = "I8", np.zeros((96, 1), np.int8)
+
+    tensor = open_checkpoint(edited(quantized(tmp_path, "int 8, channels"), edit)).tensors["layers.1.up"]
+    assert not tensor.has_zeros
+
+
 def test_what_activations_would_need_is_ignored(tmp_path):
     def edit(tensors: Any) -> None:
         tensors[f"{MODULE}.input_scale"] = "F32", np.ones(1, np.float32)
@@ -314,6 +334,10 @@ GROUP = weights_of(4, "group", group_size=32)
         ({"quant_method": "gptq", "bits": 4, "group_size": 0}, "group_size must be an integer from 1"),
         ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "checkpoint_format must be one"),
         ({"quant_method": "gptq", "bits": 4, "dynamic": {"a": {}}}, "dynamic is not supported"),
+        (
+            compressed_config(PACKED, GROUP) | {"config_groups": {"g": {"targets": ["re:*"]}}},
+            "a regular expression",
+        ),
         ({"quant_method": "awq", "version": "gemv"}, "version must be 'gemm', not 'gemv'"),
         ({"quant_method": "awq", "bits": 8}, "bits must be 4, not 8"),
         ({"quant_method": "awq", "zero_point": False}, "zero_point must be true"),

@@ -66,14 +66,14 @@ def gptq(
     group = columns if group == -1 else group
     groups = -(-columns // group)
     codes = rng.integers(0, 1 << bits, (rows, columns))
-    zeros = rng.integers(1, 1 << bits, (rows, groups))
+    zeros = rng.integers(0, 1 << bits, (rows, groups))
     scales, saved = scales_of(rng, (rows, groups), "F16")
     index = in_order(columns, group)
     if shuffled:
         index = rng.permutation(index)
     tensors = {
         "qweight": ("I32", _packed_rows(codes.T, bits)),
-        "qzeros": ("I32", words_of((zeros - (version == 1)).T, bits)),
+        "qzeros": ("I32", words_of((zeros - (version == 1)).T % (1 << bits), bits)),
         "scales": ("F16", saved.T),
         "g_idx": ("I32", index.astype(np.int32)),
     }

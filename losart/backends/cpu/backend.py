@@ -395,15 +395,15 @@ def _quantized_form(tensor: Any) -> tuple[int, int, int, int, bool] | None:
         return None
     if quantized_linear.block_of(tensor.shape[1], tensor.group) is None:
         return None
-    return *tensor.shape, int(tensor.dtype.removeprefix("int")), tensor.group, tensor.has_zeros
+    # Of symmetric GPTQ there are zeros, which are 0.
+    zeros = tensor.has_zeros and bool(tensor.zeros(0, tensor.shape[0]).any())
+    return *tensor.shape, int(tensor.dtype.removeprefix("int")), tensor.group, zeros
 
 
 def _packed(tensor: Any, form: tuple[int, int, int, int, bool]) -> quantized_linear.QuantizedMatrix:
     """A checkpoint's matrix of that form, packed some rows at a time."""
-    rows, columns, *others, zeros = form
-    if zeros:  # of symmetric GPTQ all are 0
-        zeros = bool(tensor.zeros(0, rows).any())
-    matrix = quantized_linear.QuantizedMatrix(rows, columns, *others, zeros)
+    matrix = quantized_linear.QuantizedMatrix(*form)
+    rows, columns, _, _, zeros = form
     step = max(1, WIDEN_FLOATS // quantized_linear.ROWS // max(1, columns)) * quantized_linear.ROWS
     for start in range(0, rows, step):
         codes, scales, of_groups = tensor.rows(start, min(rows, start + step))
