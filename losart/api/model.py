@@ -35,6 +35,8 @@ class Model:
         "cpu" or "cuda".
     dtype : str
         In which keys and values are held, and weights that are not quantized.
+    weights : tuple of str
+        In which formats matrices are held: `dtype`, "int4" and "int8", those that there are.
     """
 
     def __init__(
@@ -54,6 +56,8 @@ class Model:
         backend = make_backend(device, self.config, precision, deterministic)
         self.device = backend.name
         self._tensors = loaded_tensors(checkpoint, weights, backend.name)
+        matrices = (tensor for tensor in self._tensors.values() if len(tensor.shape) == 2)
+        self.weights = tuple(sorted({backend.held(matrix)[0] for matrix in matrices}))
         self._engine = Engine(Transformer(self.config, self._tensors, backend, progress))
 
     @cached_property

@@ -95,6 +95,7 @@ def _measure(model: Model, name: str, args: argparse.Namespace) -> dict[str, Any
         "model": name,
         "device": model.device,
         "dtype": model.dtype,
+        "weights": list(model.weights),
         "block_length": block_length,
         "budget": args.budget,
         "lengths": rows,
@@ -103,7 +104,7 @@ def _measure(model: Model, name: str, args: argparse.Namespace) -> dict[str, Any
 
 def _print(figures: dict[str, Any]) -> None:
     machine = figures["gpu"] or f"{figures['cpu']}, {figures['threads']} threads"
-    print(f"{figures['model']} in {figures['dtype']} on {machine}, losart {figures['losart']}")
+    print(f"{figures['model']} in {', '.join(figures['weights'])} on {machine}, losart {figures['losart']}")
     print(f"blocks of {figures['block_length']}, budget {figures['budget']}; milliseconds per pass\n")
     print(f"{'prefix':>8}  {'prefill':>10}  {'attention':9}  {'first':>8}  {'later':>8}  density")
     for row in figures["lengths"]:

@@ -156,6 +156,7 @@ def _facts(args: argparse.Namespace, model: Model, config: EvalConfig) -> dict[s
         "model": args.model or "small_checkpoint",
         "device": model.device,
         "dtype": model.dtype,
+        "weights": list(model.weights),
         "seed": config.seed,
         "options": config.options,
     }

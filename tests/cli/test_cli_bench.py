@@ -20,6 +20,7 @@ TINY = ["--device", "cpu", "--lengths", "64,320", "--repeats", "1", "--budget", 
 def test_figures_of_a_checkpoint(tiny_checkpoint, capsys):
     assert main(["bench", str(tiny_checkpoint), *TINY, "--json"]) == 0
     figures = json.loads(capsys.readouterr().out)
+    assert figures["weights"] == ["float32"]
     assert (figures["model"], figures["device"], figures["dtype"]) == (tiny_checkpoint.name, "cpu", "float32")
     assert (figures["block_length"], figures["budget"]) == (4, 32)
     assert [row["prefix"] for row in figures["lengths"]] == [64, 320]
