@@ -17,6 +17,7 @@ from losart.loaders.quantized.tensor import (
     WORD_BITS,
     Quantization,
     QuantizedTensor,
+    bits_of,
     check_groups,
     check_part,
     find_parts,
@@ -137,15 +138,15 @@ class CompressedTensors(Quantization):
         rows, columns = shape
         block_rows, block_columns = scheme.block[0] or rows, scheme.block[1] or columns
         groups = -(-columns // block_columns)
-        bits = int(scheme.dtype.strip("intfloa"))
+        per_word = WORD_BITS // bits_of(scheme.dtype)
         if scheme.packed:
-            check_part(parts[codes], (rows, -(-columns // (WORD_BITS // bits))), ("int32",))
+            check_part(parts[codes], (rows, -(-columns // per_word)), ("int32",))
             check_part(parts["weight_shape"], (2,), ("int32", "int64"))
             if tuple(parts["weight_shape"].codes().tolist()) != shape:
                 part = parts["weight_shape"]
                 raise TensorError(f"{part.file}: tensor {part.name!r} says another shape than {list(shape)}")
         else:
-            check_part(parts[codes], (rows, columns), ("int8" if scheme.dtype == "int8" else "float8",))
+            check_part(parts[codes], (rows, columns), (scheme.dtype,))
         scales: tuple[int, ...] = (-(-rows // block_rows), groups)
         if parts["weight_scale"].size == 1 == scales[0] * scales[1]:
             scales = parts["weight_scale"].shape  # a number may have any
@@ -153,12 +154,11 @@ class CompressedTensors(Quantization):
         if scheme.symmetric:
             parts.pop("weight_zero_point", None)
         elif scheme.packed and block_rows == 1:
-            check_part(parts["weight_zero_point"], (-(-rows // (WORD_BITS // bits)), groups), ("int32",))
+            check_part(parts["weight_zero_point"], (-(-rows // per_word), groups), ("int32",))
         else:
             check_part(parts["weight_zero_point"], scales, ("int8",))
         check_groups(parts, columns, block_columns)
-        where = name, (rows, columns), scheme.dtype, block_columns, parts
-        return CompressedTensor(*where, block_rows, bits)
+        return CompressedTensor(name, (rows, columns), scheme.dtype, block_columns, parts, block_rows)
 
     def _scheme_of(self, module: str, scale: MappedTensor) -> Scheme:
         """The scheme whose targets name a module: by its name before those that name its class."""
@@ -187,7 +187,6 @@ class CompressedTensor(QuantizedTensor):
     """Codes [out, in], scales [out / block_rows, groups]; packed ones and their zeros with an offset."""
 
     block_rows: int
-    bits: int
 
     @property
     def _offset(self) -> int:

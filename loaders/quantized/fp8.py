@@ -36,4 +36,4 @@ class Fp8(Quantization):
         blocks = -(-rows // self._rows), -(-columns // self._columns)
         check_part(parts["weight_scale_inv"], blocks, FLOATS)
         parts = {"weight": parts["weight"], "weight_scale": parts["weight_scale_inv"]}
-        return CompressedTensor(name, (rows, columns), "float8", self._columns, parts, self._rows, 8)
+        return CompressedTensor(name, (rows, columns), "float8", self._columns, parts, self._rows)

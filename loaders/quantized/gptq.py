@@ -71,24 +71,20 @@ class GptqTensor(QuantizedTensor):
     added: int
 
     @property
-    def _bits(self) -> int:
-        return int(self.dtype[3:])
-
-    @property
     def _offset(self) -> int:
-        return 1 << (self._bits - 1)  # codes and zeros of the file are 0 or more
+        return 1 << (self.bits - 1)  # codes and zeros of the file are 0 or more
 
     def codes(self, start: int, stop: int) -> np.ndarray:
         words = self.parts["qweight"].codes()[:, start:stop]
-        return unpacked(np.ascontiguousarray(words.T), self._bits) - self._offset
+        return unpacked(np.ascontiguousarray(words.T), self.bits) - self._offset
 
     def scales(self, start: int, stop: int) -> np.ndarray:
         return widened(np.ascontiguousarray(self.parts["scales"].array()[:, start:stop].T))
 
     def zeros(self, start: int, stop: int) -> np.ndarray:
-        per_word = WORD_BITS // self._bits
+        per_word = WORD_BITS // self.bits
         first = start // per_word
         words = np.ascontiguousarray(self.parts["qzeros"].codes()[:, first : -(-stop // per_word)])
-        zeros = unpacked(words, self._bits)[:, start - first * per_word : stop - first * per_word]
+        zeros = unpacked(words, self.bits)[:, start - first * per_word : stop - first * per_word]
         # Of version 1 the largest number stands for 0, as in AutoGPTQ.
-        return (np.ascontiguousarray(zeros.T) + self.added) % (1 << self._bits) - self._offset
+        return (np.ascontiguousarray(zeros.T) + self.added) % (1 << self.bits) - self._offset

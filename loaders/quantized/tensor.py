@@ -72,6 +72,11 @@ class QuantizedTensor(ABC):
         return np.arange(self.shape[1]) // self.group if index is None else index.codes().astype(np.int64)
 
     @property
+    def bits(self) -> int:
+        """Of a code."""
+        return bits_of(self.dtype)
+
+    @property
     def groups(self) -> int:
         """Of a row."""
         return -(-self.shape[1] // self.group)
@@ -146,6 +151,11 @@ class Quantization(ABC):
         TensorError
             A part of it is missing or has the wrong shape or dtype.
         """
+
+
+def bits_of(dtype: str) -> int:
+    """Of a code of "int4", "int8" or "float8"."""
+    return 4 if dtype == "int4" else 8
 
 
 def find_parts(

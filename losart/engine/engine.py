@@ -836,7 +836,7 @@ def _sort(passes: list[tuple[Run, tuple[SequencePass, ...]]], alike: bool) -> bo
     """
     keys = [operations_key(requests, alike) for _, requests in passes]
     passes.sort(key=lambda one: -len(one[1]))
-    if keys.count(keys[0]) == len(keys) if keys else True:
+    if all(key == keys[0] for key in keys):
         return True
 
     def order(one: tuple[Run, tuple[SequencePass, ...]]) -> tuple[Any, ...]:

@@ -20,13 +20,13 @@ from losart.config.precision import FORMATS
 from losart.errors import CheckpointError
 from losart.loaders import Checkpoint, MappedTensor
 from losart.loaders.json_files import read_json_object
+from losart.loaders.quantized.tensor import WORD_BITS, bits_of
 from losart.loaders.safetensors_writer import SafetensorsWriter, TensorEntry, shard_name, write_index
 from losart.observe.step import Progress
 from losart.quantization.rounding import RoundedTensor, WeightFormat, rounded_tensors
 
 SHARD_BYTES = 4 << 30
 PIECE = 1 << 20  # values that a thread has at a time
-WORD_BITS = 32
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pth", "*.gguf")
 
 
@@ -128,7 +128,7 @@ def _rounded(rounded: RoundedTensor) -> Written:
     if rounded.dtype == "float8":
         entries = (TensorEntry(rounded.name, "F8_E4M3", (rows, columns), 1), scales_entry)
     else:
-        words = -(-columns * _bits(rounded) // WORD_BITS)
+        words = -(-columns * bits_of(rounded.dtype) // WORD_BITS)
         entries = (
             TensorEntry(f"{module}.weight_packed", "I32", (rows, words), 4),
             scales_entry,
@@ -141,13 +141,9 @@ def _rounded(rounded: RoundedTensor) -> Written:
         if rounded.dtype == "float8":
             return codes, saved
         shape = np.array([rows, columns][: 2 if start == 0 else 0], np.int64)
-        return packed(codes, _bits(rounded)), saved, shape
+        return packed(codes, bits_of(rounded.dtype)), saved, shape
 
     return Written(entries, rows, max(1, PIECE // columns), values, rounded.source)
-
-
-def _bits(rounded: RoundedTensor) -> int:
-    return int(rounded.dtype.removeprefix("int"))
 
 
 def packed(codes: np.ndarray, bits: int) -> np.ndarray:

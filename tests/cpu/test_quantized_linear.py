@@ -113,14 +113,6 @@ def test_activations_of_any_size(size):
     np.testing.assert_allclose(product(x, matrix), expected, rtol=1e-4, atol=1e-33 + 1e-5 * size)
 
 
-def test_rows_are_unpacked_again():
-    rng = np.random.default_rng(0)
-    for bits in (4, 8):
-        for zeros in (False, True):
-            matrix, weights = packed(rng, 50, 96, bits, 32, zeros)
-            np.testing.assert_allclose(matrix.float32(5, 41), weights[5:41], rtol=1e-6)
-
-
 @pytest.mark.parametrize(
     ("columns", "group", "block"),
     [(64, 64, 64), (63, 63, 64), (256, 128, 64), (96, 96, 64), (96, 32, 32), (96, 48, 16)],

@@ -24,6 +24,7 @@ from losart.engine.batch import PassBatch
 from losart.engine.kv_cache import PagedKVCache, chunk_positions
 from losart.engine.sampling import Proposals, propose
 from losart.errors import ConfigError, NumericalError
+from losart.loaders.quantized.tensor import bits_of
 
 SKINNY_ROWS = 64  # matmuls of more rows go to BLAS
 WIDEN_FLOATS = 1 << 20  # weights widened at a time: 4 MB, within a core's share of the cache
@@ -397,7 +398,7 @@ def _quantized_form(tensor: Any) -> tuple[int, int, int, int, bool] | None:
         return None
     # Of symmetric GPTQ there are zeros, which are 0.
     zeros = tensor.has_zeros and bool(tensor.zeros(0, tensor.shape[0]).any())
-    return *tensor.shape, int(tensor.dtype.removeprefix("int")), tensor.group, zeros
+    return *tensor.shape, bits_of(tensor.dtype), tensor.group, zeros
 
 
 def _packed(tensor: Any, form: tuple[int, int, int, int, bool]) -> quantized_linear.QuantizedMatrix:

@@ -111,23 +111,6 @@ class QuantizedMatrix:
         if self.has_zeros:
             self.zeros[first : first + panels] = placed(np.asarray(zeros) + offset)
 
-    def float32(self, start, stop):
-        """Some rows of the matrix, unpacked."""
-        first, last = start // ROWS, -(-stop // ROWS)
-        bytes_of = self.codes[first:last]
-        if self.bits == 4:
-            bytes_of = bytes_of.reshape(last - first, -1, 1, 2 * ROWS)
-            bytes_of = np.concatenate([bytes_of & 15, bytes_of >> 4], axis=2)
-        pairs = bytes_of.view(np.int8).reshape(last - first, -1, ROWS, 2).transpose(0, 2, 1, 3)
-        values = pairs.reshape((last - first) * ROWS, -1)[:, : self.columns].astype(np.float32)
-        groups = np.arange(self.columns) // self.group
-
-        def of_rows(placed):
-            placed = placed[first:last].transpose(0, 2, 1).reshape((last - first) * ROWS, -1)
-            return placed[:, groups if placed.shape[1] > 1 else np.zeros_like(groups)]
-
-        return ((values - of_rows(self.zeros)) * of_rows(self.scales))[start - first * ROWS : stop - first * ROWS]
-
 
 def nbytes_of(rows, columns, bits, group, zeros):
     """Bytes that a `QuantizedMatrix` takes."""

@@ -1,0 +1,42 @@
+"""Matrices on their way to a GPU, piece by piece; needs none."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from quantized import compressed, quantize_checkpoint
+
+pytest.importorskip("cupy", reason="the CUDA backend needs CuPy")
+
+from losart.backends.cpu.convert import narrow, widen
+from losart.backends.cuda.weights import WeightLoader
+from losart.config.precision import DTYPES, FORMATS
+from losart.loaders import QuantizedTensor, open_checkpoint
+from losart.measure.random_checkpoint import write_checkpoint
+
+
+@pytest.mark.parametrize("held", DTYPES)
+@pytest.mark.parametrize("saved", [*DTYPES, "int4"])
+@pytest.mark.parametrize("size", [64, 100, 1000, 1 << 20])
+def test_pieces_are_the_matrix_as_it_is_held(tmp_path, saved, held, size):
+    directory = write_checkpoint(
+        tmp_path, hidden_size=64, num_layers=1, head_dim=32, dtype=saved if saved in DTYPES else "float32"
+    )
+    if saved == "int4":
+        weights = {"num_bits": 4, "strategy": "group", "group_size": 32}
+        groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+        config = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": groups}
+
+        def write(rng, rows, columns):
+            return compressed(rng, rows, columns, format="pack-quantized", dtype="int4", block=(1, 32))
+
+        quantize_checkpoint(directory, config, write)
+    loader = WeightLoader.__new__(WeightLoader)  # without a device there is no memory for it to stage in
+    loader._format = FORMATS[held]
+    for name in ("layers.0.q", "layers.0.down"):
+        tensor = open_checkpoint(directory).tensors[name]
+        rows = tensor.shape[0]
+        values = tensor.float32(0, rows) if isinstance(tensor, QuantizedTensor) else widen(tensor.array())
+        pieces = list(loader._pieces(tensor, max(size, tensor.shape[1])))
+        assert all(piece.ndim == 1 and piece.size <= max(size, tensor.shape[1]) for piece in pieces)
+        np.testing.assert_array_equal(np.concatenate(pieces), narrow(values, FORMATS[held]).reshape(-1))
