@@ -648,25 +648,19 @@ class Engine:
             some = left.pop()
             try:
                 self._forward_together(some, one_group)
-            except MemoryError as error:
+            except Exception as error:
                 again = [one for one in some if _repeatable(one[1])] if len(some) > 1 else []
                 for one in some:
                     one[0].spoilt = True
                     if one not in again:
                         self._end(one[0], error)
-                if len(again) == len(some):  # fewer rows take less
+                if len(again) == len(some):  # fewer rows take less memory, and whose error it is shows
                     left += again[len(again) // 2 :], again[: len(again) // 2]
                 elif again:
                     left.append(again)
 
     def _forward_together(self, passes: list[tuple[Run, tuple[SequencePass, ...]]], one_group: bool) -> None:
-        """Run some sequences' passes in one forward.
-
-        Raises
-        ------
-        MemoryError
-            There is none for it; nothing has been applied.
-        """
+        """Run some sequences' passes in one forward; where this raises an Exception, nothing has been applied."""
         began = time.perf_counter()
         sequences = tuple(chain.from_iterable(requests for _, requests in passes))
         batch = PassBatch(sequences, self.runner.same_sums, one_group)
@@ -701,7 +695,7 @@ class Engine:
                         self.runner.begin(PassBatch((before,)))()
                     run.spoilt = False
             return self.runner.begin(batch, observe)
-        except MemoryError:
+        except Exception:
             for run, _ in passes:
                 run.spoilt = True
             raise

@@ -274,6 +274,35 @@ def test_passes_for_which_there_is_no_memory_are_divided(most):
     assert not engine._running
 
 
+@pytest.mark.parametrize("kind", [PassKind.PREFILL, PassKind.FIRST])
+@pytest.mark.parametrize("late", [False, True])
+def test_what_one_sequence_makes_a_pass_raise_ends_it_alone(kind, late):
+    engine = Engine(runner := Runner(prefill_tokens=64), 16)
+    begin = runner.begin
+
+    def failing(batch: PassBatch, observe: bool = False) -> Callable[[], PassResult]:
+        fails = batch.kind is kind and any(one.cache.name == 1 for one in batch.sequences)
+        if fails and not late:
+            raise ZeroDivisionError("at once")
+        finish = begin(batch, observe)
+
+        def finish_or_fail() -> PassResult:
+            result = finish()
+            if fails:
+                raise ZeroDivisionError("with its result")
+            return result
+
+        return finish_or_fail
+
+    runner.begin = failing  # type: ignore[method-assign]
+    streams = started(engine, 4, 4, 4, 4)
+    for name in (0, 2, 3):
+        assert streams[name].result().token_ids == [0, 1, 2, 3] * 2
+    with pytest.raises(ZeroDivisionError):
+        streams[1].result()
+    assert not engine._running
+
+
 def test_numbers_that_are_not_finite_end_one_sequence():
     engine = Engine(Runner(fails={1}), 16)
     streams = started(engine, 4, 4, 4)
