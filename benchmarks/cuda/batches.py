@@ -26,10 +26,12 @@ LONG_PROMPT = 32768
 MANY = 16  # sequences; only of more is transformers' pass measured, and prefill beside them
 DENSE: dict[str, Any] = {}
 LOSA = {"attention": "losa", "budget": 128}
+OUT_OF_STEP = "losa, out of step"  # each block in up to three passes less, so that kinds of passes mix
 METHODS = {
     "dense": DENSE,
     "losa": LOSA,
     "losa 5": LOSA | {"active": 5},
+    OUT_OF_STEP: LOSA,
     "losa, first pass and commit sparse": LOSA | {"first_pass": "sparse", "commit": "sparse"},
 }
 
@@ -83,7 +85,8 @@ def rows(bandwidth: float, quick: bool = False) -> Iterator[dict[str, Any]]:
         )
         for name in methods:
             options = METHODS[name] | {"block_length": block, "denoising_steps": passes}
-            measured = attempt(decode, model, caches, prompt, options)
+            paces = 4 if name == OUT_OF_STEP else 1
+            measured = attempt(decode, model, caches, prompt, options, paces)
             if isinstance(measured, str):
                 yield row | {"method": name, "tokens a second": measured}
                 continue
@@ -116,10 +119,18 @@ def noise_caches(model: NoiseModel, sequences: int, prompt: int, block: int) -> 
         return [written_cache(model.backend, prompt, NEW_TOKENS + block, draw) for _ in range(sequences)]
 
 
-def decode(model: NoiseModel, caches: list[Any], prompt: int, options: dict[str, Any]) -> dict[str, Any]:
-    """New tokens of all sequences over the time that they take, after a round that captures."""
+def decode(
+    model: NoiseModel, caches: list[Any], prompt: int, options: dict[str, Any], paces: int
+) -> dict[str, Any]:
+    """New tokens of all sequences over the time that they take, after a round that captures.
+
+    Sequences differ in their steps per block, of which there are as many numbers as `paces`.
+    """
     fixed = {"remasking": "low_confidence_static", "stop_token_ids": [], "max_new_tokens": NEW_TOKENS}
-    config = generation_config(model.config, fixed | options)
+    steps = [options["denoising_steps"] - index % paces for index in range(len(caches))]
+    configs = [
+        generation_config(model.config, fixed | options | {"denoising_steps": count}) for count in steps
+    ]
     prompts = np.random.default_rng(0).integers(model.config.vocab_size, size=(len(caches), prompt)).tolist()
     engine = Engine(model.transformer, len(caches), prefill_first=True)
 
@@ -127,7 +138,7 @@ def decode(model: NoiseModel, caches: list[Any], prompt: int, options: dict[str,
         """Seconds of all sequences, of whose prompts so much is in the caches, and the sequences."""
         for cache in caches:
             cache.length = held
-        sequences = [engine.sequence(ids, config, cache) for ids, cache in zip(prompts, caches, strict=True)]
+        sequences = list(map(engine.sequence, prompts, configs, caches))
         runs = [Run(sequence, each_step=False) for sequence in sequences]
         model.transformer.passes.clear()
         began = time.perf_counter()

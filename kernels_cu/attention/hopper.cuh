@@ -117,3 +117,14 @@ __device__ __forceinline__ void attend(FragmentRows &state, const Stages &stages
     }
     finish_totals(state);
 }
+
+/* Called by all compute warps: their rows of one part; shared memory is that of the tiles. */
+__device__ __forceinline__ void write_part(const FragmentRows &state, float *shared, const PartsView &parts, int part,
+                                           const QueryRows &rows)
+{
+    named_barrier(1, COMPUTE_THREADS);
+    int thread = threadIdx.x % WARPGROUP;
+    stage_part<HOPPER_ROWS>(state, shared, threadIdx.x / WARPGROUP, thread / WARP * 16 + thread % WARP / 4);
+    named_barrier(1, COMPUTE_THREADS);
+    write_part<HOPPER_ROWS, KEY_GROUPS, BLOCK_ROWS, COMPUTE_THREADS, 4>(shared, parts, part, rows);
+}

@@ -30,11 +30,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         load_queries(state, stages, q, rows);
         state.limit[0] = prefixes.limit(state.row[0]), state.limit[1] = prefixes.limit(state.row[1]);
         attend(state, stages, tiles.first, tiles.last, prefixes.first / TILE);
-
-        named_barrier(1, COMPUTE_THREADS);
-        int thread = threadIdx.x % WARPGROUP;
-        stage_part<HOPPER_ROWS>(state, shared, threadIdx.x / WARPGROUP, thread / WARP * 16 + thread % WARP / 4);
-        named_barrier(1, COMPUTE_THREADS);
-        write_part<HOPPER_ROWS, KEY_GROUPS, BLOCK_ROWS, COMPUTE_THREADS, 4>(shared, parts, blockIdx.y, rows);
+        write_part(state, shared, parts, blockIdx.y, rows);
     }
 }

@@ -660,7 +660,7 @@ class Engine:
                     left.append(again)
 
     def _forward_together(self, passes: list[tuple[Run, tuple[SequencePass, ...]]], one_group: bool) -> None:
-        """Run some sequences' passes in one forward; where this raises an Exception, nothing has been applied."""
+        """Run some sequences' passes in one forward; an Exception comes before any has been applied."""
         began = time.perf_counter()
         sequences = tuple(chain.from_iterable(requests for _, requests in passes))
         batch = PassBatch(sequences, self.runner.same_sums, one_group)

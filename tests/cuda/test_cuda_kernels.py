@@ -455,6 +455,10 @@ def test_a_first_pass_sees_what_the_commit_that_rides_with_it_writes(
 @example("bfloat16", {"kv_heads": 8, "group": 4, "width": 128}, 16, 64, 64, {})
 @example("bfloat16", {"kv_heads": 8, "group": 4, "width": 128}, 4, 7, 300, {})
 @example("bfloat16", {"kv_heads": 1, "group": 1, "width": 64}, 32, 0, 40, {})
+@example("bfloat16", {"kv_heads": 8, "group": 4, "width": 128}, 16, 250, 16, {})
+@example("float16", {"kv_heads": 2, "group": 3, "width": 64}, 5, 700, 13, {})
+@example("float16", {"kv_heads": 1, "group": 2, "width": 128}, 32, 130, 3, {"capability": (8, 0)})
+@example("float32", {"kv_heads": 2, "group": 2, "width": 72}, 4, 600, 9, {})
 def test_block_causal_attention(dtype, shape, block_length, blocks_before, blocks, card):
     rng = np.random.default_rng(block_length + blocks)
     backend = new_backend(dtype, card, layers=2, **shape)

@@ -285,10 +285,14 @@ class CudaBackend:
     # -- attention
 
     def causal_attention(self, layer: int, q: Any, batch: DeviceBatch) -> Any:
-        o, tokens = self._activations(q.shape), len(q)
-        sizes = (tokens, self.config.num_heads, batch.options.block_length)
-        plan = causal_plan(*self._shape(tokens))
-        self.kernels.launch_plan(plan, q, batch.caches_view(layer), o, *sizes)
+        o, (tokens, heads, head_dim) = self._activations(q.shape), q.shape
+        seen = 0 if self.deterministic else batch.sequences[0].prefix_length + tokens
+        plan = causal_plan(*self._shape(tokens), seen)
+        parts = PrefixParts.empty(plan.parts, tokens if plan.parts > 1 else 0, heads, head_dim)
+        sizes = tokens, heads, batch.options.block_length
+        self.kernels.launch_plan(plan, q, batch.caches_view(layer), o, parts.view, *sizes)
+        if plan.parts > 1:
+            self.kernels.launch_rows("merge_parts", tokens, heads, parts.view, None, None, o, heads, head_dim)
         return o
 
     def prefix_attention(self, layer: int, q: Any, batch: DeviceBatch) -> PrefixParts:
@@ -354,7 +358,7 @@ class CudaBackend:
         tokens, heads, head_dim = parts.o.shape[1:]
         rows, caches = parts.caches * tokens, parts.caches
         o, lse = cupy.empty((rows, heads, head_dim), np.float32), cupy.empty((rows, heads), np.float32)
-        args = (parts.view, o, lse, heads, head_dim)
+        args = (parts.view, o, lse, None, heads, head_dim)
         self.kernels.launch_rows("merge_parts", tokens, heads, *args, caches=caches)
         return o, lse
 

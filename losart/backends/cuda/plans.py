@@ -21,6 +21,8 @@ TENSOR_HEAD_DIMS = (64, 128)
 # itself. Where caches are many, they alone keep all SMs at work.
 SPLITS, FEW_SPLITS, FEW = 4, 2, 16
 LEAST_PART_TILES = 4
+MOST_CAUSAL_PARTS, LEAST_CAUSAL_PART = 8, 1024  # of a piece of the prompt; positions
+PART_COST = 0.02  # of the time that a wave takes for the whole prefix
 MOST_BLOCKS = 65535  # in a grid's second dimension
 FEW_BLOCKS, MANY_BLOCKS = 4, 8  # of block_attention per SM
 
@@ -248,23 +250,34 @@ def divided_blocks(card: Card, others: int, sequences: int) -> tuple[int, int]:
     return each * sequences, each
 
 
-def causal_plan(card: Card, tensor: bool, tokens: int, heads: int, kv_heads: int, head_dim: int) -> Plan:
-    """Block-causal attention of a piece of the prompt."""
+def causal_plan(
+    card: Card, tensor: bool, tokens: int, heads: int, kv_heads: int, head_dim: int, seen: int = 0
+) -> Plan:
+    """Block-causal attention of a piece of the prompt.
+
+    Its last token sees `seen` positions; with 0 there is one part. The few thread blocks of a short piece
+    would leave SMs idle, each busy for as long as the prefix is.
+    """
     rows = tokens * (heads // kv_heads)
     if not tensor or head_dim not in TENSOR_HEAD_DIMS:
         grid = (kv_heads, ceil(rows / cu.PLAIN_ROWS))
-        return Plan("causal_attention", grid, cu.PLAIN_THREADS, _plain_shared(head_dim))
-    if card.hopper:
-        grid, threads = (
-            (ceil(rows / (2 * cu.HOPPER_ROWS)), kv_heads),
-            cu.HOPPER_COMPUTE_THREADS + cu.WARPGROUP,
-        )
+        plan = Plan("causal_attention", grid, cu.PLAIN_THREADS, _plain_shared(head_dim))
+    elif card.hopper:
+        threads = cu.HOPPER_COMPUTE_THREADS + cu.WARPGROUP
         defines, shared = _hopper_defines(card, head_dim, 128, 2, cu.WARPGROUP, 3)
-        return Plan("causal_attention_hopper", grid, threads, shared, defines)
-    row_warps = 8
-    defines, shared = _tensor_defines(card, head_dim, row_warps, 1)
-    grid = (ceil(rows / (row_warps * cu.TENSOR_ROWS)), kv_heads)
-    return Plan("causal_attention_tensor", grid, row_warps * cu.WARP, shared, defines)
+        grid = (ceil(rows / (2 * cu.HOPPER_ROWS)), kv_heads)
+        plan = Plan("causal_attention_hopper", grid, threads, shared, defines)
+    else:
+        row_warps = 8
+        defines, shared = _tensor_defines(card, head_dim, row_warps, 1)
+        grid = (ceil(rows / (row_warps * cu.TENSOR_ROWS)), kv_heads)
+        shared = max(shared, _sums_shared(row_warps, head_dim))
+        plan = Plan("causal_attention_tensor", grid, row_warps * cu.WARP, shared, defines)
+    blocks = grid[0] * grid[1]
+    most = min(MOST_CAUSAL_PARTS, max(1, seen // LEAST_CAUSAL_PART))
+    # By waves of thread blocks, each as long as its part of the prefix; parts are written and read again.
+    parts = min(range(1, most + 1), key=lambda n: ceil(blocks * n / card.sms) / n + PART_COST * n)
+    return replace(plan, grid=(*grid, parts), parts=parts)
 
 
 def _split_plan(
@@ -283,10 +296,14 @@ def _split_plan(
     blocks = ceil(rows / (cu.TENSOR_ROWS * row_warps))
     splits = max(1, card.sms // (kv_heads * blocks))
     defines, shared = _tensor_defines(card, head_dim, row_warps, key_warps, extra)
-    # Where the tiles were, each warp leaves its sums, tops and totals.
-    sums = row_warps * key_warps * 4 * cu.TENSOR_ROWS * (head_dim + cu.PART_PADDING + 2)
+    sums = _sums_shared(row_warps * key_warps, head_dim)
     grid, threads = (kv_heads, splits, blocks), cu.WARP * row_warps * key_warps
     return Plan(f"{kernel}_tensor", grid, threads, max(shared + extra, sums), defines, parts=splits)
+
+
+def _sums_shared(warps: int, head_dim: int) -> int:
+    """Where the tiles were, each warp of a part leaves its sums, tops and totals."""
+    return warps * 4 * cu.TENSOR_ROWS * (head_dim + cu.PART_PADDING + 2)
 
 
 def _plain_shared(head_dim: int) -> int:
