@@ -56,6 +56,7 @@ COMMON = (
 )
 PLANES = ("matmul/planes.cuh",)
 TENSOR_MATMUL = ("matmul/operands.cuh", "common/tensor.cuh")
+CODES = (*TENSOR_MATMUL, "matmul/codes.cuh")
 CACHE = ("cache/layout.cuh",)
 TENSOR_CACHE = ("cache/layout.cuh", "cache/operands.cuh", "common/tensor.cuh")
 PLAIN_ATTENTION = (*CACHE, "attention/rows.cuh", "attention/plain.cuh")
@@ -69,6 +70,10 @@ FILES = {
     "linear_tensor": KernelFile("matmul", TENSOR_MATMUL),
     "linear_tiles": KernelFile("matmul", TENSOR_MATMUL),
     "linear_hopper": KernelFile("matmul", (*TENSOR_MATMUL, "common/hopper.cuh", "common/tensor_map.cuh")),
+    "linear_codes": KernelFile("matmul", CODES),
+    "pack_codes": KernelFile("matmul", CODES),
+    "widen_codes": KernelFile("matmul", CODES),
+    "round_codes": KernelFile("matmul"),
     "silu_gate": KernelFile("matmul", PLANES),
     "add_rms_norm": KernelFile("norm", PLANES),
     "rotations": KernelFile("norm"),

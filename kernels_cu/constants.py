@@ -24,6 +24,10 @@ CACHE_WRITE_THREADS = 1024  # at most
 # matmul/
 PANEL_ROWS = 128  # rows of weights that linear_tensor accumulates at a time
 STEP_COLUMNS = 64  # columns of x and weights that linear_{tensor,tiles,hopper} copy at a time
+INT4, INT8, FLOAT8 = range(3)  # what matrices of codes have
+CODE_ROWS = 32  # of a tile of codes
+CODES_PANEL, CODES_UNIT = 256, 128  # rows and columns that linear_codes takes at a time
+CODES_THREADS = 256
 SKINNY_TOKENS = 64  # linear_tensor takes no more
 LINEAR_TOKENS = 16  # per thread block
 LINEAR_ROWS = 8

@@ -66,7 +66,9 @@ class Kernel:
             driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, function.ptr
         )
 
-    def __call__(self, grid: tuple[int, ...], threads: int, *args: Any, shared: int = 0) -> None:
+    def __call__(
+        self, grid: tuple[int, ...], threads: int, *args: Any, shared: int = 0, overlap: bool = True
+    ) -> None:
         """Launch it on the current stream.
 
         Parameters
@@ -78,6 +80,8 @@ class Kernel:
             An int goes as int, a float as float, None as a null pointer.
         shared : int
             Bytes of dynamic shared memory.
+        overlap : bool
+            Whether it may start while the previous kernel still runs, if it can.
 
         Raises
         ------
@@ -86,14 +90,14 @@ class Kernel:
         """
         values = [_as_c(arg) for arg in args]
         pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
-        key = (grid, threads, shared, self._current_stream().ptr)
+        key = (grid, threads, shared, self._current_stream().ptr, overlap)
         config = self._configs.get(key) or self._new_config(key)
         status = driver().cuLaunchKernelEx(ctypes.byref(config), self._handle, pointers, None)
         if status:
             raise DeviceError(f"the kernel {self._name} could not be launched: {error_name(status)}")
 
     def _new_config(self, key: tuple[Any, ...]) -> _Config:
-        grid, threads, shared, stream = key
+        grid, threads, shared, stream, overlap = key
         if shared > self._shared_limit:
             self._allow_shared(shared)
         if len(self._configs) == KEPT_CONFIGS:
@@ -104,7 +108,7 @@ class Kernel:
             shared,
             stream,
             ctypes.pointer(_OVERLAP),
-            self._attributes,
+            self._attributes if overlap else 0,
         )
         return config
 

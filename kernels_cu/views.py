@@ -34,10 +34,16 @@ class WeightView(ctypes.Structure):
     _fields_ = _fields("values", "rows inner")
 
 
+class CodesView(ctypes.Structure):
+    """A matrix [rows, inner] of codes with scales."""
+
+    _fields_ = _fields("codes scales zeros", "rows inner group groups")
+
+
 class MatmulView(ctypes.Structure):
     """The result of a matmul, whose partial sums are accumulated by the kernel that reads it."""
 
-    _fields_ = _fields("planes bias", "tokens rows steps share")
+    _fields_ = _fields("planes bias", "tokens rows panel_rows steps share")
 
 
 class PartsView(ctypes.Structure):
@@ -58,7 +64,7 @@ class PagesView(ctypes.Structure):
     _fields_ = [*_fields("marks", ""), ("top", StoredView), *_fields("", "words rows count")]
 
 
-VIEWS = (CachesView, BatchView, WeightView, MatmulView, PartsView, StoredView, PagesView)
+VIEWS = (CachesView, BatchView, WeightView, CodesView, MatmulView, PartsView, StoredView, PagesView)
 
 
 def layout_checks() -> str:

@@ -29,6 +29,7 @@ from benchmarks.cuda import (
     planner,
     prefill,
     prefix,
+    quantized,
     riding,
     sparse,
 )
@@ -127,6 +128,19 @@ SECTIONS = {
         "Pieces of a prompt; medians of queued launches, weights not in the L2 cache. cuBLAS, where it is "
         "installed: gemmEx with float32 sums and results.",
         lambda _, quick, __: matmuls.prefill_rows(quick),
+    ),
+    "codes": Section(
+        "Matmuls by codes, microseconds",
+        "SDAR-8B's matrices; int4 in groups of 64 columns, int8 and fp8 with a scale per row, scales of 16 "
+        "bits; medians of graph replays, weights not in the L2 cache. torch: `_weight_int4pack_mm`.",
+        lambda bandwidth, quick, _: quantized.matmul_rows(bandwidth, quick),
+    ),
+    "quantized": Section(
+        "Passes with quantized weights",
+        "8B, block 16, dense attention, host and sampling included, the head int8 where weights are not "
+        "bfloat16; one sequence: 2,048 tokens prefilled, and 512 decoded after them in four passes a block. "
+        "weights GB: what a pass reads of them.",
+        lambda bandwidth, quick, _: quantized.pass_rows(bandwidth, quick),
     ),
     "prefill": Section(
         "Prefill attention, TFLOP/s",

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.cuda.noise import BFLOAT16, NoiseBackend, block_options, model_config, shapes
+from benchmarks.cuda.noise import BFLOAT16, NoiseBackend, block_options, held_bytes, model_config, shapes
 from benchmarks.cuda.timing import run_microseconds
 from losart.config.options import AttentionConfig
 from losart.engine.batch import PassBatch, PassKind, PassResult
@@ -31,14 +31,27 @@ class NoiseModel:
         Transformer, or a class made of it.
     deterministic : bool
         As of `losart.load`.
+    weights : str
+        As of NoiseBackend.
     """
 
     def __init__(
-        self, size: str, transformer: type[Transformer] = Transformer, deterministic: bool = False
+        self,
+        size: str,
+        transformer: type[Transformer] = Transformer,
+        deterministic: bool = False,
+        weights: str = "bfloat16",
     ) -> None:
         self.config = model_config(size)
-        self.backend = NoiseBackend(self.config, BFLOAT16, deterministic)
+        self.backend = NoiseBackend(self.config, BFLOAT16, deterministic, weights)
         self.transformer: Any = transformer(self.config, shapes(self.config), self.backend)
+
+    @property
+    def read_bytes(self) -> int:
+        """Of the weights that a pass must read: all, but of the embedding only a few rows."""
+        layers = self.transformer.layers
+        matrices = [getattr(layer, name) for layer in layers for name in ("qkv", "o", "gate_up", "down")]
+        return sum(map(held_bytes, [*matrices, self.transformer.head]))
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import numpy as np
 from losart.backends.base import PassBody
 from losart.backends.cuda.backend import CudaBackend
 from losart.backends.cuda.batch import DeviceBatch
+from losart.backends.cuda.codes import CodesForm, CodesWeight
 from losart.backends.cuda.results import Weight
 from losart.config.model import ModelConfig
 from losart.config.options import AttentionConfig, GenerationConfig, generation_config
@@ -40,14 +41,61 @@ noise = cupy.ElementwiseKernel(
 )
 
 
+random_bits = cupy.ElementwiseKernel(
+    "uint32 mask",
+    "uint32 bits",
+    """
+    unsigned x = (unsigned)i * 2654435761u;
+    x ^= x >> 15; x *= 2246822519u; x ^= x >> 13; x *= 3266489917u; x ^= x >> 16;
+    bits = x & mask;
+    """,
+    "losart_random_bits",
+)
+FORMATS = {"int4": ("int4", 64, 4.6), "int8": ("int8", 0, 74.0), "fp8": ("float8", 0, 1.0)}
+
+
 class NoiseBackend(CudaBackend):
-    """A CUDA backend that takes shapes in place of a checkpoint's tensors."""
+    """A CUDA backend that takes shapes in place of a checkpoint's tensors.
+
+    Parameters
+    ----------
+    weights : str
+        "bfloat16", or of `FORMATS`: of the layers' matrices, beside which the head is int8.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        precision: Precision,
+        deterministic: bool = False,
+        weights: str = "bfloat16",
+    ) -> None:
+        super().__init__(config, precision, deterministic)
+        self._weights = weights
+        self._embedded = False
 
     def upload(self, *shapes: Any) -> Any:
+        rows, inner = sum(rows for rows, _ in shapes), shapes[0][1]
+        weights = self._weights
+        if shapes[0] == (self.config.vocab_size, self.config.hidden_size) and weights != "bfloat16":
+            weights = "int8" if self._embedded else "bfloat16"
+            self._embedded = True
+        return self.matrix(rows, inner, weights)
+
+    def matrix(self, rows: int, inner: int, weights: str) -> Any:
+        """A matrix of noise held in some format."""
         with self.memory.stream:
-            held = cupy.empty((sum(rows for rows, _ in shapes), shapes[0][1]), np.uint16)
-            noise(np.float32(1.7 / shapes[0][1] ** 0.5), held)
-        return Weight(held)
+            if weights == "bfloat16":
+                held = cupy.empty((rows, inner), np.uint16)
+                noise(np.float32(1.7 / inner**0.5), held)
+                return Weight(held)
+            dtype, group, spread = FORMATS[weights]
+            form = CodesForm(rows, inner, dtype, group or -(-inner // 128) * 128, False, False)
+            codes = cupy.empty(form.code_bytes // 4, np.uint32)
+            random_bits(np.uint32(0xBFBFBFBF if dtype == "float8" else 0xFFFFFFFF), codes)
+            scales = cupy.empty((form.padded_rows, form.groups), np.uint16)
+            noise(np.float32(1.7 / inner**0.5 / spread), scales)
+            return CodesWeight(form, codes, scales, None)
 
     def upload_vector(self, *shapes: Any) -> Any:
         with self.memory.stream:
@@ -139,3 +187,8 @@ def kv_bytes(config: ModelConfig, prefix: int) -> int:
 def weight_bytes(config: ModelConfig) -> int:
     """Bytes of the weights that a pass must read: all, but of the embedding only a few rows."""
     return sum(2 * math.prod(shape) for name, shape in shapes(config).items() if name != "embed")
+
+
+def held_bytes(matrix: Any) -> int:
+    """Bytes of a matrix as it is held."""
+    return matrix.form.nbytes if isinstance(matrix, CodesWeight) else 2 * math.prod(matrix.shape)

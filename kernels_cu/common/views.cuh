@@ -55,10 +55,16 @@ struct WeightView {
     __device__ __forceinline__ const WeightValue *data() const { return (const WeightValue *)values; }
 };
 
+/* A matrix [rows, inner] of codes, with `groups` scales for each row, one for `group` columns: matmul/codes.cuh. */
+struct CodesView {
+    void *codes, *scales, *zeros; /* zeros null where all are 0 */
+    int rows, inner, group, groups;
+};
+
 /* The result of a matmul [tokens, rows] as partial sums, accumulated by the kernel that reads it: matmul/planes.cuh. */
 struct MatmulView {
     const float *planes, *bias; /* planes [planes, tokens, rows], or null; bias [rows], or null */
-    int tokens, rows, steps, share;
+    int tokens, rows, panel_rows, steps, share;
 
     __device__ int panel_planes(int panel) const;
     template <class T, int N> __device__ void at(int token, const int (&first_rows)[N], T (&sums)[N]) const;

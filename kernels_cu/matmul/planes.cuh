@@ -1,6 +1,6 @@
-/* How linear_tensor leaves its result for the kernel that reads it.
+/* How linear_tensor and linear_codes leave their result for the kernel that reads it.
  *
- * Weights are taken in units of PANEL_ROWS rows and STEP_COLUMNS columns, `steps` units per panel; thread block b took
+ * Weights are taken in units of panel_rows rows and STEP_COLUMNS columns, `steps` units per panel; thread block b took
  * units b * share, b * share + 1, ... The thread blocks that share a panel wrote their partial sums to planes
  * 0, 1, ... of planes [planes, tokens, rows]. A result that is whole has one step and share 1.
  *
@@ -23,7 +23,7 @@ __device__ __forceinline__ void MatmulView::at(int token, const int (&first_rows
 #pragma unroll
     for (int n = 0; n < N; n++) {
         sums[n] = bias ? *(const T *)(bias + first_rows[n]) : T{};
-        counts[n] = panel_planes(first_rows[n] / PANEL_ROWS);
+        counts[n] = panel_planes(first_rows[n] / panel_rows);
         largest_count = max(largest_count, counts[n]);
     }
     for (int first = 0; first < largest_count; first += PLANE_BATCH / N) {

@@ -11,7 +11,6 @@ import numpy as np
 
 from losart.errors import ConfigError, TensorError
 from losart.loaders.json_files import JsonObject
-from losart.loaders.quantized.float8 import FLOAT8_VALUES
 from losart.loaders.quantized.tensor import (
     FLOATS,
     WORD_BITS,
@@ -197,7 +196,7 @@ class CompressedTensor(QuantizedTensor):
             words = self.parts["weight_packed"].codes(start, stop)
             return unpacked(words, self.bits)[:, : self.shape[1]] - self._offset
         codes = self.parts["weight"].codes(start, stop)
-        return FLOAT8_VALUES[codes] if self.dtype == "float8" else codes.astype(np.int32)
+        return codes if self.dtype == "float8" else codes.astype(np.int32)
 
     def scales(self, start: int, stop: int) -> np.ndarray:
         scales = widened(self.parts["weight_scale"].array().reshape(-1, self.groups))

@@ -13,6 +13,7 @@ import numpy as np
 
 from losart.errors import TensorError
 from losart.loaders.json_files import JsonObject
+from losart.loaders.quantized.float8 import FLOAT8_VALUES
 from losart.loaders.safetensors_files import MappedTensor
 
 FLOATS = ("float32", "bfloat16", "float16")
@@ -45,7 +46,7 @@ class QuantizedTensor(ABC):
 
     @abstractmethod
     def codes(self, start: int, stop: int) -> np.ndarray:
-        """Codes of some rows, [stop - start, in]: int32, from -2^(bits - 1) on; float8 as float32."""
+        """Codes of some rows, [stop - start, in]: int32, from -2^(bits - 1) on; float8's bits as uint8."""
 
     @abstractmethod
     def scales(self, start: int, stop: int) -> np.ndarray:
@@ -59,6 +60,18 @@ class QuantizedTensor(ABC):
     def has_zeros(self) -> bool:
         """Whether some zeros may be others than 0."""
         return "weight_zero_point" in self.parts or "qzeros" in self.parts
+
+    @property
+    def scale_dtype(self) -> str:
+        """In which the files have scales."""
+        return next(part.dtype for end, part in self.parts.items() if "scale" in end)
+
+    @property
+    def has_invalid_codes(self) -> bool:
+        """Whether some codes, of float8, are NaN."""
+        if self.dtype != "float8":
+            return False
+        return bool((self.codes(0, self.shape[0]) & 0x7F == 0x7F).any())
 
     @property
     def in_order(self) -> bool:
@@ -107,7 +120,8 @@ class QuantizedTensor(ABC):
 
     def float32(self, start: int, stop: int) -> np.ndarray:
         """Some rows of the matrix; errors are those of `rows`."""
-        values, scales, zeros = self.rows(start, stop)
+        codes, scales, zeros = self.rows(start, stop)
+        values = FLOAT8_VALUES[codes] if self.dtype == "float8" else codes
         if zeros is not None:
             values = values - zeros[:, self.group_of_column]
         return values.astype(np.float32, copy=False) * scales[:, self.group_of_column]

@@ -36,7 +36,7 @@ class Model:
     dtype : str
         In which keys and values are held, and weights that are not quantized.
     weights : tuple of str
-        In which formats matrices are held: `dtype`, "int4" and "int8", those that there are.
+        In which formats matrices are held: `dtype`, "int4", "int8" and "float8", those that there are.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Model:
         self.dtype = precision.weights.name
         backend = make_backend(device, self.config, precision, deterministic)
         self.device = backend.name
-        self._tensors = loaded_tensors(checkpoint, weights, backend.name)
+        self._tensors = loaded_tensors(checkpoint, weights)
         matrices = (tensor for tensor in self._tensors.values() if len(tensor.shape) == 2)
         self.weights = tuple(sorted({backend.held(matrix)[0] for matrix in matrices}))
         self._engine = Engine(Transformer(self.config, self._tensors, backend, progress))
@@ -214,16 +214,17 @@ def load(
         "auto" takes CUDA where it works, else the CPU.
     dtype : {"auto", "float32", "bfloat16", "float16"}
         In which weights, keys and values are held; "auto" is the checkpoint's own. Arithmetic is
-        float32 on the CPU. On the CPU matrices of integers of 4 or 8 bits
-        stay as the checkpoint has them.
+        float32 on the CPU. Matrices of integers of 4 or 8 bits stay as the checkpoint has them, on a GPU with
+        a dtype of 16 bits, and there 8-bit floating-point ones too.
     progress : callable, optional
         Called after each layer's weights with the layers loaded and in all.
     deterministic : bool
         Generations that share passes and beginnings give bit for bit what each gives alone, which is slower:
         twice with 128 sequences on a GPU. Else sums may be rounded otherwise.
-    weights : {"auto", "int8", "int4"}
-        On the CPU: round the matrices of all layers to 8 bits, with a scale per row, or to 4 bits, with one
-        per 64 columns, and the head to 8 bits. "auto" leaves all as it is.
+    weights : {"auto", "int8", "int4", "fp8"}
+        Round the matrices of all layers to 8 bits, with a scale per row, or to 4 bits, with one per 64
+        columns, and the head to int8. "auto" leaves all as it is. The CPU holds what is rounded to fp8 in the
+        format of `dtype`, and a GPU all with a dtype of float32.
 
     Raises
     ------

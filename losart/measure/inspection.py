@@ -55,7 +55,7 @@ def inspection(
         fitting = [context for context in CONTEXTS if context < config.max_positions]
         contexts = [*fitting, config.max_positions]
     backend = make_backend(device, config, precision)
-    tensors, loaded = checkpoint.tensors.values(), loaded_tensors(checkpoint, weights, backend.name).values()
+    tensors, loaded = checkpoint.tensors.values(), loaded_tensors(checkpoint, weights).values()
     held = [backend.held(tensor) for tensor in loaded if len(tensor.shape) > 1]
     vectors = [tensor for tensor in loaded if len(tensor.shape) == 1]  # in float32
 

@@ -99,7 +99,13 @@ class RoundedTensor:
         """Columns that share a scale."""
         return self.format.group or self.shape[1]
 
+    @property
+    def scale_dtype(self) -> str:
+        """Whose numbers scales are."""
+        return self.source.dtype
+
     has_zeros = False
+    has_invalid_codes = False
     in_order = True  # groups are of consecutive columns
 
     def rows(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, None]:

@@ -104,7 +104,7 @@ def test_weights_that_are_rounded_while_loading_are_those_of_the_written_checkpo
 
 @pytest.mark.parametrize(
     ("weights", "says"),
-    [("int3", "weights must be one of auto, int8, int4, not 'int3'"), ("fp8", "weights must be one of auto")],
+    [("int3", "weights must be one of auto, int8, int4, fp8, not 'int3'")],
 )
 def test_weights_that_cannot_be_loaded(tmp_path, weights, says):
     source = write_checkpoint(tmp_path / "source", **SIZES)

@@ -82,6 +82,34 @@ def test_logits_are_those_of_the_cpu(make_checkpoint, dtype, tolerance, block_le
     assert relative_error(found, expected) <= tolerance
 
 
+@pytest.mark.parametrize("weights", ["int4", "int8", "fp8"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("block_length", [4, 32, 80])
+@pytest.mark.parametrize("tied", [False, True])
+def test_logits_with_rounded_weights_are_those_of_the_cpu(
+    make_checkpoint, weights, dtype, block_length, tied
+):
+    path = make_checkpoint(dtype=dtype, head_gain=1.0, tied=tied, head_dim=64, **SIZES)
+    expected = hidden_states(losart.load(path, device="cpu", weights=weights), PROMPT, block_length)
+    model = losart.load(path, device="cuda", weights=weights)
+    assert set(model.weights) == {"float8" if weights == "fp8" else weights, "int8", dtype}
+    found = hidden_states(model, PROMPT, block_length)
+    assert relative_error(found, expected) <= 2e-2
+
+
+@pytest.mark.parametrize("weights", ["int4", "fp8"])
+@pytest.mark.parametrize("attention", [{}, {"attention": "losa", "budget": 64}])
+def test_sequences_with_rounded_weights_share_passes(make_checkpoint, weights, attention):
+    """Alone and together, launched one by one and replayed; with `deterministic` bit for bit."""
+    path = make_checkpoint(dtype="bfloat16", head_dim=64, **SIZES)
+    model = losart.load(path, device="cuda", weights=weights, deterministic=True)
+    options = {"max_new_tokens": 40, "stop_token_ids": [], "block_length": 16, **attention}
+    prompts = [PROMPT[:length] for length in (3, 64, 500, 611)]
+    alone = [model.generate(prompt, **options).token_ids for prompt in prompts]
+    for _ in range(3):
+        assert [one.token_ids for one in model.generate(prompts, **options)] == alone
+
+
 @pytest.mark.parametrize("block_length", [4, 16])
 @pytest.mark.parametrize("head_dim", [48, 128])
 def test_sharp_attention_loses_what_the_rounding_loses(make_checkpoint, block_length, head_dim):

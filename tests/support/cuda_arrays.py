@@ -21,8 +21,9 @@ def stored_array(backend, slot, name, layer=0):
 def matmul_array(backend, matmul):
     """A matmul's planes added up as planes.cuh has it, with the bias. No others are read."""
     total = np.zeros(matmul.planes.shape[1:])
-    for panel in range(-(-matmul.rows // 128)):
-        columns = slice(panel * 128, min(matmul.rows, panel * 128 + 128))
+    size = matmul.panel_rows
+    for panel in range(-(-matmul.rows // size)):
+        columns = slice(panel * size, min(matmul.rows, panel * size + size))
         first, last = panel * matmul.steps, (panel + 1) * matmul.steps - 1
         planes = last // matmul.share - first // matmul.share + 1
         with backend.memory.stream:

@@ -23,10 +23,18 @@ from losart.backends.base import (
     StoredResults,
 )
 from losart.backends.cuda.batch import DeviceBatch
+from losart.backends.cuda.codes import CodesWeight, codes_form
 from losart.backends.cuda.host_selector import HostSelector
 from losart.backends.cuda.kernels import Kernels
 from losart.backends.cuda.matmul import blas_matmul
-from losart.backends.cuda.matmul_plans import gated_matmul_plan, matmul_plan, usual_splits
+from losart.backends.cuda.matmul_plans import (
+    codes_plan,
+    codes_tokens,
+    gated_matmul_plan,
+    matmul_plan,
+    usual_splits,
+    widen_plan,
+)
 from losart.backends.cuda.memory import DeviceMemory
 from losart.backends.cuda.pages import CudaPageTable, DeviceArrays
 from losart.backends.cuda.plans import (
@@ -53,6 +61,7 @@ from losart.kernels_cu.tensor_map import tensor_map
 
 LOGIT_SLICES, MANY_LOGIT_SLICES = 64, 16  # of a row of logits, each a thread block's, of few rows and many
 MANY_LOGITS = 64  # rows
+MOST_CODES_TOKENS = 256  # that are multiplied by codes some at a time: for more these are widened
 ALIKE_TOKENS = 32  # up to which matmuls of 16 bits divide their sums alike (matmul_plan)
 MANY_NORM_THREADS = 256  # of add_rms_norm where there are more tokens than SMs
 
@@ -77,7 +86,7 @@ class CudaBackend:
 
     name = "cuda"
     prefill_tokens = 2048
-    beside_tokens = 512
+    beside_tokens = 384
     max_sequences = 128
     batch_rows = 1024
     # Two blocks' matmuls divide their sums as one's (ALIKE_TOKENS).
@@ -101,7 +110,7 @@ class CudaBackend:
         self.kernels = Kernels(precision, card, deterministic)
         self.same_sums = self.kernels.same_sums
         self.runner = PassRunner(self.memory, config, self.kernels)
-        self._loader = WeightLoader(precision.weights, self.memory.stream)
+        self._loader = WeightLoader(self.kernels, self.memory.stream)
         with self.memory.running("the model"):
             self._device_selector = DeviceSelector(config, self.kernels)
         device, host = self._device_selector, HostSelector(config, self._device_selector)
@@ -109,11 +118,13 @@ class CudaBackend:
 
     # -- weights, cache and stored results
 
-    def upload(self, *tensors: Any) -> Weight:
+    def upload(self, *tensors: Any) -> Weight | CodesWeight:
         with self.memory.running("the weights"):
             return self._loader.matrix(*tensors)
 
     def held(self, tensor: Any) -> tuple[str, int]:
+        if len(tensor.shape) > 1 and (form := codes_form((tensor,), self.precision.weights)) is not None:
+            return tensor.dtype, form.nbytes
         format = self.precision.weights
         return format.name, math.prod(tensor.shape) * format.itemsize
 
@@ -173,8 +184,12 @@ class CudaBackend:
         self.kernels.launch("embedding", grid, cu.EMBEDDING_THREADS, table.view, batch.view, x)
         return x
 
-    def linear(self, x: Any, weight: Weight, bias: Any | None = None) -> Matmul:
-        tokens, (rows, inner), kernels = len(x), weight.values.shape, self.kernels
+    def linear(self, x: Any, weight: Weight | CodesWeight, bias: Any | None = None) -> Matmul:
+        if isinstance(weight, CodesWeight):
+            if self.deterministic or len(x) <= MOST_CODES_TOKENS:
+                return self._linear_codes(x, weight, bias)
+            weight = self._widened(weight)
+        tokens, (rows, inner), kernels = len(x), weight.shape, self.kernels
         if not (kernels.deterministic and kernels.tensor_matmul) or inner % 8:
             return self._linear(x, weight, bias)
         if kernels.card.hopper:
@@ -190,9 +205,31 @@ class CudaBackend:
             kernels.launch_plan(plan, x[first:], weight.view, to, count, tokens, plan.share)
         return Matmul(planes, bias, -(-inner // cu.STEP_COLUMNS), plan.share)
 
-    def prefill_linear(self, x: Any, weight: Weight, bias: Any | None = None) -> Matmul:
+    def _linear_codes(self, x: Any, weight: CodesWeight, bias: Any | None) -> Matmul:
+        form, tokens, most = weight.form, len(x), codes_tokens(self.kernels.card, weight.form)
+        same = self.deterministic
+        plan = codes_plan(self.kernels.card, form, min(tokens, most), same)
+        planes = cupy.empty((plan.parts, tokens, form.rows), np.float32)
+        for first in range(0, tokens, most):
+            count = min(most, tokens - first)
+            plan = codes_plan(self.kernels.card, form, count, same)
+            arguments = x[first:], weight.view, planes[:, first:], count, tokens, plan.share
+            self.kernels.launch_plan(plan, *arguments)
+        return Matmul(planes, bias, -(-form.inner // cu.CODES_UNIT), plan.share, cu.CODES_PANEL)
+
+    def _widened(self, weight: CodesWeight) -> Weight:
+        """For matmuls of many tokens, which are not bound by reading it."""
+        values = cupy.empty(weight.shape, np.uint16)
+        self.kernels.launch_plan(widen_plan(weight.form), weight.view, values)
+        return Weight(values, fresh=True)
+
+    def prefill_linear(self, x: Any, weight: Weight | CodesWeight, bias: Any | None = None) -> Matmul:
+        if isinstance(weight, CodesWeight):
+            if self.deterministic or len(x) <= MOST_CODES_TOKENS:
+                return self._linear_codes(x, weight, bias)
+            weight = self._widened(weight)
         kernels, splits = self.kernels, 1 if self.kernels.deterministic else None
-        plan = matmul_plan(kernels.card, kernels.tensor_matmul, len(x), *weight.values.shape, splits)
+        plan = matmul_plan(kernels.card, kernels.tensor_matmul, len(x), *weight.shape, splits)
         if len(x) > cu.SKINNY_TOKENS and plan.kernel != "linear_hopper" and not splits:
             y = blas_matmul(x, weight.values, self.precision.weights)
             if y is not None:
@@ -206,16 +243,18 @@ class CudaBackend:
         if plan.boxes:
             self._launch_hopper(plan, x, weight, planes)
             return Matmul(planes, bias, plan.parts)
+        arguments, overlap = (x, weight.view, planes, tokens), not weight.fresh
         if plan.kernel == "linear_tensor":
-            self.kernels.launch_plan(plan, x, weight.view, planes, tokens, tokens, plan.share)
+            self.kernels.launch_plan(plan, *arguments, tokens, plan.share, overlap=overlap)
             return Matmul(planes, bias, -(-inner // cu.STEP_COLUMNS), plan.share)
-        self.kernels.launch_plan(plan, x, weight.view, planes, tokens)
+        self.kernels.launch_plan(plan, *arguments, overlap=overlap)
         return Matmul(planes, bias)
 
     def _launch_hopper(self, plan: Plan, x: Any, weight: Weight, y: Any) -> None:
         boxes = zip((x, weight.values), plan.boxes, strict=True)
         maps = (tensor_map(matrix.data.ptr, *matrix.shape, box_rows) for matrix, box_rows in boxes)
-        self.kernels.launch_plan(plan, *maps, y, len(x), *weight.values.shape, plan.parts)
+        sizes = len(x), *weight.shape, plan.parts
+        self.kernels.launch_plan(plan, *maps, y, *sizes, overlap=not weight.fresh)
 
     def add_rms_norm(self, x: Any, delta: Matmul | None, gain: Any) -> tuple[Any, Any]:
         tokens, hidden = x.shape
@@ -247,8 +286,12 @@ class CudaBackend:
         )
         return q, k, v
 
-    def gated_linear(self, x: Any, gate_up: Weight, prefill: bool) -> Any:
-        kernels, tokens, (rows, inner) = self.kernels, len(x), gate_up.values.shape
+    def gated_linear(self, x: Any, gate_up: Weight | CodesWeight, prefill: bool) -> Any:
+        kernels, tokens, (rows, inner) = self.kernels, len(x), gate_up.shape
+        if isinstance(gate_up, CodesWeight):
+            if self.deterministic or tokens <= MOST_CODES_TOKENS:
+                return self.silu_gate(self._linear_codes(x, gate_up, None))
+            gate_up = self._widened(gate_up)
         splits = None
         if kernels.deterministic and kernels.card.hopper:
             splits = 1 if prefill else usual_splits(kernels.card, rows, inner)

@@ -50,9 +50,10 @@ class Kernels:
         """Launch a kernel with one warp per row, which is a head of a token of each cache."""
         self.launch(name, (tokens, -(-heads // WARP_ROWS), caches), WARP_ROWS_THREADS, *args, shared=shared)
 
-    def launch_plan(self, plan: Plan, *args: Any) -> None:
-        """Launch a kernel as planned."""
-        self._kernel(plan.kernel, plan.defines)(plan.grid, plan.threads, *args, shared=plan.shared)
+    def launch_plan(self, plan: Plan, *args: Any, overlap: bool = True) -> None:
+        """Launch a kernel as planned; without `overlap`, once the one before has ended."""
+        sizes = plan.grid, plan.threads
+        self._kernel(plan.kernel, plan.defines)(*sizes, *args, shared=plan.shared, overlap=overlap)
 
     def _kernel(self, name: str, defines: Defines) -> Kernel:
         # Not the cache behind `kernel`: hashing a precision takes longer than a launch should.

@@ -7,6 +7,7 @@ from functools import lru_cache
 from math import ceil
 from operator import itemgetter
 
+from losart.backends.cuda.codes import CodesForm
 from losart.backends.cuda.plans import Card, Plan
 from losart.kernels_cu import constants as cu
 
@@ -21,6 +22,8 @@ LEAST_STEPS = 8  # of a split
 SILU_CLOCKS = 4000  # of a launch of silu_gate, but for what it reads and writes
 MIDDLING_TOKENS = 256
 MOST_SKINNY_ON_HOPPER = 32  # by single matmuls on an H200; of up to 32 tokens linear_tensor sums alike
+CODES_TILES = (2, 4, 8)  # of 8 tokens, by linear_codes
+CODES_AHEAD = 72 << 10  # bytes of codes that an SM has asked for: more would leave no room for other kernels
 MIN_SHARE = 16  # units per block of linear_tensor with one block per SM: adding up planes costs time too
 
 
@@ -65,6 +68,78 @@ def matmul_plan(
         parts=(steps - 1) // share + 2,
         share=share,
     )
+
+
+@lru_cache(1024)
+def codes_plan(card: Card, form: CodesForm, tokens: int, same_sums: bool = False) -> Plan:
+    """A matmul [tokens, inner] by a matrix of codes.
+
+    With `same_sums` sums are divided alike for any number of tokens.
+    """
+    tiles = next(n for n in CODES_TILES if 8 * n >= tokens)
+    # Twice as many threads have half as many registers each.
+    few_registers = tiles == 2 or (tiles == 4 and card.hopper and not form.zeros and form.unit_groups < 4)
+    k_groups = 2 if few_registers and not same_sums else 1
+    buffers = _code_buffers(card, form, tiles, k_groups)
+    if buffers is None:
+        buffers, k_groups = _code_buffers(card, form, tiles, 1), 1
+    assert buffers is not None, "codes_tokens says how many tokens there may be"
+    stages, x_units, x_stages, shared = buffers
+    panel_units = ceil(form.inner / cu.CODES_UNIT)
+    units = form.padded_rows // cu.CODES_PANEL * panel_units
+    share = ceil(units / card.sms)
+    defines = (
+        *form.defines,
+        ("ZEROS", int(form.zeros)),
+        ("GROUPS", form.unit_groups),
+        ("LINEAR_TILES", tiles),
+        ("K_GROUPS", k_groups),
+        ("STAGES", stages),
+        ("X_UNITS", x_units),
+        ("X_STAGES", x_stages),
+    )
+    threads = cu.CODES_PANEL // cu.CODE_ROWS * k_groups * cu.WARP
+    grid, parts = (ceil(units / share),), (panel_units - 1) // share + 2
+    return Plan("linear_codes", grid, threads, shared, defines, parts=parts, share=share)
+
+
+def codes_tokens(card: Card, form: CodesForm) -> int:
+    """Tokens that `codes_plan` takes at most."""
+    return 8 * max(n for n in CODES_TILES if _code_buffers(card, form, n, 1))
+
+
+def _code_buffers(card: Card, form: CodesForm, tiles: int, k_groups: int) -> tuple[int, int, int, int] | None:
+    """STAGES, X_UNITS, X_STAGES and shared memory of linear_codes; None: there is too little of it."""
+    steps = cu.CODES_UNIT // cu.STEP_COLUMNS  # each of which has its scales
+    of_row = max(steps, form.unit_groups) * ((4 if form.wide_scales else 2) + 2 * form.zeros)
+    unit = cu.CODES_PANEL * (form.bits * cu.CODES_UNIT // 8 + of_row)
+    x = tiles * 8 * (cu.CODES_UNIT * 2 + 64)
+    sums = (k_groups - 1) * tiles * 8 * cu.CODES_PANEL * 4
+    for stages in range(max(2, CODES_AHEAD // unit + 1), 1, -1):
+        for x_units in (n for n in (4, 2, 1) if n * tiles <= CODES_TILES[-1]):
+            x_stages = ceil((stages - 1) / x_units) + 1
+            shared = stages * unit + x_stages * x_units * x + sums
+            if shared <= card.shared_per_block:
+                return stages, x_units, x_stages, shared
+    return None
+
+
+def pack_plan(form: CodesForm, count: int) -> Plan:
+    """Packing so many rows of codes."""
+    grid = (ceil(count * (form.inner // 8) / cu.CODES_THREADS),)
+    return Plan("pack_codes", grid, cu.CODES_THREADS, 0, form.defines)
+
+
+def widen_plan(form: CodesForm) -> Plan:
+    """All of a matrix of codes as numbers of 16 bits."""
+    grid = (ceil(form.rows * (form.inner // 8) / cu.CODES_THREADS),)
+    return Plan("widen_codes", grid, cu.CODES_THREADS, 0, form.defines)
+
+
+def round_plan(form: CodesForm, count: int) -> Plan:
+    """Rounding so many rows of numbers to codes."""
+    grid = (ceil(count * form.groups / (cu.CODES_THREADS // cu.WARP)),)
+    return Plan("round_codes", grid, cu.CODES_THREADS, 0, form.defines[:1])
 
 
 def usual_splits(card: Card, rows: int, inner: int) -> int:

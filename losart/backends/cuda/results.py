@@ -9,10 +9,11 @@ import cupy
 import numpy as np
 
 from losart.backends.cuda.slots import Slot
+from losart.kernels_cu.constants import PANEL_ROWS
 from losart.kernels_cu.views import MatmulView, PagesView, PartsView, StoredView, WeightView
 
 NOTHING_STORED = StoredView(None, 0)
-NO_MATMUL = MatmulView(None, None, 0, 0, 1, 1)
+NO_MATMUL = MatmulView(None, None, 0, 0, PANEL_ROWS, 1, 1)
 
 
 class Weight:
@@ -24,13 +25,21 @@ class Weight:
 
     Attributes
     ----------
+    fresh : bool
+        Whether a kernel of the same pass writes it: the next one must not read it early.
     view : WeightView
         As kernels take it.
     """
 
-    def __init__(self, values: Any) -> None:
+    def __init__(self, values: Any, fresh: bool = False) -> None:
         self.values = values
+        self.fresh = fresh
         self.view = WeightView(values.data.ptr, *values.shape)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, inner)"""
+        return self.values.shape
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +50,7 @@ class Matmul:
     ----------
     planes : float32 [planes, tokens, rows]
     bias : float32 [rows] or None
-    steps, share : int
+    steps, share, panel_rows : int
         Which planes hold a row's sums.
     """
 
@@ -49,6 +58,7 @@ class Matmul:
     bias: Any | None
     steps: int = 1
     share: int = 1
+    panel_rows: int = PANEL_ROWS
 
     def __len__(self) -> int:
         return self.planes.shape[1]
@@ -62,7 +72,8 @@ class Matmul:
     def view(self) -> MatmulView:
         """As kernels take it."""
         bias = None if self.bias is None else self.bias.data.ptr
-        return MatmulView(self.planes.data.ptr, bias, len(self), self.rows, self.steps, self.share)
+        sizes = len(self), self.rows, self.panel_rows, self.steps, self.share
+        return MatmulView(self.planes.data.ptr, bias, *sizes)
 
 
 @dataclass(frozen=True, eq=False)

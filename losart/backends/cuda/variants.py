@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from losart.backends.cuda.matmul_plans import hopper_matmul_plans, matmul_plan
+from losart.backends.cuda.codes import CODES, CodesForm, is_compiled
+from losart.backends.cuda.matmul_plans import (
+    CODES_TILES,
+    codes_plan,
+    codes_tokens,
+    hopper_matmul_plans,
+    matmul_plan,
+    pack_plan,
+    round_plan,
+    widen_plan,
+)
 from losart.backends.cuda.plans import (
     Card,
     Plan,
@@ -38,10 +48,21 @@ PLANNED = (
     "page_scores",
     "page_masses",
     "block_attention",
+    "pack_codes",
+    "widen_codes",
+    "round_codes",
 )
 TOKENS = (1, 4, 16, 20, 32, 33, 44, 52, 64)
 HEADS = ((8, 8), (16, 8), (32, 8), (8, 1))  # and kv heads
 HEAD_DIMS = (64, 80, 128)
+FORMS = tuple(
+    CodesForm(1024, 1024, dtype, group, zeros, wide)
+    for dtype in CODES
+    for group in (32, 64, 128)
+    for zeros in (False, True)
+    for wide in (False, True)
+    if is_compiled(dtype, group, zeros, wide)
+)
 
 
 def plans(card: Card) -> Iterator[Plan]:
@@ -58,6 +79,11 @@ def plans(card: Card) -> Iterator[Plan]:
                     yield scores_plan(card, tensor, tokens * heads // kv_heads, kv_heads, head_dim)
                 yield causal_plan(card, tensor, 2048, heads, kv_heads, head_dim)
                 yield from (block_plan(card, tokens, heads, 16, False) for tokens in (16, 1024))
+    for form in FORMS:
+        most = codes_tokens(card, form)
+        counts = [8 * n for n in CODES_TILES if 8 * n <= most]
+        yield from (codes_plan(card, form, count, same) for count in counts for same in (False, True))
+        yield from (pack_plan(form, 1), widen_plan(form), round_plan(form, 1))
     if card.hopper:
         for gated in (False, True):
             yield from (plan for _, plan in hopper_matmul_plans(card, 2048, 4096, 4096, gated))

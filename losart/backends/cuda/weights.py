@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import cupy
 import numpy as np
 
 from losart.backends.cpu.convert import float32_rows, narrow, widen
+from losart.backends.cuda.codes import CodesForm, CodesWeight, codes_form
+from losart.backends.cuda.kernels import Kernels
+from losart.backends.cuda.matmul_plans import pack_plan, round_plan
 from losart.backends.cuda.results import Weight
-from losart.config.precision import Format
+from losart.errors import TensorError
+from losart.loaders.quantized.tensor import QuantizedTensor
 
 STAGING_BYTES = 32 << 20  # of pinned memory
+PADDING = {"int4": 0x88, "int8": 0x80, "float8": 0}  # a byte of codes that are 0
+CODES_PIECE = 4 << 20  # codes that go to the device at a time
 
 
 class WeightLoader:
@@ -20,19 +26,21 @@ class WeightLoader:
 
     Parameters
     ----------
-    format : Format
-        Of matrices.
+    kernels : Kernels
     stream : cupy.cuda.Stream
         The current one. All work on weights is on it: an array that is freed may be used again at once.
     """
 
-    def __init__(self, format: Format, stream: Any) -> None:
-        self._format = format
+    def __init__(self, kernels: Kernels, stream: Any) -> None:
+        self._kernels = kernels
+        self._format = kernels.precision.weights
         self._stream = stream
         self._staging = cupy.cuda.alloc_pinned_memory(STAGING_BYTES)
 
-    def matrix(self, *tensors: Any) -> Weight:
+    def matrix(self, *tensors: Any) -> Weight | CodesWeight:
         """Tensors [out_i, in] as one matrix [sum of out_i, in]."""
+        if (form := codes_form(tensors, self._format)) is not None:
+            return self._codes(form, tensors)
         rows = sum(tensor.shape[0] for tensor in tensors)
         values = cupy.empty((rows, tensors[0].shape[1]), self._format.bits_array)
         first = 0
@@ -45,28 +53,95 @@ class WeightLoader:
         """Tensors one after the other, in float32."""
         return cupy.asarray(np.concatenate([widen(tensor.array()) for tensor in tensors]))
 
+    def _codes(self, form: CodesForm, tensors: tuple[Any, ...]) -> CodesWeight:
+        shape = form.padded_rows, form.groups
+        codes = cupy.empty(form.code_bytes // 4, np.uint32)
+        scales = self._zeroed(shape, np.float32 if form.wide_scales else np.uint16)
+        codes.data.memset_async(PADDING[form.dtype], codes.nbytes, self._stream)
+        weight = CodesWeight(form, codes, scales, self._zeroed(shape, np.uint16) if form.zeros else None)
+        first = 0
+        for tensor in tensors:
+            rows, columns = tensor.shape
+            step = max(1, CODES_PIECE // columns)
+            # What the device rounds comes as it is in the file.
+            rounds = not isinstance(tensor, QuantizedTensor) and tensor.source.dtype == self._format.name
+            for start in range(0, rows, step):
+                stop = min(rows, start + step)
+                piece = (
+                    self._rounded(form, tensor, start, stop)
+                    if rounds
+                    else self._on_device(*tensor.rows(start, stop))
+                )
+                self._kernels.launch_plan(
+                    pack_plan(form, stop - start), *piece, weight.view, first + start, stop - start
+                )
+                tensor.release()
+            first += rows
+        self._stream.synchronize()
+        return weight
+
+    def _zeroed(self, shape: Any, dtype: Any) -> Any:
+        array = cupy.empty(shape, dtype)
+        array.data.memset_async(0, array.nbytes, self._stream)
+        return array
+
+    def _on_device(self, codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray | None) -> tuple[Any, ...]:
+        """Codes, scales and zeros of some rows as pack_codes takes them."""
+        held = codes if codes.dtype.itemsize == 1 else codes.astype(np.int8)
+        floats = None if zeros is None else cupy.asarray(zeros.astype(np.float32))
+        return cupy.asarray(held), cupy.asarray(np.ascontiguousarray(scales)), floats
+
+    def _rounded(self, form: CodesForm, tensor: Any, start: int, stop: int) -> tuple[Any, ...]:
+        """The same of a matrix of 16 bits, which the device rounds."""
+        count = stop - start
+        values = cupy.empty((count, form.inner), np.uint16)
+        flat = values.reshape(-1)
+        self._copy(flat, _cut(tensor.source.array(start, stop), self._piece(flat)), lambda: None)
+        codes, scales = (
+            cupy.empty(values.shape, np.int8),
+            cupy.empty((count, form.inner // tensor.group), np.float32),
+        )
+        wrong = self._zeroed(1, np.int32)
+        plan = round_plan(form, count)
+        self._kernels.launch_plan(plan, values, codes, scales, wrong, count, form.inner, tensor.group)
+        if wrong.get(self._stream)[0]:
+            source = tensor.source
+            raise TensorError(f"{source.file}: tensor {source.name!r} has values that are not finite")
+        return codes, scales, None
+
     def _fill(self, out: Any, tensor: Any) -> None:
         """Copy a tensor through two halves of the staging memory: one is filled while the other is copied."""
-        piece, start = STAGING_BYTES // 2 // out.itemsize, 0
+        self._copy(out, self._pieces(tensor, self._piece(out)), tensor.release)
+        tensor.release()
+
+    def _piece(self, out: Any) -> int:
+        """Numbers that half the staging memory has room for."""
+        return STAGING_BYTES // 2 // out.itemsize
+
+    def _copy(self, out: Any, pieces: Iterable[np.ndarray], copied_piece: Callable[[], None]) -> None:
+        piece, start = self._piece(out), 0
         staging = np.frombuffer(self._staging, out.dtype, 2 * piece).reshape(2, piece)
         copied = [cupy.cuda.Event(disable_timing=True) for _ in range(2)]
-        for turn, values in enumerate(self._pieces(tensor, piece)):
+        for turn, values in enumerate(pieces):
             half, end = turn % 2, start + values.size
             copied[half].synchronize()
             staging[half, : values.size] = values.view(out.dtype)
             out[start:end].set(staging[half, : values.size], stream=self._stream)
             copied[half].record(self._stream)
             start = end
-            tensor.release()
+            copied_piece()
         self._stream.synchronize()
-        tensor.release()
 
     def _pieces(self, tensor: Any, size: int) -> Iterator[np.ndarray]:
         """A matrix as it is held, one after the other at most so many numbers."""
         if tensor.dtype == self._format.name:
-            source = tensor.array().reshape(-1)
-            for start in range(0, source.size, size):
-                yield source[start : start + size]
+            yield from _cut(tensor.array(), size)
         else:
             for rows in float32_rows(tensor, size):
                 yield narrow(rows, self._format).reshape(-1)
+
+
+def _cut(source: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    source = source.reshape(-1)
+    for start in range(0, source.size, size):
+        yield source[start : start + size]

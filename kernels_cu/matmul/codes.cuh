@@ -1,0 +1,114 @@
+/* Matrices of codes: entries are (code - zero) * scale, where columns of a group share zero and scale.
+ *
+ * Codes lie as linear_codes takes them, which reads them from one end to the other: [panels of CODES_PANEL rows, units
+ * of CODES_UNIT columns, steps, tiles of CODE_ROWS rows], and a tile of a step as the lanes of a warp have it for the
+ * tensor cores. Lane 4 g + t has 8 columns from t * 8 and 8 from 32 + t * 8 on, of rows g, g + 8, g + 16 and g + 24.
+ * They are pieces of 16 bytes, [pieces, lanes]: of 4 bits one for each two rows, a word for each row and 8 columns, of
+ * 8 bits one for each two rows and 8 columns. Within words codes are in the order in which they are unpacked two at a
+ * time. Integers are held from 0 on. Rows that pad a panel are any numbers, columns that pad a unit 0.
+ *
+ * Scales and zeros lie in [panels, groups, tiles, g, rows g, g + 8, g + 16 and g + 24], as activations are held; with
+ * WIDE_SCALES scales are float32. Compiled with CODES (INT4, INT8 or FLOAT8, which is E4M3 without NaN) and
+ * WIDE_SCALES.
+ */
+#define CODE_BITS (CODES == INT4 ? 4 : 8)
+static_assert(CODE_ROWS == 32 && STEP_COLUMNS == 64, "a lane has 8 times 8 codes");
+
+#if WIDE_SCALES
+using Scale = float;
+#else
+using Scale = Activation;
+#endif
+
+struct __align__(4 * sizeof(Scale)) FourScales { /* of rows g, g + 8, g + 16 and g + 24 */
+    Scale of[4];
+};
+struct __align__(8) FourZeros {
+    Operand of[4];
+};
+
+struct CodePlace {
+    size_t word; /* of a row's 8 columns, the first one */
+    int count;   /* of words, one after the other */
+};
+
+/* Where the codes of 8 columns of a row are, `piece` = column / 8. */
+__device__ __forceinline__ CodePlace place_of_codes(int row, int piece, int inner)
+{
+    int r = row % CODE_ROWS, lane = r % 8 * 4 + piece % 4, half = piece / 4 % 2, pair = r / 16, high = r / 8 % 2;
+    size_t step = (size_t)(row / CODES_PANEL) * ((inner + CODES_UNIT - 1) / CODES_UNIT) * (CODES_UNIT / STEP_COLUMNS);
+    size_t tile = (step + piece / 8) * (CODES_PANEL / CODE_ROWS) + row % CODES_PANEL / CODE_ROWS;
+    if (CODE_BITS == 4) return {((tile * 2 + pair) * WARP + lane) * 4 + half * 2 + high, 1};
+    return {((tile * 4 + pair * 2 + half) * WARP + lane) * 4 + high * 2, 2};
+}
+
+/* Where a row's scale of a group is. */
+__device__ __forceinline__ size_t place_of_scale(int row, int group, int groups)
+{
+    int r = row % CODE_ROWS;
+    return ((size_t)(row / CODES_PANEL) * groups + group) * CODES_PANEL + row % CODES_PANEL - r + r % 8 * 4 + r / 8;
+}
+
+/* The bits that column 0 <= i < 8 has in a row's words, lowest first. */
+__device__ __forceinline__ int first_bit(int i)
+{
+    return CODE_BITS == 4 ? (i / 2 + i % 2 * 4) * 4 : i / 4 * 32 + (i / 2 % 2 + i % 2 * 2) * 8;
+}
+
+#define BOTH(bits) ((bits) * 0x10001u) /* in both halves of a word */
+#define IS_BF16 (OPERAND_FORMAT == BFLOAT16)
+#define MINUS_ONE BOTH(IS_BF16 ? 0xbf80u : 0xbc00u)
+
+__device__ __forceinline__ unsigned fma_pair(unsigned a, unsigned b, unsigned c)
+{
+    unsigned d;
+    asm("fma.rn." OPERAND_PTX "x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+}
+
+/* The bits of x, or with INVERTED those that it has not, of a mask, and some others: one instruction. */
+template <bool INVERTED = false>
+__device__ __forceinline__ unsigned bits_or(unsigned x, unsigned mask, unsigned others)
+{
+    unsigned d;
+    asm("lop3.b32 %0, %1, %2, %3, %4;" : "=r"(d) : "r"(x), "r"(mask), "r"(others), "n"(INVERTED ? 0xae : 0xea));
+    return d;
+}
+
+/* The codes of 8 columns as pairs of operands, which are exact.
+ *
+ * A number n from 0 to 127 in the lowest bits of 128 in bfloat16, or to 1023 of 1024 in float16, makes 128 + n or
+ * 1024 + n. Bit 7 of an integer of 8 bits, which is too many for bfloat16, makes 256 of 128 if it is 0. An E4M3
+ * number's bits, moved, are a number with another bias of the exponent, also if it is subnormal. */
+__device__ __forceinline__ void unpack(unsigned (&pairs)[4], const unsigned *words)
+{
+#pragma unroll
+    for (int p = 0; p < 4; p++) {
+#if CODES == INT4
+        unsigned code = bits_or(words[0] >> p * 4, 0x000f000fu, BOTH(IS_BF16 ? 0x4300u : 0x6400u));
+        pairs[p] = fma_pair(code, BOTH(IS_BF16 ? 0x3f80u : 0x3c00u), BOTH(IS_BF16 ? 0xc308u : 0xe408u));
+#elif CODES == INT8
+        unsigned code = words[p / 2] >> p % 2 * 8;
+        if (IS_BF16)
+            pairs[p] = fma_pair(bits_or<true>(code, 0x00800080u, 0x43004300u), MINUS_ONE,
+                                bits_or(code, 0x007f007fu, 0x43004300u));
+        else
+            pairs[p] = fma_pair(bits_or(code, 0x00ff00ffu, 0x64006400u), BOTH(0x3c00u), BOTH(0xe480u));
+#else
+        unsigned word = words[p / 2], sign = (p % 2 ? word : word << 8) & 0x80008000u;
+        unsigned rest = IS_BF16 ? (p % 2 ? word >> 4 : word << 4) : p % 2 ? word >> 1 : word << 7;
+        unsigned bits = bits_or(rest, IS_BF16 ? 0x07f007f0u : 0x3f803f80u, sign);
+        pairs[p] = fma_pair(bits, BOTH(IS_BF16 ? 0x7b80u : 0x5c00u), BOTH(0x8000u));
+#endif
+    }
+}
+
+__device__ __forceinline__ void subtract(unsigned (&pairs)[4], Operand zero)
+{
+    unsigned both = BOTH((unsigned)zero.bits);
+#pragma unroll
+    for (int p = 0; p < 4; p++) pairs[p] = fma_pair(both, MINUS_ONE, pairs[p]);
+}
+
+__device__ __forceinline__ Operand low_half(unsigned pair) { return {(unsigned short)pair}; }
+__device__ __forceinline__ Operand high_half(unsigned pair) { return {(unsigned short)(pair >> 16)}; }

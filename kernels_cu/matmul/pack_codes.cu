@@ -1,0 +1,31 @@
+/* Some rows of a matrix, `first` and the `count` - 1 after it, into its codes, scales and zeros (matmul/codes.cuh),
+ * from codes [count, inner], E4M3's bits or integers from -8 or -128 on, scales [count, groups] and zeros alike, or
+ * null.
+ *
+ * Grid: count * inner / 8 / CODES_THREADS, one thread per 8 columns; inner is a multiple of 8, and a group has no
+ * fewer.
+ */
+extern "C" __global__ void __launch_bounds__(CODES_THREADS)
+    pack_codes(const signed char *codes, const float *scales, const float *zeros, CodesView to, int first, int count)
+{
+    let_next_start();
+    wait_for_previous();
+    int pieces = to.inner / 8;
+    size_t thread = (size_t)blockIdx.x * CODES_THREADS + threadIdx.x;
+    int index = thread / pieces, piece = thread % pieces, row = first + index;
+    if (index >= count) return;
+    const signed char *from = codes + (size_t)index * to.inner + piece * 8;
+    unsigned words[2] = {};
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        int code = from[i] + (CODES == INT4 ? 8 : CODES == INT8 ? 128 : 0);
+        words[first_bit(i) / 32] |= (unsigned)(code & ((1 << CODE_BITS) - 1)) << first_bit(i) % 32;
+    }
+    CodePlace place = place_of_codes(row, piece, to.inner);
+    for (int i = 0; i < place.count; i++) ((unsigned *)to.codes)[place.word + i] = words[i];
+    int groups = (to.inner + to.group - 1) / to.group; /* but for those that pad the last unit */
+    if (piece >= groups) return;
+    size_t at = place_of_scale(row, piece, to.groups), of_row = (size_t)index * groups + piece;
+    ((Scale *)to.scales)[at] = narrow<Scale>(scales[of_row]);
+    if (zeros) ((Operand *)to.zeros)[at] = narrow<Operand>(zeros[of_row]);
+}
