@@ -71,6 +71,7 @@ FILES = {
     "linear_tiles": KernelFile("matmul", TENSOR_MATMUL),
     "linear_hopper": KernelFile("matmul", (*TENSOR_MATMUL, "common/hopper.cuh", "common/tensor_map.cuh")),
     "linear_codes": KernelFile("matmul", CODES),
+    "embedding_codes": KernelFile("matmul", CODES),
     "pack_codes": KernelFile("matmul", CODES),
     "widen_codes": KernelFile("matmul", CODES),
     "round_codes": KernelFile("matmul"),

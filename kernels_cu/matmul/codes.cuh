@@ -110,5 +110,20 @@ __device__ __forceinline__ void subtract(unsigned (&pairs)[4], Operand zero)
     for (int p = 0; p < 4; p++) pairs[p] = fma_pair(both, MINUS_ONE, pairs[p]);
 }
 
-__device__ __forceinline__ Operand low_half(unsigned pair) { return {(unsigned short)pair}; }
-__device__ __forceinline__ Operand high_half(unsigned pair) { return {(unsigned short)(pair >> 16)}; }
+/* The entries of 8 columns of a row, `piece` = column / 8. */
+__device__ __forceinline__ void entries(float (&values)[8], const CodesView &matrix, int row, int piece)
+{
+    CodePlace place = place_of_codes(row, piece, matrix.inner);
+    unsigned words[2], pairs[4];
+#pragma unroll
+    for (int i = 0; i < 2; i++) words[i] = ((const unsigned *)matrix.codes)[place.word + min(i, place.count - 1)];
+    unpack(pairs, words);
+    size_t at = place_of_scale(row, piece * 8 / matrix.group, matrix.groups);
+    if (matrix.zeros) subtract(pairs, ((const Operand *)matrix.zeros)[at]);
+    float scale = widen(((const Scale *)matrix.scales)[at]);
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        Operand code = {(unsigned short)(pairs[i / 2] >> i % 2 * 16)};
+        values[i] = scale * widen(code);
+    }
+}

@@ -55,7 +55,7 @@ class Model:
         self.dtype = precision.weights.name
         backend = make_backend(device, self.config, precision, deterministic)
         self.device = backend.name
-        self._tensors = loaded_tensors(checkpoint, weights)
+        self._tensors = loaded_tensors(checkpoint, weights, backend.name)
         matrices = (tensor for tensor in self._tensors.values() if len(tensor.shape) == 2)
         self.weights = tuple(sorted({backend.held(matrix)[0] for matrix in matrices}))
         self._engine = Engine(Transformer(self.config, self._tensors, backend, progress))
@@ -223,8 +223,8 @@ def load(
         twice with 128 sequences on a GPU. Else sums may be rounded otherwise.
     weights : {"auto", "int8", "int4", "fp8"}
         Round the matrices of all layers to 8 bits, with a scale per row, or to 4 bits, with one per 64
-        columns, and the head to int8. "auto" leaves all as it is. The CPU holds what is rounded to fp8 in the
-        format of `dtype`, and a GPU all with a dtype of float32.
+        columns, and the head to int8, on a GPU the embedding too. "auto" leaves all as it is. The CPU holds
+        what is rounded to fp8 in the format of `dtype`, and a GPU all with a dtype of float32.
 
     Raises
     ------

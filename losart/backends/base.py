@@ -201,6 +201,9 @@ class Backend(Protocol):
 
     # -- weights, cache and stored results
 
+    def free_bytes(self) -> int | None:
+        """Memory that weights and caches can be given; None where nobody says."""
+
     def upload(self, *tensors: Any) -> Weight:
         """A checkpoint's tensors [out_i, in] as one matrix [sum of out_i, in], in the format of weights."""
 

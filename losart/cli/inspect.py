@@ -13,7 +13,8 @@ from losart.measure.inspection import inspection
 
 HELP = "show a checkpoint's sizes, memory and default options"
 DESCRIPTION = """Show a checkpoint's architecture and sizes, the memory that its weights and its KV cache
-take, and the options that a generation runs with by default. Reads no weights."""
+take, whether there is so much, and the options that a generation runs with by default. Reads no
+weights."""
 EXAMPLE = "example: losart inspect path/to/SDAR-1.7B-Chat --context 8192 40960 --dtype float16"
 
 
@@ -55,6 +56,7 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, object]]:
         ("parameters", f"{facts['parameters']:,}"),
         ("on disk", f"{size(facts['bytes_on_disk'])} in {', '.join(disk)}"),
         ("weights", f"{size(facts['weight_bytes'])} in {', '.join(facts['held_in'])} on {facts['device']}"),
+        ("fits", _fits(facts)),
         *((f"KV at {kv['context']}", size(kv["bytes"])) for kv in facts["kv_cache"]),
         ("block length", facts["block_length"] or "not said"),
         ("mask token", _token(facts["mask_token"]) if facts["mask_token"] else "not said"),
@@ -63,6 +65,16 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, object]]:
         ("chat template", "yes" if facts["chat_template"] else "no"),
         ("options", no_options if options is None else ", ".join(f"{k}={v!r}" for k, v in options.items())),
     ]
+
+
+def _fits(facts: dict[str, Any]) -> str:
+    free, positions = facts["free_bytes"], facts["fitting_positions"]
+    if free is None:
+        return "nobody says how much memory is free"
+    there = f"{size(free)} are free on {facts['device']}"
+    if positions is None:
+        return f"no, {there}"
+    return f"yes, {there}: the weights and {positions} of {facts['sizes']['positions']} positions"
 
 
 def _rope(rope: dict[str, Any]) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from losart.backends import make_backend
@@ -55,7 +56,7 @@ def inspection(
         fitting = [context for context in CONTEXTS if context < config.max_positions]
         contexts = [*fitting, config.max_positions]
     backend = make_backend(device, config, precision)
-    tensors, loaded = checkpoint.tensors.values(), loaded_tensors(checkpoint, weights).values()
+    tensors, loaded = checkpoint.tensors.values(), loaded_tensors(checkpoint, weights, backend.name).values()
     held = [backend.held(tensor) for tensor in loaded if len(tensor.shape) > 1]
     vectors = [tensor for tensor in loaded if len(tensor.shape) == 1]  # in float32
 
@@ -66,6 +67,8 @@ def inspection(
         text = tokenizer.decode([number], skip_special=False) if tokenizer and number is not None else None
         return None if number is None else {"id": number, "text": text}
 
+    weight_bytes = sum(nbytes for _, nbytes in held) + sum(v.shape[0] * FLOAT32.itemsize for v in vectors)
+    free = backend.free_bytes()
     return {
         "path": str(checkpoint.path),
         "architecture": config.model_type,
@@ -76,8 +79,9 @@ def inspection(
         "device": backend.name,
         "dtype": precision.weights.name,
         "held_in": sorted({name for name, _ in held}),
-        "weight_bytes": sum(nbytes for _, nbytes in held)
-        + sum(v.shape[0] * FLOAT32.itemsize for v in vectors),
+        "weight_bytes": weight_bytes,
+        "free_bytes": free,
+        "fitting_positions": None if free is None else _fitting(free - weight_bytes, kv_bytes, config),
         "kv_cache": [{"context": n, "bytes": kv_bytes(n)} for n in contexts],
         "block_length": config.block_length,
         "mask_token": token(config.mask_token_id),
@@ -86,6 +90,13 @@ def inspection(
         "chat_template": checkpoint.chat_template is not None,
         "options": _default_options(config),
     }
+
+
+def _fitting(room: int, kv_bytes: Callable[[int], int], config: ModelConfig) -> int | None:
+    """Positions that a KV cache of so many bytes has room for; None for less than nothing."""
+    if room < 0:
+        return None
+    return bisect_right(range(1, config.max_positions + 1), room, key=kv_bytes)
 
 
 def _sizes(config: ModelConfig) -> dict[str, Any]:

@@ -11,15 +11,17 @@ from losart.quantization.rounding import WEIGHTS, RoundedTensor, WeightFormat, r
 LOADED = ("auto", *WEIGHTS)
 
 
-def loaded_tensors(checkpoint: Checkpoint, weights: str) -> dict[str, Any]:
+def loaded_tensors(checkpoint: Checkpoint, weights: str, device: str) -> dict[str, Any]:
     """A checkpoint's tensors as a backend takes them.
 
     Parameters
     ----------
     checkpoint : Checkpoint
     weights : {"auto", "int8", "int4", "fp8"}
-        "auto": as they are. Else the matrices of all layers are rounded, and the head to int8, beside the
-        embedding where it is one with it.
+        "auto": as they are. Else the matrices of all layers are rounded, and the head to int8.
+    device : str
+        The backend's name. The CPU has the embedding mapped from its file, beside the head where they are
+        one; elsewhere it is rounded to int8 too.
 
     Raises
     ------
@@ -33,6 +35,8 @@ def loaded_tensors(checkpoint: Checkpoint, weights: str) -> dict[str, Any]:
     tied, head = checkpoint.config.tie_embeddings, WeightFormat("int8")
     tensors: dict[str, Any] = {}
     tensors |= rounded_tensors(checkpoint, WeightFormat.by_default(weights), None if tied else head)
-    if tied:
+    if device != "cpu":
+        tensors["embed"] = RoundedTensor(tensors["embed"], head)
+    elif tied:
         tensors["head"] = RoundedTensor(tensors["embed"], head)
     return tensors

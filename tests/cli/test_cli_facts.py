@@ -15,8 +15,9 @@ from test_device import CUDARuntimeError, no_nvrtc
 import losart
 import losart.backends
 import losart.measure.environment
-from losart.backends.cpu.backend import CpuBackend
+from losart.backends.cpu.backend import CpuBackend, available_bytes
 from losart.cli import main
+from losart.cli.tables import size
 from losart.config.precision import FORMATS
 from losart.engine.kv_cache import PagedKVCache
 from losart.loaders import safetensors_files
@@ -192,6 +193,37 @@ def test_inspect_without_tokenizer_and_mask_token(make_checkpoint, capsys):
     assert facts["options"] is None
     assert main(["inspect", str(path), "--device", "cpu"]) == 0
     assert "the mask token must be given" in " ".join(capsys.readouterr().out.split())
+
+
+def test_inspect_says_whether_it_fits(tiny_checkpoint, capsys, monkeypatch):
+    facts = inspect(capsys, tiny_checkpoint)
+    assert facts["free_bytes"] > 1 << 20
+    assert facts["fitting_positions"] == facts["sizes"]["positions"] == 4096
+    for room in (1_000_000, 200_000, 1_000, 0, -1):
+        free = facts["weight_bytes"] + room
+        monkeypatch.setattr(CpuBackend, "free_bytes", lambda self, free=free: free)
+        fits = inspect(capsys, tiny_checkpoint)["fitting_positions"]
+        if room >= 0:
+            of = inspect(capsys, tiny_checkpoint, "--context", *(n for n in (fits, fits + 1) if n))[
+                "kv_cache"
+            ]
+            assert all((one["bytes"] <= room) == (one["context"] <= fits) for one in of)
+        assert (fits is None) == (room < 0)
+        assert main(["inspect", str(tiny_checkpoint), "--device", "cpu"]) == 0
+        assert ("no, " if room < 0 else f"yes, {size(free)} are free on cpu") in capsys.readouterr().out
+    monkeypatch.setattr(CpuBackend, "free_bytes", lambda self: None)
+    assert inspect(capsys, tiny_checkpoint)["fitting_positions"] is None
+    assert main(["inspect", str(tiny_checkpoint), "--device", "cpu"]) == 0
+    assert "nobody says" in capsys.readouterr().out
+
+
+def test_memory_that_the_system_can_give(tmp_path):
+    file = tmp_path / "meminfo"
+    assert available_bytes(file) is None
+    file.write_text("MemTotal:  8000 kB\nMemAvailable:    5000 kB\nBuffers: 1 kB\n")
+    assert available_bytes(file) == 5000 << 10
+    file.write_text("MemTotal:  8000 kB\n")
+    assert available_bytes(file) is None
 
 
 def test_inspect_contexts(tiny_checkpoint, capsys):

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ from losart.backends.cpu.convert import narrow, widen
 from losart.config.options import generation_config
 from losart.config.precision import Precision
 from losart.engine.batch import PassKind
+from losart.quantization import WeightFormat
+from losart.quantization.rounding import RoundedTensor
 
 pytestmark = pytest.mark.gpu
 
@@ -90,9 +93,12 @@ def test_logits_with_rounded_weights_are_those_of_the_cpu(
     make_checkpoint, weights, dtype, block_length, tied
 ):
     path = make_checkpoint(dtype=dtype, head_gain=1.0, tied=tied, head_dim=64, **SIZES)
-    expected = hidden_states(losart.load(path, device="cpu", weights=weights), PROMPT, block_length)
-    model = losart.load(path, device="cuda", weights=weights)
-    assert set(model.weights) == {"float8" if weights == "fp8" else weights, "int8", dtype}
+    cpu, model = (losart.load(path, device=device, weights=weights) for device in ("cpu", "cuda"))
+    embedding = RoundedTensor(losart.load(path, device="cpu")._tensors["embed"], WeightFormat("int8"))
+    rounded = embedding.float32(0, embedding.shape[0])
+    cpu._engine.runner.embedding = replace(cpu._engine.runner.embedding, matrices=(rounded,))
+    expected = hidden_states(cpu, PROMPT, block_length)
+    assert set(model.weights) == {"float8" if weights == "fp8" else weights, "int8"}
     found = hidden_states(model, PROMPT, block_length)
     assert relative_error(found, expected) <= 2e-2
 

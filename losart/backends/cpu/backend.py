@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Container, Hashable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -100,6 +101,9 @@ class CpuBackend:
         self._rotation: tuple[Hashable, np.ndarray, np.ndarray] | None = None
 
     # -- weights, cache and stored results
+
+    def free_bytes(self) -> int | None:
+        return available_bytes(Path("/proc/meminfo"))
 
     def upload(self, *tensors: Any) -> Weight:
         return Weight(tuple(self._upload(tensor) for tensor in tensors), self.precision.weights)
@@ -388,6 +392,16 @@ class CpuBackend:
             proposals.append(proposed)
             first += len(sequence.masked)
         return Proposals.joined(proposals)
+
+
+def available_bytes(file: Path) -> int | None:
+    """Memory that the system can give to programs without swapping, pages of files counted; None: unknown."""
+    try:
+        lines = file.read_text("ascii").splitlines()
+    except OSError:
+        return None
+    found = (line.split() for line in lines if line.startswith("MemAvailable:"))
+    return next((int(words[1]) << 10 for words in found), None)
 
 
 def _quantized_form(tensor: Any) -> tuple[int, int, int, int, bool] | None:

@@ -30,6 +30,7 @@ from losart.backends.cuda.matmul import blas_matmul
 from losart.backends.cuda.matmul_plans import (
     codes_plan,
     codes_tokens,
+    embedding_plan,
     gated_matmul_plan,
     matmul_plan,
     usual_splits,
@@ -118,6 +119,11 @@ class CudaBackend:
 
     # -- weights, cache and stored results
 
+    def free_bytes(self) -> int | None:
+        with self.memory.device:
+            free, _ = cupy.cuda.runtime.memGetInfo()
+        return int(free) + cupy.get_default_memory_pool().free_bytes()
+
     def upload(self, *tensors: Any) -> Weight | CodesWeight:
         with self.memory.running("the weights"):
             return self._loader.matrix(*tensors)
@@ -177,9 +183,13 @@ class CudaBackend:
             first += len(array)
         return joined
 
-    def embed(self, table: Weight, batch: DeviceBatch) -> Any:
+    def embed(self, table: Weight | CodesWeight, batch: DeviceBatch) -> Any:
         hidden = table.view.inner
         x = cupy.empty((batch.tokens, hidden), np.float32)
+        if isinstance(table, CodesWeight):
+            plan = embedding_plan(table.form, batch.tokens)
+            self.kernels.launch_plan(plan, table.view, batch.view, x)
+            return x
         grid = (-(-hidden // cu.EMBEDDING_THREADS), batch.tokens)
         self.kernels.launch("embedding", grid, cu.EMBEDDING_THREADS, table.view, batch.view, x)
         return x

@@ -124,6 +124,12 @@ def _code_buffers(card: Card, form: CodesForm, tiles: int, k_groups: int) -> tup
     return None
 
 
+def embedding_plan(form: CodesForm, tokens: int) -> Plan:
+    """Rows of a matrix of codes."""
+    grid = (ceil(form.inner // 8 / cu.CODES_THREADS), tokens)
+    return Plan("embedding_codes", grid, cu.CODES_THREADS, 0, form.defines)
+
+
 def pack_plan(form: CodesForm, count: int) -> Plan:
     """Packing so many rows of codes."""
     grid = (ceil(count * (form.inner // 8) / cu.CODES_THREADS),)

@@ -9,6 +9,7 @@ from losart.backends.cuda.matmul_plans import (
     CODES_TILES,
     codes_plan,
     codes_tokens,
+    embedding_plan,
     hopper_matmul_plans,
     matmul_plan,
     pack_plan,
@@ -48,6 +49,7 @@ PLANNED = (
     "page_scores",
     "page_masses",
     "block_attention",
+    "embedding_codes",
     "pack_codes",
     "widen_codes",
     "round_codes",
@@ -83,7 +85,7 @@ def plans(card: Card) -> Iterator[Plan]:
         most = codes_tokens(card, form)
         counts = [8 * n for n in CODES_TILES if 8 * n <= most]
         yield from (codes_plan(card, form, count, same) for count in counts for same in (False, True))
-        yield from (pack_plan(form, 1), widen_plan(form), round_plan(form, 1))
+        yield from (embedding_plan(form, 1), pack_plan(form, 1), widen_plan(form), round_plan(form, 1))
     if card.hopper:
         for gated in (False, True):
             yield from (plan for _, plan in hopper_matmul_plans(card, 2048, 4096, 4096, gated))
