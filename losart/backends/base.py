@@ -305,3 +305,9 @@ class Backend(Protocol):
 
     def propose(self, hidden: Array, head: Weight, batch: Batch) -> Any:
         """A token for each masked row of hidden [tokens, hidden], with its confidence."""
+
+    def logits(self, hidden: Array, head: Weight, batch: Batch) -> np.ndarray:
+        """The masked rows' logits on the host, float32 [masked, vocab], of a pass that is not captured.
+
+        The mask token's are -inf.
+        """

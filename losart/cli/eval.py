@@ -65,6 +65,21 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         default=False,
         help="instead of accuracy: how the change of queries between passes is spread over a block's tokens",
     )
+    group.add_argument(
+        "--kl",
+        metavar="REFERENCE",
+        nargs="?",
+        const="",
+        default=None,
+        help="instead of accuracy: how far distributions are from those of another checkpoint with dense "
+        "attention (the same one, its weights as they are)",
+    )
+    group.add_argument(
+        "--text",
+        metavar="FILE",
+        default=None,
+        help="--kl: pieces of this text in place of the tasks' prompts",
+    )
     group.add_argument("--json", metavar="FILE", default=None, help="write the figures here after each cell")
     add_attention_details(add_decoding(command, "enough for the answers"))
 
@@ -74,7 +89,11 @@ def run(args: argparse.Namespace) -> None:
     for name in getattr(args, "attention", ()):
         if name not in POLICIES:
             raise OptionError(f"attention must be one of {', '.join(POLICIES)}, not {name!r}")
-    if args.locality:
+    if args.text is not None and args.kl is None:
+        raise OptionError("--text is for --kl")
+    if args.kl is not None:
+        _run_divergence(args)
+    elif args.locality:
         _run_locality(args)
     elif args.longbench is None:
         _run_tasks(args)
@@ -140,6 +159,28 @@ def _run_locality(args: argparse.Namespace) -> None:
         report = Table(LOCALITY_COLUMNS, JsonReport(args.json, facts, "layers"), progress)
         for layer in measure_locality(model, config, progress=progress):
             report.add(layer)
+
+
+def _run_divergence(args: argparse.Namespace) -> None:
+    from losart.cli.eval_report import DIVERGENCE_COLUMNS, JsonReport, Table
+    from losart.eval import check_config
+    from losart.eval.divergence import measure_divergence
+
+    if args.locality or args.longbench is not None:
+        raise OptionError("--kl, --locality and --longbench exclude each other")
+    config = _config(args, "tasks", "lengths", "attention", "budgets", "active", "samples", "seed", "style")
+    model = load_model(args.model, args.device, args.dtype, args.weights)
+    check_config(model, config, questions=args.text is None)
+    reference = load_model(args.kl or args.model, model.device, args.dtype, "auto")
+    facts = _facts(args, model, config) | {
+        "reference": args.kl or args.model or "small_checkpoint",
+        "reference_weights": list(reference.weights),
+        "samples": config.samples,
+    }
+    with Progress("comparing", "prompts") as progress:
+        report = Table(DIVERGENCE_COLUMNS, JsonReport(args.json, facts, "rows"), progress)
+        text = None if args.text is None else Path(args.text)
+        measure_divergence(reference, model, config, text=text, on_row=report.add, progress=progress)
 
 
 def _config(args: argparse.Namespace, *names: str, **fixed: Any) -> EvalConfig:

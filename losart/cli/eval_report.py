@@ -131,6 +131,14 @@ def _share_of(name: str, key: str) -> Callable[[Any], str]:
     return lambda row: share(getattr(row, name)[key])
 
 
+DIVERGENCE_COLUMNS = (
+    Column("length", 6, lambda row: str(row.length)),
+    *_SETTING,
+    Column("positions", 9, lambda row: str(row.positions)),
+    Column("mean KL", 9, lambda row: f"{row.mean:.2e}"),
+    Column("99% KL", 9, lambda row: f"{row.high:.2e}"),
+    Column("same token", 10, lambda row: share(row.agreement)),
+)
 LOCALITY_COLUMNS = (
     Column("layer", 5, lambda row: "all" if row.layer is None else str(row.layer)),
     Column("passes", 6, lambda row: str(row.passes)),

@@ -199,8 +199,10 @@ def measure(
     return [_cell(task, length, setting, given) for setting, given in parts]
 
 
-def check_config(model: Any, config: EvalConfig) -> str:
+def check_config(model: Any, config: EvalConfig, questions: bool = True) -> str:
     """Check that a model can be measured with a configuration; returns the style of its questions.
+
+    Without `questions` none of the tasks' are asked.
 
     Raises
     ------
@@ -216,7 +218,7 @@ def check_config(model: Any, config: EvalConfig) -> str:
                 f"lengths: {length} tokens and an answer do not fit the model's {model.config.max_positions} "
                 f"positions"
             )
-        for name in config.tasks:  # rejects lengths that have no room for the facts
+        for name in config.tasks if questions else ():  # rejects lengths that have no room for the facts
             next(make_questions(model, TASKS[name], length, 1, config.seed, style))
     return style
 

@@ -222,7 +222,10 @@ class Transformer:
             x, h = backend.add_rms_norm(x, delta, layer.post_norm)
             delta = linear(backend.gated_linear(h, layer.gate_up, prefills), layer.down)
         _, hidden = backend.add_rms_norm(x, delta, self.final_norm)
-        return (backend.propose(hidden, self.head, batch) if batch.denoises else None), reads
+        return (self._propose(hidden, batch) if batch.denoises else None), reads
+
+    def _propose(self, hidden: Array, batch: Batch) -> Any:
+        return self.backend.propose(hidden, self.head, batch)
 
     def _attention(
         self, policy: AttentionPolicy, index: int, q: Array, k: Array, v: Array, group: Batch

@@ -15,6 +15,7 @@ from losart.backends.cpu.convert import narrow, widen
 from losart.config.options import generation_config
 from losart.config.precision import Precision
 from losart.engine.batch import PassKind
+from losart.eval.divergence import Follower, Probe
 from losart.quantization import WeightFormat
 from losart.quantization.rounding import RoundedTensor
 
@@ -398,3 +399,24 @@ def test_captured_passes_are_bounded(tiny_checkpoint):
     for length in range(1, CAPTURED_PASSES // 2 + 4):
         model.generate(PROMPT, block_length=length, max_new_tokens=2 * length, stop_token_ids=[])
     assert len(model._engine.runner.backend.runner.passes) <= CAPTURED_PASSES
+
+
+@pytest.mark.parametrize("weights", ["auto", "int4"])
+@pytest.mark.parametrize("attention", [{}, {"attention": "losa", "budget": 64}])
+def test_logits_of_passes_are_those_that_are_proposed_from(make_checkpoint, weights, attention):
+    path = make_checkpoint(dtype="bfloat16", head_dim=64, **SIZES)
+    model = losart.load(path, device="cuda", weights=weights)
+    options = {"max_new_tokens": 24, "block_length": 8, "stop_token_ids": [], **attention}
+    expected = list(model.stream(PROMPT, **options))
+    probe = Probe(model._engine.runner)
+    follower, steps = Follower(probe, PROMPT, generation_config(model.config, options)), iter(expected)
+    while not follower.sequence.finished:
+        after = follower.run()
+        if after is not None:
+            fixed = next(steps).fixed
+            masked = follower.sequence._masked
+            best = follower.logits.argmax(axis=1)
+            assert len(best) == len(masked)
+            assert [after[0][row] for row in fixed] == [best[masked.index(row)] for row in fixed]
+        follower.sequence.apply(*after or ())
+    assert next(steps, None) is None

@@ -367,16 +367,22 @@ class CpuBackend:
 
     # -- sampling
 
-    def propose(self, hidden: np.ndarray, head: Weight, batch: PassBatch) -> Proposals:
+    def logits(self, hidden: np.ndarray, head: Weight, batch: PassBatch) -> np.ndarray:
         masked = [rows.start + row for sequence, rows in batch.rows() for row in sequence.masked]
-        logits = self.linear(hidden[masked], head)
+        logits, first = self.linear(hidden[masked], head), 0
+        for sequence in batch.sequences:
+            logits[first : first + len(sequence.masked), sequence.options.mask_token_id] = -np.inf
+            first += len(sequence.masked)
+        return logits
+
+    def propose(self, hidden: np.ndarray, head: Weight, batch: PassBatch) -> Proposals:
+        logits = self.logits(hidden, head, batch)
         proposals = []
         first = 0
         for sequence in batch.sequences:
             if not sequence.kind.denoises:
                 continue
             of_sequence, options = logits[first : first + len(sequence.masked)], sequence.options
-            of_sequence[:, options.mask_token_id] = -np.inf
             uniforms = None if sequence.uniforms is None else sequence.uniforms[sequence.masked]
             try:
                 proposed = propose(

@@ -436,9 +436,24 @@ class CudaBackend:
 
     # -- sampling
 
-    def propose(self, hidden: Any, head: Weight, batch: DeviceBatch) -> Any:
-        results = batch.buffers.results
-        rows, width = results.shape[1], hidden.shape[1]
+    def propose(self, hidden: Any, head: Weight | CodesWeight, batch: DeviceBatch) -> Any:
+        results, (slices, kept, vocab) = (
+            batch.buffers.results,
+            self._sliced(hidden, head, batch, batch.samples),
+        )
+        arguments = (slices, slices.shape[1], kept, vocab, batch.view, *results)
+        self.kernels.launch("sample", (results.shape[1],), cu.SAMPLE_THREADS, *arguments)
+        return results
+
+    def logits(self, hidden: Any, head: Weight | CodesWeight, batch: DeviceBatch) -> np.ndarray:
+        _, kept, _ = self._sliced(hidden, head, batch, True)
+        return kept.get()[batch.buffers.masked_logits]
+
+    def _sliced(
+        self, hidden: Any, head: Weight | CodesWeight, batch: DeviceBatch, keep: bool
+    ) -> tuple[Any, Any, int]:
+        """What each slice of the masked rows' logits has, if asked for the logits, and their number."""
+        rows, width = batch.buffers.results.shape[1], hidden.shape[1]
         if batch.buffers.gathers:
             gathered = self._activations((rows, width))
             grid = (-(-width // cu.GATHER_THREADS), rows)
@@ -449,7 +464,7 @@ class CudaBackend:
         vocab = logits.rows
         count = MANY_LOGIT_SLICES if rows > MANY_LOGITS and not self.kernels.same_sums else LOGIT_SLICES
         slices = cupy.empty((rows, count, cu.LOGIT_ROW_BYTES), np.uint8)
-        kept = cupy.empty((rows, vocab), np.float32) if batch.samples else None
+        kept = cupy.empty((rows, vocab), np.float32) if keep else None
         self.kernels.launch(
             "logit_slices",
             (count, rows),
@@ -457,9 +472,7 @@ class CudaBackend:
             *(logits.view, batch.view, slices, kept),
             shared=16 * -(-vocab // (4 * count)),
         )
-        arguments = (slices, count, kept, vocab, batch.view, *results)
-        self.kernels.launch("sample", (rows,), cu.SAMPLE_THREADS, *arguments)
-        return results
+        return slices, kept, vocab
 
 
 def _stored(

@@ -269,6 +269,11 @@ class BatchBuffers:
         """Masked rows of all sequences."""
         return int(self._host.masked_count[0])
 
+    @property
+    def masked_logits(self) -> np.ndarray:
+        """Masked rows among those of logits."""
+        return self._host.logits[: self.masked_count]
+
     def fetch(self, stream: Any = None) -> tuple[np.ndarray, np.ndarray]:
         """Reads and results, when the stream (None: the current one) has reached this point."""
         words, reads = self._to_host.get(stream), self.device.reads
