@@ -28,6 +28,13 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         metavar="N",
         help="columns that share a scale (int4: 64, int8: all of a row)",
     )
+    command.add_argument(
+        "--calibrate",
+        type=Path,
+        metavar="FILE",
+        help="a text to keep errors small for, by GPTQ (round to nearest); takes about as long as reading "
+        "80,000 tokens of it",
+    )
     command.add_argument("--head", choices=WEIGHTS, help="of the output projection (as it is)")
 
 
@@ -36,8 +43,8 @@ def run(args: argparse.Namespace) -> None:
     weights = WeightFormat.by_default(args.weights, args.group)
     head = None if args.head is None else WeightFormat.by_default(args.head)
     checkpoint = open_checkpoint(args.source)
-    with Progress("rounding weights", "MiB") as progress:
-        written = quantize_checkpoint(checkpoint, args.destination, weights, head, progress)
+    with Progress("calibrating" if args.calibrate else "rounding weights", "MiB") as progress:
+        written = quantize_checkpoint(checkpoint, args.destination, weights, head, progress, args.calibrate)
     before, after = (
         sum(tensor.nbytes for tensor in of.tensors.values()) for of in (checkpoint, open_checkpoint(written))
     )

@@ -23,6 +23,7 @@ from losart.loaders.json_files import read_json_object
 from losart.loaders.quantized.tensor import WORD_BITS, bits_of
 from losart.loaders.safetensors_writer import SafetensorsWriter, TensorEntry, shard_name, write_index
 from losart.observe.step import Progress
+from losart.quantization.calibration import Calibration, calibration_ids
 from losart.quantization.rounding import RoundedTensor, WeightFormat, rounded_tensors
 
 SHARD_BYTES = 4 << 30
@@ -59,8 +60,9 @@ def quantize_checkpoint(
     weights: WeightFormat,
     head: WeightFormat | None = None,
     progress: Progress | None = None,
+    calibration: str | os.PathLike[str] | None = None,
 ) -> Path:
-    """Write a checkpoint whose layers' matrices are quantized, rounded to nearest.
+    """Write a checkpoint whose layers' matrices are quantized: rounded to nearest, or calibrated.
 
     Embedding, gains and biases stay as they are. All other files of the directory are copied. It is complete
     when it is there under its name: it is written beside that, in one that ends in ".incomplete".
@@ -76,6 +78,9 @@ def quantize_checkpoint(
         Of the output projection, which stays as it is without it.
     progress : callable, optional
         Called with the MiB read and the MiB in all.
+    calibration : path, optional
+        A text: by GPTQ each layer's errors are made small for what enters it when this is read. That takes
+        memory for two activations of 16,384 tokens.
 
     Raises
     ------
@@ -85,13 +90,18 @@ def quantize_checkpoint(
         The destination exists.
     TensorError
         A weight is not finite.
+    DataError
+        The text is none, or too short.
     """
     destination = Path(destination)
     if os.path.lexists(destination):
         raise CheckpointError(f"{destination}: exists")
+    chosen: dict[str, Any] = dict(rounded_tensors(checkpoint, weights, head))
+    if calibration is not None:
+        ids = calibration_ids(checkpoint, Path(calibration))
+        chosen |= Calibration(checkpoint, ids, weights).tensors()
     tensors = [
-        _rounded(tensor) if isinstance(tensor, RoundedTensor) else _kept(tensor)
-        for tensor in rounded_tensors(checkpoint, weights, head).values()
+        _rounded(tensor) if isinstance(tensor, RoundedTensor) else _kept(tensor) for tensor in chosen.values()
     ]
     destination.parent.mkdir(parents=True, exist_ok=True)
     incomplete = Path(

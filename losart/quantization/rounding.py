@@ -8,7 +8,7 @@ import numpy as np
 
 from losart.backends.cpu.convert import narrow, widen, widen_into
 from losart.config.checks import is_int
-from losart.config.precision import FORMATS
+from losart.config.precision import FORMATS, Format
 from losart.errors import OptionError, TensorError
 from losart.loaders import Checkpoint, MappedTensor, QuantizedTensor
 from losart.loaders.quantized.float8 import FLOAT8_VALUES
@@ -127,16 +127,15 @@ class RoundedTensor:
         if not np.isfinite(values).all():
             raise TensorError(f"{self.source.file}: tensor {self.name!r} has values that are not finite")
         groups = values.reshape(len(values), -1, self.group)
-        scales = widen(narrow(_scales(groups, self.dtype), FORMATS[self.source.dtype]))
-        scales[scales == 0] = 1  # of a group of zeros, or of values too small for the dtype
+        scales = outermost_scales(groups, self.format.name, FORMATS[self.source.dtype])
         with np.errstate(over="ignore"):
             scaled = (groups / scales[:, :, None]).reshape(values.shape)
-        return _codes(scaled, self.dtype), scales, None
+        return nearest_codes(scaled, self.format.name), scales, None
 
     def float32(self, start: int, stop: int) -> np.ndarray:
         """Some rows of the matrix that codes and scales stand for."""
         codes, scales, _ = self.rows(start, stop)
-        values = FLOAT8_VALUES[codes] if self.dtype == "float8" else codes.astype(np.float32)
+        values = decoded(codes, self.format.name)
         return (values.reshape(*scales.shape, -1) * scales[:, :, None]).reshape(codes.shape)
 
     def stored(self) -> tuple[MappedTensor, ...]:
@@ -170,18 +169,30 @@ def rounded_tensors(
     return tensors
 
 
-def _scales(groups: np.ndarray, dtype: str) -> np.ndarray:
-    """Scales with which the value of largest magnitude of each group has the outermost code."""
-    if dtype == "int4":  # of 16 codes -8 is the outermost: a scale has the sign that brings the value there
+def outermost_scales(groups: np.ndarray, name: str, held: Format) -> np.ndarray:
+    """Scales with which the value of largest magnitude of each group has the outermost code.
+
+    Of groups [rows, groups, columns], as a format holds them; 1 where that would be 0.
+    """
+    if name == "int4":  # of 16 codes -8 is the outermost: a scale has the sign that brings the value there
         most = np.take_along_axis(groups, np.abs(groups).argmax(axis=2, keepdims=True), axis=2)[:, :, 0]
-        return most / np.float32(-8)
-    return np.abs(groups).max(axis=2) / np.float32(127 if dtype == "int8" else _FLOAT8_LARGEST)
+        exact = most / np.float32(-8)
+    else:
+        exact = np.abs(groups).max(axis=2) / np.float32(127 if name == "int8" else _FLOAT8_LARGEST)
+    scales = widen(narrow(exact, held))
+    scales[scales == 0] = 1  # of a group of zeros, or of values too small for the format
+    return scales
 
 
-def _codes(scaled: np.ndarray, dtype: str) -> np.ndarray:
-    """To the nearest code, ties to even."""
-    if dtype != "float8":
-        lowest, highest = (-8, 7) if dtype == "int4" else (-127, 127)
+def decoded(codes: np.ndarray, name: str) -> np.ndarray:
+    """The numbers that codes stand for without their scale, float32."""
+    return FLOAT8_VALUES[codes] if name == "fp8" else codes.astype(np.float32)
+
+
+def nearest_codes(scaled: np.ndarray, name: str) -> np.ndarray:
+    """The nearest codes, int8, or of fp8 their bits, uint8; ties to even."""
+    if name != "fp8":
+        lowest, highest = (-8, 7) if name == "int4" else (-127, 127)
         return np.clip(np.rint(scaled), lowest, highest).astype(np.int8)
     magnitude = np.abs(scaled.astype(np.float64))
     codes = np.searchsorted(_FLOAT8_MIDDLES, magnitude, side="left")

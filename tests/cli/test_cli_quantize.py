@@ -58,12 +58,20 @@ def test_what_is_asked_for_is_written_and_answers(capsys, tmp_path, arguments, f
             2,
             "groups of 48 do not divide the 64 columns of tensor",
         ),
+        (("{source}", "{tmp}/new", "--calibrate", "{tmp}/none.txt"), 1, "none.txt"),
+        (
+            ("{source}", "{tmp}/new", "--calibrate", "{source}/short.txt"),
+            1,
+            "calibration needs 256 or more",
+        ),
+        (("{source}", "{tmp}/new", "--calibrate", "{source}/model.safetensors"), 1, "is no text in UTF-8"),
         (("{source}", "{tmp}/new", "--weights", "int3"), 2, "invalid choice: 'int3'"),
         (("{source}", "{tmp}/new", "--weights", "fp8", "--group", "64"), 2, "fp8 has a scale per row"),
     ],
 )
 def test_wrong_arguments(capsys, tmp_path, arguments, code, says):
     source = write_checkpoint(tmp_path / "source", **SIZES)
+    (source / "short.txt").write_text("too short")
     filled = [text.format(source=source, tmp=tmp_path) for text in arguments]
     try:
         found = main(["quantize", *filled])

@@ -23,13 +23,13 @@ RANKS = {
     "losart.engine": 3,
     "losart.backends": 4,
     "losart.attention": 5,
-    "losart.quantization": 5,
     "losart.models": 6,
-    "losart.api": 7,
-    "losart.eval": 8,
-    "losart.measure": 8,
-    "losart.cli": 9,
-    "losart": 10,  # losart/__init__.py, which users import and nothing else does
+    "losart.quantization": 7,
+    "losart.api": 8,
+    "losart.eval": 9,
+    "losart.measure": 9,
+    "losart.cli": 10,
+    "losart": 11,  # losart/__init__.py, which users import and nothing else does
 }
 # Scripts of processes that are measured, which import losart as users do.
 PROBES = "losart.measure.footprint.probes."
@@ -188,9 +188,9 @@ def test_a_clean_tree_passes(tree):
         ("losart/config/model.py", "if TYPE_CHECKING:\n    from ..api.model import M", "losart.api.model"),
         ("losart/config/model.py", "from losart.loaders import get", "imports losart.loaders (rank 2)"),
         ("loaders/hub.py", "import losart.kernels_cu as k", "losart.loaders.hub (rank 2) imports"),
-        ("losart/api/model.py", "import losart", "imports losart (rank 10)"),
-        ("losart/api/model.py", "from losart import __version__", "imports losart (rank 10)"),
-        ("losart/api/model.py", "import losart.errors", "imports losart (rank 10)"),
+        ("losart/api/model.py", "import losart", "imports losart (rank 11)"),
+        ("losart/api/model.py", "from losart import __version__", "imports losart (rank 11)"),
+        ("losart/api/model.py", "import losart.errors", "imports losart (rank 11)"),
         (
             "losart/backends/cpu/simd.pxd",
             "from losart.api.model cimport x",

@@ -1,0 +1,262 @@
+"""Quantizes a checkpoint layer by layer, each by what its matrices are given by those before it."""
+
+from __future__ import annotations
+
+import codecs
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from losart.backends.cpu.backend import CpuBackend
+from losart.backends.cpu.convert import widen
+from losart.config.options import generation_config
+from losart.config.precision import FORMATS, Precision
+from losart.engine.batch import PassBatch, PassKind, SequencePass
+from losart.errors import DataError, OptionError
+from losart.loaders import Checkpoint, MappedTensor
+from losart.models.transformer import Transformer
+from losart.quantization.gptq import gptq
+from losart.quantization.rounding import RoundedTensor, WeightFormat
+
+TOKENS, LEAST_TOKENS = 16384, 256  # of a text that are used, and that it must have
+SEQUENCE = 1024  # tokens that see one another
+RECORDED = 2048  # inputs that are multiplied at a time
+JOINED = {"qkv": ("q", "k", "v"), "o": ("o",), "gate_up": ("gate", "up"), "down": ("down",)}
+
+
+@dataclass(frozen=True)
+class CalibratedTensor(RoundedTensor):
+    """A checkpoint's matrix whose codes are made when they are first asked for.
+
+    Attributes
+    ----------
+    find : callable
+        Codes [out, in] and scales [out, groups] of a matrix by its canonical name.
+    canonical : str
+    """
+
+    find: Callable[[str], tuple[np.ndarray, np.ndarray]]
+    canonical: str
+
+    def rows(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, None]:
+        codes, scales = self.find(self.canonical)
+        return codes[start:stop], scales[start:stop], None
+
+
+class Recorder(CpuBackend):
+    """Runs one layer on rows that it is given, and adds up what enters its matrices.
+
+    Attributes
+    ----------
+    given : float32 [tokens, hidden]
+        What comes in place of embeddings.
+    total : float32 [tokens, hidden]
+        What the layer makes of it.
+    hessians : dict of int to float64 [in, in]
+        By the matrix's id; those that there are, are added to.
+    """
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.given = self.total = np.empty((0, 0), np.float32)
+        self.hessians: dict[int, np.ndarray] = {}
+        self._waiting: dict[int, list[np.ndarray]] = {}
+
+    def embed(self, table: Any, batch: PassBatch) -> np.ndarray:
+        return self.given
+
+    def add_rms_norm(self, x: Any, delta: Any, gain: Any) -> tuple[np.ndarray, np.ndarray]:
+        self.total, y = super().add_rms_norm(x, delta, gain)
+        return self.total, y
+
+    def propose(self, hidden: Any, head: Any, batch: PassBatch) -> Any:
+        return None
+
+    def linear(self, x: np.ndarray, weight: Any, bias: np.ndarray | None = None) -> np.ndarray:
+        self._record(x, weight)
+        return super().linear(x, weight, bias)
+
+    def prefill_linear(self, x: np.ndarray, weight: Any, bias: np.ndarray | None = None) -> np.ndarray:
+        self._record(x, weight)
+        return super().prefill_linear(x, weight, bias)
+
+    def _record(self, x: np.ndarray, weight: Any) -> None:
+        if id(weight) in self.hessians:
+            waiting = self._waiting.setdefault(id(weight), [])
+            waiting.append(x.copy())
+            if sum(map(len, waiting)) >= RECORDED:
+                self._add(id(weight))
+
+    def _add(self, key: int) -> None:
+        inputs = np.concatenate(self._waiting.pop(key))
+        with np.errstate(over="ignore", invalid="ignore"):  # gptq says so
+            self.hessians[key] += inputs.T @ inputs
+
+    def add_waiting(self) -> None:
+        """Add inputs that have not been."""
+        for key in list(self._waiting):
+            self._add(key)
+
+
+class Calibration:
+    """A checkpoint's layers, one after the other, on some text and on blocks of it with masked tokens.
+
+    What comes out of a quantized layer goes into the next one. Text is prefilled; blocks see the text before
+    them, and have a random share of their tokens masked, as passes find them.
+
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+    ids : sequence of int
+        The text's.
+    format : WeightFormat
+    seed : int
+        Of what is masked.
+
+    Raises
+    ------
+    OptionError
+        The checkpoint names no mask token.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, ids: list[int], format: WeightFormat, seed: int = 0) -> None:
+        self._checkpoint, self._format = checkpoint, format
+        config = checkpoint.config
+        self._options = generation_config(config, {})
+        length = self._options.block_length
+        size = min(SEQUENCE, len(ids), config.max_positions) // length * length
+        count = len(ids) // size
+        self._ids = np.array(ids[: count * size], np.int64).reshape(count, size)
+        rng = np.random.default_rng(seed)
+        blocks = self._ids.reshape(count, -1, length)
+        shares = rng.random((*blocks.shape[:2], 1))
+        self._masked = rng.random(blocks.shape) < shares
+        self._masked[..., -1] |= ~self._masked.any(axis=2)
+        noisy = np.where(self._masked, self._options.mask_token_id, blocks).reshape(count, size)
+        embedding = checkpoint.tensors["embed"]
+        table = embedding.array()
+        self._text, self._noisy = (widen(table[rows]) for rows in (self._ids, noisy))
+        self._layer = -1
+        self._found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        self._lock = threading.Lock()
+
+    def tensors(self) -> dict[str, CalibratedTensor]:
+        """The layers' matrices by their canonical names; they must be read layer by layer."""
+        return {
+            name: CalibratedTensor(tensor, self._format, self.find, name)
+            for name, tensor in self._checkpoint.tensors.items()
+            if name.startswith("layers.") and len(tensor.shape) == 2
+        }
+
+    def find(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Codes and scales of a matrix; asking for one of a later layer than before drops those before."""
+        layer = int(name.split(".")[1])
+        with self._lock:
+            while self._layer < layer:
+                self._layer += 1
+                self._calibrate(self._layer)
+            return self._found[name.split(".", 2)[2]]
+
+    def _calibrate(self, layer: int) -> None:
+        prefix, checkpoint = f"layers.{layer}.", self._checkpoint
+        config = replace(checkpoint.config, num_layers=1)
+        backend = Recorder(config, Precision.of(checkpoint.dtype))
+        tensors: dict[str, Any] = {
+            name.replace(prefix, "layers.0."): tensor
+            for name, tensor in checkpoint.tensors.items()
+            if name.startswith(prefix) or name in ("embed", "final_norm")
+        }
+        transformer = Transformer(config, tensors, backend)
+        joined = {name: getattr(transformer.layers[0], name) for name in JOINED}
+        for name, weight in joined.items():
+            columns = tensors[f"layers.0.{JOINED[name][0]}"].shape[1]
+            backend.hessians[id(weight)] = np.zeros((columns, columns))
+        self._run(transformer, backend)
+        backend.add_waiting()
+        self._found = {}
+        for name, weight in joined.items():
+            hessian = backend.hessians.pop(id(weight))
+            for part in JOINED[name]:
+                tensor = tensors[f"layers.0.{part}"]
+                codes, scales = gptq(_float32(tensor), hessian, self._format, FORMATS[tensor.dtype])
+                self._found[part] = codes, scales
+                own = self._found.__getitem__
+                tensors[f"layers.0.{part}"] = CalibratedTensor(tensor, self._format, own, part)
+        after = Transformer(config, tensors, backend)
+        self._text, self._noisy = self._run(after, backend)
+
+    def _run(self, transformer: Transformer, backend: Recorder) -> tuple[np.ndarray, np.ndarray]:
+        """The layer's outputs for the text, and for its blocks with masked tokens."""
+        options, length = self._options, self._options.block_length
+        text, noisy = np.empty_like(self._text), np.empty_like(self._noisy)
+        count, size = self._ids.shape
+        caches = []
+        for number in range(count):
+            cache = transformer.new_cache(options, size)
+            cache.reserve(size)
+            step = max(length, backend.prefill_tokens // length * length)
+            for start in range(0, size, step):
+                rows = slice(start, min(size, start + step))
+                ids = self._ids[number, rows]
+                backend.given = self._text[number, rows]
+                transformer.forward(PassBatch((SequencePass(PassKind.PREFILL, ids, start, options, cache),)))
+                text[number, rows] = backend.total
+                cache.advance(len(ids))
+            caches.append(cache)
+        together = max(1, backend.batch_rows // length)
+        for start in range(0, size, length):
+            rows = slice(start, start + length)
+            for first in range(0, count, together):
+                numbers = range(first, min(count, first + together))
+                backend.given = self._noisy[first : first + together, rows].reshape(-1, text.shape[2])
+                passes = tuple(
+                    SequencePass(
+                        PassKind.FIRST,
+                        self._ids[number, rows],  # which the backend does not look at
+                        start,
+                        options,
+                        caches[number],
+                        masked=np.flatnonzero(self._masked[number, start // length]),
+                    )
+                    for number in numbers
+                )
+                transformer.forward(PassBatch(passes))
+                noisy[first : first + together, rows] = backend.total.reshape(len(numbers), length, -1)
+        return text, noisy
+
+
+def _float32(tensor: MappedTensor) -> np.ndarray:
+    held = tensor.array()
+    return widen(held).copy() if held.dtype == np.float32 else widen(held)
+
+
+def calibration_ids(checkpoint: Checkpoint, file: Path) -> list[int]:
+    """Token ids of the first part of a text.
+
+    Raises
+    ------
+    OptionError
+        The checkpoint has no tokenizer.
+    DataError
+        The file is no text, or has too little of it.
+    """
+    if checkpoint.tokenizer is None:
+        raise OptionError(f"calibration: {checkpoint.path} has no tokenizer")
+    decoder, text, ids = codecs.getincrementaldecoder("utf-8")(), "", list[int]()
+    with file.open("rb") as stream:
+        while len(ids) < TOKENS:
+            piece = stream.read(4 * TOKENS)
+            try:
+                text += decoder.decode(piece, final=not piece)
+            except UnicodeDecodeError as error:
+                raise DataError(f"{file}: is no text in UTF-8 ({error.reason})") from error
+            ids = checkpoint.tokenizer.encode(text)
+            if not piece:
+                break
+    if len(ids) < LEAST_TOKENS:
+        raise DataError(f"{file}: has {len(ids)} tokens; calibration needs {LEAST_TOKENS} or more")
+    return ids[:TOKENS]
