@@ -1,4 +1,4 @@
-"""FP8 as DeepSeek and Qwen write it: a scale per block of a matrix."""
+"""FP8 as DeepSeek and Qwen write it, a scale per block, and as vLLM does, one per matrix or per row."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ from losart.loaders.safetensors_files import MappedTensor
 
 
 class Fp8(Quantization):
-    """`quant_method` "fp8" with `weight_block_size`; activations are not quantized, whatever it says."""
+    """`quant_method` "fp8"; activations are not quantized, whatever it says."""
 
     harmless: ClassVar[tuple[str, ...]] = ("*.input_scale", "*.activation_scale")
 
     def __init__(self, config: JsonObject) -> None:
         sizes = config.get("weight_block_size")
-        if not isinstance(sizes, list) or len(sizes) != 2:
+        if sizes is not None and not (isinstance(sizes, list) and len(sizes) == 2):
             raise config.error("weight_block_size", sizes, "a list of two integers")
-        self._rows, self._columns = (config.checked_integer("weight_block_size", size, 1) for size in sizes)
+        checked = (config.checked_integer("weight_block_size", size, 1) for size in sizes or ())
+        self._block = tuple(checked) or None
+        self._scales = "weight_scale" if self._block is None else "weight_scale_inv"
         if (config.optional_text("fmt") or "e4m3") not in ("e4m3", "float8_e4m3fn"):
             raise config.error("fmt", config.get("fmt"), "'e4m3'")
 
@@ -28,12 +30,20 @@ class Fp8(Quantization):
         self, name: str, shape: tuple[int, ...], saved: Mapping[str, MappedTensor]
     ) -> QuantizedTensor | None:
         module = name.removesuffix(".weight")
-        if f"{module}.weight_scale_inv" not in saved:
+        if f"{module}.{self._scales}" not in saved:
             return None
-        parts = find_parts(module, {"weight": True, "weight_scale_inv": True}, saved)
+        parts = find_parts(module, {"weight": True, self._scales: True}, saved)
+        codes, scale = parts["weight"], parts[self._scales]
         rows, columns = shape
-        check_part(parts["weight"], (rows, columns), ("float8",))
-        blocks = -(-rows // self._rows), -(-columns // self._columns)
-        check_part(parts["weight_scale_inv"], blocks, FLOATS)
-        parts = {"weight": parts["weight"], "weight_scale": parts["weight_scale_inv"]}
-        return CompressedTensor(name, (rows, columns), "float8", self._columns, parts, self._rows)
+        check_part(codes, (rows, columns), ("float8",))
+        if self._block is not None:
+            block = self._block
+            check_part(scale, (-(-rows // block[0]), -(-columns // block[1])), FLOATS)
+        elif scale.size == 1:
+            block = rows, columns
+            check_part(scale, scale.shape, FLOATS)
+        else:
+            block = 1, columns
+            check_part(scale, (rows,) if len(scale.shape) == 1 else (rows, 1), FLOATS)
+        parts = {"weight": codes, "weight_scale": scale}
+        return CompressedTensor(name, (rows, columns), "float8", block[1], parts, block[0])

@@ -104,6 +104,15 @@ CASES: dict[str, tuple[dict[str, Any], Any]] = {
         partial(compressed, format=FLOAT, dtype="float8", block=(24, 40)),
     ),
     "fp8": ({"quant_method": "fp8", "weight_block_size": [32, 48]}, partial(fp8, block=(32, 48))),
+    "fp8, one scale": (
+        {"quant_method": "fp8", "activation_scheme": "static"},
+        partial(fp8, block=(0, 0), end="weight_scale", axes=0),
+    ),
+    "fp8, rows": ({"quant_method": "fp8"}, partial(fp8, block=(1, 0), end="weight_scale", axes=1)),
+    "fp8, rows, two axes": (
+        {"quant_method": "fp8", "weight_block_size": None},
+        partial(fp8, block=(1, 0), end="weight_scale"),
+    ),
 }
 
 
@@ -341,7 +350,10 @@ GROUP = weights_of(4, "group", group_size=32)
         ({"quant_method": "awq", "version": "gemv"}, "version must be 'gemm', not 'gemv'"),
         ({"quant_method": "awq", "bits": 8}, "bits must be 4, not 8"),
         ({"quant_method": "awq", "zero_point": False}, "zero_point must be true"),
-        ({"quant_method": "fp8"}, "weight_block_size must be a list of two integers"),
+        (
+            {"quant_method": "fp8", "weight_block_size": [128]},
+            "weight_block_size must be a list of two integers",
+        ),
         ({"quant_method": "fp8", "weight_block_size": [128, 128], "fmt": "e5m2"}, "fmt must be 'e4m3'"),
         ({"quant_method": "compressed-tensors"}, "missing key 'quantization_config.config_groups'"),
         (compressed_config("marlin-24", GROUP), "group_0.format must be one of pack-quantized, "),

@@ -142,11 +142,21 @@ def compressed(
     return tensors, matrix_of(codes, zeros[of_row], wide[of_row], index)
 
 
-def fp8(rng: np.random.Generator, rows: int, columns: int, *, block: tuple[int, int]) -> Written:
+def fp8(
+    rng: np.random.Generator,
+    rows: int,
+    columns: int,
+    *,
+    block: tuple[int, int],
+    end: str = "weight_scale_inv",
+    axes: int = 2,
+) -> Written:
+    """`axes`: of the scales, of which all but the first have one."""
     tensors, matrix = compressed(
         rng, rows, columns, format="float-quantized", dtype="float8", block=block, scales="F32"
     )
-    tensors["weight_scale_inv"] = tensors.pop("weight_scale")
+    dtype, scales = tensors.pop("weight_scale")
+    tensors[end] = (dtype, scales if axes == 2 else scales.reshape(scales.shape[:1] if axes else ()))
     return tensors, matrix
 
 
