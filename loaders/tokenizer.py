@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from losart.config.model import ModelConfig
-from losart.errors import CheckpointError, PromptError
+from losart.errors import CheckpointError, DataError, PromptError
 from losart.loaders.chat_template import ChatTemplate
 from losart.loaders.json_files import JsonObject, read_optional_json_object, read_text
 
@@ -45,6 +46,27 @@ class Tokenizer:
 
     backend: tokenizers.Tokenizer = field(repr=False)
     special_tokens: Mapping[str, str]
+
+    def encode_file(self, file: Path, count: int) -> list[int]:
+        """Token ids of the first part of a text, `count` of them or all; no more is read than that takes.
+
+        Raises
+        ------
+        DataError
+            The file is no text in UTF-8.
+        """
+        decoder, text, ids = codecs.getincrementaldecoder("utf-8")(), "", list[int]()
+        with file.open("rb") as stream:
+            while len(ids) < count:
+                piece = stream.read(4 * count)
+                try:
+                    text += decoder.decode(piece, final=not piece)
+                except UnicodeDecodeError as error:
+                    raise DataError(f"{file}: is no text in UTF-8 ({error.reason})") from error
+                ids = self.encode(text)
+                if not piece:
+                    break
+        return ids[:count]
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Token ids of `text`.

@@ -77,9 +77,9 @@ __device__ __forceinline__ unsigned bits_or(unsigned x, unsigned mask, unsigned 
 
 /* The codes of 8 columns as pairs of operands, which are exact.
  *
- * A number n from 0 to 127 in the lowest bits of 128 in bfloat16, or to 1023 of 1024 in float16, makes 128 + n or
- * 1024 + n. Bit 7 of an integer of 8 bits, which is too many for bfloat16, makes 256 of 128 if it is 0. An E4M3
- * number's bits, moved, are a number with another bias of the exponent, also if it is subnormal. */
+ * Or-ing n < 128 into the mantissa of bfloat16 128 gives 128 + n, and n < 1024 into float16 1024 gives 1024 + n. Bit 7
+ * of an 8-bit integer does not fit into bfloat16's mantissa: where it is 0, it makes 256 of the 128 that is subtracted.
+ * An E4M3 number's bits, shifted, are the number with another exponent bias, also if it is subnormal. */
 __device__ __forceinline__ void unpack(unsigned (&pairs)[4], const unsigned *words)
 {
 #pragma unroll

@@ -21,6 +21,7 @@ static_assert((X_STAGES - 1) * X_UNITS >= STAGES - 1, "x must not come later tha
 #define X_ROWS (LINEAR_TILES * 8)
 #define X_ROW_BYTES (CODES_UNIT * 2 + 64) /* so that eight lanes, with four pieces of two rows, read all banks */
 #define X_BYTES (X_UNITS * X_ROWS * X_ROW_BYTES)
+static_assert(X_UNITS * X_ROWS * (CODES_UNIT / 8) % THREADS == 0, "all threads copy as much of x");
 #define CODES_BYTES (CODE_ROWS * STEP_COLUMNS * CODE_BITS / 8) /* of a warp's step, as all that follows */
 #define SCALES_BYTES (STEP_GROUPS * CODE_ROWS * (int)sizeof(Scale))
 #define ZEROS_BYTES (ZEROS * STEP_GROUPS * CODE_ROWS * 2)

@@ -1,6 +1,6 @@
 /* How linear_tensor and linear_codes leave their result for the kernel that reads it.
  *
- * Weights are taken in units of panel_rows rows and STEP_COLUMNS columns, `steps` units per panel; thread block b took
+ * Weights are taken in units of panel_rows rows and some columns, `steps` units per panel; thread block b took
  * units b * share, b * share + 1, ... The thread blocks that share a panel wrote their partial sums to planes
  * 0, 1, ... of planes [planes, tokens, rows]. A result that is whole has one step and share 1.
  *

@@ -22,7 +22,6 @@ class Fp8(Quantization):
             raise config.error("weight_block_size", sizes, "a list of two integers")
         checked = (config.checked_integer("weight_block_size", size, 1) for size in sizes or ())
         self._block = tuple(checked) or None
-        self._scales = "weight_scale" if self._block is None else "weight_scale_inv"
         if (config.optional_text("fmt") or "e4m3") not in ("e4m3", "float8_e4m3fn"):
             raise config.error("fmt", config.get("fmt"), "'e4m3'")
 
@@ -30,10 +29,12 @@ class Fp8(Quantization):
         self, name: str, shape: tuple[int, ...], saved: Mapping[str, MappedTensor]
     ) -> QuantizedTensor | None:
         module = name.removesuffix(".weight")
-        if f"{module}.{self._scales}" not in saved:
+        names = ("weight_scale_inv",) if self._block is not None else ("weight_scale", "weight_scale_inv")
+        end = next((name for name in names if f"{module}.{name}" in saved), None)
+        if end is None:
             return None
-        parts = find_parts(module, {"weight": True, self._scales: True}, saved)
-        codes, scale = parts["weight"], parts[self._scales]
+        parts = find_parts(module, {"weight": True, end: True}, saved)
+        codes, scale = parts["weight"], parts[end]
         rows, columns = shape
         check_part(codes, (rows, columns), ("float8",))
         if self._block is not None:

@@ -171,7 +171,8 @@ def _run_divergence(args: argparse.Namespace) -> None:
     config = _config(args, "tasks", "lengths", "attention", "budgets", "active", "samples", "seed", "style")
     model = load_model(args.model, args.device, args.dtype, args.weights)
     check_config(model, config, questions=args.text is None)
-    reference = load_model(args.kl or args.model, model.device, args.dtype, "auto")
+    itself = not args.kl and args.weights == "auto"
+    reference = model if itself else load_model(args.kl or args.model, model.device, args.dtype, "auto")
     facts = _facts(args, model, config) | {
         "reference": args.kl or args.model or "small_checkpoint",
         "reference_weights": list(reference.weights),

@@ -70,9 +70,9 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, object]]:
 def _fits(facts: dict[str, Any]) -> str:
     free, positions = facts["free_bytes"], facts["fitting_positions"]
     if free is None:
-        return "nobody says how much memory is free"
+        return "unknown: the free memory cannot be read"
     there = f"{size(free)} are free on {facts['device']}"
-    if positions is None:
+    if not positions:
         return f"no, {there}"
     return f"yes, {there}: the weights and {positions} of {facts['sizes']['positions']} positions"
 

@@ -78,9 +78,19 @@ class Probe(Transformer):
 
 
 class Follower:
-    """A generation by one transformer, whose passes end as somebody says."""
+    """A generation by one transformer, whose passes end as somebody says.
 
-    def __init__(self, probe: Probe, ids: list[int], options: GenerationConfig) -> None:
+    Parameters
+    ----------
+    probe : Probe
+    ids : list of int
+        The prompt's.
+    options : GenerationConfig
+    prefill_tokens : int
+        Of a piece of the prompt.
+    """
+
+    def __init__(self, probe: Probe, ids: list[int], options: GenerationConfig, prefill_tokens: int) -> None:
         self._probe = probe
         expected = min(len(ids) + options.max_new_tokens, probe.config.max_positions)
         self.sequence = Decoded(
@@ -88,7 +98,7 @@ class Follower:
             options,
             Output(expected - len(ids), options.stop_token_ids),
             probe.new_cache(options, expected),
-            probe.prefill_tokens,
+            prefill_tokens,
             deterministic=probe.deterministic,
         )
         self.sequence.slot = probe.new_slot(options)
@@ -97,6 +107,7 @@ class Follower:
         """Run the next pass; returns the block after it and where it is still masked, if it denoises."""
         self.sequence.cache.reserve(self.sequence.next_end)
         passes = self.sequence.next_pass()
+        self._probe.logits = None
         proposals = self._probe.forward(PassBatch(passes)).proposals
         return None if proposals is None else remask(proposals, list(passes))[0]
 
@@ -155,7 +166,7 @@ def measure_divergence(
     OptionError
         As `evaluate`; or the models differ in their vocabulary.
     DataError
-        The text is too short.
+        The text is none, or too short.
     """
     config = EvalConfig() if config is None else config
     if reference.config.vocab_size != model.config.vocab_size:
@@ -190,7 +201,7 @@ def _prompts(
             for question in make_questions(model, TASKS[name], length, config.samples, config.seed, style):
                 yield prompt_ids(question.prompt, model.config, model.tokenizer, model.chat_template)
         return
-    ids = model.tokenizer.encode(text.read_text("utf-8"))
+    ids = model.tokenizer.encode_file(text, config.samples * length)
     if len(ids) < config.samples * length:
         raise DataError(f"{text}: has {len(ids)} tokens, not {config.samples} times {length}")
     for first in range(0, config.samples * length, length):
@@ -202,7 +213,8 @@ def _along(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Divergences of all masked positions of all passes over an answer, and whether the best tokens agree."""
     dense, own = (generation_config(probes[0].config, {**shared, **more}) for more in ({}, setting))
-    leader, follower = Follower(probes[0], ids, dense), Follower(probes[1], ids, own)
+    piece = min(probe.prefill_tokens for probe in probes)  # or one would be ahead of the other
+    leader, follower = Follower(probes[0], ids, dense, piece), Follower(probes[1], ids, own, piece)
     found = []
     while not leader.sequence.finished:
         after = leader.run()

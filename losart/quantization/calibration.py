@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -16,7 +15,7 @@ from losart.backends.cpu.convert import widen
 from losart.config.options import generation_config
 from losart.config.precision import FORMATS, Precision
 from losart.engine.batch import PassBatch, PassKind, SequencePass
-from losart.errors import DataError, OptionError
+from losart.errors import DataError, NumericalError, OptionError, TensorError
 from losart.loaders import Checkpoint, MappedTensor
 from losart.models.transformer import Transformer
 from losart.quantization.gptq import gptq
@@ -182,8 +181,10 @@ class Calibration:
             hessian = backend.hessians.pop(id(weight))
             for part in JOINED[name]:
                 tensor = tensors[f"layers.0.{part}"]
-                codes, scales = gptq(_float32(tensor), hessian, self._format, FORMATS[tensor.dtype])
-                self._found[part] = codes, scales
+                try:
+                    self._found[part] = gptq(_float32(tensor), hessian, self._format, FORMATS[tensor.dtype])
+                except NumericalError as error:
+                    raise NumericalError(f"calibration: tensor {tensor.name!r}: {error}") from error
                 own = self._found.__getitem__
                 tensors[f"layers.0.{part}"] = CalibratedTensor(tensor, self._format, own, part)
         after = Transformer(config, tensors, backend)
@@ -230,8 +231,10 @@ class Calibration:
 
 
 def _float32(tensor: MappedTensor) -> np.ndarray:
-    held = tensor.array()
-    return widen(held).copy() if held.dtype == np.float32 else widen(held)
+    values = widen(tensor.array())
+    if not np.isfinite(values).all():
+        raise TensorError(f"{tensor.file}: tensor {tensor.name!r} has values that are not finite")
+    return values
 
 
 def calibration_ids(checkpoint: Checkpoint, file: Path) -> list[int]:
@@ -246,17 +249,7 @@ def calibration_ids(checkpoint: Checkpoint, file: Path) -> list[int]:
     """
     if checkpoint.tokenizer is None:
         raise OptionError(f"calibration: {checkpoint.path} has no tokenizer")
-    decoder, text, ids = codecs.getincrementaldecoder("utf-8")(), "", list[int]()
-    with file.open("rb") as stream:
-        while len(ids) < TOKENS:
-            piece = stream.read(4 * TOKENS)
-            try:
-                text += decoder.decode(piece, final=not piece)
-            except UnicodeDecodeError as error:
-                raise DataError(f"{file}: is no text in UTF-8 ({error.reason})") from error
-            ids = checkpoint.tokenizer.encode(text)
-            if not piece:
-                break
+    ids = checkpoint.tokenizer.encode_file(file, TOKENS)
     if len(ids) < LEAST_TOKENS:
         raise DataError(f"{file}: has {len(ids)} tokens; calibration needs {LEAST_TOKENS} or more")
-    return ids[:TOKENS]
+    return ids

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import numpy as np
 
 from losart.config.precision import Format
 from losart.errors import NumericalError
 from losart.quantization.rounding import WeightFormat, decoded, nearest_codes, outermost_scales
 
-BLOCK = 128  # columns after which the rest of the matrix is corrected, or a group
+BLOCK = 128  # columns, of one group, after which the rest of the matrix is corrected
 DAMPING = 0.01  # of the mean of the Hessian's diagonal, added to it
 DAMPINGS = 6  # tried, each ten times the one before
 
@@ -36,7 +38,7 @@ def gptq(
     Raises
     ------
     NumericalError
-        The inputs were not finite.
+        The inputs were not finite, or their Hessian has no inverse.
     """
     columns = weights.shape[1]
     group = format.group or columns
@@ -47,9 +49,12 @@ def gptq(
     scales = np.empty((len(weights), columns // group), np.float32)
     if group == columns:
         scales[:, 0] = outermost_scales(left[:, None], format.name, scales_format)[:, 0]
-    step = group if group < BLOCK else BLOCK
-    for start in range(0, columns, step):
-        stop = min(columns, start + step)
+    blocks = (
+        (start, min(start + BLOCK, first + group))
+        for first in range(0, columns, group)
+        for start in range(first, first + group, BLOCK)
+    )
+    for start, stop in blocks:
         if group < columns and start % group == 0:
             of_group = left[:, None, start : start + group]
             scales[:, start // group] = outermost_scales(of_group, format.name, scales_format)[:, 0]
@@ -69,15 +74,14 @@ def gptq(
 def _inverse_factor(hessian: np.ndarray) -> np.ndarray:
     """The upper triangular U for which U^T U is the inverse of the damped Hessian, float32."""
     if not np.isfinite(hessian).all():
-        raise NumericalError("calibration: what enters a matrix is not finite")
-    diagonal = np.diag(hessian)
+        raise NumericalError("the inputs are not finite")
+    damped, diagonal = hessian.copy(), np.diag(hessian)
     size, mean = np.arange(len(hessian)), float(diagonal.mean()) or 1.0
     for power in range(DAMPINGS):
-        damped = hessian.copy()
-        damped[size, size] += DAMPING * 10**power * mean
-        try:
+        damped[size, size] = diagonal + DAMPING * 10**power * mean
+        with suppress(np.linalg.LinAlgError):
             inverse = np.linalg.inv(damped)
-            return np.linalg.cholesky((inverse + inverse.T) / 2).T.astype(np.float32)
-        except np.linalg.LinAlgError:
-            continue
-    raise NumericalError("calibration: the inputs of a matrix leave its Hessian without an inverse")
+            inverse += inverse.T.copy()  # symmetric to the last bit
+            inverse /= 2
+            return np.linalg.cholesky(inverse).T.astype(np.float32)
+    raise NumericalError("the inputs' Hessian has no inverse")

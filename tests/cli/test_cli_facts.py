@@ -210,20 +210,25 @@ def test_inspect_says_whether_it_fits(tiny_checkpoint, capsys, monkeypatch):
             assert all((one["bytes"] <= room) == (one["context"] <= fits) for one in of)
         assert (fits is None) == (room < 0)
         assert main(["inspect", str(tiny_checkpoint), "--device", "cpu"]) == 0
-        assert ("no, " if room < 0 else f"yes, {size(free)} are free on cpu") in capsys.readouterr().out
+        assert (f"yes, {size(free)} are free on cpu" if fits else "no, ") in capsys.readouterr().out
     monkeypatch.setattr(CpuBackend, "free_bytes", lambda self: None)
     assert inspect(capsys, tiny_checkpoint)["fitting_positions"] is None
     assert main(["inspect", str(tiny_checkpoint), "--device", "cpu"]) == 0
-    assert "nobody says" in capsys.readouterr().out
+    assert "unknown: " in capsys.readouterr().out
 
 
 def test_memory_that_the_system_can_give(tmp_path):
     file = tmp_path / "meminfo"
-    assert available_bytes(file) is None
+    assert available_bytes(file, tmp_path) is None
     file.write_text("MemTotal:  8000 kB\nMemAvailable:    5000 kB\nBuffers: 1 kB\n")
-    assert available_bytes(file) == 5000 << 10
+    assert available_bytes(file, tmp_path) == 5000 << 10
+    (tmp_path / "memory.current").write_text("1000000\n")
+    for limit, free in (("max", 5000 << 10), ("3000000", 2000000), ("900000000", 5000 << 10)):
+        (tmp_path / "memory.max").write_text(f"{limit}\n")
+        assert available_bytes(file, tmp_path) == free
     file.write_text("MemTotal:  8000 kB\n")
-    assert available_bytes(file) is None
+    (tmp_path / "memory.max").unlink()
+    assert available_bytes(file, tmp_path) is None
 
 
 def test_inspect_contexts(tiny_checkpoint, capsys):

@@ -10,12 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kv import steady
 from passes import block_batch
+from safetensors.numpy import load_file, save_file
 
 import losart
 from losart.config.options import generation_config
 from losart.config.precision import BFLOAT16
 from losart.engine.batch import PassKind
-from losart.errors import DataError, NumericalError, OptionError
+from losart.errors import DataError, NumericalError, OptionError, TensorError
 from losart.eval import EvalConfig
 from losart.eval.divergence import Probe, measure_divergence
 from losart.loaders import open_checkpoint
@@ -26,7 +27,13 @@ from losart.quantization.gptq import DAMPING, gptq
 from losart.quantization.rounding import decoded, nearest_codes, outermost_scales
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_layers": 2, "head_dim": 32, "dtype": "bfloat16"}
-FORMATS = [WeightFormat("int4", 16), WeightFormat("int4", 64), WeightFormat("int8"), WeightFormat("fp8")]
+FORMATS = [
+    WeightFormat("int4", 16),
+    WeightFormat("int4", 192),
+    WeightFormat("int4", 64),
+    WeightFormat("int8"),
+    WeightFormat("fp8"),
+]
 TEXT = "The code of the lock is 48213, and the otter guards it. " * 80
 
 
@@ -59,7 +66,7 @@ def matrix(codes, scales, format):
 
 
 @steady(30)
-@given(st.sampled_from(FORMATS), st.integers(1, 40), st.sampled_from([64, 128, 192, 320]), st.integers(1, 30))
+@given(st.sampled_from(FORMATS), st.integers(1, 40), st.sampled_from([192, 384, 576]), st.integers(1, 30))
 def test_codes_are_those_of_the_formulas(format, rows, columns, rank):
     rng = np.random.default_rng(rows + columns + rank)
     weights, x = rng.standard_normal((rows, columns), np.float32), inputs(rng, columns, rank)
@@ -99,6 +106,26 @@ def test_inputs_that_are_degenerate():
     hessian[3, 3] = np.nan
     with pytest.raises(NumericalError, match="not finite"):
         gptq(weights, hessian, WeightFormat("int8"), BFLOAT16)
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_weights_that_are_not_finite(tmp_path, layer):
+    source, text = (
+        write_checkpoint(tmp_path / "source", **SIZES | {"dtype": "float32"}),
+        tmp_path / "text.txt",
+    )
+    text.write_text(TEXT)
+    tensors, name = load_file(source / "model.safetensors"), f"model.layers.{layer}.mlp.down_proj.weight"
+    tensors[name] = tensors[name].copy()
+    tensors[name][3, 5] = np.inf
+    save_file(tensors, source / "model.safetensors")
+    with pytest.raises(
+        TensorError, match=rf"model.safetensors: tensor '{name}' has values that are not finite"
+    ):
+        quantize_checkpoint(
+            open_checkpoint(source), tmp_path / "new", WeightFormat("int4", 64), calibration=text
+        )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "text.txt"]
 
 
 @pytest.fixture

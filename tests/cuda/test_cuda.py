@@ -409,7 +409,8 @@ def test_logits_of_passes_are_those_that_are_proposed_from(make_checkpoint, weig
     options = {"max_new_tokens": 24, "block_length": 8, "stop_token_ids": [], **attention}
     expected = list(model.stream(PROMPT, **options))
     probe = Probe(model._engine.runner)
-    follower, steps = Follower(probe, PROMPT, generation_config(model.config, options)), iter(expected)
+    config = generation_config(model.config, options)
+    follower, steps = Follower(probe, PROMPT, config, probe.prefill_tokens), iter(expected)
     while not follower.sequence.finished:
         after = follower.run()
         if after is not None:

@@ -115,6 +115,7 @@ def to_device(backend, x, dtype):
 @example("bfloat16", ("int4", 64, False, False), 16, [4096, 1024, 1024], 512, {}, True)
 @example("float16", ("int8", 0, False, False), 64, [1000], 512, {}, False)
 @example("bfloat16", ("int8", 64, True, False), 33, [300], 5, {}, False)
+@example("bfloat16", ("int8", 0, False, False), 8, [300], 64, {"shared_per_block": 99 << 10}, False)
 @example("bfloat16", ("float8", 0, False, True), 1000, [300, 2], 33, {}, True)
 def test_matmuls_by_codes(dtype, form, tokens, rows, eighths, card, bias):
     rng = np.random.default_rng(tokens + sum(rows) + eighths)

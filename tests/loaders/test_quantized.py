@@ -109,6 +109,7 @@ CASES: dict[str, tuple[dict[str, Any], Any]] = {
         partial(fp8, block=(0, 0), end="weight_scale", axes=0),
     ),
     "fp8, rows": ({"quant_method": "fp8"}, partial(fp8, block=(1, 0), end="weight_scale", axes=1)),
+    "fp8, one scale, two axes": ({"quant_method": "fp8"}, partial(fp8, block=(0, 0))),
     "fp8, rows, two axes": (
         {"quant_method": "fp8", "weight_block_size": None},
         partial(fp8, block=(1, 0), end="weight_scale"),

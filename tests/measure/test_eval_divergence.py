@@ -95,6 +95,22 @@ def test_pieces_of_a_text(checkpoint, tmp_path):
         measure_divergence(model, model, config, text=file)
 
 
+def test_a_text_that_is_none(checkpoint, tmp_path):
+    model, file = losart.load(checkpoint, "cpu"), tmp_path / "text.bin"
+    file.write_bytes(b"some" * 1000 + b"\xff")
+    with pytest.raises(DataError, match=r"text.bin: is no text in UTF-8"):
+        measure_divergence(model, model, EvalConfig(("key",), (2000,), ("dense",), samples=3), text=file)
+
+
+def test_models_that_prefill_in_pieces_of_their_own(checkpoint, monkeypatch):
+    reference, model = losart.load(checkpoint, "cpu"), losart.load(checkpoint, "cpu")
+    expected = measure_divergence(reference, model, SMALL)
+    for one in (reference, model):
+        monkeypatch.setattr(one._engine.runner.backend, "prefill_tokens", 2048)
+        assert measure_divergence(reference, model, SMALL) == pytest.approx(expected)
+        monkeypatch.undo()
+
+
 def test_models_of_different_vocabularies(checkpoint, make_checkpoint):
     model = losart.load(checkpoint, "cpu")
     other = losart.load(make_checkpoint(**SIZES, vocab_size=512), "cpu")

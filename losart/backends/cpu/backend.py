@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Container, Hashable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -103,7 +104,7 @@ class CpuBackend:
     # -- weights, cache and stored results
 
     def free_bytes(self) -> int | None:
-        return available_bytes(Path("/proc/meminfo"))
+        return available_bytes(Path("/proc/meminfo"), Path("/sys/fs/cgroup"))
 
     def upload(self, *tensors: Any) -> Weight:
         return Weight(tuple(self._upload(tensor) for tensor in tensors), self.precision.weights)
@@ -400,14 +401,21 @@ class CpuBackend:
         return Proposals.joined(proposals)
 
 
-def available_bytes(file: Path) -> int | None:
-    """Memory that the system can give to programs without swapping, pages of files counted; None: unknown."""
+def available_bytes(file: Path, group: Path) -> int | None:
+    """Memory that the system, and what limits this process's group, can give to it; None: unknown.
+
+    Pages of files count as free.
+    """
     try:
         lines = file.read_text("ascii").splitlines()
     except OSError:
         return None
     found = (line.split() for line in lines if line.startswith("MemAvailable:"))
-    return next((int(words[1]) << 10 for words in found), None)
+    free = next((int(words[1]) << 10 for words in found), None)
+    with suppress(OSError, ValueError):  # no such limit, or none at all: "max"
+        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        return limit - used if free is None else min(free, limit - used)
+    return free
 
 
 def _quantized_form(tensor: Any) -> tuple[int, int, int, int, bool] | None:

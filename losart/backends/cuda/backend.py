@@ -90,7 +90,7 @@ class CudaBackend:
     beside_tokens = 384
     max_sequences = 128
     batch_rows = 1024
-    # Two blocks' matmuls divide their sums as one's (ALIKE_TOKENS).
+    # Two blocks' matmuls divide their sums as one's (ALIKE_TOKENS), those by codes mostly.
     riding_blocks: Container[int] = range(1, 17)
 
     def __init__(self, config: ModelConfig, precision: Precision, deterministic: bool = False) -> None:
@@ -129,7 +129,10 @@ class CudaBackend:
             return self._loader.matrix(*tensors)
 
     def held(self, tensor: Any) -> tuple[str, int]:
-        if len(tensor.shape) > 1 and (form := codes_form((tensor,), self.precision.weights)) is not None:
+        if (
+            len(tensor.shape) > 1
+            and (form := codes_form((tensor,), self.precision.weights, valid=True)) is not None
+        ):
             return tensor.dtype, form.nbytes
         format = self.precision.weights
         return format.name, math.prod(tensor.shape) * format.itemsize
@@ -437,10 +440,8 @@ class CudaBackend:
     # -- sampling
 
     def propose(self, hidden: Any, head: Weight | CodesWeight, batch: DeviceBatch) -> Any:
-        results, (slices, kept, vocab) = (
-            batch.buffers.results,
-            self._sliced(hidden, head, batch, batch.samples),
-        )
+        results = batch.buffers.results
+        slices, kept, vocab = self._sliced(hidden, head, batch, batch.samples)
         arguments = (slices, slices.shape[1], kept, vocab, batch.view, *results)
         self.kernels.launch("sample", (results.shape[1],), cu.SAMPLE_THREADS, *arguments)
         return results

@@ -83,20 +83,20 @@ def is_compiled(dtype: str, group: int, zeros: bool, wide_scales: bool) -> bool:
     return not zeros or (dtype != "float8" and not wide_scales)
 
 
-def codes_form(tensors: Sequence[Any], format: Format) -> CodesForm | None:
+def codes_form(tensors: Sequence[Any], format: Format, valid: bool = False) -> CodesForm | None:
     """How a checkpoint's matrices [out_i, in], joined along `out`, are held as codes.
 
-    None where they are not quantized, or not so that the kernels take them: those are held in `format`.
+    With `valid` codes that are NaN are not looked for, which takes reading all of them. None where the
+    matrices are not quantized, or not so that the kernels take them: those are held in `format`.
     """
     first = tensors[0]
     inner, dtype = first.shape[1], first.dtype
     if format.bits != 16 or dtype not in CODES or inner % 8:
         return None
     group = _group(first)
-    if any(
-        one.dtype != dtype or _group(one) != group or not one.in_order or one.has_invalid_codes
-        for one in tensors
-    ):
+    if any(one.dtype != dtype or _group(one) != group or not one.in_order for one in tensors):
+        return None
+    if not valid and any(one.has_invalid_codes for one in tensors):
         return None
     zeros = any(one.has_zeros and bool(one.zeros(0, one.shape[0]).any()) for one in tensors)
     wide = any(one.scale_dtype != format.name for one in tensors)

@@ -116,7 +116,8 @@ def _code_buffers(card: Card, form: CodesForm, tiles: int, k_groups: int) -> tup
     x = tiles * 8 * (cu.CODES_UNIT * 2 + 64)
     sums = (k_groups - 1) * tiles * 8 * cu.CODES_PANEL * 4
     for stages in range(max(2, CODES_AHEAD // unit + 1), 1, -1):
-        for x_units in (n for n in (4, 2, 1) if n * tiles <= CODES_TILES[-1]):
+        # All threads have as many pieces of x to copy.
+        for x_units in (n for n in (4, 2, 1) if 2 * k_groups <= n * tiles <= CODES_TILES[-1]):
             x_stages = ceil((stages - 1) / x_units) + 1
             shared = stages * unit + x_stages * x_units * x + sums
             if shared <= card.shared_per_block:
