@@ -56,8 +56,8 @@ class Model:
         backend = make_backend(device, self.config, precision, deterministic)
         self.device = backend.name
         self._tensors = loaded_tensors(checkpoint, weights, backend.name)
-        matrices = (tensor for tensor in self._tensors.values() if len(tensor.shape) == 2)
-        self.weights = tuple(sorted({backend.held(matrix)[0] for matrix in matrices}))
+        matrices = Transformer.matrices(self.config, self._tensors)
+        self.weights = tuple(sorted({name for matrix in matrices for name in backend.held(*matrix)}))
         self._engine = Engine(Transformer(self.config, self._tensors, backend, progress))
 
     @cached_property

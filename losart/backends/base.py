@@ -207,8 +207,8 @@ class Backend(Protocol):
     def upload(self, *tensors: Any) -> Weight:
         """A checkpoint's tensors [out_i, in] as one matrix [sum of out_i, in], in the format of weights."""
 
-    def held(self, tensor: Any) -> tuple[str, int]:
-        """In which format a checkpoint's matrix is held, and the bytes that it takes."""
+    def held(self, *tensors: Any) -> dict[str, int]:
+        """In which formats matrices are held that are uploaded as one, and the bytes of each."""
 
     def upload_vector(self, *tensors: Any) -> Array:
         """A norm gain or a bias in float32; several tensors one after the other."""

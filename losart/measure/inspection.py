@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from losart.config.options import AttentionConfig, generation_config
 from losart.config.precision import FLOAT32, Precision
 from losart.errors import OptionError
 from losart.loaders import Checkpoint
+from losart.models.transformer import Transformer
 from losart.quantization import loaded_tensors
 
 CONTEXTS = (4096, 32768)  # and all of the model's positions
@@ -56,9 +58,11 @@ def inspection(
         fitting = [context for context in CONTEXTS if context < config.max_positions]
         contexts = [*fitting, config.max_positions]
     backend = make_backend(device, config, precision)
-    tensors, loaded = checkpoint.tensors.values(), loaded_tensors(checkpoint, weights, backend.name).values()
-    held = [backend.held(tensor) for tensor in loaded if len(tensor.shape) > 1]
-    vectors = [tensor for tensor in loaded if len(tensor.shape) == 1]  # in float32
+    tensors, loaded = checkpoint.tensors.values(), loaded_tensors(checkpoint, weights, backend.name)
+    held = Counter[str]()
+    for matrix in Transformer.matrices(config, loaded):
+        held.update(backend.held(*matrix))
+    vectors = [tensor for tensor in loaded.values() if len(tensor.shape) == 1]  # in float32
 
     def kv_bytes(context: int) -> int:
         return backend.new_cache(AttentionConfig.page_size, context).bytes_for(context)
@@ -67,7 +71,7 @@ def inspection(
         text = tokenizer.decode([number], skip_special=False) if tokenizer and number is not None else None
         return None if number is None else {"id": number, "text": text}
 
-    weight_bytes = sum(nbytes for _, nbytes in held) + sum(v.shape[0] * FLOAT32.itemsize for v in vectors)
+    weight_bytes = held.total() + sum(v.shape[0] * FLOAT32.itemsize for v in vectors)
     free = backend.free_bytes()
     return {
         "path": str(checkpoint.path),
@@ -78,7 +82,7 @@ def inspection(
         "bytes_on_disk": sum(tensor.nbytes for tensor in tensors),
         "device": backend.name,
         "dtype": precision.weights.name,
-        "held_in": sorted({name for name, _ in held}),
+        "held_in": sorted(held),
         "weight_bytes": weight_bytes,
         "free_bytes": free,
         "fitting_positions": None if free is None else _fitting(free - weight_bytes, kv_bytes, config),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Hashable, Mapping, MutableSet
+from collections.abc import Callable, Hashable, Iterator, Mapping, MutableSet
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -17,6 +17,9 @@ from losart.engine.kv_cache import PagedKVCache
 from losart.engine.kv_pool import KVPool
 from losart.engine.turns import Turns
 from losart.models.observed import observed_layers
+
+# A layer's matrices, and the checkpoint's that each joins.
+JOINED = {"qkv": ("q", "k", "v"), "o": ("o",), "gate_up": ("gate", "up"), "down": ("down",)}
 
 
 @dataclass(frozen=True)
@@ -73,8 +76,8 @@ class Transformer:
     def _load_layer(self, tensors: Mapping[str, Any], prefix: str) -> LayerWeights:
         backend = self.backend
 
-        def weight(*names: str) -> Weight:
-            return backend.upload(*(tensors[prefix + name] for name in names))
+        def weight(name: str) -> Weight:
+            return backend.upload(*(tensors[prefix + part] for part in JOINED[name]))
 
         def vector(*names: str) -> Array:
             return backend.upload_vector(*(tensors[prefix + name] for name in names))
@@ -82,16 +85,26 @@ class Transformer:
         bias = self.config.attention_bias
         return LayerWeights(
             input_norm=vector("input_norm"),
-            qkv=weight("q", "k", "v"),
+            qkv=weight("qkv"),
             qkv_bias=vector("q_bias", "k_bias", "v_bias") if bias else None,
             q_norm=vector("q_norm"),
             k_norm=vector("k_norm"),
             o=weight("o"),
             o_bias=vector("o_bias") if bias else None,
             post_norm=vector("post_norm"),
-            gate_up=weight("gate", "up"),
+            gate_up=weight("gate_up"),
             down=weight("down"),
         )
+
+    @staticmethod
+    def matrices(config: ModelConfig, tensors: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
+        """The tensors of each matrix that a backend is given, as `upload` takes them."""
+        for name in ("embed", "head"):
+            if name in tensors:
+                yield (tensors[name],)
+        for index in range(config.num_layers):
+            for parts in JOINED.values():
+                yield tuple(tensors[f"layers.{index}.{part}"] for part in parts)
 
     @property
     def prefill_tokens(self) -> int:

@@ -17,14 +17,13 @@ from losart.config.precision import FORMATS, Precision
 from losart.engine.batch import PassBatch, PassKind, SequencePass
 from losart.errors import DataError, NumericalError, OptionError, TensorError
 from losart.loaders import Checkpoint, MappedTensor
-from losart.models.transformer import Transformer
+from losart.models.transformer import JOINED, Transformer
 from losart.quantization.gptq import gptq
 from losart.quantization.rounding import RoundedTensor, WeightFormat
 
 TOKENS, LEAST_TOKENS = 16384, 256  # of a text that are used, and that it must have
 SEQUENCE = 1024  # tokens that see one another
 RECORDED = 2048  # inputs that are multiplied at a time
-JOINED = {"qkv": ("q", "k", "v"), "o": ("o",), "gate_up": ("gate", "up"), "down": ("down",)}
 
 
 @dataclass(frozen=True)

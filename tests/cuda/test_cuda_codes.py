@@ -189,7 +189,7 @@ def test_the_device_rounds_as_the_host_does(tmp_path, name, source, dtype):
     tensor = rounded_tensor(tmp_path, values.astype(np.float32), source, WeightFormat.by_default(name))
     backend = new_backend(dtype)
     weight = backend.upload(tensor)
-    assert backend.held(tensor) == (tensor.dtype, weight.form.nbytes)
+    assert backend.held(tensor) == {tensor.dtype: weight.form.nbytes}
     with backend.memory.stream:
         found = backend._widened(weight).values
     expected = narrow(tensor.float32(0, 300), FORMATS[dtype]).view(np.uint16)

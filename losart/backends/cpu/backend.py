@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Container, Hashable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -109,11 +110,14 @@ class CpuBackend:
     def upload(self, *tensors: Any) -> Weight:
         return Weight(tuple(self._upload(tensor) for tensor in tensors), self.precision.weights)
 
-    def held(self, tensor: Any) -> tuple[str, int]:
-        if (form := _quantized_form(tensor)) is not None:
-            return tensor.dtype, quantized_linear.nbytes_of(*form)
-        format = self.precision.weights
-        return format.name, math.prod(tensor.shape) * format.itemsize
+    def held(self, *tensors: Any) -> dict[str, int]:
+        sizes, format = Counter[str](), self.precision.weights
+        for tensor in tensors:
+            if (form := _quantized_form(tensor)) is not None:
+                sizes[tensor.dtype] += quantized_linear.nbytes_of(*form)
+            else:
+                sizes[format.name] += math.prod(tensor.shape) * format.itemsize
+        return sizes
 
     def _upload(self, tensor: Any) -> Any:
         format = self.precision.weights

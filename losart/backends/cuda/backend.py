@@ -128,14 +128,11 @@ class CudaBackend:
         with self.memory.running("the weights"):
             return self._loader.matrix(*tensors)
 
-    def held(self, tensor: Any) -> tuple[str, int]:
-        if (
-            len(tensor.shape) > 1
-            and (form := codes_form((tensor,), self.precision.weights, valid=True)) is not None
-        ):
-            return tensor.dtype, form.nbytes
+    def held(self, *tensors: Any) -> dict[str, int]:
         format = self.precision.weights
-        return format.name, math.prod(tensor.shape) * format.itemsize
+        if (form := codes_form(tensors, format, valid=True)) is not None:
+            return {form.dtype: form.nbytes}
+        return {format.name: sum(math.prod(tensor.shape) for tensor in tensors) * format.itemsize}
 
     def upload_vector(self, *tensors: Any) -> Any:
         with self.memory.running("the weights"):

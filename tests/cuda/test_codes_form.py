@@ -1,0 +1,99 @@
+"""Which matrices of codes stay so on a GPU; needs no device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from losart.backends.cuda.codes import codes_form
+from losart.backends.cuda.matmul_plans import CODES_TILES, codes_plan, codes_tokens
+from losart.backends.cuda.variants import CARDS, FORMS
+from losart.config.precision import FORMATS
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """What of a checkpoint's matrix decides."""
+
+    dtype: str = "int4"
+    shape: tuple[int, int] = (512, 256)
+    group: int = 64
+    scale_dtype: str = "bfloat16"
+    in_order: bool = True
+    zero: int | None = None
+    has_invalid_codes: bool = False
+
+    @property
+    def has_zeros(self) -> bool:
+        return self.zero is not None
+
+    def zeros(self, start: int, stop: int) -> Any:
+        return np.full((stop - start, 2), self.zero)
+
+
+INT4 = Matrix()
+
+
+@pytest.mark.parametrize(
+    ("matrices", "group", "zeros", "wide"),
+    [
+        ((INT4,), 64, False, False),
+        ((INT4, replace(INT4, shape=(8, 256))), 64, False, False),
+        ((replace(INT4, group=32),), 32, False, False),
+        ((replace(INT4, group=128, scale_dtype="float32"),), 128, False, True),
+        ((replace(INT4, group=256),), 256, False, False),
+        ((replace(INT4, shape=(8, 200), group=500),), 256, False, False),
+        ((replace(INT4, zero=0),), 64, False, False),
+        ((replace(INT4, zero=3), INT4), 64, True, False),
+        ((Matrix("int8", group=256, scale_dtype="float16"),), 256, False, True),
+        ((Matrix("float8", group=256),), 256, False, False),
+    ],
+)
+def test_what_stays(matrices, group, zeros, wide):
+    form = codes_form(matrices, FORMATS["bfloat16"])
+    assert form is not None
+    assert (form.group, form.zeros, form.wide_scales) == (group, zeros, wide)
+    assert (form.rows, form.inner) == (sum(one.shape[0] for one in matrices), matrices[0].shape[1])
+    assert codes_form(matrices, FORMATS["float32"]) is None
+
+
+@pytest.mark.parametrize(
+    "matrices",
+    [
+        (Matrix("bfloat16"),),
+        (INT4, Matrix("bfloat16")),
+        (INT4, replace(INT4, group=128)),
+        (replace(INT4, in_order=False),),
+        (replace(INT4, shape=(8, 260)),),
+        (replace(INT4, group=48),),
+        (replace(INT4, group=192, shape=(8, 384)),),
+        (replace(INT4, group=32, scale_dtype="float16"),),
+        (replace(INT4, zero=1, scale_dtype="float16"),),
+        (replace(INT4, zero=1, shape=(8, 192)),),
+        (Matrix("int8", group=32),),
+        (Matrix("float8", group=256, has_invalid_codes=True),),
+    ],
+)
+def test_what_does_not(matrices):
+    assert codes_form(matrices, FORMATS["bfloat16"]) is None
+
+
+def test_codes_that_are_not_read_count_as_valid():
+    matrix = Matrix("float8", group=256, has_invalid_codes=True)
+    assert codes_form((matrix,), FORMATS["bfloat16"], valid=True) is not None
+
+
+@pytest.mark.parametrize("architecture", CARDS)
+@pytest.mark.parametrize("same_sums", [False, True])
+def test_all_threads_copy_as_much_of_x(architecture, same_sums):
+    card = CARDS[architecture]
+    for form in FORMS:
+        for tokens in (8 * n for n in CODES_TILES if 8 * n <= codes_tokens(card, form)):
+            plan = codes_plan(card, form, tokens, same_sums)
+            defines = dict(plan.defines)
+            assert defines["X_UNITS"] * defines["LINEAR_TILES"] * 8 * 16 % plan.threads == 0
+            assert (defines["X_STAGES"] - 1) * defines["X_UNITS"] >= defines["STAGES"] - 1 >= 1
+            assert plan.shared <= card.shared_per_block and plan.grid[0] <= card.sms
