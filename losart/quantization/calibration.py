@@ -136,6 +136,7 @@ class Calibration:
         self._masked[..., -1] |= ~self._masked.any(axis=2)
         noisy = np.where(self._masked, self._options.mask_token_id, blocks).reshape(count, size)
         embedding = checkpoint.tensors["embed"]
+        assert isinstance(embedding, MappedTensor), "no checkpoint quantizes it"
         table = embedding.array()
         self._text, self._noisy = (widen(table[rows]) for rows in (self._ids, noisy))
         self._layer = -1
@@ -147,7 +148,7 @@ class Calibration:
         return {
             name: CalibratedTensor(tensor, self._format, self.find, name)
             for name, tensor in self._checkpoint.tensors.items()
-            if name.startswith("layers.") and len(tensor.shape) == 2
+            if name.startswith("layers.") and len(tensor.shape) == 2 and isinstance(tensor, MappedTensor)
         }
 
     def find(self, name: str) -> tuple[np.ndarray, np.ndarray]:
