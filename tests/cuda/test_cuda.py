@@ -3,11 +3,13 @@
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 from cuda_arrays import matmul_array
 from passes import block_batch
+from quantized import awq, fp8, gptq, quantize_checkpoint
 
 import losart
 from losart.backends.cpu.backend import CpuBackend
@@ -102,6 +104,35 @@ def test_logits_with_rounded_weights_are_those_of_the_cpu(
     assert set(model.weights) == {"float8" if weights == "fp8" else weights, "int8"}
     found = hidden_states(model, PROMPT, block_length)
     assert relative_error(found, expected) <= 2e-2
+
+
+QUANTIZED = {
+    "gptq": ({"bits": 4, "group_size": 128}, partial(gptq, bits=4, group=128, version=1, shuffled=False)),
+    "gptq, symmetric": (
+        {"bits": 4, "group_size": 64, "sym": True},
+        partial(gptq, bits=4, group=64, version=1, shuffled=False, symmetric=True),
+    ),
+    "gptq, shuffled": (
+        {"bits": 8, "group_size": 64, "desc_act": True},
+        partial(gptq, bits=8, group=64, version=1, shuffled=True),
+    ),
+    "awq": ({"bits": 4, "group_size": 128}, partial(awq, group=128)),
+    "fp8": ({"weight_block_size": [128, 128]}, partial(fp8, block=(128, 128))),
+}
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_logits_of_quantized_checkpoints_are_those_of_the_cpu(make_checkpoint, name, dtype):
+    sizes = {"hidden_size": 256, "intermediate_size": 384, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2}
+    path = make_checkpoint(dtype="float32", head_gain=1.0, head_dim=64, **sizes)
+    config, write = QUANTIZED[name]
+    quantize_checkpoint(path, {"quant_method": name.split(",")[0]} | config, write)
+    expected = hidden_states(losart.load(path, "cpu", dtype), PROMPT, 16)
+    model = losart.load(path, "cuda", dtype)
+    stays = "shuffled" not in name and (dtype == "float16" or name not in ("gptq", "awq"))
+    assert len(model.weights) == 1 + stays
+    assert relative_error(hidden_states(model, PROMPT, 16), expected) <= 2e-2
 
 
 @pytest.mark.parametrize("weights", ["int4", "fp8"])

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from quantized import compressed, quantize_checkpoint
+from quantized import compressed, gptq, quantize_checkpoint
 
 pytest.importorskip("cupy", reason="the CUDA backend needs CuPy")
 
 from losart.backends.cpu.convert import narrow, widen
-from losart.backends.cuda.weights import WeightLoader
+from losart.backends.cuda.codes import codes_form
+from losart.backends.cuda.weights import WeightLoader, rows_to_pack
 from losart.config.precision import DTYPES, FORMATS
 from losart.loaders import QuantizedTensor, open_checkpoint
 from losart.measure.random_checkpoint import write_checkpoint
@@ -40,3 +41,23 @@ def test_pieces_are_the_matrix_as_it_is_held(tmp_path, saved, held, size):
         pieces = list(loader._pieces(tensor, max(size, tensor.shape[1])))
         assert all(piece.ndim == 1 and piece.size <= max(size, tensor.shape[1]) for piece in pieces)
         np.testing.assert_array_equal(np.concatenate(pieces), narrow(values, FORMATS[held]).reshape(-1))
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_rows_that_are_packed_have_zeros_where_the_matrix_is_held_with_some(tmp_path, bits, symmetric):
+    """Symmetric GPTQ has zeros in its files, which are all 0."""
+    directory = write_checkpoint(tmp_path, hidden_size=128, intermediate_size=256, num_layers=1)
+    sizes = {"bits": bits, "group": 128}
+
+    def write(rng, rows, columns):
+        return gptq(rng, rows, columns, version=1, shuffled=False, symmetric=symmetric, **sizes)
+
+    quantize_checkpoint(directory, {"quant_method": "gptq", "bits": bits, "group_size": 128}, write)
+    tensor = open_checkpoint(directory).tensors["layers.0.down"]
+    form = codes_form((tensor,), FORMATS["float16"])
+    assert form is not None and form.zeros != symmetric
+    codes, scales, zeros = rows_to_pack(form, tensor, 16, 80)
+    assert codes.dtype == np.int8 and (zeros is None) == symmetric
+    values = codes.astype(np.float32) - (0 if zeros is None else zeros.repeat(128, axis=1))
+    np.testing.assert_array_equal(values * scales.repeat(128, axis=1), tensor.float32(16, 80))

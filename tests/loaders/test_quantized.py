@@ -52,6 +52,10 @@ CASES: dict[str, tuple[dict[str, Any], Any]] = {
         {"quant_method": "gptq", "bits": 8, "group_size": -1, "sym": True},
         partial(gptq, bits=8, group=-1, version=1, shuffled=False),
     ),
+    "gptq, symmetric": (
+        {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True},
+        partial(gptq, bits=4, group=32, version=1, shuffled=False, symmetric=True),
+    ),
     "gptq, version 2, shuffled": (
         {
             "quant_method": "gptq",

@@ -60,13 +60,23 @@ def in_order(columns: int, group: int) -> np.ndarray:
 
 
 def gptq(
-    rng: np.random.Generator, rows: int, columns: int, *, bits: int, group: int, version: int, shuffled: bool
+    rng: np.random.Generator,
+    rows: int,
+    columns: int,
+    *,
+    bits: int,
+    group: int,
+    version: int,
+    shuffled: bool,
+    symmetric: bool = False,
 ) -> Written:
-    """`group` -1: all columns."""
+    """`group` -1: all columns; `symmetric`: zeros are all in the middle."""
     group = columns if group == -1 else group
     groups = -(-columns // group)
     codes = rng.integers(0, 1 << bits, (rows, columns))
-    zeros = rng.integers(0, 1 << bits, (rows, groups))
+    zeros = np.full((rows, groups), 1 << (bits - 1))
+    if not symmetric:
+        zeros = rng.integers(0, 1 << bits, zeros.shape)
     scales, saved = scales_of(rng, (rows, groups), "F16")
     index = in_order(columns, group)
     if shuffled:

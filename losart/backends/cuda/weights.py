@@ -67,11 +67,11 @@ class WeightLoader:
             rounds = not isinstance(tensor, QuantizedTensor) and tensor.source.dtype == self._format.name
             for start in range(0, rows, step):
                 stop = min(rows, start + step)
-                piece = (
-                    self._rounded(form, tensor, start, stop)
-                    if rounds
-                    else self._on_device(*tensor.rows(start, stop))
-                )
+                if rounds:
+                    piece = self._rounded(form, tensor, start, stop)
+                else:
+                    arrays = rows_to_pack(form, tensor, start, stop)
+                    piece = tuple(None if array is None else cupy.asarray(array) for array in arrays)
                 self._kernels.launch_plan(
                     pack_plan(form, stop - start), *piece, weight.view, first + start, stop - start
                 )
@@ -85,14 +85,8 @@ class WeightLoader:
         array.data.memset_async(0, array.nbytes, self._stream)
         return array
 
-    def _on_device(self, codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray | None) -> tuple[Any, ...]:
-        """Codes, scales and zeros of some rows as pack_codes takes them."""
-        held = codes if codes.dtype.itemsize == 1 else codes.astype(np.int8)
-        floats = None if zeros is None else cupy.asarray(zeros.astype(np.float32))
-        return cupy.asarray(held), cupy.asarray(np.ascontiguousarray(scales)), floats
-
     def _rounded(self, form: CodesForm, tensor: Any, start: int, stop: int) -> tuple[Any, ...]:
-        """The same of a matrix of 16 bits, which the device rounds."""
+        """What `rows_to_pack` gives, of a matrix of 16 bits, which the device rounds."""
         count = stop - start
         values = cupy.empty((count, form.inner), np.uint16)
         flat = values.reshape(-1)
@@ -139,6 +133,24 @@ class WeightLoader:
         else:
             for rows in float32_rows(tensor, size):
                 yield narrow(rows, self._format).reshape(-1)
+
+
+def rows_to_pack(
+    form: CodesForm, tensor: Any, start: int, stop: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Codes, scales and zeros of some rows as pack_codes takes them.
+
+    Returns
+    -------
+    codes : int8, or float8's bits, uint8 [rows, in]
+    scales : float32 [rows, groups]
+    zeros : float32 [rows, groups] or None
+        None where the form has none: a file may have zeros that are all 0.
+    """
+    codes, scales, zeros = tensor.rows(start, stop)
+    held = codes if codes.dtype.itemsize == 1 else codes.astype(np.int8)
+    floats = zeros.astype(np.float32) if form.zeros and zeros is not None else None
+    return np.ascontiguousarray(held), np.ascontiguousarray(scales), floats
 
 
 def _cut(source: np.ndarray, size: int) -> Iterator[np.ndarray]:
