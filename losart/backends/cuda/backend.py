@@ -195,10 +195,9 @@ class CudaBackend:
         return x
 
     def linear(self, x: Any, weight: Weight | CodesWeight, bias: Any | None = None) -> Matmul:
+        weight = self._for_tokens(weight, len(x))
         if isinstance(weight, CodesWeight):
-            if self.deterministic or len(x) <= MOST_CODES_TOKENS:
-                return self._linear_codes(x, weight, bias)
-            weight = self._widened(weight)
+            return self._linear_codes(x, weight, bias)
         tokens, (rows, inner), kernels = len(x), weight.shape, self.kernels
         if not (kernels.deterministic and kernels.tensor_matmul) or inner % 8:
             return self._linear(x, weight, bias)
@@ -227,17 +226,20 @@ class CudaBackend:
             self.kernels.launch_plan(plan, *arguments)
         return Matmul(planes, bias, -(-form.inner // cu.CODES_UNIT), plan.share, cu.CODES_PANEL)
 
+    def _for_tokens(self, weight: Weight | CodesWeight, tokens: int) -> Weight | CodesWeight:
+        """A matrix as a matmul of so many tokens takes it: many are not bound by reading it."""
+        stays = self.deterministic or tokens <= MOST_CODES_TOKENS
+        return weight if stays or not isinstance(weight, CodesWeight) else self._widened(weight)
+
     def _widened(self, weight: CodesWeight) -> Weight:
-        """For matmuls of many tokens, which are not bound by reading it."""
         values = cupy.empty(weight.shape, np.uint16)
         self.kernels.launch_plan(widen_plan(weight.form), weight.view, values)
         return Weight(values, fresh=True)
 
     def prefill_linear(self, x: Any, weight: Weight | CodesWeight, bias: Any | None = None) -> Matmul:
+        weight = self._for_tokens(weight, len(x))
         if isinstance(weight, CodesWeight):
-            if self.deterministic or len(x) <= MOST_CODES_TOKENS:
-                return self._linear_codes(x, weight, bias)
-            weight = self._widened(weight)
+            return self._linear_codes(x, weight, bias)
         kernels, splits = self.kernels, 1 if self.kernels.deterministic else None
         plan = matmul_plan(kernels.card, kernels.tensor_matmul, len(x), *weight.shape, splits)
         if len(x) > cu.SKINNY_TOKENS and plan.kernel != "linear_hopper" and not splits:
@@ -298,10 +300,9 @@ class CudaBackend:
 
     def gated_linear(self, x: Any, gate_up: Weight | CodesWeight, prefill: bool) -> Any:
         kernels, tokens, (rows, inner) = self.kernels, len(x), gate_up.shape
+        gate_up = self._for_tokens(gate_up, tokens)
         if isinstance(gate_up, CodesWeight):
-            if self.deterministic or tokens <= MOST_CODES_TOKENS:
-                return self.silu_gate(self._linear_codes(x, gate_up, None))
-            gate_up = self._widened(gate_up)
+            return self.silu_gate(self._linear_codes(x, gate_up, None))
         splits = None
         if kernels.deterministic and kernels.card.hopper:
             splits = 1 if prefill else usual_splits(kernels.card, rows, inner)
