@@ -32,8 +32,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--calibrate",
         type=Path,
         metavar="FILE",
-        help="a text to keep errors small for, by GPTQ (round to nearest); takes about as long as reading "
-        "80,000 tokens of it",
+        help="a text to keep errors small for, by GPTQ, which reads 16,384 tokens of it several times (round "
+        "to nearest)",
     )
     command.add_argument("--head", choices=WEIGHTS, help="of the output projection (as it is)")
 
