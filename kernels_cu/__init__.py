@@ -56,7 +56,7 @@ COMMON = (
 )
 PLANES = ("matmul/planes.cuh",)
 TENSOR_MATMUL = ("matmul/operands.cuh", "common/tensor.cuh")
-CODES = (*TENSOR_MATMUL, "matmul/codes.cuh")
+QUANTIZED = (*TENSOR_MATMUL, "matmul/quantized.cuh")
 CACHE = ("cache/layout.cuh",)
 TENSOR_CACHE = ("cache/layout.cuh", "cache/operands.cuh", "common/tensor.cuh")
 PLAIN_ATTENTION = (*CACHE, "attention/rows.cuh", "attention/plain.cuh")
@@ -70,11 +70,11 @@ FILES = {
     "linear_tensor": KernelFile("matmul", TENSOR_MATMUL),
     "linear_tiles": KernelFile("matmul", TENSOR_MATMUL),
     "linear_hopper": KernelFile("matmul", (*TENSOR_MATMUL, "common/hopper.cuh", "common/tensor_map.cuh")),
-    "linear_codes": KernelFile("matmul", CODES),
-    "embedding_codes": KernelFile("matmul", CODES),
-    "pack_codes": KernelFile("matmul", CODES),
-    "widen_codes": KernelFile("matmul", CODES),
-    "round_codes": KernelFile("matmul"),
+    "linear_quantized": KernelFile("matmul", QUANTIZED),
+    "embedding_quantized": KernelFile("matmul", QUANTIZED),
+    "pack_quantized": KernelFile("matmul", QUANTIZED),
+    "dequantize": KernelFile("matmul", QUANTIZED),
+    "quantize": KernelFile("matmul"),
     "silu_gate": KernelFile("matmul", PLANES),
     "add_rms_norm": KernelFile("norm", PLANES),
     "rotations": KernelFile("norm"),

@@ -34,7 +34,7 @@ class WeightView(ctypes.Structure):
     _fields_ = _fields("values", "rows inner")
 
 
-class CodesView(ctypes.Structure):
+class QuantizedView(ctypes.Structure):
     """A matrix [rows, inner] of codes with scales."""
 
     _fields_ = _fields("codes scales zeros", "rows inner group groups")
@@ -64,7 +64,7 @@ class PagesView(ctypes.Structure):
     _fields_ = [*_fields("marks", ""), ("top", StoredView), *_fields("", "words rows count")]
 
 
-VIEWS = (CachesView, BatchView, WeightView, CodesView, MatmulView, PartsView, StoredView, PagesView)
+VIEWS = (CachesView, BatchView, WeightView, QuantizedView, MatmulView, PartsView, StoredView, PagesView)
 
 
 def layout_checks() -> str:

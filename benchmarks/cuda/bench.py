@@ -129,8 +129,8 @@ SECTIONS = {
         "installed: gemmEx with float32 sums and results.",
         lambda _, quick, __: matmuls.prefill_rows(quick),
     ),
-    "codes": Section(
-        "Matmuls by codes, microseconds",
+    "quantized-matmuls": Section(
+        "Matmuls by quantized weights, microseconds",
         "SDAR-8B's matrices; int4 in groups of 64 columns, int8 and fp8 with a scale per row, scales of 16 "
         "bits; medians of graph replays, weights not in the L2 cache. torch: `_weight_int4pack_mm`.",
         lambda bandwidth, quick, _: quantized.matmul_rows(bandwidth, quick),

@@ -13,7 +13,7 @@ import numpy as np
 from losart.backends.base import PassBody
 from losart.backends.cuda.backend import CudaBackend
 from losart.backends.cuda.batch import DeviceBatch
-from losart.backends.cuda.codes import CodesForm, CodesWeight
+from losart.backends.cuda.quantized import QuantizedForm, QuantizedWeight
 from losart.backends.cuda.results import Weight
 from losart.config.model import ModelConfig
 from losart.config.options import AttentionConfig, GenerationConfig, generation_config
@@ -90,12 +90,12 @@ class NoiseBackend(CudaBackend):
                 noise(np.float32(1.7 / inner**0.5), held)
                 return Weight(held)
             dtype, group, spread = FORMATS[weights]
-            form = CodesForm(rows, inner, dtype, group or -(-inner // 128) * 128, False, False)
+            form = QuantizedForm(rows, inner, dtype, group or -(-inner // 128) * 128, False, False)
             codes = cupy.empty(form.code_bytes // 4, np.uint32)
             random_bits(np.uint32(0xBFBFBFBF if dtype == "float8" else 0xFFFFFFFF), codes)
             scales = cupy.empty((form.padded_rows, form.groups), np.uint16)
             noise(np.float32(1.7 / inner**0.5 / spread), scales)
-            return CodesWeight(form, codes, scales, None)
+            return QuantizedWeight(form, codes, scales, None)
 
     def upload_vector(self, *shapes: Any) -> Any:
         with self.memory.stream:
@@ -191,4 +191,4 @@ def weight_bytes(config: ModelConfig) -> int:
 
 def held_bytes(matrix: Any) -> int:
     """Bytes of a matrix as it is held."""
-    return matrix.form.nbytes if isinstance(matrix, CodesWeight) else 2 * math.prod(matrix.shape)
+    return matrix.form.nbytes if isinstance(matrix, QuantizedWeight) else 2 * math.prod(matrix.shape)

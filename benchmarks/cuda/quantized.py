@@ -1,4 +1,4 @@
-"""Matmuls by codes, and whole passes and generations with them, against the memory's floor."""
+"""Matmuls by quantized weights, whole passes and generations with them, against the memory's floor."""
 
 from __future__ import annotations
 

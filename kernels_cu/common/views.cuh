@@ -55,8 +55,9 @@ struct WeightView {
     __device__ __forceinline__ const WeightValue *data() const { return (const WeightValue *)values; }
 };
 
-/* A matrix [rows, inner] of codes, with `groups` scales for each row, one for `group` columns: matmul/codes.cuh. */
-struct CodesView {
+/* A matrix [rows, inner] of codes, with `groups` scales for each row, one for `group` columns: matmul/quantized.cuh.
+ */
+struct QuantizedView {
     void *codes, *scales, *zeros; /* zeros null where all are 0 */
     int rows, inner, group, groups;
 };

@@ -1,10 +1,10 @@
 /* A matrix of codes as values [rows, inner], rounded to what tensor cores multiply.
  *
- * Grid: rows * inner / 8 / CODES_THREADS, one thread per 8 columns; inner is a multiple of 8. Must read the codes and
- * write 16 bits for each. */
-extern "C" __global__ void __launch_bounds__(CODES_THREADS) widen_codes(CodesView from, Operand *to)
+ * Grid: rows * inner / 8 / QUANTIZED_THREADS, one thread per 8 columns; inner is a multiple of 8. Must read the codes
+ * and write 16 bits for each. */
+extern "C" __global__ void __launch_bounds__(QUANTIZED_THREADS) dequantize(QuantizedView from, Operand *to)
 {
-    size_t thread = (size_t)blockIdx.x * CODES_THREADS + threadIdx.x;
+    size_t thread = (size_t)blockIdx.x * QUANTIZED_THREADS + threadIdx.x;
     int pieces = from.inner / 8, row = thread / pieces, piece = thread % pieces;
     float values[8];
     if (row < from.rows) entries(values, from, row, piece);

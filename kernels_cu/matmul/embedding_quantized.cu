@@ -1,11 +1,12 @@
 /* embedding.cu of a matrix of codes [vocab, hidden], hidden a multiple of 8.
  *
- * Grid: (hidden / 8 / CODES_THREADS, tokens), one thread per 8 channels. Must read tokens * hidden codes. */
-extern "C" __global__ void __launch_bounds__(CODES_THREADS) embedding_codes(CodesView table, BatchView batch, float *x)
+ * Grid: (hidden / 8 / QUANTIZED_THREADS, tokens), one thread per 8 channels. Must read tokens * hidden codes. */
+extern "C" __global__ void __launch_bounds__(QUANTIZED_THREADS)
+    embedding_quantized(QuantizedView table, BatchView batch, float *x)
 {
     let_next_start();
     wait_for_previous();
-    int piece = blockIdx.x * CODES_THREADS + threadIdx.x, token = blockIdx.y;
+    int piece = blockIdx.x * QUANTIZED_THREADS + threadIdx.x, token = blockIdx.y;
     if (piece >= table.inner / 8) return;
     float values[8];
     entries(values, table, batch.ids[token], piece);

@@ -1,8 +1,8 @@
 /* y = x [tokens, inner] times the transposed matrix of codes [rows, inner] on tensor cores, for up to SKINNY_TOKENS
  * tokens; y is left as planes (matmul/planes.cuh) of plane_tokens tokens, of which these are the first ones from y on.
  *
- * As in linear_tensor.cu thread blocks take `share` consecutive units each of one long list, here of CODES_PANEL rows
- * and CODES_UNIT columns. A warp has 32 rows of one step at a time; K_GROUPS warps share rows, and have every
+ * As in linear_tensor.cu thread blocks take `share` consecutive units each of one long list, here of QUANTIZED_PANEL
+ * rows and QUANTIZED_UNIT columns. A warp has 32 rows of one step at a time; K_GROUPS warps share rows, and have every
  * K_GROUPS-th step. Unpacking takes most of the instructions: with this many rows a warp reads x seldom, and with this
  * many warps the SM's schedulers stay at work, if they are not all at the same point. So a warp copies its own codes,
  * through STAGES buffers of shared memory, and warps wait for each other only where x comes, X_UNITS units of it at a
@@ -13,15 +13,15 @@
  * scales once. */
 static_assert(LINEAR_TILES * 8 <= SKINNY_TOKENS, "more tokens need another kernel");
 static_assert((X_STAGES - 1) * X_UNITS >= STAGES - 1, "x must not come later than codes");
-#define ROW_WARPS (CODES_PANEL / CODE_ROWS)
+#define ROW_WARPS (QUANTIZED_PANEL / CODE_ROWS)
 #define THREADS (ROW_WARPS * K_GROUPS * WARP)
-#define UNIT_STEPS (CODES_UNIT / STEP_COLUMNS)
+#define UNIT_STEPS (QUANTIZED_UNIT / STEP_COLUMNS)
 #define OWN_STEPS (UNIT_STEPS / K_GROUPS) /* of a warp in a unit */
 #define STEP_GROUPS (GROUPS == 4 ? 2 : 1)
 #define X_ROWS (LINEAR_TILES * 8)
-#define X_ROW_BYTES (CODES_UNIT * 2 + 64) /* so that eight lanes, with four pieces of two rows, read all banks */
+#define X_ROW_BYTES (QUANTIZED_UNIT * 2 + 64) /* so that eight lanes, with four pieces of two rows, read all banks */
 #define X_BYTES (X_UNITS * X_ROWS * X_ROW_BYTES)
-static_assert(X_UNITS * X_ROWS * (CODES_UNIT / 8) % THREADS == 0, "all threads copy as much of x");
+static_assert(X_UNITS * X_ROWS * (QUANTIZED_UNIT / 8) % THREADS == 0, "all threads copy as much of x");
 #define CODES_BYTES (CODE_ROWS * STEP_COLUMNS * CODE_BITS / 8) /* of a warp's step, as all that follows */
 #define SCALES_BYTES (STEP_GROUPS * CODE_ROWS * (int)sizeof(Scale))
 #define ZEROS_BYTES (ZEROS * STEP_GROUPS * CODE_ROWS * 2)
@@ -92,14 +92,15 @@ __device__ __forceinline__ void multiply(Sums &sum, const unsigned char *codes, 
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-    linear_codes(const Activation *x, CodesView weight, float *y, int tokens, int plane_tokens, int share)
+    linear_quantized(const Activation *x, QuantizedView weight, float *y, int tokens, int plane_tokens, int share)
 {
     /* Codes of each warp, x, and sums of warps that share rows. */
     extern __shared__ __align__(128) unsigned char shared_bytes[];
     int rows = weight.rows, inner = weight.inner;
     int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
     int row_warp = warp % ROW_WARPS, k_group = warp / ROW_WARPS;
-    int panel_units = (inner + CODES_UNIT - 1) / CODES_UNIT, panels = (rows + CODES_PANEL - 1) / CODES_PANEL;
+    int panel_units = (inner + QUANTIZED_UNIT - 1) / QUANTIZED_UNIT;
+    int panels = (rows + QUANTIZED_PANEL - 1) / QUANTIZED_PANEL;
     int first = blockIdx.x * share, units = min(share, panels * panel_units - first);
     int panel = first / panel_units, unit = first % panel_units; /* in the panel */
     unsigned char *own = shared_bytes + warp * (STAGES * STAGE_BYTES);
@@ -108,7 +109,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     /* Codes follow one another from unit to unit, as do scales unless several units share a group. */
     const char *codes_at = (const char *)weight.codes + lane * 16;
     codes_at += ((size_t)first * UNIT_STEPS * ROW_WARPS + warp) * CODES_BYTES;
-    int group_units = GROUPS == 1 ? weight.group / CODES_UNIT : 1, load_unit = unit, in_group = unit % group_units;
+    int group_units = GROUPS == 1 ? weight.group / QUANTIZED_UNIT : 1, load_unit = unit, in_group = unit % group_units;
     int groups = weight.groups, group = panel * groups + unit / group_units * GROUPS;
     auto copy_factors = [&](unsigned to, const void *from, int bytes, int step) {
         int group_bytes = bytes / STEP_GROUPS, of_group = lane * 16 / group_bytes; /* of these 32 rows */
@@ -143,11 +144,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     auto load_x = [&](int stage, bool at_once) {
         unsigned char *to = xs + stage % X_STAGES * X_BYTES;
 #pragma unroll
-        for (int i = 0; i < X_UNITS * X_ROWS * (CODES_UNIT / 8) / THREADS; i++) {
-            int p = i * THREADS + threadIdx.x, piece = p % (CODES_UNIT / 8), row = p / (CODES_UNIT / 8);
+        for (int i = 0; i < X_UNITS * X_ROWS * (QUANTIZED_UNIT / 8) / THREADS; i++) {
+            int p = i * THREADS + threadIdx.x, piece = p % (QUANTIZED_UNIT / 8), row = p / (QUANTIZED_UNIT / 8);
             int token = row % X_ROWS, at = x_unit + row / X_ROWS;
             if (at >= panel_units) at = panel_units > X_UNITS ? at - panel_units : at % panel_units;
-            int k = at * CODES_UNIT + piece * 8, place = row * X_ROW_BYTES + piece * 16;
+            int k = at * QUANTIZED_UNIT + piece * 8, place = row * X_ROW_BYTES + piece * 16;
             bool inside = k < inner && token < tokens;
             const Activation *from = inside ? x + (size_t)token * inner + k : x;
             if (at_once)
@@ -199,7 +200,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         int plane = blockIdx.x - panel * panel_units / share;
         each_sum(sum, [&](int at, int m, int n, int j, float &mine) {
             int token = n * 8 + t * 2 + j % 2;
-            int row = panel * CODES_PANEL + row_warp * CODE_ROWS + m * 16 + g + j / 2 * 8;
+            int row = panel * QUANTIZED_PANEL + row_warp * CODE_ROWS + m * 16 + g + j / 2 * 8;
             if (k_group == 0 && token < tokens && row < rows)
                 y[((size_t)plane * plane_tokens + token) * rows + row] =
                     mine + (K_GROUPS == 2 ? others[at * WARP] : 0.0f);

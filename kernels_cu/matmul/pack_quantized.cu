@@ -1,17 +1,18 @@
-/* Some rows of a matrix, `first` and the `count` - 1 after it, into its codes, scales and zeros (matmul/codes.cuh),
+/* Some rows of a matrix, `first` and the `count` - 1 after it, into its codes, scales and zeros (matmul/quantized.cuh),
  * from codes [count, inner], E4M3's bits or integers from -8 or -128 on, scales [count, groups] and zeros alike, or
  * null.
  *
- * Grid: count * inner / 8 / CODES_THREADS, one thread per 8 columns; inner is a multiple of 8, and a group has no
+ * Grid: count * inner / 8 / QUANTIZED_THREADS, one thread per 8 columns; inner is a multiple of 8, and a group has no
  * fewer.
  */
-extern "C" __global__ void __launch_bounds__(CODES_THREADS)
-    pack_codes(const signed char *codes, const float *scales, const float *zeros, CodesView to, int first, int count)
+extern "C" __global__ void __launch_bounds__(QUANTIZED_THREADS)
+    pack_quantized(const signed char *codes, const float *scales, const float *zeros, QuantizedView to, int first,
+                   int count)
 {
     let_next_start();
     wait_for_previous();
     int pieces = to.inner / 8;
-    size_t thread = (size_t)blockIdx.x * CODES_THREADS + threadIdx.x;
+    size_t thread = (size_t)blockIdx.x * QUANTIZED_THREADS + threadIdx.x;
     int index = thread / pieces, piece = thread % pieces, row = first + index;
     if (index >= count) return;
     const signed char *from = codes + (size_t)index * to.inner + piece * 8;

@@ -1,4 +1,4 @@
-/* How linear_tensor and linear_codes leave their result for the kernel that reads it.
+/* How linear_tensor and linear_quantized leave their result for the kernel that reads it.
  *
  * Weights are taken in units of panel_rows rows and some columns, `steps` units per panel; thread block b took
  * units b * share, b * share + 1, ... The thread blocks that share a panel wrote their partial sums to planes

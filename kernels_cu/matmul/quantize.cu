@@ -2,7 +2,7 @@
  * [count, inner / group] are numbers of the weights' own format with which the value of largest magnitude of a group
  * has the outermost code, and codes the nearest ones, ties to even. `wrong` gets 1 where a value is not finite.
  *
- * Compiled with CODES. Grid: count * inner / group / (CODES_THREADS / WARP), one warp per group. */
+ * Compiled with CODES. Grid: count * inner / group / (QUANTIZED_THREADS / WARP), one warp per group. */
 #define LARGEST_FLOAT8 448.0f
 
 /* E4M3: 3 bits after the first, or after 2^-6 where that is larger. */
@@ -14,13 +14,12 @@ __device__ __forceinline__ int nearest_float8(float x)
     return ((exponent + 6) << 3) + eighths | (__float_as_uint(x) >> 31) << 7;
 }
 
-extern "C" __global__ void __launch_bounds__(CODES_THREADS)
-    round_codes(const WeightValue *weights, signed char *codes, float *scales, int *wrong, int count, int inner,
-                int group)
+extern "C" __global__ void __launch_bounds__(QUANTIZED_THREADS)
+    quantize(const WeightValue *weights, signed char *codes, float *scales, int *wrong, int count, int inner, int group)
 {
     let_next_start();
     wait_for_previous();
-    size_t index = (size_t)blockIdx.x * (CODES_THREADS / WARP) + threadIdx.x / WARP;
+    size_t index = (size_t)blockIdx.x * (QUANTIZED_THREADS / WARP) + threadIdx.x / WARP;
     int lane = threadIdx.x % WARP;
     if (index >= (size_t)count * (inner / group)) return;
     weights += index * group, codes += index * group;

@@ -1,11 +1,12 @@
 /* Matrices of codes: entries are (code - zero) * scale, where columns of a group share zero and scale.
  *
- * Codes lie as linear_codes takes them, which reads them from one end to the other: [panels of CODES_PANEL rows, units
- * of CODES_UNIT columns, steps, tiles of CODE_ROWS rows], and a tile of a step as the lanes of a warp have it for the
- * tensor cores. Lane 4 g + t has 8 columns from t * 8 and 8 from 32 + t * 8 on, of rows g, g + 8, g + 16 and g + 24.
- * They are pieces of 16 bytes, [pieces, lanes]: of 4 bits one for each two rows, a word for each row and 8 columns, of
- * 8 bits one for each two rows and 8 columns. Within words codes are in the order in which they are unpacked two at a
- * time. Integers are held from 0 on. Rows that pad a panel are any numbers, columns that pad a unit 0.
+ * Codes lie as linear_quantized takes them, which reads them from one end to the other: [panels of QUANTIZED_PANEL
+ * rows, units of QUANTIZED_UNIT columns, steps, tiles of CODE_ROWS rows], and a tile of a step as the lanes of a warp
+ * have it for the tensor cores. Lane 4 g + t has rows g, g + 8, g + 16 and g + 24, of each of which 8 columns from t *
+ * 8 and 8 from 32 + t * 8 on. They are pieces of 16 bytes, [pieces, lanes]: of 4 bits one for two rows, a word for each
+ * 8 columns of a row; of 8 bits one for 8 columns of two rows. Within words codes are in the order in which they are
+ * unpacked two at a time. Integers are held from 0 on. Rows that pad a panel are any numbers; columns that pad a unit
+ * are 0.
  *
  * Scales and zeros lie in [panels, groups, tiles, g, rows g, g + 8, g + 16 and g + 24], as activations are held; with
  * WIDE_SCALES scales are float32. Compiled with CODES (INT4, INT8 or FLOAT8, which is E4M3 without NaN) and
@@ -36,8 +37,9 @@ struct CodePlace {
 __device__ __forceinline__ CodePlace place_of_codes(int row, int piece, int inner)
 {
     int r = row % CODE_ROWS, lane = r % 8 * 4 + piece % 4, half = piece / 4 % 2, pair = r / 16, high = r / 8 % 2;
-    size_t step = (size_t)(row / CODES_PANEL) * ((inner + CODES_UNIT - 1) / CODES_UNIT) * (CODES_UNIT / STEP_COLUMNS);
-    size_t tile = (step + piece / 8) * (CODES_PANEL / CODE_ROWS) + row % CODES_PANEL / CODE_ROWS;
+    size_t step = (size_t)(row / QUANTIZED_PANEL) * ((inner + QUANTIZED_UNIT - 1) / QUANTIZED_UNIT) *
+                  (QUANTIZED_UNIT / STEP_COLUMNS);
+    size_t tile = (step + piece / 8) * (QUANTIZED_PANEL / CODE_ROWS) + row % QUANTIZED_PANEL / CODE_ROWS;
     if (CODE_BITS == 4) return {((tile * 2 + pair) * WARP + lane) * 4 + half * 2 + high, 1};
     return {((tile * 4 + pair * 2 + half) * WARP + lane) * 4 + high * 2, 2};
 }
@@ -46,7 +48,8 @@ __device__ __forceinline__ CodePlace place_of_codes(int row, int piece, int inne
 __device__ __forceinline__ size_t place_of_scale(int row, int group, int groups)
 {
     int r = row % CODE_ROWS;
-    return ((size_t)(row / CODES_PANEL) * groups + group) * CODES_PANEL + row % CODES_PANEL - r + r % 8 * 4 + r / 8;
+    return ((size_t)(row / QUANTIZED_PANEL) * groups + group) * QUANTIZED_PANEL + row % QUANTIZED_PANEL - r +
+           r % 8 * 4 + r / 8;
 }
 
 /* The bits that column 0 <= i < 8 has in a row's words, lowest first. */
@@ -111,7 +114,7 @@ __device__ __forceinline__ void subtract(unsigned (&pairs)[4], Operand zero)
 }
 
 /* The entries of 8 columns of a row, `piece` = column / 8. */
-__device__ __forceinline__ void entries(float (&values)[8], const CodesView &matrix, int row, int piece)
+__device__ __forceinline__ void entries(float (&values)[8], const QuantizedView &matrix, int row, int piece)
 {
     CodePlace place = place_of_codes(row, piece, matrix.inner);
     unsigned words[2], pairs[4];

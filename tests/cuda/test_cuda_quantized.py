@@ -117,7 +117,7 @@ def to_device(backend, x, dtype):
 @example("bfloat16", ("int8", 64, True, False), 33, [300], 5, {}, False)
 @example("bfloat16", ("int8", 0, False, False), 8, [300], 64, {"shared_per_block": 99 << 10}, False)
 @example("bfloat16", ("float8", 0, False, True), 1000, [300, 2], 33, {}, True)
-def test_matmuls_by_codes(dtype, form, tokens, rows, eighths, card, bias):
+def test_matmuls_by_quantized_weights(dtype, form, tokens, rows, eighths, card, bias):
     rng = np.random.default_rng(tokens + sum(rows) + eighths)
     columns = columns_of(form, eighths)
     backend = new_backend(dtype, card)
@@ -151,7 +151,7 @@ def test_codes_are_widened_exactly(dtype, form, rows, eighths):
     columns = columns_of(form, eighths)
     tensor = random_codes(np.random.default_rng(rows + eighths), rows, columns, *form, dtype)
     with backend.memory.stream:
-        found = backend._widened(backend.upload(tensor)).values
+        found = backend._dequantized(backend.upload(tensor)).values
     expected = narrow(matrix_of(tensor).astype(np.float32), FORMATS[dtype]).view(np.uint16)
     np.testing.assert_array_equal(on_host(backend, found), expected)
 
@@ -191,7 +191,7 @@ def test_the_device_rounds_as_the_host_does(tmp_path, name, source, dtype):
     weight = backend.upload(tensor)
     assert backend.held(tensor) == {tensor.dtype: weight.form.nbytes}
     with backend.memory.stream:
-        found = backend._widened(weight).values
+        found = backend._dequantized(weight).values
     expected = narrow(tensor.float32(0, 300), FORMATS[dtype]).view(np.uint16)
     np.testing.assert_array_equal(on_host(backend, found), expected)
 

@@ -102,8 +102,8 @@ def test_headers_are_used_and_come_from_known_folders(name):
 
 def test_tensor_kernels_take_formats_of_16_bits_only():
     for name, file in FILES.items():
-        codes = name.endswith("_codes") and name != "round_codes"
-        assert file.sixteen_bit == (codes or "tensor" in name or "hopper" in name or name == "linear_tiles")
+        parts = ("tensor", "hopper", "tiles", "quantized", "dequantize")
+        assert file.sixteen_bit == any(part in name for part in parts)
         assert file.dtypes == (("bfloat16", "float16") if file.sixteen_bit else tuple(FORMATS))
 
 

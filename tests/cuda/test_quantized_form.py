@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from losart.backends.cuda.codes import codes_form
-from losart.backends.cuda.matmul_plans import CODES_TILES, codes_plan, codes_tokens
+from losart.backends.cuda.matmul_plans import QUANTIZED_TILES, quantized_plan, quantized_tokens
+from losart.backends.cuda.quantized import quantized_form
 from losart.backends.cuda.variants import CARDS, FORMS
 from losart.config.precision import FORMATS
 
@@ -53,11 +53,11 @@ INT4 = Matrix()
     ],
 )
 def test_what_stays(matrices, group, zeros, wide):
-    form = codes_form(matrices, FORMATS["bfloat16"])
+    form = quantized_form(matrices, FORMATS["bfloat16"])
     assert form is not None
     assert (form.group, form.zeros, form.wide_scales) == (group, zeros, wide)
     assert (form.rows, form.inner) == (sum(one.shape[0] for one in matrices), matrices[0].shape[1])
-    assert codes_form(matrices, FORMATS["float32"]) is None
+    assert quantized_form(matrices, FORMATS["float32"]) is None
 
 
 @pytest.mark.parametrize(
@@ -78,12 +78,12 @@ def test_what_stays(matrices, group, zeros, wide):
     ],
 )
 def test_what_does_not(matrices):
-    assert codes_form(matrices, FORMATS["bfloat16"]) is None
+    assert quantized_form(matrices, FORMATS["bfloat16"]) is None
 
 
 def test_codes_that_are_not_read_count_as_valid():
     matrix = Matrix("float8", group=256, has_invalid_codes=True)
-    assert codes_form((matrix,), FORMATS["bfloat16"], valid=True) is not None
+    assert quantized_form((matrix,), FORMATS["bfloat16"], valid=True) is not None
 
 
 @pytest.mark.parametrize("architecture", CARDS)
@@ -91,8 +91,8 @@ def test_codes_that_are_not_read_count_as_valid():
 def test_all_threads_copy_as_much_of_x(architecture, same_sums):
     card = CARDS[architecture]
     for form in FORMS:
-        for tokens in (8 * n for n in CODES_TILES if 8 * n <= codes_tokens(card, form)):
-            plan = codes_plan(card, form, tokens, same_sums)
+        for tokens in (8 * n for n in QUANTIZED_TILES if 8 * n <= quantized_tokens(card, form)):
+            plan = quantized_plan(card, form, tokens, same_sums)
             defines = dict(plan.defines)
             assert defines["X_UNITS"] * defines["LINEAR_TILES"] * 8 * 16 % plan.threads == 0
             assert (defines["X_STAGES"] - 1) * defines["X_UNITS"] >= defines["STAGES"] - 1 >= 1

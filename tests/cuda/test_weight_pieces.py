@@ -9,7 +9,7 @@ from quantized import compressed, gptq, quantize_checkpoint
 pytest.importorskip("cupy", reason="the CUDA backend needs CuPy")
 
 from losart.backends.cpu.convert import narrow, widen
-from losart.backends.cuda.codes import codes_form
+from losart.backends.cuda.quantized import quantized_form
 from losart.backends.cuda.weights import WeightLoader, rows_to_pack
 from losart.config.precision import DTYPES, FORMATS
 from losart.loaders import QuantizedTensor, open_checkpoint
@@ -55,7 +55,7 @@ def test_rows_that_are_packed_have_zeros_where_the_matrix_is_held_with_some(tmp_
 
     quantize_checkpoint(directory, {"quant_method": "gptq", "bits": bits, "group_size": 128}, write)
     tensor = open_checkpoint(directory).tensors["layers.0.down"]
-    form = codes_form((tensor,), FORMATS["float16"])
+    form = quantized_form((tensor,), FORMATS["float16"])
     assert form is not None and form.zeros != symmetric
     codes, scales, zeros = rows_to_pack(form, tensor, 16, 80)
     assert codes.dtype == np.int8 and (zeros is None) == symmetric

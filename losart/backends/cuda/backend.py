@@ -23,18 +23,17 @@ from losart.backends.base import (
     StoredResults,
 )
 from losart.backends.cuda.batch import DeviceBatch
-from losart.backends.cuda.codes import CodesWeight, codes_form
 from losart.backends.cuda.host_selector import HostSelector
 from losart.backends.cuda.kernels import Kernels
 from losart.backends.cuda.matmul import blas_matmul
 from losart.backends.cuda.matmul_plans import (
-    codes_plan,
-    codes_tokens,
+    dequantize_plan,
     embedding_plan,
     gated_matmul_plan,
     matmul_plan,
+    quantized_plan,
+    quantized_tokens,
     usual_splits,
-    widen_plan,
 )
 from losart.backends.cuda.memory import DeviceMemory
 from losart.backends.cuda.pages import CudaPageTable, DeviceArrays
@@ -47,6 +46,7 @@ from losart.backends.cuda.plans import (
     prefix_plan,
     sparse_plan,
 )
+from losart.backends.cuda.quantized import QuantizedWeight, quantized_form
 from losart.backends.cuda.results import NO_MATMUL, NOTHING_STORED, Matmul, PrefixParts, Weight
 from losart.backends.cuda.runner import PassRunner
 from losart.backends.cuda.selector import DeviceSelector
@@ -62,7 +62,7 @@ from losart.kernels_cu.tensor_map import tensor_map
 
 LOGIT_SLICES, MANY_LOGIT_SLICES = 64, 16  # of a row of logits, each a thread block's, of few rows and many
 MANY_LOGITS = 64  # rows
-MOST_CODES_TOKENS = 256  # that are multiplied by codes some at a time: for more these are widened
+MOST_QUANTIZED_TOKENS = 256  # that are multiplied by quantized weights as they are, some at a time
 ALIKE_TOKENS = 32  # up to which matmuls of 16 bits divide their sums alike (matmul_plan)
 MANY_NORM_THREADS = 256  # of add_rms_norm where there are more tokens than SMs
 
@@ -124,13 +124,13 @@ class CudaBackend:
             free, _ = cupy.cuda.runtime.memGetInfo()
         return int(free) + cupy.get_default_memory_pool().free_bytes()
 
-    def upload(self, *tensors: Any) -> Weight | CodesWeight:
+    def upload(self, *tensors: Any) -> Weight | QuantizedWeight:
         with self.memory.running("the weights"):
             return self._loader.matrix(*tensors)
 
     def held(self, *tensors: Any) -> dict[str, int]:
         format = self.precision.weights
-        if (form := codes_form(tensors, format, valid=True)) is not None:
+        if (form := quantized_form(tensors, format, valid=True)) is not None:
             return {form.dtype: form.nbytes}
         return {format.name: sum(math.prod(tensor.shape) for tensor in tensors) * format.itemsize}
 
@@ -183,10 +183,10 @@ class CudaBackend:
             first += len(array)
         return joined
 
-    def embed(self, table: Weight | CodesWeight, batch: DeviceBatch) -> Any:
+    def embed(self, table: Weight | QuantizedWeight, batch: DeviceBatch) -> Any:
         hidden = table.view.inner
         x = cupy.empty((batch.tokens, hidden), np.float32)
-        if isinstance(table, CodesWeight):
+        if isinstance(table, QuantizedWeight):
             plan = embedding_plan(table.form, batch.tokens)
             self.kernels.launch_plan(plan, table.view, batch.view, x)
             return x
@@ -194,10 +194,10 @@ class CudaBackend:
         self.kernels.launch("embedding", grid, cu.EMBEDDING_THREADS, table.view, batch.view, x)
         return x
 
-    def linear(self, x: Any, weight: Weight | CodesWeight, bias: Any | None = None) -> Matmul:
+    def linear(self, x: Any, weight: Weight | QuantizedWeight, bias: Any | None = None) -> Matmul:
         weight = self._for_tokens(weight, len(x))
-        if isinstance(weight, CodesWeight):
-            return self._linear_codes(x, weight, bias)
+        if isinstance(weight, QuantizedWeight):
+            return self._linear_quantized(x, weight, bias)
         tokens, (rows, inner), kernels = len(x), weight.shape, self.kernels
         if not (kernels.deterministic and kernels.tensor_matmul) or inner % 8:
             return self._linear(x, weight, bias)
@@ -214,32 +214,32 @@ class CudaBackend:
             kernels.launch_plan(plan, x[first:], weight.view, to, count, tokens, plan.share)
         return Matmul(planes, bias, -(-inner // cu.STEP_COLUMNS), plan.share)
 
-    def _linear_codes(self, x: Any, weight: CodesWeight, bias: Any | None) -> Matmul:
-        form, tokens, most = weight.form, len(x), codes_tokens(self.kernels.card, weight.form)
+    def _linear_quantized(self, x: Any, weight: QuantizedWeight, bias: Any | None) -> Matmul:
+        form, tokens, most = weight.form, len(x), quantized_tokens(self.kernels.card, weight.form)
         same = self.deterministic
-        plan = codes_plan(self.kernels.card, form, min(tokens, most), same)
+        plan = quantized_plan(self.kernels.card, form, min(tokens, most), same)
         planes = cupy.empty((plan.parts, tokens, form.rows), np.float32)
         for first in range(0, tokens, most):
             count = min(most, tokens - first)
-            plan = codes_plan(self.kernels.card, form, count, same)
+            plan = quantized_plan(self.kernels.card, form, count, same)
             arguments = x[first:], weight.view, planes[:, first:], count, tokens, plan.share
             self.kernels.launch_plan(plan, *arguments)
-        return Matmul(planes, bias, -(-form.inner // cu.CODES_UNIT), plan.share, cu.CODES_PANEL)
+        return Matmul(planes, bias, -(-form.inner // cu.QUANTIZED_UNIT), plan.share, cu.QUANTIZED_PANEL)
 
-    def _for_tokens(self, weight: Weight | CodesWeight, tokens: int) -> Weight | CodesWeight:
+    def _for_tokens(self, weight: Weight | QuantizedWeight, tokens: int) -> Weight | QuantizedWeight:
         """A matrix as a matmul of so many tokens takes it: many are not bound by reading it."""
-        stays = self.deterministic or tokens <= MOST_CODES_TOKENS
-        return weight if stays or not isinstance(weight, CodesWeight) else self._widened(weight)
+        stays = self.deterministic or tokens <= MOST_QUANTIZED_TOKENS
+        return weight if stays or not isinstance(weight, QuantizedWeight) else self._dequantized(weight)
 
-    def _widened(self, weight: CodesWeight) -> Weight:
+    def _dequantized(self, weight: QuantizedWeight) -> Weight:
         values = cupy.empty(weight.shape, np.uint16)
-        self.kernels.launch_plan(widen_plan(weight.form), weight.view, values)
+        self.kernels.launch_plan(dequantize_plan(weight.form), weight.view, values)
         return Weight(values, fresh=True)
 
-    def prefill_linear(self, x: Any, weight: Weight | CodesWeight, bias: Any | None = None) -> Matmul:
+    def prefill_linear(self, x: Any, weight: Weight | QuantizedWeight, bias: Any | None = None) -> Matmul:
         weight = self._for_tokens(weight, len(x))
-        if isinstance(weight, CodesWeight):
-            return self._linear_codes(x, weight, bias)
+        if isinstance(weight, QuantizedWeight):
+            return self._linear_quantized(x, weight, bias)
         kernels, splits = self.kernels, 1 if self.kernels.deterministic else None
         plan = matmul_plan(kernels.card, kernels.tensor_matmul, len(x), *weight.shape, splits)
         if len(x) > cu.SKINNY_TOKENS and plan.kernel != "linear_hopper" and not splits:
@@ -298,11 +298,11 @@ class CudaBackend:
         )
         return q, k, v
 
-    def gated_linear(self, x: Any, gate_up: Weight | CodesWeight, prefill: bool) -> Any:
+    def gated_linear(self, x: Any, gate_up: Weight | QuantizedWeight, prefill: bool) -> Any:
         kernels, tokens, (rows, inner) = self.kernels, len(x), gate_up.shape
         gate_up = self._for_tokens(gate_up, tokens)
-        if isinstance(gate_up, CodesWeight):
-            return self.silu_gate(self._linear_codes(x, gate_up, None))
+        if isinstance(gate_up, QuantizedWeight):
+            return self.silu_gate(self._linear_quantized(x, gate_up, None))
         splits = None
         if kernels.deterministic and kernels.card.hopper:
             splits = 1 if prefill else usual_splits(kernels.card, rows, inner)
@@ -437,19 +437,19 @@ class CudaBackend:
 
     # -- sampling
 
-    def propose(self, hidden: Any, head: Weight | CodesWeight, batch: DeviceBatch) -> Any:
+    def propose(self, hidden: Any, head: Weight | QuantizedWeight, batch: DeviceBatch) -> Any:
         results = batch.buffers.results
         slices, kept, vocab = self._sliced(hidden, head, batch, batch.samples)
         arguments = (slices, slices.shape[1], kept, vocab, batch.view, *results)
         self.kernels.launch("sample", (results.shape[1],), cu.SAMPLE_THREADS, *arguments)
         return results
 
-    def logits(self, hidden: Any, head: Weight | CodesWeight, batch: DeviceBatch) -> np.ndarray:
+    def logits(self, hidden: Any, head: Weight | QuantizedWeight, batch: DeviceBatch) -> np.ndarray:
         _, kept, _ = self._sliced(hidden, head, batch, True)
         return kept.get()[batch.buffers.masked_logits]
 
     def _sliced(
-        self, hidden: Any, head: Weight | CodesWeight, batch: DeviceBatch, keep: bool
+        self, hidden: Any, head: Weight | QuantizedWeight, batch: DeviceBatch, keep: bool
     ) -> tuple[Any, Any, int]:
         """What each slice of the masked rows' logits has, if asked for the logits, and their number."""
         rows, width = batch.buffers.results.shape[1], hidden.shape[1]

@@ -7,8 +7,8 @@ from functools import lru_cache
 from math import ceil
 from operator import itemgetter
 
-from losart.backends.cuda.codes import CodesForm
 from losart.backends.cuda.plans import Card, Plan
+from losart.backends.cuda.quantized import QuantizedForm
 from losart.kernels_cu import constants as cu
 
 TILE_WIDTHS = (256, 192, 128, 64)  # rows of a tile of linear_hopper
@@ -22,7 +22,7 @@ LEAST_STEPS = 8  # of a split
 SILU_CLOCKS = 4000  # of a launch of silu_gate, but for what it reads and writes
 MIDDLING_TOKENS = 256
 MOST_SKINNY_ON_HOPPER = 32  # by single matmuls on an H200; of up to 32 tokens linear_tensor sums alike
-CODES_TILES = (2, 4, 8)  # of 8 tokens, by linear_codes
+QUANTIZED_TILES = (2, 4, 8)  # of 8 tokens, by linear_quantized
 CODES_AHEAD = 72 << 10  # bytes of codes that an SM has asked for: more would leave no room for other kernels
 MIN_SHARE = 16  # units per block of linear_tensor with one block per SM: adding up planes costs time too
 
@@ -71,22 +71,22 @@ def matmul_plan(
 
 
 @lru_cache(1024)
-def codes_plan(card: Card, form: CodesForm, tokens: int, same_sums: bool = False) -> Plan:
+def quantized_plan(card: Card, form: QuantizedForm, tokens: int, same_sums: bool = False) -> Plan:
     """A matmul [tokens, inner] by a matrix of codes.
 
     With `same_sums` sums are divided alike for any number of tokens.
     """
-    tiles = next(n for n in CODES_TILES if 8 * n >= tokens)
+    tiles = next(n for n in QUANTIZED_TILES if 8 * n >= tokens)
     # Twice as many threads have half as many registers each.
     few_registers = tiles == 2 or (tiles == 4 and card.hopper and not form.zeros and form.unit_groups < 4)
     k_groups = 2 if few_registers and not same_sums else 1
     buffers = _code_buffers(card, form, tiles, k_groups)
     if buffers is None:
         buffers, k_groups = _code_buffers(card, form, tiles, 1), 1
-    assert buffers is not None, "codes_tokens says how many tokens there may be"
+    assert buffers is not None, "quantized_tokens says how many tokens there may be"
     stages, x_units, x_stages, shared = buffers
-    panel_units = ceil(form.inner / cu.CODES_UNIT)
-    units = form.padded_rows // cu.CODES_PANEL * panel_units
+    panel_units = ceil(form.inner / cu.QUANTIZED_UNIT)
+    units = form.padded_rows // cu.QUANTIZED_PANEL * panel_units
     share = ceil(units / card.sms)
     defines = (
         *form.defines,
@@ -98,26 +98,28 @@ def codes_plan(card: Card, form: CodesForm, tokens: int, same_sums: bool = False
         ("X_UNITS", x_units),
         ("X_STAGES", x_stages),
     )
-    threads = cu.CODES_PANEL // cu.CODE_ROWS * k_groups * cu.WARP
+    threads = cu.QUANTIZED_PANEL // cu.CODE_ROWS * k_groups * cu.WARP
     grid, parts = (ceil(units / share),), (panel_units - 1) // share + 2
-    return Plan("linear_codes", grid, threads, shared, defines, parts=parts, share=share)
+    return Plan("linear_quantized", grid, threads, shared, defines, parts=parts, share=share)
 
 
-def codes_tokens(card: Card, form: CodesForm) -> int:
-    """Tokens that `codes_plan` takes at most."""
-    return 8 * max(n for n in CODES_TILES if _code_buffers(card, form, n, 1))
+def quantized_tokens(card: Card, form: QuantizedForm) -> int:
+    """Tokens that `quantized_plan` takes at most."""
+    return 8 * max(n for n in QUANTIZED_TILES if _code_buffers(card, form, n, 1))
 
 
-def _code_buffers(card: Card, form: CodesForm, tiles: int, k_groups: int) -> tuple[int, int, int, int] | None:
-    """STAGES, X_UNITS, X_STAGES and shared memory of linear_codes; None: there is too little of it."""
-    steps = cu.CODES_UNIT // cu.STEP_COLUMNS  # each of which has its scales
+def _code_buffers(
+    card: Card, form: QuantizedForm, tiles: int, k_groups: int
+) -> tuple[int, int, int, int] | None:
+    """STAGES, X_UNITS, X_STAGES and shared memory of linear_quantized; None: there is too little of it."""
+    steps = cu.QUANTIZED_UNIT // cu.STEP_COLUMNS  # each of which has its scales
     of_row = max(steps, form.unit_groups) * ((4 if form.wide_scales else 2) + 2 * form.zeros)
-    unit = cu.CODES_PANEL * (form.bits * cu.CODES_UNIT // 8 + of_row)
-    x = tiles * 8 * (cu.CODES_UNIT * 2 + 64)
-    sums = (k_groups - 1) * tiles * 8 * cu.CODES_PANEL * 4
+    unit = cu.QUANTIZED_PANEL * (form.bits * cu.QUANTIZED_UNIT // 8 + of_row)
+    x = tiles * 8 * (cu.QUANTIZED_UNIT * 2 + 64)
+    sums = (k_groups - 1) * tiles * 8 * cu.QUANTIZED_PANEL * 4
     for stages in range(max(2, CODES_AHEAD // unit + 1), 1, -1):
         # All threads have as many pieces of x to copy.
-        for x_units in (n for n in (4, 2, 1) if 2 * k_groups <= n * tiles <= CODES_TILES[-1]):
+        for x_units in (n for n in (4, 2, 1) if 2 * k_groups <= n * tiles <= QUANTIZED_TILES[-1]):
             x_stages = ceil((stages - 1) / x_units) + 1
             shared = stages * unit + x_stages * x_units * x + sums
             if shared <= card.shared_per_block:
@@ -125,28 +127,28 @@ def _code_buffers(card: Card, form: CodesForm, tiles: int, k_groups: int) -> tup
     return None
 
 
-def embedding_plan(form: CodesForm, tokens: int) -> Plan:
+def embedding_plan(form: QuantizedForm, tokens: int) -> Plan:
     """Rows of a matrix of codes."""
-    grid = (ceil(form.inner // 8 / cu.CODES_THREADS), tokens)
-    return Plan("embedding_codes", grid, cu.CODES_THREADS, 0, form.defines)
+    grid = (ceil(form.inner // 8 / cu.QUANTIZED_THREADS), tokens)
+    return Plan("embedding_quantized", grid, cu.QUANTIZED_THREADS, 0, form.defines)
 
 
-def pack_plan(form: CodesForm, count: int) -> Plan:
+def pack_plan(form: QuantizedForm, count: int) -> Plan:
     """Packing so many rows of codes."""
-    grid = (ceil(count * (form.inner // 8) / cu.CODES_THREADS),)
-    return Plan("pack_codes", grid, cu.CODES_THREADS, 0, form.defines)
+    grid = (ceil(count * (form.inner // 8) / cu.QUANTIZED_THREADS),)
+    return Plan("pack_quantized", grid, cu.QUANTIZED_THREADS, 0, form.defines)
 
 
-def widen_plan(form: CodesForm) -> Plan:
+def dequantize_plan(form: QuantizedForm) -> Plan:
     """All of a matrix of codes as numbers of 16 bits."""
-    grid = (ceil(form.rows * (form.inner // 8) / cu.CODES_THREADS),)
-    return Plan("widen_codes", grid, cu.CODES_THREADS, 0, form.defines)
+    grid = (ceil(form.rows * (form.inner // 8) / cu.QUANTIZED_THREADS),)
+    return Plan("dequantize", grid, cu.QUANTIZED_THREADS, 0, form.defines)
 
 
-def round_plan(form: CodesForm, count: int) -> Plan:
+def quantize_plan(form: QuantizedForm, count: int) -> Plan:
     """Rounding so many rows of numbers to codes."""
-    grid = (ceil(count * form.groups / (cu.CODES_THREADS // cu.WARP)),)
-    return Plan("round_codes", grid, cu.CODES_THREADS, 0, form.defines[:1])
+    grid = (ceil(count * form.groups / (cu.QUANTIZED_THREADS // cu.WARP)),)
+    return Plan("quantize", grid, cu.QUANTIZED_THREADS, 0, form.defines[:1])
 
 
 def usual_splits(card: Card, rows: int, inner: int) -> int:

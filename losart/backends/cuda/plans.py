@@ -75,9 +75,9 @@ class Plan:
     parts : int
         Matmuls: planes of partial sums; attention over the prefix or to a piece: parts to be merged.
     share : int
-        linear_tensor, linear_codes: units per block; dense prefix attention: parts of one cache by itself;
-        page scores and sparse attention: thread blocks per sequence, 0 where they are divided by active
-        tokens.
+        linear_tensor, linear_quantized: units per block; dense prefix attention: parts of one cache by
+        itself; page scores and sparse attention: thread blocks per sequence, 0 where they are divided by
+        active tokens.
     tile : int
         Dense prefix attention: positions in a tile; 0 where every cache has as many parts.
     capacity : int

@@ -10,15 +10,15 @@ from typing import Any
 from losart.config.precision import Format
 from losart.kernels_cu import Defines
 from losart.kernels_cu import constants as cu
-from losart.kernels_cu.views import CodesView
+from losart.kernels_cu.views import QuantizedView
 from losart.loaders.quantized.tensor import bits_of
 
 CODES = {"int4": cu.INT4, "int8": cu.INT8, "float8": cu.FLOAT8}
 
 
 @dataclass(frozen=True)
-class CodesForm:
-    """How a matrix [rows, inner] of codes is held (kernels_cu/matmul/codes.cuh).
+class QuantizedForm:
+    """How a matrix [rows, inner] of codes is held (kernels_cu/matmul/quantized.cuh).
 
     Attributes
     ----------
@@ -46,23 +46,23 @@ class CodesForm:
 
     @property
     def unit_groups(self) -> int:
-        """Of a unit of linear_codes, which may share its only one with others."""
-        return max(1, cu.CODES_UNIT // self.group)
+        """Of a unit of linear_quantized, which may share its only one with others."""
+        return max(1, cu.QUANTIZED_UNIT // self.group)
 
     @property
     def groups(self) -> int:
         """Of a row, with those that pad the last unit."""
-        return ceil(self.inner / max(self.group, cu.CODES_UNIT)) * self.unit_groups
+        return ceil(self.inner / max(self.group, cu.QUANTIZED_UNIT)) * self.unit_groups
 
     @property
     def padded_rows(self) -> int:
         """With those that pad the last panel."""
-        return _up(self.rows, cu.CODES_PANEL)
+        return _up(self.rows, cu.QUANTIZED_PANEL)
 
     @property
     def code_bytes(self) -> int:
         """That all codes take."""
-        return self.padded_rows * _up(self.inner, cu.CODES_UNIT) * self.bits // 8
+        return self.padded_rows * _up(self.inner, cu.QUANTIZED_UNIT) * self.bits // 8
 
     @property
     def nbytes(self) -> int:
@@ -78,12 +78,12 @@ class CodesForm:
 
 def is_compiled(dtype: str, group: int, zeros: bool, wide_scales: bool) -> bool:
     """Whether kernels take codes with such groups, zeros and scales: what checkpoints have."""
-    if group % cu.CODES_UNIT and group != cu.STEP_COLUMNS:
+    if group % cu.QUANTIZED_UNIT and group != cu.STEP_COLUMNS:
         return group == cu.STEP_COLUMNS // 2 and dtype == "int4" and not wide_scales
     return not zeros or (dtype != "float8" and not wide_scales)
 
 
-def codes_form(tensors: Sequence[Any], format: Format, valid: bool = False) -> CodesForm | None:
+def quantized_form(tensors: Sequence[Any], format: Format, valid: bool = False) -> QuantizedForm | None:
     """How a checkpoint's matrices [out_i, in], joined along `out`, are held as codes.
 
     With `valid` codes that are NaN are not looked for, which takes reading all of them. None where the
@@ -101,27 +101,27 @@ def codes_form(tensors: Sequence[Any], format: Format, valid: bool = False) -> C
     zeros = any(one.has_zeros and bool(one.zeros(0, one.shape[0]).any()) for one in tensors)
     wide = any(one.scale_dtype != format.name for one in tensors)
     # Columns that pad a row must be 0.
-    if not is_compiled(dtype, group, zeros, wide) or (zeros and inner % cu.CODES_UNIT):
+    if not is_compiled(dtype, group, zeros, wide) or (zeros and inner % cu.QUANTIZED_UNIT):
         return None
-    return CodesForm(sum(one.shape[0] for one in tensors), inner, dtype, group, zeros, wide)
+    return QuantizedForm(sum(one.shape[0] for one in tensors), inner, dtype, group, zeros, wide)
 
 
 def _group(tensor: Any) -> int:
-    """Columns that share a scale, as of `CodesForm`."""
+    """Columns that share a scale, as of `QuantizedForm`."""
     columns = tensor.shape[1]
-    return tensor.group if tensor.group < columns else _up(columns, cu.CODES_UNIT)
+    return tensor.group if tensor.group < columns else _up(columns, cu.QUANTIZED_UNIT)
 
 
 def _up(count: int, unit: int) -> int:
     return ceil(count / unit) * unit
 
 
-class CodesWeight:
+class QuantizedWeight:
     """A matrix [rows, inner] of codes on the device.
 
     Parameters
     ----------
-    form : CodesForm
+    form : QuantizedForm
     codes : uint32 array
     scales : array
         float32, or the bits of activations' format.
@@ -129,15 +129,15 @@ class CodesWeight:
 
     Attributes
     ----------
-    view : CodesView
+    view : QuantizedView
         As kernels take it.
     """
 
-    def __init__(self, form: CodesForm, codes: Any, scales: Any, zeros: Any | None) -> None:
+    def __init__(self, form: QuantizedForm, codes: Any, scales: Any, zeros: Any | None) -> None:
         self.form = form
         self._arrays = codes, scales, zeros
         addresses = codes.data.ptr, scales.data.ptr, None if zeros is None else zeros.data.ptr
-        self.view = CodesView(*addresses, form.rows, form.inner, form.group, form.groups)
+        self.view = QuantizedView(*addresses, form.rows, form.inner, form.group, form.groups)
 
     @property
     def shape(self) -> tuple[int, int]:

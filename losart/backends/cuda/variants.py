@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from losart.backends.cuda.codes import CODES, CodesForm, is_compiled
 from losart.backends.cuda.matmul_plans import (
-    CODES_TILES,
-    codes_plan,
-    codes_tokens,
+    QUANTIZED_TILES,
+    dequantize_plan,
     embedding_plan,
     hopper_matmul_plans,
     matmul_plan,
     pack_plan,
-    round_plan,
-    widen_plan,
+    quantize_plan,
+    quantized_plan,
+    quantized_tokens,
 )
 from losart.backends.cuda.plans import (
     Card,
@@ -26,6 +25,7 @@ from losart.backends.cuda.plans import (
     scores_plan,
     sparse_plan,
 )
+from losart.backends.cuda.quantized import CODES, QuantizedForm, is_compiled
 from losart.kernels_cu import Defines
 
 # A card of each architecture, by the maker's figures.
@@ -49,16 +49,16 @@ PLANNED = (
     "page_scores",
     "page_masses",
     "block_attention",
-    "embedding_codes",
-    "pack_codes",
-    "widen_codes",
-    "round_codes",
+    "embedding_quantized",
+    "pack_quantized",
+    "dequantize",
+    "quantize",
 )
 TOKENS = (1, 4, 16, 20, 32, 33, 44, 52, 64)
 HEADS = ((8, 8), (16, 8), (32, 8), (8, 1))  # and kv heads
 HEAD_DIMS = (64, 80, 128)
 FORMS = tuple(
-    CodesForm(1024, 1024, dtype, group, zeros, wide)
+    QuantizedForm(1024, 1024, dtype, group, zeros, wide)
     for dtype in CODES
     for group in (32, 64, 128)
     for zeros in (False, True)
@@ -82,10 +82,15 @@ def plans(card: Card) -> Iterator[Plan]:
                 yield causal_plan(card, tensor, 2048, heads, kv_heads, head_dim)
                 yield from (block_plan(card, tokens, heads, 16, False) for tokens in (16, 1024))
     for form in FORMS:
-        most = codes_tokens(card, form)
-        counts = [8 * n for n in CODES_TILES if 8 * n <= most]
-        yield from (codes_plan(card, form, count, same) for count in counts for same in (False, True))
-        yield from (embedding_plan(form, 1), pack_plan(form, 1), widen_plan(form), round_plan(form, 1))
+        most = quantized_tokens(card, form)
+        counts = [8 * n for n in QUANTIZED_TILES if 8 * n <= most]
+        yield from (quantized_plan(card, form, count, same) for count in counts for same in (False, True))
+        yield from (
+            embedding_plan(form, 1),
+            pack_plan(form, 1),
+            dequantize_plan(form),
+            quantize_plan(form, 1),
+        )
     if card.hopper:
         for gated in (False, True):
             yield from (plan for _, plan in hopper_matmul_plans(card, 2048, 4096, 4096, gated))

@@ -9,9 +9,9 @@ import cupy
 import numpy as np
 
 from losart.backends.cpu.convert import float32_rows, narrow, widen
-from losart.backends.cuda.codes import CodesForm, CodesWeight, codes_form
 from losart.backends.cuda.kernels import Kernels
-from losart.backends.cuda.matmul_plans import pack_plan, round_plan
+from losart.backends.cuda.matmul_plans import pack_plan, quantize_plan
+from losart.backends.cuda.quantized import QuantizedForm, QuantizedWeight, quantized_form
 from losart.backends.cuda.results import Weight
 from losart.errors import TensorError
 from losart.loaders.quantized.tensor import QuantizedTensor
@@ -37,10 +37,10 @@ class WeightLoader:
         self._stream = stream
         self._staging = cupy.cuda.alloc_pinned_memory(STAGING_BYTES)
 
-    def matrix(self, *tensors: Any) -> Weight | CodesWeight:
+    def matrix(self, *tensors: Any) -> Weight | QuantizedWeight:
         """Tensors [out_i, in] as one matrix [sum of out_i, in]."""
-        if (form := codes_form(tensors, self._format)) is not None:
-            return self._codes(form, tensors)
+        if (form := quantized_form(tensors, self._format)) is not None:
+            return self._quantized(form, tensors)
         rows = sum(tensor.shape[0] for tensor in tensors)
         values = cupy.empty((rows, tensors[0].shape[1]), self._format.bits_array)
         first = 0
@@ -53,12 +53,12 @@ class WeightLoader:
         """Tensors one after the other, in float32."""
         return cupy.asarray(np.concatenate([widen(tensor.array()) for tensor in tensors]))
 
-    def _codes(self, form: CodesForm, tensors: tuple[Any, ...]) -> CodesWeight:
+    def _quantized(self, form: QuantizedForm, tensors: tuple[Any, ...]) -> QuantizedWeight:
         shape = form.padded_rows, form.groups
         codes = cupy.empty(form.code_bytes // 4, np.uint32)
         scales = self._zeroed(shape, np.float32 if form.wide_scales else np.uint16)
         codes.data.memset_async(PADDING[form.dtype], codes.nbytes, self._stream)
-        weight = CodesWeight(form, codes, scales, self._zeroed(shape, np.uint16) if form.zeros else None)
+        weight = QuantizedWeight(form, codes, scales, self._zeroed(shape, np.uint16) if form.zeros else None)
         first = 0
         for tensor in tensors:
             rows, columns = tensor.shape
@@ -85,7 +85,7 @@ class WeightLoader:
         array.data.memset_async(0, array.nbytes, self._stream)
         return array
 
-    def _rounded(self, form: CodesForm, tensor: Any, start: int, stop: int) -> tuple[Any, ...]:
+    def _rounded(self, form: QuantizedForm, tensor: Any, start: int, stop: int) -> tuple[Any, ...]:
         """What `rows_to_pack` gives, of a matrix of 16 bits, which the device rounds."""
         count = stop - start
         values = cupy.empty((count, form.inner), np.uint16)
@@ -96,7 +96,7 @@ class WeightLoader:
             cupy.empty((count, form.inner // tensor.group), np.float32),
         )
         wrong = self._zeroed(1, np.int32)
-        plan = round_plan(form, count)
+        plan = quantize_plan(form, count)
         self._kernels.launch_plan(plan, values, codes, scales, wrong, count, form.inner, tensor.group)
         if wrong.get(self._stream)[0]:
             source = tensor.source
@@ -136,9 +136,9 @@ class WeightLoader:
 
 
 def rows_to_pack(
-    form: CodesForm, tensor: Any, start: int, stop: int
+    form: QuantizedForm, tensor: Any, start: int, stop: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """Codes, scales and zeros of some rows as pack_codes takes them.
+    """Codes, scales and zeros of some rows as pack_quantized takes them.
 
     Returns
     -------
