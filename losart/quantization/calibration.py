@@ -119,6 +119,8 @@ class Calibration:
     ------
     OptionError
         The checkpoint names no mask token.
+    DataError
+        The text is shorter than a block.
     """
 
     def __init__(self, checkpoint: Checkpoint, ids: list[int], format: WeightFormat, seed: int = 0) -> None:
@@ -126,7 +128,9 @@ class Calibration:
         config = checkpoint.config
         self._options = generation_config(config, {})
         length = self._options.block_length
-        size = min(SEQUENCE, len(ids), config.max_positions) // length * length
+        size = min(max(SEQUENCE, length), len(ids), config.max_positions) // length * length
+        if not size:
+            raise DataError(f"calibration: the text has {len(ids)} tokens, and a block {length}")
         count = len(ids) // size
         self._ids = np.array(ids[: count * size], np.int64).reshape(count, size)
         rng = np.random.default_rng(seed)

@@ -198,6 +198,13 @@ def test_a_calibrated_model_is_nearer(checkpoint, tmp_path):
     assert calibrated < 0.8 * rounded
 
 
+def test_a_text_shorter_than_a_block(tmp_path):
+    source = open_checkpoint(write_checkpoint(tmp_path / "source", block_length=512, **SIZES))
+    with pytest.raises(DataError, match="the text has 300 tokens, and a block 512"):
+        Calibration(source, [1] * 300, WeightFormat("int8"))
+    assert Calibration(source, [1] * 1600, WeightFormat("int8"))._ids.shape == (1, 1024)
+
+
 def test_texts(checkpoint, tmp_path):
     source, file = open_checkpoint(checkpoint), tmp_path / "text.txt"
     file.write_text("ä" * 40000)  # the first piece may end within a character
