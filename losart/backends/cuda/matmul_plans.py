@@ -23,7 +23,7 @@ SILU_CLOCKS = 4000  # of a launch of silu_gate, but for what it reads and writes
 MIDDLING_TOKENS = 256
 MOST_SKINNY_ON_HOPPER = 32  # by single matmuls on an H200; of up to 32 tokens linear_tensor sums alike
 QUANTIZED_TILES = (2, 4, 8)  # of 8 tokens, by linear_quantized
-CODES_AHEAD = 72 << 10  # bytes of codes that an SM has asked for: more would leave no room for other kernels
+QUANTIZED_STAGES = 3  # of linear_quantized: more would leave no room for other kernels on the SM
 MIN_SHARE = 16  # units per block of linear_tensor with one block per SM: adding up planes costs time too
 
 
@@ -117,7 +117,7 @@ def _code_buffers(
     unit = cu.QUANTIZED_PANEL * (form.bits * cu.QUANTIZED_UNIT // 8 + of_row)
     x = tiles * 8 * (cu.QUANTIZED_UNIT * 2 + 64)
     sums = (k_groups - 1) * tiles * 8 * cu.QUANTIZED_PANEL * 4
-    for stages in range(max(2, CODES_AHEAD // unit + 1), 1, -1):
+    for stages in range(QUANTIZED_STAGES, 1, -1):
         # All threads have as many pieces of x to copy.
         for x_units in (n for n in (4, 2, 1) if 2 * k_groups <= n * tiles <= QUANTIZED_TILES[-1]):
             x_stages = ceil((stages - 1) / x_units) + 1
