@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
-from losart.config.precision import DTYPES, FORMATS, Precision
+from losart.config.precision import DTYPES, FORMATS, KV_FORMATS, Precision
 from losart.errors import DeviceError
 from losart.kernels_cu.compiler import architecture_of, cached_cubin
 from losart.kernels_cu.constants import define_lines
@@ -35,14 +36,24 @@ class KernelFile:
     spills: bool = False
 
     @property
+    def reads_cache(self) -> bool:
+        """Whether it depends on the format of keys and values."""
+        return "cache/layout.cuh" in self.headers
+
+    @property
     def sixteen_bit(self) -> bool:
         """Whether what it multiplies must be held in a format of 16 bits: on tensor cores."""
         return "common/tensor.cuh" in self.headers
 
-    @property
-    def dtypes(self) -> tuple[str, ...]:
-        """Formats in which weights, keys and values, and activations may all be held."""
-        return tuple(name for name in DTYPES if not self.sixteen_bit or FORMATS[name].bits == 16)
+    def precisions(self, dtypes: Collection[str] = DTYPES) -> list[Precision]:
+        """Those that it may be compiled for with these formats of activations; each makes another kernel."""
+        kvs = ("auto", *KV_FORMATS) if self.reads_cache else ("auto",)
+        fitting = (name for name in dtypes if not self.sixteen_bit or FORMATS[name].bits == 16)
+        return [Precision.of(dtype, kv) for dtype in fitting for kv in kvs]
+
+    def compiled(self, precision: Precision) -> Precision:
+        """The one of `precisions` by which it is compiled for a model's."""
+        return precision if self.reads_cache else replace(precision, kv=precision.activations)
 
 
 VIEWS = "common/views.cuh"
@@ -56,14 +67,17 @@ COMMON = (
 )
 PLANES = ("matmul/planes.cuh",)
 TENSOR_MATMUL = ("matmul/operands.cuh", "common/tensor.cuh")
-QUANTIZED = (*TENSOR_MATMUL, "matmul/quantized.cuh")
-CACHE = ("cache/layout.cuh",)
-TENSOR_CACHE = ("cache/layout.cuh", "cache/operands.cuh", "common/tensor.cuh")
+FLOAT8 = "common/float8.cuh"
+QUANTIZED = (*TENSOR_MATMUL, "common/codes.cuh", "matmul/quantized.cuh")
+PAGES = ("cache/pages.cuh",)
+CACHE = (*PAGES, FLOAT8, "cache/layout.cuh")
+TENSOR_CACHE = (*CACHE, "cache/operands.cuh", "common/tensor.cuh", "common/codes.cuh", "cache/codes.cuh")
 PLAIN_ATTENTION = (*CACHE, "attention/rows.cuh", "attention/plain.cuh")
 FRAGMENTS = (*TENSOR_CACHE, "attention/rows.cuh", "attention/fragments.cuh")
 TENSOR_ATTENTION = (*FRAGMENTS, "attention/tensor.cuh")
-HOPPER_ATTENTION = (*FRAGMENTS, "common/hopper.cuh", "attention/hopper.cuh")
-TOP_PAGES = (*CACHE, "selection/choose_top.cuh")
+HOPPER_STAGES = (*FRAGMENTS, "common/hopper.cuh", "attention/hopper_stages.cuh")
+HOPPER_ATTENTION = (*HOPPER_STAGES, "attention/hopper.cuh")
+TOP_PAGES = (*PAGES, "selection/choose_top.cuh")
 FILES = {
     "embedding": KernelFile("matmul"),
     "linear": KernelFile("matmul"),
@@ -74,15 +88,17 @@ FILES = {
     "embedding_quantized": KernelFile("matmul", QUANTIZED),
     "pack_quantized": KernelFile("matmul", QUANTIZED),
     "dequantize": KernelFile("matmul", QUANTIZED),
-    "quantize": KernelFile("matmul"),
+    "quantize": KernelFile("matmul", (FLOAT8,)),
     "silu_gate": KernelFile("matmul", PLANES),
     "add_rms_norm": KernelFile("norm", PLANES),
     "rotations": KernelFile("norm"),
     "split_heads": KernelFile("norm", PLANES),
+    "kv_quantize": KernelFile("cache", CACHE),
     "cache_write": KernelFile("cache", CACHE),
     "prefix_attention": KernelFile("attention", PLAIN_ATTENTION, spills=True),
     "prefix_attention_tensor": KernelFile("attention", TENSOR_ATTENTION),
     "prefix_attention_hopper": KernelFile("attention", HOPPER_ATTENTION),
+    "prefix_attention_hopper_codes": KernelFile("attention", HOPPER_STAGES),
     "sparse_attention": KernelFile("attention", (*PLAIN_ATTENTION, "attention/page_list.cuh"), spills=True),
     "sparse_attention_tensor": KernelFile("attention", (*TENSOR_ATTENTION, "attention/page_list.cuh")),
     "causal_attention": KernelFile("attention", PLAIN_ATTENTION, spills=True),
@@ -91,8 +107,11 @@ FILES = {
     "merge_parts": KernelFile("attention", ("attention/parts.cuh",)),
     "block_attention": KernelFile("attention", ("attention/parts.cuh",)),
     "query_change": KernelFile("selection"),
-    "page_scores": KernelFile("selection", (*CACHE, "selection/bounds.cuh")),
-    "page_scores_tensor": KernelFile("selection", (*TENSOR_CACHE, "selection/bounds.cuh")),
+    "page_scores": KernelFile("selection", (*PAGES, "selection/bounds.cuh")),
+    "page_scores_tensor": KernelFile(
+        "selection",
+        (*PAGES, "cache/operands.cuh", "common/tensor.cuh", "common/codes.cuh", "selection/bounds.cuh"),
+    ),
     "page_masses": KernelFile("selection", PLAIN_ATTENTION, spills=True),
     "page_masses_tensor": KernelFile("selection", TENSOR_ATTENTION),
     "mark_pages": KernelFile("selection", TOP_PAGES),
@@ -120,6 +139,7 @@ def compile_options(precision: Precision, defines: Defines = ()) -> tuple[str, .
         ("LOSART_WEIGHTS", precision.weights.code),
         ("LOSART_KV", precision.kv.code),
         ("LOSART_ACTIVATIONS", precision.activations.code),
+        ("LOSART_KV_OPERANDS", precision.kv_operands.code),
         *defines,
     )
     return ("--std=c++17", *(f"-D{name}={value}" for name, value in macros))
@@ -143,7 +163,7 @@ def kernel(name: str, precision: Precision, defines: Defines = ()) -> Kernel:
     """
     import cupy
 
-    return _kernel(cupy.cuda.runtime.getDevice(), name, precision, defines)
+    return _kernel(cupy.cuda.runtime.getDevice(), name, FILES[name].compiled(precision), defines)
 
 
 def prebuilt_for(capability: tuple[int, int]) -> bool:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from losart.config import precision
-from losart.config.precision import FORMATS
+from losart.config.precision import FORMATS, KV_FORMATS
 
 WARP = 32
 WARPGROUP = 128  # threads; capability 9.0
@@ -74,4 +74,5 @@ def define_lines() -> str:
     """These constants and the codes of formats (FLOAT32 and so on) as `#define` lines."""
     constants = {name: value for name, value in globals().items() if isinstance(value, int)}
     codes = {format.name.upper(): format.code for format in FORMATS.values()}
+    codes |= {f"KV_{format.name.upper()}": format.code for format in KV_FORMATS.values()}
     return "".join(f"#define {name} {value}\n" for name, value in (constants | codes).items())

@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.cuda.noise import BFLOAT16, NoiseBackend, block_options, held_bytes, model_config, shapes
+from benchmarks.cuda.noise import NoiseBackend, block_options, held_bytes, model_config, shapes
 from benchmarks.cuda.timing import run_microseconds
 from losart.config.options import AttentionConfig
+from losart.config.precision import Precision
 from losart.engine.batch import PassBatch, PassKind, PassResult
 from losart.engine.kv_cache import PagedKVCache
 from losart.measure.bench import BlockPasses
@@ -33,6 +34,8 @@ class NoiseModel:
         As of `losart.load`.
     weights : str
         As of NoiseBackend.
+    kv : str
+        As of `losart.load`.
     """
 
     def __init__(
@@ -41,9 +44,10 @@ class NoiseModel:
         transformer: type[Transformer] = Transformer,
         deterministic: bool = False,
         weights: str = "bfloat16",
+        kv: str = "auto",
     ) -> None:
         self.config = model_config(size)
-        self.backend = NoiseBackend(self.config, BFLOAT16, deterministic, weights)
+        self.backend = NoiseBackend(self.config, Precision.of("bfloat16", kv), deterministic, weights)
         self.transformer: Any = transformer(self.config, shapes(self.config), self.backend)
 
     @property

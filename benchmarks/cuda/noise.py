@@ -17,7 +17,7 @@ from losart.backends.cuda.quantized import QuantizedForm, QuantizedWeight
 from losart.backends.cuda.results import Weight
 from losart.config.model import ModelConfig
 from losart.config.options import AttentionConfig, GenerationConfig, generation_config
-from losart.config.precision import Precision
+from losart.config.precision import KV_FLOAT8, KV_FORMATS, Format, Precision
 from losart.engine.batch import PassBatch, PassKind, SequencePass
 from losart.loaders.families.sdar import SDAR
 from losart.measure.random_checkpoint import SIZES
@@ -122,9 +122,21 @@ def filled_cache(backend: CudaBackend, prefix: int, room: int = 0) -> Any:
     cache.reserve(prefix + room)
     with backend.memory.stream:
         for kv, _ in cache.table.chunks:
-            noise(np.float32(1.0), kv)
+            fill_with_noise(kv, backend.precision.kv, backend.config.head_dim)
     cache.length = prefix
     return cache
+
+
+def fill_with_noise(kv: Any, format: Format, head_dim: int) -> None:
+    """Keys and values of a chunk, and where they are codes of 8 bits one scale for all."""
+    if not format.scale_bytes:
+        noise(np.float32(1.0), kv)
+        return
+    words = kv.view(np.uint32).reshape(-1, 2 * (head_dim + format.scale_bytes))  # of 8 positions
+    codes = cupy.empty((len(words), 2 * head_dim), np.uint32)
+    random_bits(np.uint32(0xBFBFBFBF if format is KV_FLOAT8 else 0xFFFFFFFF), codes)
+    words[:, : 2 * head_dim] = codes
+    words[:, 2 * head_dim :] = int(np.float32(1 / 74).view(np.uint32))
 
 
 def written_cache(
@@ -179,9 +191,10 @@ def uncached(size: int) -> int:
     return max(2, -(-CACHED_BYTES // size))
 
 
-def kv_bytes(config: ModelConfig, prefix: int) -> int:
+def kv_bytes(config: ModelConfig, prefix: int, kv: str = "auto") -> int:
     """Bytes of one layer's keys and values."""
-    return 2 * 2 * prefix * config.num_kv_heads * config.head_dim
+    row = 2 * config.head_dim if kv == "auto" else config.head_dim + KV_FORMATS[kv].scale_bytes
+    return 2 * prefix * config.num_kv_heads * row
 
 
 def weight_bytes(config: ModelConfig) -> int:

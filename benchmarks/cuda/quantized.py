@@ -31,6 +31,15 @@ from losart.engine.engine import Engine
 
 FORMATS = ("bfloat16", "int4", "int8", "fp8")
 TOKENS = (4, 16, 32, 64)
+MODELS = (
+    ("bfloat16", "auto"),
+    ("bfloat16", "int8"),
+    ("int4", "auto"),
+    ("int4", "int8"),
+    ("int8", "auto"),
+    ("fp8", "auto"),
+    ("fp8", "fp8"),
+)
 PREFIXES = (2048, 8192, 65536)
 NEW_TOKENS = 512
 FIXED = 4  # tokens a pass
@@ -92,14 +101,14 @@ def torch_microseconds(rows: int, inner: int, tokens: int) -> float:
 
 def pass_rows(bandwidth: float, quick: bool = False) -> Iterator[dict[str, Any]]:
     """One row per format and prefix: a pass over a block, in milliseconds; and generations and prefill."""
-    for weights in ("bfloat16", "int4") if quick else FORMATS:
-        model = attempt(lambda weights=weights: NoiseModel("8B", weights=weights))
-        row: dict[str, Any] = {"weights": weights}
+    for weights, kv in MODELS[1:3] if quick else MODELS:
+        model = attempt(lambda weights=weights, kv=kv: NoiseModel("8B", weights=weights, kv=kv))
+        row: dict[str, Any] = {"weights": weights, "kv": kv}
         if isinstance(model, str):
             yield row | {"pass ms": model}
             continue
         for prefix in (8192,) if quick else PREFIXES:
-            read = model.read_bytes + model.config.num_layers * kv_bytes(model.config, prefix)
+            read = model.read_bytes + model.config.num_layers * kv_bytes(model.config, prefix, kv)
             floor = read / bandwidth * 1e3
             ours = attempt(pass_milliseconds, model, prefix)
             yield row | {

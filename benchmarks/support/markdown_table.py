@@ -30,6 +30,6 @@ def cell(key: str, value: Any) -> str:
         return str(value)
     if key == "density" or key.endswith(" read"):
         return f"{value:.1%}"
-    if "/" in key:
+    if "/" in key and not key.endswith("/s"):
         return f"{value:.2f}x"
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"

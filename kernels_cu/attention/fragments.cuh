@@ -1,6 +1,8 @@
 /* What mma (attention/tensor.cuh) and wgmma (attention/hopper.cuh) have in common: a thread holds two query rows, g and
  * g + 8 of its warp's 16, where lane = 4 g + t, and of every 8 neighbouring keys or channels numbers 2t and 2t + 1.
  * With `half` for the row and j for the number, element n * 4 + half * 2 + j of an array is of the n-th 8. */
+/* Of weights times scales of values, which else might be subnormal in float16. */
+#define VALUE_FACTOR (LOSART_KV == KV_INT8 ? 64 : 256)
 #define QUERY_SCALE (rsqrtf((float)HEAD_DIM) * LOG2_E) /* of queries, so that weights are exp2 of scores */
 
 struct FragmentRows {
@@ -63,11 +65,15 @@ __device__ __forceinline__ void softmax_step(float (&score)[COUNT], FragmentRows
     }
 }
 
-/* After the last step: until then each lane has added up its own weights. */
+/* After the last step: until then each lane has added up its own weights, and codes' sums have VALUE_FACTOR. */
 __device__ __forceinline__ void finish_totals(FragmentRows &state)
 {
 #pragma unroll
     for (int half = 0; half < 2; half++) state.total[half] = quad_sum(state.total[half]);
+#if IS_CODED
+#pragma unroll
+    for (int i = 0; i < HEAD_DIM / 2; i++) state.sum[i] *= 1.0f / VALUE_FACTOR;
+#endif
 }
 
 /* Normalised rows to o [tokens, heads, head_dim]. */

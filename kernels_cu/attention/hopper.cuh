@@ -1,53 +1,5 @@
-/* Attention of query rows over the cache by wgmma, for compute capability 9.0.
- *
- * A thread block has two compute warpgroups, ROW_GROUPS * KEY_GROUPS = 2, and COPY_THREADS more: a warp that copies, or
- * a warpgroup that copies and gives its registers to the others. A warpgroup has 64 query rows, and every KEY_GROUPS-th
- * tile of TILE positions. Tiles go through STAGES buffers of shared memory by bulk copies: the cache's layout is the
- * one that wgmma reads. All query heads of a kv head share every load.
- *
- * Compiled with HEAD_DIM (64 or 128), TILE (64 or 128), ROW_GROUPS, KEY_GROUPS, COPY_THREADS and STAGES. */
-#define COMPUTE_THREADS (WARPGROUP * ROW_GROUPS * KEY_GROUPS)
-#define THREADS (COMPUTE_THREADS + COPY_THREADS)
-#define BLOCK_ROWS (HOPPER_ROWS * ROW_GROUPS)
-#define EIGHT_ROWS (HEAD_DIM * 16) /* bytes */
-#define TILE_BYTES (TILE * HEAD_DIM * 2)
-#define QUERY_BYTES (BLOCK_ROWS * HEAD_DIM * 2)
-static_assert(COMPUTE_THREADS == HOPPER_COMPUTE_THREADS && HOPPER_ROWS == 64, "two warpgroups of 64 rows");
-
-/* Shared memory: STAGES times keys and values, the queries, two barriers per stage. */
-struct Stages {
-    unsigned base;
-    __device__ __forceinline__ unsigned keys(int stage) const { return base + stage * 2 * TILE_BYTES; }
-    __device__ __forceinline__ unsigned values(int stage) const { return keys(stage) + TILE_BYTES; }
-    __device__ __forceinline__ unsigned queries() const { return base + STAGES * 2 * TILE_BYTES; }
-    __device__ __forceinline__ Ring ring() const { return {queries() + QUERY_BYTES}; }
-};
-
-/* Called by all threads of the block, first. */
-__device__ __forceinline__ void prepare(const Stages &stages)
-{
-    if (threadIdx.x == 0) {
-        stages.ring().initialize(ROW_GROUPS);
-        fence_async();
-    }
-    __syncthreads();
-}
-
-/* Called by the threads that copy: tiles first <= tile < last, each as soon as its stage is free. */
-__device__ __forceinline__ void copy_tiles(const Stages &stages, const CacheView &cache, int kv_head, int first,
-                                           int last)
-{
-    if (COPY_THREADS == WARPGROUP) set_registers_down<24>();
-    for (int i = 0; i < last - first && threadIdx.x == COMPUTE_THREADS; i++) {
-        int stage = i % STAGES, position = (first + i) * TILE;
-        stages.ring().wait_until_empty(i);
-        unsigned full = stages.ring().full(stage);
-        barrier_arrive_expecting(full, 2 * TILE_BYTES);
-        bulk_copy(stages.keys(stage), cache.group(CACHED_KEYS, kv_head, position), TILE_BYTES, full);
-        bulk_copy(stages.values(stage), cache.group(CACHED_VALUES, kv_head, position), TILE_BYTES, full);
-    }
-}
-
+/* Attention of query rows over the cache by wgmma, for compute capability 9.0: the cache's layout is the one that it
+ * reads from shared memory. */
 /* Called by all compute warps: the block's scaled queries into shared memory. */
 __device__ __forceinline__ void load_queries(FragmentRows &state, const Stages &stages, const float *q,
                                              const QueryRows &rows)
@@ -62,18 +14,15 @@ __device__ __forceinline__ void load_queries(FragmentRows &state, const Stages &
             const float4 *from = (const float4 *)(q + rows.index(row) * HEAD_DIM + piece * 8);
             float4 low = from[0], high = from[1];
             packed = make_uint4(
-                pack<KVValue>(low.x * scale, low.y * scale), pack<KVValue>(low.z * scale, low.w * scale),
-                pack<KVValue>(high.x * scale, high.y * scale), pack<KVValue>(high.z * scale, high.w * scale));
+                pack<KVOperand>(low.x * scale, low.y * scale), pack<KVOperand>(low.z * scale, low.w * scale),
+                pack<KVOperand>(high.x * scale, high.y * scale), pack<KVOperand>(high.z * scale, high.w * scale));
         }
         unsigned to = stages.queries() + r / 8 * EIGHT_ROWS + piece / 8 * 1024 + r % 8 * 128;
         to += ((piece % 8) ^ (r % 8)) * 16;
-        asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};"
-                     :
-                     : "r"(to), "r"(packed.x), "r"(packed.y), "r"(packed.z), "r"(packed.w)
-                     : "memory");
+        store_shared_16(to, packed);
     }
     fence_async();
-    named_barrier(1, COMPUTE_THREADS);
+    named_barrier<1, COMPUTE_THREADS>();
     int warp = threadIdx.x / WARP, g = threadIdx.x % WARP / 4;
     state.reset(rows.first + warp / 4 / KEY_GROUPS * HOPPER_ROWS + warp % 4 * 16 + g);
 }
@@ -104,7 +53,7 @@ __device__ __forceinline__ void attend(FragmentRows &state, const Stages &stages
 #pragma unroll
         for (int k = 0; k < TILE / 16; k++)
 #pragma unroll
-            for (int j = 0; j < 4; j++) p[k][j] = pack<KVValue>(score[k * 8 + j * 2], score[k * 8 + j * 2 + 1]);
+            for (int j = 0; j < 4; j++) p[k][j] = pack<KVOperand>(score[k * 8 + j * 2], score[k * 8 + j * 2 + 1]);
         pin(state.sum);
         wgmma_fence();
 #pragma unroll
@@ -122,9 +71,9 @@ __device__ __forceinline__ void attend(FragmentRows &state, const Stages &stages
 __device__ __forceinline__ void write_part(const FragmentRows &state, float *shared, const PartsView &parts, int part,
                                            const QueryRows &rows)
 {
-    named_barrier(1, COMPUTE_THREADS);
+    named_barrier<1, COMPUTE_THREADS>();
     int thread = threadIdx.x % WARPGROUP;
     stage_part<HOPPER_ROWS>(state, shared, threadIdx.x / WARPGROUP, thread / WARP * 16 + thread % WARP / 4);
-    named_barrier(1, COMPUTE_THREADS);
+    named_barrier<1, COMPUTE_THREADS>();
     write_part<HOPPER_ROWS, KEY_GROUPS, BLOCK_ROWS, COMPUTE_THREADS, 4>(shared, parts, part, rows);
 }

@@ -44,8 +44,8 @@ __device__ __forceinline__ void attend(PlainRows &rows, const float *q, const in
             int j = i / head_dim, d = i % head_dim;
             bool inside = tile + j < last;
             int position = inside ? where(tile + j) : 0;
-            keys[j * stride + d] = inside ? widen(*cache.at(CACHED_KEYS, kv_head, position, d)) : 0.0f;
-            values[j * stride + d] = inside ? widen(*cache.at(CACHED_VALUES, kv_head, position, d)) : 0.0f;
+            keys[j * stride + d] = inside ? cache.value(CACHED_KEYS, kv_head, position, d) : 0.0f;
+            values[j * stride + d] = inside ? cache.value(CACHED_VALUES, kv_head, position, d) : 0.0f;
         }
         __syncthreads();
         for (int r = 0; r < WARP_ROW_COUNT; r++) {

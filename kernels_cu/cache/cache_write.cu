@@ -1,6 +1,7 @@
 /* Writes k, v [tokens, kv_heads, head_dim] of each cache, `tokens` of every `stride` rows, into it from position
- * `length` on, includes the keys, as they are stored, in the bounds of their pages, and codes the bounds of groups of
- * pages that they fill. Where there is no cache nothing is written; with `rides` only of the first *rides caches.
+ * `length` on, unless kv_quantize has, includes the keys, as they are held, in the bounds of their pages, and codes the
+ * bounds of groups of pages that they fill. Where there is no cache nothing is written; with `rides` only of the first
+ * *rides caches.
  *
  * A page's first position starts its bounds. A key that is not finite becomes NaN: so does its score, whatever the
  * query, and it shows in the logits. A group with such a key is not coded: its other pages' bounds would be lost.
@@ -11,41 +12,62 @@
 
 __device__ __forceinline__ int channel_threads(int head_dim) { return (head_dim + WARP - 1) / WARP * WARP; }
 
+/* The next larger number; x is finite. */
+template <class T> __device__ __forceinline__ T next_up(T x)
+{
+    return {(unsigned short)(x.bits == 0x8000 ? 1 : x.bits & 0x8000 ? x.bits - 1 : x.bits + 1)};
+}
+__device__ __forceinline__ float next_up(float x) { return x; } /* which holds all bounds */
+
+/* A bound of float32 keys: with `kind` 0 the nearest number that is not above x, else that is not below it. */
+__device__ __forceinline__ KVOperand outward(float x, int kind)
+{
+    float up = kind ? x : -x;
+    KVOperand bound = narrow<KVOperand>(up);
+    if (widen(bound) < up) bound = next_up(bound);
+    return kind ? bound : narrow<KVOperand>(-widen(bound));
+}
+
 __device__ __forceinline__ void write_page(const CacheView &cache, const PageBounds &bounds, const float *k,
                                            const float *v, int head, int channel, int page, int first, int last,
                                            int position_of_row_0)
 {
-    KVValue *low = bounds.exact(page, 0) + channel, *high = bounds.exact(page, 1) + channel;
+    KVOperand *low = bounds.exact(page, 0) + channel, *high = bounds.exact(page, 1) + channel;
     bool starts = first == page * cache.page_size;
     float smallest = starts ? INFINITE : widen(*low), largest = starts ? -INFINITE : widen(*high);
     for (int position = first; position < last; position++) {
-        size_t from = ((size_t)(position - position_of_row_0) * cache.kv_heads + head) * cache.head_dim + channel;
-        KVValue stored = narrow<KVValue>(k[from]);
-        float key = widen(stored);
-        if (!(key - key == 0)) stored = narrow<KVValue>(key = NOT_A_NUMBER);
-        *cache.at(CACHED_KEYS, head, position, channel) = stored;
-        *cache.at(CACHED_VALUES, head, position, channel) = narrow<KVValue>(v[from]);
+        float key;
+        if (IS_CODED) {
+            key = cache.value(CACHED_KEYS, head, position, channel);
+        } else {
+            size_t from = ((size_t)(position - position_of_row_0) * cache.kv_heads + head) * cache.head_dim + channel;
+            KVValue stored = narrow<KVValue>(k[from]);
+            key = widen(stored);
+            if (!(key - key == 0)) stored = narrow<KVValue>(key = NOT_A_NUMBER);
+            *cache.at(CACHED_KEYS, head, position, channel) = stored;
+            *cache.at(CACHED_VALUES, head, position, channel) = narrow<KVValue>(v[from]);
+        }
         /* A NaN bound stays NaN. */
         if (!(key >= smallest)) smallest = smallest == smallest ? key : smallest;
         if (!(key <= largest)) largest = largest == largest ? key : largest;
     }
-    *low = narrow<KVValue>(smallest);
-    *high = narrow<KVValue>(largest);
+    *low = outward(smallest, 0);
+    *high = outward(largest, 1);
 }
 
 /* The least step of 8 significant bits, of float16 one that it holds exactly, by which code 15 reaches `largest`. */
-__device__ __forceinline__ KVValue step_of(KVValue base, float largest)
+__device__ __forceinline__ KVOperand step_of(KVOperand base, float largest)
 {
     unsigned bits = __float_as_uint((largest - widen(base)) / 15) + 0xffff;
     bits &= 0xffff0000;
-    if (LOSART_KV == FLOAT16) bits = max(bits, __float_as_uint(LEAST_FLOAT16_STEP));
-    if (!(widen(coded_bound(base, narrow<KVValue>(__uint_as_float(bits)), 15)) >= largest)) bits += 0x10000;
-    return narrow<KVValue>(__uint_as_float(bits));
+    if (LOSART_KV_OPERANDS == FLOAT16) bits = max(bits, __float_as_uint(LEAST_FLOAT16_STEP));
+    if (!(widen(coded_bound(base, narrow<KVOperand>(__uint_as_float(bits)), 15)) >= largest)) bits += 0x10000;
+    return narrow<KVOperand>(__uint_as_float(bits));
 }
 
 /* Of the 16 values: with `kind` 0 the code of the largest that is not above the bound, else of the smallest that is
  * not below it. */
-__device__ __forceinline__ unsigned code_of(KVValue base, KVValue step, float bound, int kind)
+__device__ __forceinline__ unsigned code_of(KVOperand base, KVOperand step, float bound, int kind)
 {
     int steps = 0; /* from the end that bounds whatever is there */
 #pragma unroll
@@ -78,10 +100,10 @@ __device__ __forceinline__ void code_bounds(const PageBounds &bounds, int channe
         finite &= low == low;
         smallest = fminf(smallest, low), largest = fmaxf(largest, high);
     }
-    KVValue base = narrow<KVValue>(smallest), step = step_of(base, largest);
+    KVOperand base = narrow<KVOperand>(smallest), step = step_of(base, largest);
     float reached = widen(coded_bound(base, step, 15));
     finite &= reached - reached == 0;
-    if (__syncthreads_or(exists && !finite)) base = narrow<KVValue>(NOT_A_NUMBER);
+    if (__syncthreads_or(exists && !finite)) base = narrow<KVOperand>(NOT_A_NUMBER);
     if (row == 0 && exists) bounds.base()[channel] = base, bounds.step()[channel] = step;
     for (int page = row; page < GROUP_PAGES; page += rows)
         for (int kind = 0; kind < 2; kind++) {

@@ -1,94 +1,76 @@
-/* Layout of a KV cache's chunks.
+/* Layout of a KV cache's chunks of keys and values; those of bounds: cache/pages.cuh.
  *
- *     kv chunk      [layers, 2 (keys, values), kv_heads, chunk_positions, head_dim] of KVValue
- *     bounds chunk  [layers, kv_heads, pages of the chunk / 16] of PageBounds
+ *     kv chunk  [layers, 2 (keys, values), kv_heads, chunk_positions / 8, group of 8 positions] of KVValue
  *
- * Positions of a kv head are contiguous in groups of 8. With 16-bit values and head_dim a multiple of 64, a group is
- * [head_dim / 64][8 positions][64 channels], and the 16-byte pieces of its 128-byte rows are swizzled: piece p of
- * position r is at p ^ r. That is the layout that tensor cores read from shared memory without bank conflicts, so that
- * plain copies bring pages there. */
+ * A group is [8 positions][head_dim]. With 16-bit values and head_dim a multiple of 64 it is [head_dim / 64][8
+ * positions][64 channels], and the 16-byte pieces of its 128-byte rows are swizzled: piece p of position r is at p ^ r.
+ * That is the layout that tensor cores read from shared memory without bank conflicts, so that plain copies bring pages
+ * there.
+ *
+ * Codes of 8 bits are followed by the 8 positions' scales, float32; integers are held from 0 on for -128. With head_dim
+ * a multiple of 64 they lie as the lanes of a warp have them, of which lane 4 g + t has, of keys, channels 16 t to 16 t
+ * + 15 of position g: [head_dim / 64][lanes][16]; and of values each 8th channel from g on of positions 2t and 2t + 1:
+ * [head_dim / 32][lanes][4 channels][2]. Of four codes the second and the third change places, since they are unpacked
+ * two at a time (common/codes.cuh). */
 enum { CACHED_KEYS, CACHED_VALUES };
+#define IS_CODED (LOSART_KV == KV_INT8 || LOSART_KV == KV_FP8)
+#define LARGEST_CODE (LOSART_KV == KV_INT8 ? 127.0f : LARGEST_FLOAT8)
+
+/* Values that a position takes, the scale among them. */
+__device__ __forceinline__ constexpr int position_values(int head_dim)
+{
+    return head_dim + (IS_CODED ? sizeof(float) : 0);
+}
+
+__device__ __forceinline__ float widen(Code x)
+{
+    return LOSART_KV == KV_INT8 ? (float)(x.bits - 128) : float8_value(x.bits);
+}
+
+/* The nearest code, ties to even. */
+template <> __device__ __forceinline__ Code narrow<Code>(float x)
+{
+    int bits = LOSART_KV == KV_INT8 ? (int)rintf(fminf(fmaxf(x, -127.0f), 127.0f)) + 128 : nearest_float8(x);
+    return {(unsigned char)bits};
+}
 
 /* The group of 8 positions that begins at `position`; the groups after it in the chunk follow. */
 __device__ __forceinline__ KVValue *CacheView::group(int kind, int head, int position) const
 {
     size_t rows = ((size_t)(layer * 2 + kind) * kv_heads + head) * chunk_positions + position % chunk_positions;
-    return (KVValue *)kv_chunks[position / chunk_positions] + rows / 8 * 8 * head_dim;
+    return (KVValue *)kv_chunks[position / chunk_positions] + rows / 8 * 8 * position_values(head_dim);
 }
 
 /* From a position's keys to its values. */
 __device__ __forceinline__ size_t CacheView::values_after_keys() const
 {
-    return (size_t)kv_heads * chunk_positions * head_dim;
+    return (size_t)kv_heads * chunk_positions * position_values(head_dim);
 }
 
 __device__ __forceinline__ KVValue *CacheView::at(int kind, int head, int position, int channel) const
 {
     int row = position % 8, index = row * head_dim + channel;
-    if (sizeof(KVValue) == 2 && head_dim % 64 == 0)
-        index = channel / 64 * 512 + row * 64 + ((channel % 64 / 8) ^ row) * 8 + channel % 8;
+    if (sizeof(KVOperand) == 2 && head_dim % 64 == 0) {
+        int c = channel % 64;
+        index = channel / 64 * 512;
+        if (!IS_CODED)
+            index += row * 64 + ((c / 8) ^ row) * 8 + c % 8;
+        else if (kind == CACHED_KEYS)
+            index += row * 64 + c / 4 * 4 + c % 4 / 2 + c % 2 * 2;
+        else
+            index += c / 32 * 256 + (c % 8 * 4 + row / 2) * 8 + c / 16 % 2 * 4 + c / 8 % 2 + row % 2 * 2;
+    }
     return group(kind, head, position) + index;
 }
 
-/* Bounds of the keys of a group of 16 pages, with `kind` 0 the smallest, 1 the largest: as they are, and where a prefix
- * fills the group as base + code * step of their channel, rounded to the cache's format. Codes of 4 bits are rounded
- * outwards, so that these are bounds too. In a group that can't be coded all bases are NaN.
- *
- *     exact       [16 pages, 2, head_dim] of KVValue
- *     base, step  [head_dim] of KVValue each
- *     codes       [2, 16 pages, head_dim / 8]: channel c of 8 is in the bits from 4 * (c / 2) + 16 * (c % 2) on */
-struct PageBounds {
-    KVValue *start;
-    int head_dim;
-
-    __device__ __forceinline__ KVValue *exact(int page, int kind) const
-    {
-        return start + (page % GROUP_PAGES * 2 + kind) * head_dim;
-    }
-    __device__ __forceinline__ KVValue *base() const { return start + 2 * GROUP_PAGES * head_dim; }
-    __device__ __forceinline__ KVValue *step() const { return base() + head_dim; }
-    __device__ __forceinline__ unsigned *codes(int page, int kind) const
-    {
-        return (unsigned *)(step() + head_dim) + (kind * GROUP_PAGES + page % GROUP_PAGES) * (head_dim / 8);
-    }
-    __device__ __forceinline__ size_t values() const
-    {
-        return (2 * GROUP_PAGES + 2) * head_dim + GROUP_PAGES * head_dim / sizeof(KVValue);
-    }
-};
-
-__device__ __forceinline__ int code_shift(int channel) { return channel % 8 / 2 * 4 + channel % 2 * 16; }
-
-/* base + code * step, rounded once; of float32 the product is exact. */
-__device__ __forceinline__ float coded_bound(float base, float step, int code) { return base + code * step; }
-__device__ __forceinline__ BFloat16 coded_bound(BFloat16 base, BFloat16 step, int code)
+/* Of codes. */
+__device__ __forceinline__ float *CacheView::scale(int kind, int head, int position) const
 {
-    BFloat16 value, factor = narrow<BFloat16>(code);
-    asm("fma.rn.bf16 %0, %1, %2, %3;" : "=h"(value.bits) : "h"(factor.bits), "h"(step.bits), "h"(base.bits));
-    return value;
-}
-__device__ __forceinline__ Float16 coded_bound(Float16 base, Float16 step, int code)
-{
-    Float16 value, factor = narrow<Float16>(code);
-    asm("fma.rn.f16 %0, %1, %2, %3;" : "=h"(value.bits) : "h"(factor.bits), "h"(step.bits), "h"(base.bits));
-    return value;
+    return (float *)(group(kind, head, position) + 8 * head_dim) + position % 8;
 }
 
-/* Groups of pages in a chunk. Kernels compute it once: it takes a division. */
-__device__ __forceinline__ int CacheView::chunk_groups() const { return chunk_positions / (page_size * GROUP_PAGES); }
-
-__device__ __forceinline__ PageBounds CacheView::bounds(int head, int group, int chunk_groups) const
+__device__ __forceinline__ float CacheView::value(int kind, int head, int position, int channel) const
 {
-    PageBounds bounds = {(KVValue *)bound_chunks[group / chunk_groups], head_dim};
-    bounds.start += (((size_t)layer * kv_heads + head) * chunk_groups + group % chunk_groups) * bounds.values();
-    return bounds;
-}
-
-/* Pages that hold so many positions. */
-__device__ __forceinline__ int CacheView::pages(int positions) const { return (positions + page_size - 1) / page_size; }
-
-/* Groups of pages that so many positions fill. */
-__device__ __forceinline__ int CacheView::full_groups(int positions) const
-{
-    return positions / (page_size * GROUP_PAGES);
+    float value = widen(*at(kind, head, position, channel));
+    return IS_CODED ? value * *scale(kind, head, position) : value;
 }

@@ -1,2 +1,2 @@
-/* Tensor cores multiply what the cache holds here. */
-#define OPERAND_FORMAT LOSART_KV
+/* Tensor cores multiply these of the cache. */
+#define OPERAND_FORMAT LOSART_KV_OPERANDS

@@ -35,15 +35,15 @@ __device__ __forceinline__ unsigned long long descriptor(unsigned shared, int gr
 #define ACCUMULATORS_96 ACCUMULATORS_64, ACCUMULATORS_32_FROM(64)
 #define ACCUMULATORS_128 ACCUMULATORS_96, ACCUMULATORS_32_FROM(96)
 
-/* Two functions wgmma for d [64][COLUMNS] += a b, whose N = COLUMNS / 2 accumulators are a thread's; N1 ... N4 are the
- * numbers after N, those of further operands.
+/* Three functions wgmma for d [64][COLUMNS] += a b, whose N = COLUMNS / 2 accumulators are a thread's; N1 ... N5 are
+ * the numbers after N, those of further operands.
  *
  * The first takes a [64][16] and b [COLUMNS][16], with k along its rows, from shared memory; `fresh` zeroes d before.
- * The second takes a from registers, as fragments, and b [16][COLUMNS], with k along its columns, from shared memory.
- */
+ * The second takes a from registers, as fragments, and b [16][COLUMNS], with k along its columns, from shared memory,
+ * the third a from registers and b as the first. */
 #define WGMMA_PTX(COLUMNS, D) \
     "wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16.f32." OPERAND_PTX "." OPERAND_PTX " {" D "}, "
-#define DEFINE_WGMMA(COLUMNS, N, N1, N2, N3, N4) \
+#define DEFINE_WGMMA(COLUMNS, N, N1, N2, N3, N4, N5) \
     __device__ __forceinline__ void wgmma(float (&d)[N], unsigned long long a, unsigned long long b, bool fresh) \
     { \
         asm volatile("{.reg .pred p; setp.eq.b32 p, %" #N2 \
@@ -56,11 +56,19 @@ __device__ __forceinline__ unsigned long long descriptor(unsigned shared, int gr
         asm volatile(WGMMA_PTX(COLUMNS, NUMBERS_##N) "{%" #N ", %" #N1 ", %" #N2 ", %" #N3 "}, %" #N4 ", 1, 1, 1, 1;" \
                      : ACCUMULATORS_##N \
                      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)); \
+    } \
+    __device__ __forceinline__ void wgmma(float (&d)[N], const unsigned (&a)[4], unsigned long long b, bool fresh) \
+    { \
+        asm volatile( \
+            "{.reg .pred p; setp.eq.b32 p, %" #N5 \
+            ", 0;\n" WGMMA_PTX(COLUMNS, NUMBERS_##N) "{%" #N ", %" #N1 ", %" #N2 ", %" #N3 "}, %" #N4 ", p, 1, 1, 0;}" \
+            : ACCUMULATORS_##N \
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)fresh)); \
     }
-DEFINE_WGMMA(64, 32, 33, 34, 35, 36)
-DEFINE_WGMMA(128, 64, 65, 66, 67, 68)
-DEFINE_WGMMA(192, 96, 97, 98, 99, 100)
-DEFINE_WGMMA(256, 128, 129, 130, 131, 132)
+DEFINE_WGMMA(64, 32, 33, 34, 35, 36, 37)
+DEFINE_WGMMA(128, 64, 65, 66, 67, 68, 69)
+DEFINE_WGMMA(192, 96, 97, 98, 99, 100, 101)
+DEFINE_WGMMA(256, 128, 129, 130, 131, 132, 133)
 
 /* Before a warpgroup's first wgmma, and after its registers were written in between. */
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" : : : "memory"); }
@@ -143,9 +151,20 @@ __device__ __forceinline__ void bulk_copy(unsigned shared, const void *global, i
 }
 
 /* A barrier of some whole warps of a thread block; id 0 is that of __syncthreads. */
-__device__ __forceinline__ void named_barrier(int id, int threads)
+template <int ID, int THREADS> __device__ __forceinline__ void named_barrier()
 {
-    asm volatile("bar.sync %0, %1;" : : "r"(id), "r"(threads) : "memory");
+    asm volatile("bar.sync %0, %1;" : : "n"(ID), "n"(THREADS) : "memory");
+}
+
+/* The same, which says whether it holds for any of the threads. */
+template <int ID, int THREADS> __device__ __forceinline__ bool named_barrier_any(bool holds)
+{
+    int any;
+    asm volatile("{.reg .pred p, q; setp.ne.b32 p, %3, 0; bar.red.or.pred q, %1, %2, p; selp.b32 %0, 1, 0, q;}"
+                 : "=r"(any)
+                 : "n"(ID), "n"(THREADS), "r"((int)holds)
+                 : "memory");
+    return any;
 }
 
 /* Sets how many registers each thread of the warpgroup has from here on; the kernel needs launch bounds. */

@@ -64,6 +64,52 @@ __device__ __forceinline__ void load_matrices_transposed(unsigned (&r)[4], unsig
                  : "r"(address));
 }
 
+/* Volatile, to stay in their place: after the wait for what they load, and among the mma, so that not all results
+ * take registers at once. */
+__device__ __forceinline__ uint4 load_shared_16(unsigned address)
+{
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "r"(address)
+                 : "memory");
+    return v;
+}
+
+__device__ __forceinline__ uint2 load_shared_words(unsigned address)
+{
+    uint2 v;
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address) : "memory");
+    return v;
+}
+
+__device__ __forceinline__ float load_shared(unsigned address)
+{
+    float v;
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(address) : "memory");
+    return v;
+}
+
+__device__ __forceinline__ void store_shared(unsigned address, unsigned x)
+{
+    asm volatile("st.shared.u32 [%0], %1;" : : "r"(address), "r"(x) : "memory");
+}
+
+__device__ __forceinline__ void store_shared_16(unsigned address, uint4 x)
+{
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};"
+                 :
+                 : "r"(address), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
+                 : "memory");
+}
+
+__device__ __forceinline__ float2 load_shared_8(unsigned address)
+{
+    float2 v;
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(address) : "memory");
+    return v;
+}
+
 /* Writes zeros unless `copies`; the address must be valid all the same. */
 __device__ __forceinline__ void copy_16_bytes_async(unsigned shared, const void *global, bool copies = true)
 {

@@ -1,5 +1,6 @@
-/* Element types: WeightValue of matrices, KVValue of the cache, Activation of what enters a matmul. LOSART_WEIGHTS,
- * LOSART_KV and LOSART_ACTIVATIONS are format codes (losart/config/precision.py). Arithmetic is float32.
+/* Element types: WeightValue of matrices, KVValue of the cache, Activation of what enters a matmul, KVOperand in which
+ * keys and values are multiplied on tensor cores and page bounds held. LOSART_WEIGHTS, LOSART_KV, LOSART_ACTIVATIONS
+ * and LOSART_KV_OPERANDS are format codes (losart/config/precision.py). Arithmetic is float32.
  *
  * Nothing is included: conversions are inline PTX, and compiling needs no CUDA headers. */
 struct BFloat16 {
@@ -7,6 +8,9 @@ struct BFloat16 {
 };
 struct Float16 {
     unsigned short bits;
+};
+struct Code { /* which has a scale */
+    unsigned char bits;
 };
 
 template <int FORMAT> struct TypeOf;
@@ -19,10 +23,17 @@ template <> struct TypeOf<BFLOAT16> {
 template <> struct TypeOf<FLOAT16> {
     using type = Float16;
 };
+template <> struct TypeOf<KV_INT8> {
+    using type = Code;
+};
+template <> struct TypeOf<KV_FP8> {
+    using type = Code;
+};
 
 using WeightValue = TypeOf<LOSART_WEIGHTS>::type;
 using KVValue = TypeOf<LOSART_KV>::type;
 using Activation = TypeOf<LOSART_ACTIVATIONS>::type;
+using KVOperand = TypeOf<LOSART_KV_OPERANDS>::type;
 
 __device__ __forceinline__ float widen(float x) { return x; }
 __device__ __forceinline__ float widen(BFloat16 x) { return __uint_as_float((unsigned)x.bits << 16); }

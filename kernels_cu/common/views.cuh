@@ -15,6 +15,8 @@ struct CacheView {
     __device__ KVValue *group(int kind, int head, int position) const;
     __device__ size_t values_after_keys() const;
     __device__ KVValue *at(int kind, int head, int position, int channel) const;
+    __device__ float *scale(int kind, int head, int position) const;
+    __device__ float value(int kind, int head, int position, int channel) const;
     __device__ int chunk_groups() const;
     __device__ PageBounds bounds(int head, int group, int chunk_groups) const;
     __device__ int pages(int positions) const;

@@ -3,17 +3,6 @@
  * has the outermost code, and codes the nearest ones, ties to even. `wrong` gets 1 where a value is not finite.
  *
  * Compiled with CODES. Grid: count * inner / group / (QUANTIZED_THREADS / WARP), one warp per group. */
-#define LARGEST_FLOAT8 448.0f
-
-/* E4M3: 3 bits after the first, or after 2^-6 where that is larger. */
-__device__ __forceinline__ int nearest_float8(float x)
-{
-    float magnitude = fminf(fabsf(x), LARGEST_FLOAT8);
-    int exponent = max((int)(__float_as_uint(magnitude) >> 23) - 127, -6);
-    int eighths = rintf(magnitude * exp2f(3 - exponent));
-    return ((exponent + 6) << 3) + eighths | (__float_as_uint(x) >> 31) << 7;
-}
-
 extern "C" __global__ void __launch_bounds__(QUANTIZED_THREADS)
     quantize(const WeightValue *weights, signed char *codes, float *scales, int *wrong, int count, int inner, int group)
 {

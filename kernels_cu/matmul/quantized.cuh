@@ -58,52 +58,22 @@ __device__ __forceinline__ int first_bit(int i)
     return CODE_BITS == 4 ? (i / 2 + i % 2 * 4) * 4 : i / 4 * 32 + (i / 2 % 2 + i % 2 * 2) * 8;
 }
 
-#define BOTH(bits) ((bits) * 0x10001u) /* in both halves of a word */
-#define IS_BF16 (OPERAND_FORMAT == BFLOAT16)
-#define MINUS_ONE BOTH(IS_BF16 ? 0xbf80u : 0xbc00u)
-
-__device__ __forceinline__ unsigned fma_pair(unsigned a, unsigned b, unsigned c)
-{
-    unsigned d;
-    asm("fma.rn." OPERAND_PTX "x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
-    return d;
-}
-
-/* The bits of x, or with INVERTED those that it has not, of a mask, and some others: one instruction. */
-template <bool INVERTED = false>
-__device__ __forceinline__ unsigned bits_or(unsigned x, unsigned mask, unsigned others)
-{
-    unsigned d;
-    asm("lop3.b32 %0, %1, %2, %3, %4;" : "=r"(d) : "r"(x), "r"(mask), "r"(others), "n"(INVERTED ? 0xae : 0xea));
-    return d;
-}
-
-/* The codes of 8 columns as pairs of operands, which are exact.
- *
- * Or-ing n < 128 into the mantissa of bfloat16 128 gives 128 + n, and n < 1024 into float16 1024 gives 1024 + n. Bit 7
- * of an 8-bit integer does not fit into bfloat16's mantissa: where it is 0, it makes 256 of the 128 that is subtracted.
- * An E4M3 number's bits, shifted, are the number with another exponent bias, also if it is subnormal. */
+/* The codes of 8 columns as pairs of operands. */
 __device__ __forceinline__ void unpack(unsigned (&pairs)[4], const unsigned *words)
 {
+#if CODES == INT4
 #pragma unroll
     for (int p = 0; p < 4; p++) {
-#if CODES == INT4
         unsigned code = bits_or(words[0] >> p * 4, 0x000f000fu, BOTH(IS_BF16 ? 0x4300u : 0x6400u));
         pairs[p] = fma_pair(code, BOTH(IS_BF16 ? 0x3f80u : 0x3c00u), BOTH(IS_BF16 ? 0xc308u : 0xe408u));
-#elif CODES == INT8
-        unsigned code = words[p / 2] >> p % 2 * 8;
-        if (IS_BF16)
-            pairs[p] = fma_pair(bits_or<true>(code, 0x00800080u, 0x43004300u), MINUS_ONE,
-                                bits_or(code, 0x007f007fu, 0x43004300u));
-        else
-            pairs[p] = fma_pair(bits_or(code, 0x00ff00ffu, 0x64006400u), BOTH(0x3c00u), BOTH(0xe480u));
-#else
-        unsigned word = words[p / 2], sign = (p % 2 ? word : word << 8) & 0x80008000u;
-        unsigned rest = IS_BF16 ? (p % 2 ? word >> 4 : word << 4) : p % 2 ? word >> 1 : word << 7;
-        unsigned bits = bits_or(rest, IS_BF16 ? 0x07f007f0u : 0x3f803f80u, sign);
-        pairs[p] = fma_pair(bits, BOTH(IS_BF16 ? 0x7b80u : 0x5c00u), BOTH(0x8000u));
-#endif
     }
+#else
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        pairs[i * 2] = CODES == INT8 ? unpack_integers<false>(words[i]) : unpack_floats<false>(words[i]);
+        pairs[i * 2 + 1] = CODES == INT8 ? unpack_integers<true>(words[i]) : unpack_floats<true>(words[i]);
+    }
+#endif
 }
 
 __device__ __forceinline__ void subtract(unsigned (&pairs)[4], Operand zero)

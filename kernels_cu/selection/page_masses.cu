@@ -24,8 +24,7 @@ extern "C" __global__ void __launch_bounds__(PLAIN_THREADS)
         __syncthreads();
         for (int i = threadIdx.x; i < WARP * dim; i += PLAIN_THREADS) {
             int position = tile * WARP + i / dim, d = i % dim;
-            keys[i / dim * key_stride + d] =
-                position < length ? widen(*cache.at(CACHED_KEYS, kv_head, position, d)) : 0.0f;
+            keys[i / dim * key_stride + d] = position < length ? cache.value(CACHED_KEYS, kv_head, position, d) : 0.0f;
         }
         __syncthreads();
         for (int r = 0; r < WARP_ROW_COUNT; r++) {

@@ -34,8 +34,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         const KVValue *keys = cache.group(CACHED_KEYS, kv_head, tile * TENSOR_TILE);
         unsigned stage = shared + (tile - tiles.first) % STAGES * TILE_BYTES;
 #pragma unroll
-        for (int i = threadIdx.x; i < TENSOR_TILE * PIECES; i += THREADS)
-            copy_16_bytes_async(stage + i * 16, keys + i * 8);
+        for (int i = threadIdx.x; i < TILE_PIECES; i += THREADS)
+            copy_16_bytes_async(stage + i * 16, (const uint4 *)keys + i);
     };
     start_copies<STAGES>(tiles.first, tiles.last, load);
     for (int tile = tiles.first; tile < tiles.last; tile++) {

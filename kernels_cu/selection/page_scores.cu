@@ -1,5 +1,5 @@
 /* QUEST's bound (arXiv 2406.10774) of the scores in each page, for some tokens' queries: the sum over channels of
- * max(q smallest, q largest), with q and the bounds in the cache's format. Bounds are those of the codes where a group
+ * max(q smallest, q largest), with q in the bounds' format. Bounds are those of the codes where a group
  * of pages has them (cache/layout.cuh).
  *
  * q [sequences, sequence_tokens, heads, head_dim], tokens [sequences, count], null: all; rows are those of query_index;
@@ -42,7 +42,7 @@ extern "C" __global__ void __launch_bounds__(SCORES_THREADS, 2)
     int lane = threadIdx.x % WARP, warps = blockDim.x / WARP;
     for (int i = threadIdx.x; i < PLAIN_ROWS * 2 * dim; i += blockDim.x) {
         int index = query_index(tokens, first_row + i / (2 * dim), rows, kv_head, group, heads);
-        float x = index < 0 ? 0.0f : widen(narrow<KVValue>(q[(size_t)index * dim + i % dim]));
+        float x = index < 0 ? 0.0f : widen(narrow<KVOperand>(q[(size_t)index * dim + i % dim]));
         /* As it meets the smallest, then the largest keys: the bound is a dot product. */
         shared[i] = i % (2 * dim) < dim ? fminf(x, 0.0f) : fmaxf(x, 0.0f);
     }

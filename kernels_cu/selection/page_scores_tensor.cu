@@ -41,7 +41,7 @@ __device__ __forceinline__ void prepare_rows(uint4 *row_pieces, int tiles, const
 #pragma unroll
         for (int n = 0; n < ROWS_AT_ONCE; n++) {
             auto part = [&](float a, float b) {
-                return pack<KVValue>(exists[n] && a * sign > 0 ? a : 0.0f, exists[n] && b * sign > 0 ? b : 0.0f);
+                return pack<KVOperand>(exists[n] && a * sign > 0 ? a : 0.0f, exists[n] && b * sign > 0 ? b : 0.0f);
             };
             if (some + n < tiles)
                 row_pieces[(chunk * tiles + some + n) * WARP + lane] =
@@ -62,17 +62,6 @@ __device__ __forceinline__ int used_tiles(const int *tokens, int rows, int first
     return min(max((left + 7) / 8, 0), ROW_TILES);
 }
 
-/* Volatile, to stay in its place among the mma: all pieces at once would not fit into registers. */
-__device__ __forceinline__ uint4 load_piece(unsigned shared)
-{
-    uint4 piece;
-    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(piece.x), "=r"(piece.y), "=r"(piece.z), "=r"(piece.w)
-                 : "r"(shared)
-                 : "memory");
-    return piece;
-}
-
 /* Codes as pairs of 16-bit numbers: in the low bits of one whose last bit counts as 1, which then comes off. */
 #if OPERAND_FORMAT == BFLOAT16
 #define CODE_OFFSET 0x43004300u /* 128 */
@@ -81,13 +70,6 @@ __device__ __forceinline__ uint4 load_piece(unsigned shared)
 #define CODE_OFFSET 0x64006400u /* 1,024 */
 #define PAIR_OF_ONES 0x3c003c00u
 #endif
-
-__device__ __forceinline__ unsigned fma_pair(unsigned a, unsigned b, unsigned c)
-{
-    unsigned result;
-    asm("fma.rn." OPERAND_PTX "x2 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
-    return result;
-}
 
 __device__ __forceinline__ unsigned decode_pair(unsigned codes, unsigned base, unsigned step)
 {
@@ -153,7 +135,7 @@ extern "C" __global__ void __launch_bounds__(SCORES_THREADS, 2)
         const uint4 *bases = stage + t, *steps = bases + HEAD_DIM / 8;
         const unsigned *codes = (const unsigned *)(stage + HEAD_DIM / 4 + g * PAGE_STRIDE) + t;
         /* Where all bases are NaN, the first is not equal to itself. */
-        float base = widen(*(const KVValue *)stage);
+        float base = widen(*(const KVOperand *)stage);
         bool coded = tile < full && base == base;
         const uint4 *exact_a = nullptr, *exact_b = nullptr;
         if (!coded) {
@@ -179,7 +161,7 @@ extern "C" __global__ void __launch_bounds__(SCORES_THREADS, 2)
 #pragma unroll
             for (int n = 0; n < ROW_TILES; n++) {
                 if (n >= row_tiles) break;
-                uint4 row = load_piece(next + n * WARP * 16);
+                uint4 row = load_shared_16(next + n * WARP * 16);
                 mma(score[n], a.x, b.x, a.y, b.y, row.x, row.y);
                 mma(score[n], a.z, b.z, a.w, b.w, row.z, row.w);
             }

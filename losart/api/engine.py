@@ -174,7 +174,7 @@ class Engine:
         Raises
         ------
         PrefixError
-            The file is missing, damaged, or was saved by another model, dtype, device or version.
+            The file is missing, damaged, or was saved with another model, dtype, kv, device or version.
         OutOfMemoryError
             There is no room for it beside generations under way.
         """
@@ -183,4 +183,4 @@ class Engine:
 
     def _facts(self) -> dict[str, str]:
         model = self._model
-        return {"model": model.fingerprint, "dtype": model.dtype, "device": model.device}
+        return {"model": model.fingerprint, "dtype": model.dtype, "kv": model.kv, "device": model.device}

@@ -34,7 +34,9 @@ class Model:
     device : str
         "cpu" or "cuda".
     dtype : str
-        In which keys and values are held, and weights that are not quantized.
+        In which weights are held that are not quantized.
+    kv : str
+        In which keys and values of the prefix are held: `dtype`, "int8" or "fp8".
     weights : tuple of str
         In which formats matrices are held: `dtype`, "int4", "int8" and "float8", those that there are.
     """
@@ -47,12 +49,14 @@ class Model:
         progress: Progress | None = None,
         deterministic: bool = False,
         weights: str = "auto",
+        kv: str = "auto",
     ) -> None:
-        precision = Precision.chosen(dtype, checkpoint.dtype)
+        precision = Precision.chosen(dtype, kv, checkpoint.dtype)
         self.config: ModelConfig = checkpoint.config
         self.tokenizer: Tokenizer | None = checkpoint.tokenizer
         self.chat_template: ChatTemplate | None = checkpoint.chat_template
         self.dtype = precision.weights.name
+        self.kv = precision.kv.name
         backend = make_backend(device, self.config, precision, deterministic)
         self.device = backend.name
         self._tensors = loaded_tensors(checkpoint, weights, backend.name)
@@ -202,6 +206,7 @@ def load(
     progress: Progress | None = None,
     deterministic: bool = False,
     weights: str = "auto",
+    kv: str = "auto",
 ) -> Model:
     """Load a checkpoint.
 
@@ -213,9 +218,9 @@ def load(
     device : {"auto", "cpu", "cuda"}
         "auto" takes CUDA where it works, else the CPU.
     dtype : {"auto", "float32", "bfloat16", "float16"}
-        In which weights, keys and values are held; "auto" is the checkpoint's own. Arithmetic is
-        float32 on the CPU. Matrices of integers of 4 or 8 bits stay as the checkpoint has them, on a GPU with
-        a dtype of 16 bits, and there 8-bit floating-point ones too.
+        In which weights are held, and keys and values with `kv="auto"`; "auto" is the checkpoint's own.
+        Arithmetic is float32 on the CPU. Matrices of integers of 4 or 8 bits stay as the checkpoint has them,
+        on a GPU with a dtype of 16 bits, and there 8-bit floating-point ones too.
     progress : callable, optional
         Called after each layer's weights with the layers loaded and in all.
     deterministic : bool
@@ -225,18 +230,25 @@ def load(
         Round the matrices of all layers to 8 bits, with a scale per row, or to 4 bits, with one per 64
         columns, and the head to int8, on a GPU the embedding too. "auto" leaves all as it is. The CPU holds
         what is rounded to fp8 in the format of `dtype`, and a GPU all with a dtype of float32.
+    kv : {"auto", "int8", "fp8"}
+        Hold keys and values of the prefix in 8 bits, with a float32 scale for each key, and each value, of a
+        kv head: `head_dim + 4` bytes in place of `2 * head_dim` in 16 bits, which is about half the memory,
+        and half the bytes that attention reads. The block that is being denoised is attended as it is
+        without, and page bounds are bounds of what is held. "int8" rounds a channel by at most 1/254 of the
+        largest one of its key or value, "fp8" (e4m3) by up to 1/16 of itself: "int8" is usually the more
+        accurate. "auto" holds them in `dtype`.
 
     Raises
     ------
     OptionError
-        There is no such dtype or format of weights, the checkpoint is quantized, or groups of 64 columns do
-        not divide a matrix.
+        There is no such dtype, format of weights, or of keys and values, the checkpoint is quantized and
+        `weights` is not "auto", or groups of 64 columns do not divide a matrix.
     CheckpointError, TensorError, ConfigError
         See `losart.errors`: the message names the file, the tensor or the key.
     DeviceError
         The device is missing.
     """
-    return Model(open_checkpoint(model), device, dtype, progress, deterministic, weights)
+    return Model(open_checkpoint(model), device, dtype, progress, deterministic, weights, kv)
 
 
 def generate(
@@ -246,6 +258,7 @@ def generate(
     device: str = "auto",
     dtype: str = "auto",
     weights: str = "auto",
+    kv: str = "auto",
     **options: Any,
 ) -> GenerationResult | list[GenerationResult]:
     """Load a checkpoint and generate from it: `load` and `Model.generate` in one.
@@ -254,5 +267,5 @@ def generate(
 
     To generate more than once, load the model once and call its `generate`.
     """
-    loaded = model if isinstance(model, Model) else load(model, device, dtype, weights=weights)
+    loaded = model if isinstance(model, Model) else load(model, device, dtype, weights=weights, kv=kv)
     return loaded.generate(prompt, **options)

@@ -8,7 +8,7 @@ from typing import Any
 
 from losart.attention import POLICIES
 from losart.config.options import CHOICES, OPTIONS
-from losart.config.precision import DTYPES
+from losart.config.precision import DTYPES, KV_FORMATS
 from losart.engine.sampling import STRATEGIES
 from losart.measure.random_checkpoint import SIZES
 from losart.quantization import LOADED
@@ -55,6 +55,9 @@ def add_loading(command: argparse.ArgumentParser) -> None:
     command.add_argument("--dtype", choices=["auto", *DTYPES], default="auto")
     command.add_argument(
         "--weights", choices=LOADED, default="auto", help="round them as they are loaded (no)"
+    )
+    command.add_argument(
+        "--kv", choices=["auto", *KV_FORMATS], default="auto", help="hold keys and values in 8 bits (no)"
     )
 
 

@@ -56,7 +56,8 @@ def run(args: argparse.Namespace) -> None:
         if name is None:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="losart-bench-"))
             name = write_weights(Path(folder), args.size, block_length=RANDOM_BLOCK)
-        figures = _measure(load_model(name, args.device, args.dtype, args.weights), Path(name).name, args)
+        model = load_model(name, args.device, args.dtype, args.weights, args.kv)
+        figures = _measure(model, Path(name).name, args)
     if args.json:
         print(json.dumps(figures, indent=2))
     else:
@@ -96,6 +97,7 @@ def _measure(model: Model, name: str, args: argparse.Namespace) -> dict[str, Any
         "device": model.device,
         "dtype": model.dtype,
         "weights": list(model.weights),
+        "kv": model.kv,
         "block_length": block_length,
         "budget": args.budget,
         "lengths": rows,
@@ -104,7 +106,8 @@ def _measure(model: Model, name: str, args: argparse.Namespace) -> dict[str, Any
 
 def _print(figures: dict[str, Any]) -> None:
     machine = figures["gpu"] or f"{figures['cpu']}, {figures['threads']} threads"
-    print(f"{figures['model']} in {', '.join(figures['weights'])} on {machine}, losart {figures['losart']}")
+    held = f"{', '.join(figures['weights'])}, keys and values in {figures['kv']},"
+    print(f"{figures['model']} in {held} on {machine}, losart {figures['losart']}")
     print(f"blocks of {figures['block_length']}, budget {figures['budget']}; milliseconds per pass\n")
     print(f"{'prefix':>8}  {'prefill':>10}  {'attention':9}  {'first':>8}  {'later':>8}  density")
     for row in figures["lengths"]:

@@ -72,7 +72,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         const="",
         default=None,
         help="instead of accuracy: how far distributions are from those of another checkpoint with dense "
-        "attention (the same one, its weights as they are)",
+        "attention (the same one, without --weights and --kv)",
     )
     group.add_argument(
         "--text",
@@ -106,7 +106,7 @@ def _run_tasks(args: argparse.Namespace) -> None:
     from losart.eval import check_config, evaluate
 
     config = _config(args, "tasks", "lengths", "attention", "budgets", "active", "samples", "seed", "style")
-    model = load_model(args.model, args.device, args.dtype, args.weights)
+    model = load_model(args.model, args.device, args.dtype, args.weights, args.kv)
     style = check_config(model, config)
     facts = _facts(args, model, config) | {"style": style, "samples": config.samples}
     with Progress("asking", "questions") as progress:
@@ -126,7 +126,7 @@ def _run_longbench(args: argparse.Namespace) -> None:
         raise OptionError("--longbench takes one of --lengths, the longest prompt")
     datasets = args.tasks if "tasks" in args else find_datasets(Path(args.longbench))
     config = _config(args, "attention", "budgets", "active", "samples", "seed")
-    model = load_model(args.model, args.device, args.dtype, args.weights)
+    model = load_model(args.model, args.device, args.dtype, args.weights, args.kv)
     with Progress("asking", "questions") as progress:
         report = Table(SCORE_COLUMNS, JsonReport(args.json, _facts(args, model, config)), progress)
         evaluate_longbench(
@@ -152,7 +152,8 @@ def _run_locality(args: argparse.Namespace) -> None:
     if args.longbench is not None:
         raise OptionError("--longbench and --locality exclude each other")
     config = _config(args, "tasks", "lengths", "samples", "seed", "style", attention=("dense",))
-    model = load_model(args.model, "cpu" if args.device == "auto" else args.device, args.dtype, args.weights)
+    device = "cpu" if args.device == "auto" else args.device
+    model = load_model(args.model, device, args.dtype, args.weights, args.kv)
     style = check_config(model, config)
     facts = _facts(args, model, config) | {"style": style, "samples": config.samples}
     with Progress("asking", "questions") as progress:
@@ -169,13 +170,14 @@ def _run_divergence(args: argparse.Namespace) -> None:
     if args.locality or args.longbench is not None:
         raise OptionError("--kl, --locality and --longbench exclude each other")
     config = _config(args, "tasks", "lengths", "attention", "budgets", "active", "samples", "seed", "style")
-    model = load_model(args.model, args.device, args.dtype, args.weights)
+    model = load_model(args.model, args.device, args.dtype, args.weights, args.kv)
     check_config(model, config, questions=args.text is None)
-    itself = not args.kl and args.weights == "auto"
-    reference = model if itself else load_model(args.kl or args.model, model.device, args.dtype, "auto")
+    itself = not args.kl and args.weights == args.kv == "auto"
+    reference = model if itself else load_model(args.kl or args.model, model.device, args.dtype)
     facts = _facts(args, model, config) | {
         "reference": args.kl or args.model or "small_checkpoint",
         "reference_weights": list(reference.weights),
+        "reference_kv": reference.kv,
         "samples": config.samples,
     }
     with Progress("comparing", "prompts") as progress:
@@ -199,6 +201,7 @@ def _facts(args: argparse.Namespace, model: Model, config: EvalConfig) -> dict[s
         "device": model.device,
         "dtype": model.dtype,
         "weights": list(model.weights),
+        "kv": model.kv,
         "seed": config.seed,
         "options": config.options,
     }

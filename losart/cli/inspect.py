@@ -34,7 +34,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print the facts."""
-    facts = inspection(open_checkpoint(args.model), args.device, args.dtype, args.context, args.weights)
+    checkpoint = open_checkpoint(args.model)
+    facts = inspection(checkpoint, args.device, args.dtype, args.context, args.weights, args.kv)
     if args.json:
         print(json.dumps(facts, indent=2))
     else:
@@ -57,7 +58,7 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, object]]:
         ("on disk", f"{size(facts['bytes_on_disk'])} in {', '.join(disk)}"),
         ("weights", f"{size(facts['weight_bytes'])} in {', '.join(facts['held_in'])} on {facts['device']}"),
         ("fits", _fits(facts)),
-        *((f"KV at {kv['context']}", size(kv["bytes"])) for kv in facts["kv_cache"]),
+        *((f"KV at {kv['context']}", f"{size(kv['bytes'])} in {facts['kv']}") for kv in facts["kv_cache"]),
         ("block length", facts["block_length"] or "not said"),
         ("mask token", _token(facts["mask_token"]) if facts["mask_token"] else "not said"),
         ("end tokens", ", ".join(map(_token, ends)) or "none"),

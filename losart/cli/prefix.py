@@ -15,7 +15,7 @@ from losart.engine.saved_prefix import read_facts
 
 HELP = "prefill a prompt into a file, for many later ones that begin with it"
 DESCRIPTION = """Prefill what a prompt has in whole pages and blocks into a file, or show what a file was made
-with. `losart generate` and `losart batch` begin with it by --prefix: same model, device and dtype."""
+with. `losart generate` and `losart batch` begin with it by --prefix: same model, device, dtype and kv."""
 EXAMPLE = (
     "example: losart prefix save document.kv --model path/to/SDAR-1.7B-Chat --prompt-file document.txt, then "
     "losart batch questions.jsonl answers.jsonl --model path/to/SDAR-1.7B-Chat --prefix document.kv"
@@ -46,7 +46,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         metavar="N",
         help="so that caches have chunks of the same size; else each prompt gets a copy (128)",
     )
-    text = "show which model, dtype and device a file was made with"
+    text = "show which model, dtype, kv and device a file was made with"
     show = actions.add_parser("show", help=text, description=f"{text.capitalize()}.")
     show.set_defaults(act=_show)
     show.add_argument("file", metavar="FILE", type=Path)
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _save(args: argparse.Namespace) -> None:
     text = read_prompt(args.prompt_file)
-    model = load_model(args.model, args.device, args.dtype, args.weights)
+    model = load_model(args.model, args.device, args.dtype, args.weights, args.kv)
     prompt = message(text) if args.chat else text
     with Progress("reading the prompt", "tokens") as progress:
         tokens = Engine(model).save_prefix(prompt, args.file, progress=progress, **generation_options(args))

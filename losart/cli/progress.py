@@ -90,10 +90,12 @@ class Steps(Progress):
         self._begun += 1
 
 
-def load_model(model: str | Path | None, device: str, dtype: str, weights: str = "auto") -> Model:
+def load_model(
+    model: str | Path | None, device: str, dtype: str, weights: str = "auto", kv: str = "auto"
+) -> Model:
     """Load a checkpoint, with progress."""
     with Progress("loading the weights", "layers") as progress:
-        return load(model, device, dtype, progress=progress, weights=weights)
+        return load(model, device, dtype, progress=progress, weights=weights, kv=kv)
 
 
 def write_weights(folder: Path, size: str, **options: Any) -> Path:

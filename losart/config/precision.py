@@ -40,12 +40,21 @@ class Format:
         """Bytes of one number."""
         return self.bits // 8
 
+    @property
+    def scale_bytes(self) -> int:
+        """Of the float32 scale that a key or a value of a kv head has beside codes of 8 bits."""
+        return 4 if self.bits == 8 else 0
+
 
 FLOAT32 = Format("float32", 32, 0, "float32", "float32", "F32", 0)
 BFLOAT16 = Format("bfloat16", 16, 1, "uint16", "uint16", "BF16", 14)
 FLOAT16 = Format("float16", 16, 2, "float16", "uint16", "F16", 2)
 FORMATS = {format.name: format for format in (FLOAT32, BFLOAT16, FLOAT16)}
 DTYPES = tuple(FORMATS)
+# Keys and values alone: with the largest magnitude of a key's, or a value's, channels as the outermost code.
+KV_INT8 = Format("int8", 8, 3, "uint8", "uint8", "U8", 3)
+KV_FLOAT8 = Format("fp8", 8, 4, "uint8", "uint8", "U8", 28)
+KV_FORMATS = {format.name: format for format in (KV_INT8, KV_FLOAT8)}
 
 GROUP_PAGES = 16  # pages of the KV cache whose bounds share a base and a step per channel
 
@@ -68,14 +77,20 @@ class Precision:
     kv: Format
     activations: Format
 
-    @classmethod
-    def of(cls, dtype: str) -> Precision:
-        """All three in one format, named as in `FORMATS`."""
-        return cls(*(FORMATS[dtype],) * 3)
+    @property
+    def kv_operands(self) -> Format:
+        """In which tensor cores multiply keys and values, and page bounds are held."""
+        return self.activations if self.kv.bits == 8 else self.kv
 
     @classmethod
-    def chosen(cls, dtype: str, auto: str) -> Precision:
-        """As `of`, with `auto` for the caller's "auto".
+    def of(cls, dtype: str, kv: str = "auto") -> Precision:
+        """All three in one format, named as in `FORMATS`, unless `kv` is one of `KV_FORMATS`."""
+        format = FORMATS[dtype]
+        return cls(format, KV_FORMATS.get(kv, format), format)
+
+    @classmethod
+    def chosen(cls, dtype: str, kv: str, auto: str) -> Precision:
+        """As `of`, with `auto` for the caller's dtype "auto".
 
         Raises
         ------
@@ -84,4 +99,6 @@ class Precision:
         """
         if dtype not in ("auto", *DTYPES):
             raise OptionError(f"dtype must be auto, {', '.join(DTYPES)}, not {dtype!r}")
-        return cls.of(auto if dtype == "auto" else dtype)
+        if kv not in ("auto", *KV_FORMATS):
+            raise OptionError(f"kv must be auto, {', '.join(KV_FORMATS)}, not {kv!r}")
+        return cls.of(auto if dtype == "auto" else dtype, kv)

@@ -187,7 +187,9 @@ def read_facts(file: Path) -> dict[str, Any]:
     PrefixError
         The file cannot be read, is something else or damaged.
     """
-    return _read_header(file)[0]
+    facts = _read_header(file)[0]
+    # Files from before keys and values had formats of their own do not say which.
+    return {"kv": facts["dtype"]} | facts if "dtype" in facts else facts
 
 
 def map_sections(file: Path, sizes: Sequence[int]) -> list[np.ndarray]:

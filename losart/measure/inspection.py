@@ -28,13 +28,14 @@ def inspection(
     dtype: str = "auto",
     contexts: Sequence[int] = (),
     weights: str = "auto",
+    kv: str = "auto",
 ) -> dict[str, Any]:
     """Facts about a checkpoint as `load` would hold it; JSON types alone.
 
     Parameters
     ----------
     checkpoint : Checkpoint
-    device, dtype, weights : str
+    device, dtype, weights, kv : str
         As :func:`losart.load`'s.
     contexts : sequence of int
         Lengths to compute the size of the KV cache for. Default: those of `CONTEXTS` that the model
@@ -48,7 +49,7 @@ def inspection(
         The model does not run on the device, or there is none.
     """
     config, tokenizer = checkpoint.config, checkpoint.tokenizer
-    precision = Precision.chosen(dtype, checkpoint.dtype)
+    precision = Precision.chosen(dtype, kv, checkpoint.dtype)
     for context in contexts:
         if not (is_int(context) and 0 < context <= config.max_positions):
             raise OptionError(
@@ -84,6 +85,7 @@ def inspection(
         "dtype": precision.weights.name,
         "held_in": sorted(held),
         "weight_bytes": weight_bytes,
+        "kv": precision.kv.name,
         "free_bytes": free,
         "fitting_positions": None if free is None else _fitting(free - weight_bytes, kv_bytes, config),
         "kv_cache": [{"context": n, "bytes": kv_bytes(n)} for n in contexts],

@@ -65,6 +65,58 @@ def test_passes_every_option_on(tiny_checkpoint, capsys):
     assert capsys.readouterr().out == f"{expected}\n"
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        "generate CHECKPOINT --prompt x",
+        "generate CHECKPOINT --prompt x --prompt y",
+        "batch FILE OUT --model CHECKPOINT",
+        "chat CHECKPOINT",
+        "prefix save OUT --model CHECKPOINT --prompt-file FILE",
+        "bench CHECKPOINT",
+        "eval CHECKPOINT",
+        "eval CHECKPOINT --longbench DIR --tasks qasper",
+        "eval CHECKPOINT --locality",
+        "eval CHECKPOINT --kl",
+    ],
+)
+def test_kv_reaches_the_model(tiny_checkpoint, tmp_path, monkeypatch, capsys, command):
+    (tmp_path / "file").write_text("{}")
+    names = {
+        "CHECKPOINT": tiny_checkpoint,
+        "FILE": tmp_path / "file",
+        "OUT": tmp_path / "out",
+        "DIR": tmp_path,
+    }
+    arguments = [str(names.get(argument, argument)) for argument in command.split()]
+    seen = []
+
+    def noting(*_, kv, **__):
+        seen.append(kv)
+        raise losart.DeviceError("no device today")
+
+    monkeypatch.setattr("losart.cli.progress.load", noting)
+    for kv in ("int8", "fp8", "auto"):
+        assert main([*arguments, "--kv", kv]) == 1
+        assert capsys.readouterr().err.endswith("losart: no device today\n")
+    assert main(arguments) == 1
+    assert seen == ["int8", "fp8", "auto", "auto"]
+    with pytest.raises(SystemExit) as exit_:
+        main([*arguments, "--kv", "int4"])
+    assert exit_.value.code == 2
+    assert "argument --kv: invalid choice: 'int4'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kv", ["int8", "fp8"])
+def test_generates_with_keys_and_values_in_8_bits(tiny_checkpoint, capsys, kv):
+    command = ["generate", str(tiny_checkpoint), "--prompt", PROMPT * 20, "--max-new-tokens", "8", "--json"]
+    assert main([*command, "--kv", kv, "--device", "cpu"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    expected = losart.generate(tiny_checkpoint, PROMPT * 20, device="cpu", kv=kv, max_new_tokens=8)
+    assert found["token_ids"] == expected.token_ids
+    assert found["stats"]["kv_bytes"] == expected.stats.kv_bytes
+
+
 def test_stats_go_to_standard_error(tiny_checkpoint, capsys):
     assert (
         main(["generate", str(tiny_checkpoint), "--prompt", PROMPT, "--stats", "--max-new-tokens", "8"]) == 0

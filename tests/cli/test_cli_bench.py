@@ -20,7 +20,7 @@ TINY = ["--device", "cpu", "--lengths", "64,320", "--repeats", "1", "--budget", 
 def test_figures_of_a_checkpoint(tiny_checkpoint, capsys):
     assert main(["bench", str(tiny_checkpoint), *TINY, "--json"]) == 0
     figures = json.loads(capsys.readouterr().out)
-    assert figures["weights"] == ["float32"]
+    assert (figures["weights"], figures["kv"]) == (["float32"], "float32")
     assert (figures["model"], figures["device"], figures["dtype"]) == (tiny_checkpoint.name, "cpu", "float32")
     assert (figures["block_length"], figures["budget"]) == (4, 32)
     assert [row["prefix"] for row in figures["lengths"]] == [64, 320]
@@ -35,10 +35,25 @@ def test_figures_of_a_checkpoint(tiny_checkpoint, capsys):
                 assert 0 < times["density"] < 1
 
 
+@pytest.mark.parametrize("kv", ["int8", "fp8"])
+def test_keys_and_values_in_8_bits(tiny_checkpoint, capsys, kv):
+    command = ["bench", str(tiny_checkpoint), *TINY, "--kv", kv]
+    assert main([*command, "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert (figures["dtype"], figures["weights"], figures["kv"]) == ("float32", ["float32"], kv)
+    for row in figures["lengths"]:
+        assert all(0 < row["passes"][method]["density"] < 1 for method in ("losa", "quest", "sparsed"))
+    assert main(command) == 0
+    assert f" in float32, keys and values in {kv}, on " in capsys.readouterr().out
+
+
 def test_random_weights_and_a_table(capsys):
     assert main(["bench", "--size", "tiny", *TINY, "--attention", "dense,losa"]) == 0
     printed = capsys.readouterr()
-    assert "random-tiny in float32 on " in printed.out and "blocks of 16, budget 32" in printed.out
+    assert (
+        "random-tiny in float32, keys and values in float32, on " in printed.out
+        and "blocks of 16, budget 32" in printed.out
+    )
     head, *rows = printed.out.splitlines()[-5:]
     assert head.split() == ["prefix", "prefill", "attention", "first", "later", "density"]
     assert [row.split()[0] for row in rows] == ["64", "losa", "320", "losa"]

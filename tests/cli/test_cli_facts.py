@@ -142,10 +142,11 @@ def test_inspect_is_what_the_files_and_the_model_are(make_checkpoint, capsys, bi
     assert [token["text"] for token in facts["end_tokens"]] == ["<|im_end|>", "<|endoftext|>"]
 
 
+@pytest.mark.parametrize("kv", ["auto", "int8", "fp8"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_inspect_counts_what_is_held(make_checkpoint, capsys, monkeypatch, dtype):
+def test_inspect_counts_what_is_held(make_checkpoint, capsys, monkeypatch, dtype, kv):
     path = make_checkpoint(max_positions=6000, num_layers=2)
-    facts = inspect(capsys, path, "--dtype", dtype)
+    facts = inspect(capsys, path, "--dtype", dtype, "--kv", kv)
 
     held = []
     for name in ("upload", "upload_vector"):
@@ -157,7 +158,8 @@ def test_inspect_counts_what_is_held(make_checkpoint, capsys, monkeypatch, dtype
             return array
 
         monkeypatch.setattr(CpuBackend, name, noting)
-    model = losart.load(path, "cpu", dtype)
+    model = losart.load(path, "cpu", dtype, kv=kv)
+    assert (facts["kv"], facts["held_in"]) == (model.kv, list(model.weights))
     assert facts["weight_bytes"] == sum(array.nbytes for array in held)
 
     allocated = []
@@ -171,10 +173,27 @@ def test_inspect_counts_what_is_held(make_checkpoint, capsys, monkeypatch, dtype
         assert entry == {"context": context, "bytes": sum(array.nbytes for array in allocated)}
     # By hand: keys and values, and of 16 pages of 16, in float32, bounds, bases and steps, and 4-bit codes.
     config = model.config
-    channels = config.num_layers * config.num_kv_heads * config.head_dim
+    heads = config.num_layers * config.num_kv_heads
+    key = config.head_dim * FORMATS[dtype].itemsize if kv == "auto" else config.head_dim + 4
     bounds = (16 * 2 + 2) * 4 + 16 * 2 // 2
-    expected = channels * (6144 * 2 * FORMATS[dtype].itemsize + 6144 // 256 * bounds)
+    expected = heads * (6144 * 2 * key + 6144 // 256 * config.head_dim * bounds)
     assert facts["kv_cache"][1]["bytes"] == expected
+
+
+def test_inspect_with_keys_and_values_in_8_bits(make_checkpoint, capsys):
+    """About half of 16 bits; at 128 channels, as released models have, the scales are 3% of it."""
+    path = make_checkpoint(dtype="bfloat16", head_dim=128)
+    before, *others = (inspect(capsys, path, "--kv", kv) for kv in ("auto", "int8", "fp8"))
+    (whole,) = before["kv_cache"]
+    for facts, kv in zip(others, ("int8", "fp8"), strict=True):
+        (held,) = facts["kv_cache"]
+        assert (facts["kv"], facts["dtype"], held["context"]) == (kv, "bfloat16", whole["context"])
+        assert 0.5 < held["bytes"] / whole["bytes"] < 0.65  # page bounds are as they were
+        assert facts["weight_bytes"] == before["weight_bytes"]
+    assert main(["inspect", str(path), "--device", "cpu", "--kv", "int8"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    (held,) = others[0]["kv_cache"]
+    assert f"KV at {held['context']} {size(held['bytes'])} in int8" in text
 
 
 def test_inspect_options_are_those_of_a_generation(make_checkpoint, capsys):

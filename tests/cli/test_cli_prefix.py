@@ -31,8 +31,10 @@ def test_it_says_of_what_a_file_is(tiny_checkpoint, saved, capsys):
     facts = json.loads(capsys.readouterr().out)
     assert 0 < facts["tokens"] <= len(model.tokenizer.encode(DOCUMENT))
     assert (facts["model"], facts["device"], facts["page_size"]) == (model.fingerprint, "cpu", 16)
+    assert (facts["dtype"], facts["kv"]) == ("float32", "float32")
     assert main(["prefix", "show", saved]) == 0
-    assert "block length" in capsys.readouterr().out
+    shown = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["kv", "float32"] in shown and ["block", "length", "4"] in shown
     assert main(["prefix", "show", __file__]) == 1
     assert "not a saved prefix" in capsys.readouterr().err
 
@@ -50,6 +52,23 @@ def test_generate_begins_with_it(tiny_checkpoint, saved, capsys, prompts):
         expected = losart.generate(tiny_checkpoint, text, device="cpu", max_new_tokens=8)
         assert answer["text"] == expected.text
         assert answer["stats"]["reused_tokens"] > 100 and not expected.stats.reused_tokens
+
+
+def test_keys_and_values_in_8_bits_have_files_of_their_own(tiny_checkpoint, saved, tmp_path, capsys):
+    prompt, file = tmp_path / "document.txt", str(tmp_path / "int8.kv")
+    options = ["--device", "cpu", "--kv", "int8"]
+    arguments = ["--model", str(tiny_checkpoint), "--prompt-file", str(prompt), *options]
+    assert main(["prefix", "save", file, *arguments]) == 0
+    assert main(["prefix", "show", file, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.split("\n", 1)[1])["kv"] == "int8"
+    command = ["generate", str(tiny_checkpoint), "--prompt", f"{DOCUMENT} Why?", *SHORT, "--json"]
+    assert main([*command, "--kv", "int8", "--prefix", file]) == 0
+    assert json.loads(capsys.readouterr().out)["stats"]["reused_tokens"] > 100
+    for other, held, asked in ((saved, "float32", "int8"), (file, "int8", "float32")):
+        kv = ["--kv", "int8"] if asked == "int8" else []
+        assert main([*command, *kv, "--prefix", other]) == 1
+        message = f"losart: {other}: was saved with kv {held}, and here it is {asked}\n"
+        assert capsys.readouterr().err == message
 
 
 def test_batch_begins_with_it(tiny_checkpoint, saved, tmp_path):

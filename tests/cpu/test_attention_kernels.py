@@ -17,13 +17,13 @@ import pytest
 import reference as ref
 from hypothesis import example, given
 from hypothesis import strategies as st
-from kv import HELD_AS, LAYER, coded_page_bounds, held, model_config, steady, table_of
+from kv import HELD_AS, LAYER, coded_page_bounds, held, model_config, precision_of, steady, table_of
 from passes import block_batch, write
 
 from losart.backends.base import ActiveTokens
 from losart.backends.cpu import attention_kernels as kernels
 from losart.backends.cpu.backend import CpuBackend, Weight
-from losart.config.precision import FORMATS, Precision
+from losart.config.precision import FORMATS, KV_FORMATS
 
 TOLERANCE = 1e-4
 PAGE_SIZES = [16, 32, 48, 64]
@@ -38,6 +38,7 @@ class Case:
     prefix: int = 100
     page_size: int = 16
     dtype: str = "float32"
+    operands: str = "bfloat16"  # where dtype has 8 bits
     seed: int = 0
 
     @property
@@ -67,6 +68,7 @@ def case_of(**fixed: object) -> st.SearchStrategy[Case]:
         "prefix": st.one_of(st.integers(0, 70), st.integers(0, 700), st.integers(1000, 2200)),
         "page_size": st.sampled_from(PAGE_SIZES),
         "dtype": st.sampled_from(list(HELD_AS)),
+        "operands": st.sampled_from(list(FORMATS)),
         "seed": st.integers(0, 2**16),
     }
     return st.builds(Case, **options | {name: st.just(value) for name, value in fixed.items()})
@@ -186,14 +188,45 @@ def test_scores_of_a_large_range(case, sign, rising):
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("where", [0, 15, 100, 1030, 1199])
 @pytest.mark.parametrize("what", ["q", "k", "v"])
-def test_what_is_not_finite_shows(what, where, bad):
-    case = Case(prefix=1200, tokens=2)
+@pytest.mark.parametrize("dtype", ["float32", *KV_FORMATS])
+def test_what_is_not_finite_shows(what, where, bad, dtype):
+    case = Case(prefix=1200, tokens=2, dtype=dtype)
     q, (k, v) = np.abs(case.q()), case.kv()
     {"q": q[:1], "k": k, "v": v}[what][0 if what == "q" else where, :, 3] = bad
     o, lse = attend(case, q, k, v, np.arange(case.tokens))
     assert not np.isfinite(o[0]).all(axis=-1).any()
     if what == "k":
         assert not np.isfinite(lse).any()
+    if what == "v" and dtype in KV_FORMATS:  # all channels have the scale
+        assert np.isnan(o).all() and np.isfinite(lse).all()
+
+
+@pytest.mark.parametrize("dtype", KV_FORMATS)
+@pytest.mark.parametrize("bad", [np.nan, -np.inf])
+def test_a_page_with_a_key_of_8_bits_that_is_not_finite_has_a_score_of_nan(dtype, bad):
+    case = Case(prefix=300, dtype=dtype)
+    q, (k, v) = case.q(), case.kv()
+    k[[40, 290], 0, 3] = bad
+    table = table_of(k, v, case.page_size, dtype)
+    scores = kernels.bound_scores(table, LAYER, q, np.arange(case.tokens, dtype=np.int32), case.prefix)
+    expected = np.isin(np.arange(case.pages), [2, 18])
+    np.testing.assert_array_equal(
+        np.isnan(scores[0, :, : case.pages]), np.broadcast_to(expected, (8, case.pages))
+    )
+    assert np.isfinite(scores[1, :, : case.pages]).all()
+
+
+@pytest.mark.parametrize("dtype", KV_FORMATS)
+@pytest.mark.parametrize("size", [0.0, 1e-45, 1e-42, 1e-38])
+def test_keys_and_values_of_8_bits_that_are_zero_or_tiny(dtype, size):
+    case = Case(prefix=300, dtype=dtype)
+    k, v = (np.float32(size) * np.sign(x) for x in case.kv())
+    o, lse = attend(case, case.q(), k, v, np.arange(case.tokens))
+    np.testing.assert_allclose(lse, np.log(case.prefix), rtol=1e-6)
+    expected = ref.softmax_attention(case.q(), held(k, dtype), held(v, dtype))[0]
+    np.testing.assert_allclose(o, expected, rtol=0, atol=2e-6 * size + 1e-43)
+    if size == 0:
+        assert not o.any()
 
 
 @pytest.mark.parametrize(
@@ -218,7 +251,8 @@ def test_what_lies_outside_is_refused(changes, message):
 @given(case_of(), st.sampled_from([1.0, 12.0]))
 @example(Case(prefix=0), 1.0)
 def test_page_masses(case, scale):
-    backend = CpuBackend(model_config(case.kv_heads, case.group, case.width), Precision.of(case.dtype))
+    precision = precision_of(case.dtype, case.operands)
+    backend = CpuBackend(model_config(case.kv_heads, case.group, case.width), precision)
     cache = backend.new_cache(case.page_size)
     q, (k, v) = case.q(scale), case.kv()
     write(cache, 0, k, v)
@@ -236,10 +270,11 @@ def test_page_masses(case, scale):
 def test_bounds_of_scores(case, data):
     tokens = some(data.draw, case.tokens, "tokens")
     q, (k, v) = case.q(), case.kv()
-    table = table_of(k, v, case.page_size, case.dtype)
+    table = table_of(k, v, case.page_size, case.dtype, case.operands)
     scores = kernels.bound_scores(table, LAYER, q, tokens, case.prefix)
-    bounds = coded_page_bounds(k, case.page_size, case.dtype)
-    expected = ref.quest_scores(held(q[tokens], case.dtype), *bounds)
+    bounds = coded_page_bounds(k, case.page_size, case.dtype, case.operands)
+    q_held = held(q[tokens], precision_of(case.dtype, case.operands).kv_operands.name)
+    expected = ref.quest_scores(q_held, *bounds)
     expected = expected.reshape(len(tokens), case.kv_heads, case.group, case.pages).transpose(1, 0, 2, 3)
     rows = len(tokens) * case.group
     assert scores.shape == (case.kv_heads, rows, -(-case.pages // 16) * 16)
@@ -282,13 +317,41 @@ def test_over_the_prompt(case, block_length, blocks_before, blocks):
         assert_close(o[rows], ref.softmax_attention(q[rows], k[:end], v[:end])[0])
 
 
+# Kinds of vectors
+
+
+def largest_error() -> float:
+    """Of attention over a prefix beside each row, in every format."""
+    worst = 0.0
+    for dtype in HELD_AS:
+        case = Case(prefix=300, group=4, width=48, dtype=dtype)
+        q, (k, v) = case.q(), case.kv()
+        o, _ = attend(case, q, k, v, np.arange(case.tokens))
+        expected, _ = ref.softmax_attention(q, held(k, dtype), held(v, dtype))
+        error = np.linalg.norm(o - expected, axis=-1) / np.linalg.norm(expected, axis=-1)
+        worst = max(worst, error.max())
+    return worst
+
+
+def run(expression: str, **changes: str) -> str:
+    """What a process with these changes to the environment prints of something here."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))} | changes
+    command = [sys.executable, "-c", f"import test_attention_kernels as t; print({expression})"]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
+
+
+@pytest.mark.parametrize("level", ["0", "1", "2"])
+def test_all_kinds_of_vectors_give_what_float64_does(level):
+    assert float(run("t.largest_error()", LOSART_SIMD=level)) <= 2e-6
+
+
 # Threads
 
 
-def digest() -> str:
+def digest(dtype: str) -> str:
     """Of what all kernels give for sizes that they share among threads."""
-    case = Case(tokens=16, kv_heads=2, group=4, width=64, prefix=3000, dtype="bfloat16")
-    backend = CpuBackend(model_config(case.kv_heads, case.group, case.width), Precision.of(case.dtype))
+    case = Case(tokens=16, kv_heads=2, group=4, width=64, prefix=3000, dtype=dtype)
+    backend = CpuBackend(model_config(case.kv_heads, case.group, case.width), precision_of(case.dtype))
     cache = backend.new_cache(case.page_size)
     write(cache, 0, *case.kv())
     cache.advance(case.prefix)
@@ -316,16 +379,7 @@ def digest() -> str:
     return hashlib.sha256(b"".join(np.ascontiguousarray(x).tobytes() for x in [*results, o])).hexdigest()
 
 
-def test_the_number_of_threads_changes_no_bit():
-    digests = {digest()}
-    for threads in ("1", "2", "3"):
-        script = "import test_attention_kernels as t; print(t.digest())"
-        environment = os.environ | {
-            "OMP_NUM_THREADS": threads,
-            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-        }
-        process = subprocess.run(
-            [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
-        )
-        digests.add(process.stdout.strip())
-    assert len(digests) == 1
+@pytest.mark.parametrize("dtype", ["bfloat16", *KV_FORMATS])
+def test_the_number_of_threads_changes_no_bit(dtype):
+    digests = {run(f"t.digest({dtype!r})", OMP_NUM_THREADS=threads) for threads in ("1", "2", "3")}
+    assert digests == {digest(dtype)}

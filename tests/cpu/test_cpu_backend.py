@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from kv import held, model_config, narrow
 
+import losart
 from losart.backends.cpu.backend import CpuBackend, Weight
-from losart.config.precision import FORMATS, Precision
+from losart.config.precision import FORMATS, KV_FORMATS, Precision
 
 
 def largest_error() -> float:
@@ -48,6 +49,51 @@ def test_a_token_s_product_does_not_depend_on_how_many_there_are():
         np.testing.assert_array_equal(
             backend.linear(x[first:last], matrix), backend.linear(x, matrix)[first:last]
         )
+
+
+class RecordingBackend(CpuBackend):
+    """Keeps the logits of all passes."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.seen = []
+
+    def logits(self, hidden, head, batch):
+        self.seen.append(super().logits(hidden, head, batch))
+        return self.seen[-1]
+
+
+class HoldingBackend(RecordingBackend):
+    """Holds keys and values in float32, as the numbers that codes of 8 bits would stand for."""
+
+    codes = ""
+
+    def write_kv(self, layer, k, v, batch):
+        super().write_kv(layer, *(held(x, self.codes).astype(np.float32) for x in (k, v)), batch)
+
+
+@pytest.mark.parametrize("kv", KV_FORMATS)
+@pytest.mark.parametrize(
+    "attention", [{}, {"attention": "losa"}, {"attention": "quest"}, {"attention": "sparsed"}], ids=str
+)
+def test_logits_with_codes_are_those_of_the_numbers_that_they_stand_for(tiny_checkpoint, kv, attention):
+    """Bit by bit, and they are not those of keys and values that nothing has rounded."""
+    model = losart.load(tiny_checkpoint, "cpu", "float32")
+    prompt = np.random.default_rng(0).integers(0, 300, 611).tolist()
+    coded, holding, plain = (
+        kind(model.config, Precision.of("float32", format))
+        for kind, format in ((RecordingBackend, kv), (HoldingBackend, "auto"), (RecordingBackend, "auto"))
+    )
+    holding.codes = kv
+    found = []
+    for backend in (coded, holding, plain):
+        model._engine.runner.backend = backend
+        options = {"max_new_tokens": 24, "stop_token_ids": [], "budget": 64, **attention}
+        found.append(model.generate(prompt, **options).token_ids)
+    assert found[0] == found[1] and len(coded.seen) == len(holding.seen)
+    for one, other in zip(coded.seen, holding.seen, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert (coded.seen[0] != plain.seen[0]).any()
 
 
 MULTIPLY = """

@@ -10,18 +10,31 @@ import pytest
 import reference as ref
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from kv import HELD_AS, bfloat16, coded_page_bounds, empty_table, held, model_config, narrow
+from kv import (
+    HELD_AS,
+    OUTERMOST,
+    bfloat16,
+    coded_page_bounds,
+    empty_table,
+    encoded,
+    held,
+    held_page_bounds,
+    model_config,
+    narrow,
+    precision_of,
+)
 from passes import block_batch, write
 
 from losart.backends.cpu.backend import CpuBackend
 from losart.backends.cpu.convert import widen
 from losart.backends.cpu.kv_index import PageTable, mark_pages, positions_in, union_of_top_pages
-from losart.config.precision import FORMATS, Precision
+from losart.config.precision import FORMATS, KV_FORMATS, Precision
 from losart.engine.kv_cache import PagedKVCache
 from losart.errors import OutOfMemoryError
 
 SPECIAL = [0.0, -0.0, 1.0, -1.0, np.inf, -np.inf, np.nan]
 quick = settings(max_examples=60, deadline=None)
+operands_formats = st.sampled_from(list(FORMATS))
 
 
 def random_kv(positions: int, kv_heads: int = 2, width: int = 16, seed: int = 0) -> list[np.ndarray]:
@@ -31,6 +44,10 @@ def random_kv(positions: int, kv_heads: int = 2, width: int = 16, seed: int = 0)
 
 def read_back(chunks, layer: int, positions: int, dtype: str) -> tuple[np.ndarray, np.ndarray]:
     """Keys and values [positions, kv_heads, width] in float64, by the layout that kv_index describes."""
+    if dtype in KV_FORMATS:
+        numbers, scales = read_codes(chunks, layer, positions, dtype)
+        with np.errstate(over="ignore"):
+            return tuple((numbers.astype(np.float32) * scales).astype(np.float64))
     kv = np.concatenate([kv[layer] for kv, _ in chunks], axis=2)
     _, kv_heads, capacity, width = kv.shape
     keys = (
@@ -38,6 +55,29 @@ def read_back(chunks, layer: int, positions: int, dtype: str) -> tuple[np.ndarra
     )
     wide = (widen(np.ascontiguousarray(x.swapaxes(0, 1)[:positions])) for x in (keys, kv[1]))
     return tuple(x.astype(np.float64) for x in wide)
+
+
+def numbers_of(dtype: str) -> np.ndarray:
+    """What each of the 256 codes stands for."""
+    codes = np.arange(256)
+    if dtype == "int8":
+        return codes - 128.0
+    sign, exponent, eighths = np.where(codes < 128, 1.0, -1.0), codes // 8 % 16, codes % 8
+    magnitude = np.ldexp(np.where(exponent, 8 + eighths, eighths), np.maximum(exponent, 1) - 10)
+    return np.where(codes % 128 == 127, np.nan, sign * magnitude)
+
+
+def read_codes(chunks, layer: int, positions: int, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers [2, positions, kv_heads, width] of keys' and values' codes of 8 bits, and scales [..., 1]."""
+    kv = np.concatenate([kv[layer] for kv, _ in chunks], axis=2)
+    _, kv_heads, capacity, width = kv.shape
+    width -= 4
+    slabs = kv.reshape(2, kv_heads, capacity // 16, 16 * width + 64)
+    codes, scales = np.split(slabs, [16 * width], axis=3)
+    keys = codes[0].reshape(kv_heads, -1, width, 16).swapaxes(2, 3)
+    codes = np.stack([keys, codes[1].reshape(keys.shape)]).reshape(2, kv_heads, capacity, width)
+    scales = np.ascontiguousarray(scales).view(np.float32).reshape(2, kv_heads, capacity, 1)
+    return tuple(x.swapaxes(1, 2)[:, :positions] for x in (numbers_of(dtype)[codes], scales))
 
 
 def bounds(chunks, layer: int) -> tuple[np.ndarray, np.ndarray]:
@@ -48,6 +88,18 @@ def bounds(chunks, layer: int) -> tuple[np.ndarray, np.ndarray]:
     both = both[:, :, : 16 * channels].reshape(kv_heads, groups, channels, 16)
     pages = both.transpose(1, 3, 0, 2).reshape(groups * 16, kv_heads, channels)
     return pages[:, :, : channels // 2], pages[:, :, channels // 2 :]
+
+
+KINDS_OF_KEYS = {
+    "normal": lambda x: x,
+    "equal": lambda x: np.full_like(x, 1.7),
+    "zero": np.zeros_like,
+    "far from zero": lambda x: 300 + x,
+    "tiny": lambda x: x * np.float32(1e-6),
+    "below float16": lambda x: x * np.float32(1e-9),
+    "large": lambda x: np.clip(x, -2, 2) * np.float32(3e4),
+    "one outlier": lambda x: np.where(np.arange(len(x))[:, None, None] == 7, np.float32(1e4), x),
+}
 
 
 # Writing
@@ -79,21 +131,25 @@ def test_written_in_pieces_is_written_at_once(piece, page_size, dtype):
 
 @quick
 @given(
-    st.integers(1, 700), st.sampled_from([16, 32, 48, 64]), st.sampled_from(list(HELD_AS)), st.integers(1, 3)
+    *(st.integers(1, 700), st.sampled_from([16, 32, 48, 64]), st.sampled_from(list(HELD_AS))),
+    *(operands_formats, st.integers(1, 3), st.sampled_from(list(KINDS_OF_KEYS))),
 )
-def test_bounds_are_those_of_the_held_keys(total, page_size, dtype, kv_heads):
+def test_bounds_are_those_of_the_held_keys(total, page_size, dtype, operands, kv_heads, kind):
     k, v = random_kv(total, kv_heads, seed=total)
-    table, chunks = empty_table(kv_heads, 16, page_size, dtype, total)
+    k = KINDS_OF_KEYS[kind](k)
+    table, chunks = empty_table(kv_heads, 16, page_size, dtype, total, operands=operands)
     table.write(0, 0, 7 - k, v)  # an earlier sequence: it must not show
     table.write(0, 0, k, v)
-    largest, smallest = bounds(chunks, 0)
+    found = [bound[: -(-total // page_size)] for bound in reversed(bounds(chunks, 0))]
+    np.testing.assert_array_equal(found, held_page_bounds(k, page_size, dtype, operands))
     for page, start in enumerate(range(0, total, page_size)):
         keys = held(k[start : start + page_size], dtype)
-        np.testing.assert_array_equal(largest[page], keys.max(axis=0))
-        np.testing.assert_array_equal(smallest[page], keys.min(axis=0))
+        assert (found[0][page] <= keys).all() and (found[1][page] >= keys).all()
 
 
-def coded_bounds(chunks, layer: int, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+def coded_bounds(
+    chunks, layer: int, dtype: str, operands: str | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Smallest and largest keys by their codes, each [pages, kv_heads, width]."""
     values = np.concatenate([bounds[layer] for _, bounds in chunks], axis=1)
     kv_heads, groups, width = *values.shape[:2], values.shape[2] // 38
@@ -103,43 +159,36 @@ def coded_bounds(chunks, layer: int, dtype: str) -> tuple[np.ndarray, np.ndarray
     exact = base[:, :, None, :, None].astype(np.float64) + codes * step[:, :, None, :, None].astype(
         np.float64
     )
-    largest, smallest = held(exact, dtype).transpose(2, 1, 4, 0, 3).reshape(2, groups * 16, kv_heads, width)
+    exact = held(exact, precision_of(dtype, operands).kv_operands.name)
+    largest, smallest = exact.transpose(2, 1, 4, 0, 3).reshape(2, groups * 16, kv_heads, width)
     return smallest, largest
-
-
-KINDS_OF_KEYS = {
-    "normal": lambda x: x,
-    "equal": lambda x: np.full_like(x, 1.7),
-    "zero": np.zeros_like,
-    "far from zero": lambda x: 300 + x,
-    "tiny": lambda x: x * np.float32(1e-6),
-    "below float16": lambda x: x * np.float32(1e-9),
-    "large": lambda x: np.clip(x, -2, 2) * np.float32(3e4),
-    "one outlier": lambda x: np.where(np.arange(len(x))[:, None, None] == 7, np.float32(1e4), x),
-}
 
 
 @quick
 @given(
     *(st.integers(1, 700), st.sampled_from([16, 32]), st.sampled_from(list(HELD_AS))),
-    st.sampled_from(list(KINDS_OF_KEYS)),
+    *(operands_formats, st.sampled_from(list(KINDS_OF_KEYS))),
 )
-@example(600, 16, "float16", "below float16")
-@example(600, 16, "bfloat16", "far from zero")
-def test_coded_bounds_are_the_references_and_bound_the_keys(total, page_size, dtype, kind):
+@example(600, 16, "float16", "float16", "below float16")
+@example(600, 16, "bfloat16", "bfloat16", "far from zero")
+@example(600, 16, "int8", "float16", "below float16")
+@example(600, 16, "fp8", "bfloat16", "far from zero")
+def test_coded_bounds_are_the_references_and_bound_the_keys(total, page_size, dtype, operands, kind):
     k, v = random_kv(total, seed=total)
     k = KINDS_OF_KEYS[kind](k)
-    table, chunks = empty_table(2, 16, page_size, dtype, total)
+    table, chunks = empty_table(2, 16, page_size, dtype, total, operands=operands)
     table.write(0, 0, 7 - k, v)  # an earlier sequence: it must not show
     table.write(0, 0, k, v)
     pages = total // (16 * page_size) * 16
-    found = [x[:pages] for x in coded_bounds(chunks, 0, dtype)]
-    np.testing.assert_array_equal(found, [x[:pages] for x in coded_page_bounds(k, page_size, dtype)])
+    found = [x[:pages] for x in coded_bounds(chunks, 0, dtype, operands)]
+    expected = [x[:pages] for x in coded_page_bounds(k, page_size, dtype, operands)]
+    np.testing.assert_array_equal(found, expected)
     smallest, largest = (x[:pages] for x in ref.page_bounds(held(k, dtype), page_size))
     assert (found[0] <= smallest).all() and (found[1] >= largest).all()
     # By less than two steps, and what the step's and the sum's own rounding add.
-    spread = np.ptp(held(k, dtype), axis=(0, 2)).max() if total else 0
-    assert (found[1] - largest).max(initial=0) <= spread / 7 + 2.0**-12
+    low, high = held_page_bounds(k, page_size, dtype, operands)
+    spread = (high.max(axis=(0, 2)) - low.min(axis=(0, 2))).max()
+    assert (found[1] - high[:pages]).max(initial=0) <= spread / 7 + 2.0**-12
 
 
 @pytest.mark.parametrize("dtype", HELD_AS)
@@ -166,7 +215,7 @@ def test_a_key_that_is_not_finite_stays_so_and_in_the_bounds(dtype, place, bad):
     table, chunks = empty_table(2, 16, 16, dtype, 16)
     table.write(0, 0, k, v)
     expected = np.zeros((2, 16), bool)
-    expected[0, 5] = True
+    expected[0, slice(None) if dtype in KV_FORMATS else 5] = True  # channels that share a scale
     for bound in bounds(chunks, 0):
         np.testing.assert_array_equal(np.isnan(bound[0]), expected)
     np.testing.assert_array_equal(np.isnan(read_back(chunks, 0, 16, dtype)[0][place]), expected)
@@ -195,7 +244,7 @@ def test_no_memory_is_an_error_of_ours_and_the_cache_stays_valid():
         given_out.append(np.zeros(shape, format.array))
         return given_out[-1]
 
-    cache = PagedKVCache(PageTable(2, 2, 16, 16, 1024, FORMATS["float32"]), allocate)
+    cache = PagedKVCache(PageTable(2, 2, 16, 16, 1024, *[FORMATS["float32"]] * 2), allocate)
     k, v = random_kv(1024)
     write(cache, 0, k, v)
     cache.advance(1024)
@@ -250,6 +299,62 @@ def test_narrowing_rounds_to_the_nearest_and_ties_to_even(dtype, mantissa):
     table.write(0, 0, np.zeros_like(v), v)
     values = read_back(chunks, 0, len(v), dtype)[1].reshape(-1)
     assert_same_numbers(values[: len(expected)], expected)
+
+
+def tricky_quotients(dtype: str) -> np.ndarray:
+    """Every number that codes stand for, the midpoints, float32's neighbours of both, and more."""
+    exact = np.sort(numbers_of(dtype)[np.abs(numbers_of(dtype)) <= OUTERMOST[dtype]]).astype(np.float32)
+    halfway = (exact[1:] + exact[:-1]) / 2
+    near = [np.nextafter(x, np.float32(way)) for x in (exact, halfway) for way in (np.inf, -np.inf)]
+    tiny = np.float32([1e-45, 1e-38, 2.0**-10, 2.0**-11])
+    x = np.concatenate([exact, halfway, *near, tiny, -tiny, [-0.0]]).astype(np.float32)
+    return x[np.abs(x) <= OUTERMOST[dtype]]
+
+
+@pytest.mark.parametrize("dtype", KV_FORMATS)
+def test_codes_are_the_nearest_and_ties_go_to_even(dtype):
+    x = tricky_quotients(dtype)
+    x = np.append(x, np.zeros(-len(x) % 30, np.float32)).reshape(-1, 2, 15)
+    outermost = np.full((*x.shape[:2], 1), OUTERMOST[dtype], np.float32)  # a scale of 1
+    x = np.concatenate([x, outermost], axis=2)
+    numbers, scales = encoded(x, dtype)
+    assert (scales == 1).all()
+    table, chunks = empty_table(2, 16, 16, dtype, len(x))
+    table.write(0, 0, x, -x)
+    found, found_scales = read_codes(chunks, 0, len(x), dtype)
+    np.testing.assert_array_equal(found, [numbers, -numbers])
+    np.testing.assert_array_equal(found_scales, [scales, scales])
+    if dtype == "fp8":
+        np.testing.assert_array_equal(np.signbit(found[0]), np.signbit(x))
+
+
+rows_of_8_bits = st.one_of(
+    st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=16, max_size=16),
+    st.lists(st.floats(-4, 4, width=32), min_size=16, max_size=16),
+    st.lists(st.floats(-(2.0**-126), 2.0**-126, width=32), min_size=16, max_size=16),  # subnormal
+    st.lists(st.sampled_from([*SPECIAL, 1e-45, -1e-45, 2e-43, 1e-30]), min_size=16, max_size=16),
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(rows_of_8_bits, min_size=1, max_size=20), st.sampled_from(list(KV_FORMATS)))
+@example([[0.0] * 16, [1e-45] * 16, [-3.4028234663852886e38] * 16], "int8")
+@example([[-0.0] * 16, [1e-45] * 16, [-3.4028234663852886e38] * 16], "fp8")
+@example([[np.nan] + [1.0] * 15, [2.0] * 16, [1.0] * 15 + [-np.inf]], "int8")
+def test_codes_and_scales_byte_for_byte(rows, dtype):
+    k = np.array(rows, np.float32)[:, None]
+    v = np.ascontiguousarray(k[::-1])
+    table, chunks = empty_table(1, 16, 16, dtype, len(k))
+    table.write(1, 0, k, v)
+    numbers, scales = read_codes(chunks, 1, len(k), dtype)
+    for found, found_scales, x in zip(numbers, scales, (k, v), strict=True):
+        expected, expected_scales = encoded(x, dtype)
+        np.testing.assert_array_equal(found, expected)
+        np.testing.assert_array_equal(found_scales, expected_scales)
+        not_finite = ~np.isfinite(x).all(axis=-1)
+        np.testing.assert_array_equal(np.isnan(found_scales[..., 0]), not_finite)
+    kv = chunks[0][0][1]
+    assert (kv[:, :, len(k) // 16 * 16 + 16 :] == 0).all(), "later slabs are untouched"
 
 
 def test_widening_is_exact():
@@ -345,8 +450,8 @@ def written_and_begun_with(draw):
 
 
 @quick
-@given(written_and_begun_with(), st.sampled_from([16, 48]), st.sampled_from(list(HELD_AS)))
-def test_a_cache_that_begins_with_another_has_its_keys_and_their_bounds(steps, page_size, dtype):
+@given(written_and_begun_with(), st.sampled_from([16, 48]), st.sampled_from(list(HELD_AS)), operands_formats)
+def test_a_cache_that_begins_with_another_has_its_keys_and_their_bounds(steps, page_size, dtype, operands):
     """Whatever the sizes of their chunks."""
     block, steps, groups = steps
     step = math.lcm(page_size, block)
@@ -356,7 +461,8 @@ def test_a_cache_that_begins_with_another_has_its_keys_and_their_bounds(steps, p
 
     def new_cache():
         chunk = groups.pop() * 16 * page_size if groups else 16 * page_size
-        return PagedKVCache(PageTable(1, 2, 16, page_size, chunk, FORMATS[dtype]), allocate)
+        formats = precision_of(dtype, operands)
+        return PagedKVCache(PageTable(1, 2, 16, page_size, chunk, formats.kv, formats.kv_operands), allocate)
 
     cache = new_cache()
     kv = [np.zeros((0, 2, 16), np.float32)] * 2
@@ -383,21 +489,22 @@ def test_a_cache_that_begins_with_another_has_its_keys_and_their_bounds(steps, p
     np.testing.assert_array_equal(
         read_back(cache.chunks, 0, cache.length, dtype), [held(x, dtype) for x in kv]
     )
-    smallest, largest = ref.page_bounds(held(kv[0], dtype), page_size)
+    smallest, largest = held_page_bounds(kv[0], page_size, dtype, operands)
     # Pages that hold more than the prefix are those past its end.
     found = bounds(cache.chunks, 0)
     np.testing.assert_array_equal(found[0][: cache.pages], largest)
     np.testing.assert_array_equal(found[1][: cache.pages], smallest)
     full = cache.length // (16 * page_size) * 16
-    coded = [x[:full] for x in coded_bounds(cache.chunks, 0, dtype)]
-    np.testing.assert_array_equal(coded, [x[:full] for x in coded_page_bounds(kv[0], page_size, dtype)])
+    coded = [x[:full] for x in coded_bounds(cache.chunks, 0, dtype, operands)]
+    expected = [x[:full] for x in coded_page_bounds(kv[0], page_size, dtype, operands)]
+    np.testing.assert_array_equal(coded, expected)
 
 
 @pytest.mark.parametrize("page_size", [16, 48])
 @pytest.mark.parametrize("dtype", HELD_AS)
 @pytest.mark.parametrize("positions", [1, 1000, 1024, 1025, 5000])
 def test_memory_of_positions_is_that_of_their_chunks(page_size, dtype, positions):
-    table = CpuBackend(model_config(2, 1, 16, layers=3), Precision.of(dtype)).new_cache(page_size).table
+    table = CpuBackend(model_config(2, 1, 16, layers=3), precision_of(dtype)).new_cache(page_size).table
     arrays = []
 
     def allocate(shape, format):
@@ -407,6 +514,19 @@ def test_memory_of_positions_is_that_of_their_chunks(page_size, dtype, positions
     cache = PagedKVCache(table, allocate)
     cache.reserve(positions)
     assert cache.bytes_for(positions) == sum(array.nbytes for array in arrays)
+
+
+@pytest.mark.parametrize("dtype", KV_FORMATS)
+@pytest.mark.parametrize("head_dim", [16, 48, 128])
+def test_chunks_of_8_bits_take_little_more_than_half_of_bfloat16(dtype, head_dim):
+    config = model_config(2, 1, head_dim, layers=3)
+    sizes = []
+    for kv in (dtype, "auto"):
+        cache = CpuBackend(config, Precision.of("bfloat16", kv)).new_cache(16)
+        cache.reserve(1)
+        sizes.append(cache.chunks[0][0].nbytes)
+        assert cache.chunk_bytes == cache.nbytes == sizes[-1] + cache.chunks[0][1].nbytes
+    assert sizes[0] * 2 * head_dim == sizes[1] * (head_dim + 4)
 
 
 @settings(max_examples=50, deadline=None)

@@ -79,6 +79,29 @@ def test_a_list_of_prompts_gives_a_list_of_results(model):
     ]
 
 
+@pytest.mark.parametrize("attention", ["dense", "losa", "quest"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kv", ["int8", "fp8"])
+def test_keys_and_values_in_8_bits(tiny_checkpoint_module, kv, dtype, attention):
+    """A list, a session and a stream give what each prompt gives alone, and hold less."""
+    model = losart.load(tiny_checkpoint_module, "cpu", dtype, deterministic=True, kv=kv)
+    plain = losart.load(tiny_checkpoint_module, "cpu", dtype, deterministic=True)
+    assert (model.dtype, model.kv, plain.kv) == (dtype, kv, dtype)
+    options = {"max_new_tokens": 10, "stop_token_ids": [], "attention": attention, "budget": 32}
+    document = np.random.default_rng(5).integers(0, 256, 400).tolist()
+    prompts = [document + IDS, IDS, document[:90]]
+    alone = [model.generate(prompt, **options) for prompt in prompts]
+    together = model.generate(prompts, **options)
+    assert [one.token_ids for one in together] == [one.token_ids for one in alone]
+    session = model.session(**options)
+    session.generate(document)
+    found = session.generate(prompts[0])
+    assert found.token_ids == alone[0].token_ids and found.stats.reused_tokens == 400
+    *_, last = model.stream(prompts[0], **options)
+    assert last.result.token_ids == alone[0].token_ids
+    assert alone[0].stats.kv_bytes < plain.generate(prompts[0], **options).stats.kv_bytes
+
+
 @pytest.mark.parametrize("attention", ["dense", "losa", "quest", "sparsed"])
 def test_stats(model, attention):
     prompt = list(range(1, 203))
@@ -171,6 +194,25 @@ def test_dtype_auto_is_that_of_the_tensors_where_the_configuration_is_silent(mak
     assert losart.load(path, device="cpu").dtype == dtype
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_kv_auto_is_the_dtype(make_checkpoint, dtype):
+    path = make_checkpoint(dtype=dtype)
+    assert losart.load(path, "cpu").kv == dtype
+    assert losart.load(path, "cpu", "float16").kv == "float16"
+    held = losart.load(path, "cpu", kv="int8")
+    assert (held.dtype, held.kv, held.weights) == (dtype, "int8", (dtype,))
+
+
+def test_generate_from_a_path_takes_kv(make_checkpoint):
+    path = make_checkpoint()
+    for kv in ("auto", "int8"):
+        expected = losart.load(path, kv=kv).generate(PROMPT, max_new_tokens=4)
+        assert losart.generate(path, PROMPT, kv=kv, max_new_tokens=4).token_ids == expected.token_ids
+        assert expected.stats.kv_bytes > 0
+    with pytest.raises(OptionError, match="kv must be"):
+        losart.generate(path, PROMPT, kv="float8")
+
+
 def test_same_seed_same_output(model):
     options = {"max_new_tokens": 24, "temperature": 1.2, "top_p": 0.95, "stop_token_ids": []}
     first, again, other = (model.generate(IDS, seed=seed, **options).token_ids for seed in (1, 1, 2))
@@ -261,12 +303,15 @@ def test_an_unsupported_head_dim(make_checkpoint):
         losart.load(make_checkpoint(head_dim=24), device="cpu")
 
 
-def test_unknown_names_of_device_and_dtype(make_checkpoint):
+def test_unknown_names_of_device_dtype_and_kv(make_checkpoint):
     path = make_checkpoint()
     with pytest.raises(OptionError, match="device"):
         losart.load(path, device="tpu")
     with pytest.raises(OptionError, match="dtype"):
         losart.load(path, dtype="int8")
+    for kv in ("int4", "bfloat16", "", None):
+        with pytest.raises(OptionError, match=f"kv must be auto, int8, fp8, not {kv!r}"):
+            losart.load(path, kv=kv)
 
 
 def test_without_cuda_auto_says_so_and_takes_the_cpu(make_checkpoint, monkeypatch):

@@ -18,7 +18,7 @@ from test_model_api import with_tensor
 
 import losart
 from losart import OptionError, OutOfMemoryError, PrefixError, PromptError
-from losart.engine.saved_prefix import MAGIC, UNIT
+from losart.engine.saved_prefix import MAGIC, UNIT, read_facts
 
 RANDOM = np.random.default_rng(9).integers(0, 256, 1200).tolist()
 DOCUMENT = RANDOM[:700]
@@ -62,10 +62,14 @@ def test_a_prompt_goes_on_after_a_saved_prefix(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_a_prompt_goes_on_after_a_saved_prefix_on_cuda(tiny_checkpoint, tmp_path, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "kv"),
+    [(dtype, "auto") for dtype in ("float32", "bfloat16", "float16")]
+    + [("bfloat16", "int8"), ("bfloat16", "fp8"), ("float16", "int8")],
+)
+def test_a_prompt_goes_on_after_a_saved_prefix_on_cuda(tiny_checkpoint, tmp_path, dtype, kv):
     """As after one that the engine holds: there and in the file are the same bytes."""
-    model, file = losart.load(tiny_checkpoint, "cuda", dtype), tmp_path / "document"
+    model, file = losart.load(tiny_checkpoint, "cuda", dtype, kv=kv), tmp_path / "document"
     engine = losart.Engine(model)
     assert engine.save_prefix(DOCUMENT, file, **options()) == 688
     prompt = [*DOCUMENT, *RANDOM[800:900]]
@@ -76,7 +80,7 @@ def test_a_prompt_goes_on_after_a_saved_prefix_on_cuda(tiny_checkpoint, tmp_path
     assert found.stats.reused_tokens == expected.stats.reused_tokens == 688
     assert found.token_ids == expected.token_ids
     with pytest.raises(PrefixError, match="was saved with device cuda"):
-        losart.Engine(losart.load(tiny_checkpoint, "cpu", dtype)).load_prefix(file)
+        losart.Engine(losart.load(tiny_checkpoint, "cpu", dtype, kv=kv)).load_prefix(file)
 
 
 def test_another_process_begins_with_it(tiny_checkpoint, saved, model):
@@ -186,6 +190,55 @@ def test_another_model_or_dtype(tiny_checkpoint, make_checkpoint, tmp_path):
     for checkpoint in (other, tiny_checkpoint):
         with pytest.raises(PrefixError, match="was saved with model"):
             losart.Engine(losart.load(checkpoint, "cpu")).load_prefix(file)
+
+
+@pytest.mark.parametrize("kv", ["int8", "fp8"])
+@pytest.mark.parametrize("attention", [{}, {"attention": "losa", "budget": 64}], ids=["dense", "losa"])
+def test_a_prompt_goes_on_after_keys_and_values_in_8_bits(tiny_checkpoint, tmp_path, kv, attention):
+    model = losart.load(tiny_checkpoint, "cpu", deterministic=True, kv=kv)
+    file, chosen = tmp_path / "document", options(**attention)
+    assert losart.Engine(model).save_prefix(DOCUMENT, file, **chosen) == 688
+    engine = losart.Engine(model)
+    assert engine.load_prefix(file) == 688
+    prompt = [*DOCUMENT, *RANDOM[800:900]]
+    found = engine.submit(prompt, **chosen).result()
+    assert found.stats.reused_tokens == 688
+    assert found.token_ids == model.generate(prompt, **chosen).token_ids
+
+
+def test_keys_and_values_in_another_format(tiny_checkpoint, tmp_path):
+    models = {kv: losart.load(tiny_checkpoint, "cpu", kv=kv) for kv in ("auto", "int8", "fp8")}
+    for kv, model in models.items():
+        losart.Engine(model).save_prefix(DOCUMENT, tmp_path / kv, **options())
+    for saved, by in models.items():
+        for kv, model in models.items():
+            engine = losart.Engine(model)
+            if kv == saved:
+                assert engine.load_prefix(tmp_path / saved) == 688
+                continue
+            message = f"{saved}: was saved with kv {by.kv}, and here it is {model.kv}"
+            with pytest.raises(PrefixError, match=message):
+                engine.load_prefix(tmp_path / saved)
+            assert engine.stats.kv_bytes_held == 0
+
+
+def test_files_from_before_kv_are_of_the_dtype(tiny_checkpoint, tmp_path, monkeypatch):
+    file, facts = tmp_path / "prefix", losart.Engine._facts
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            losart.Engine,
+            "_facts",
+            lambda self: {name: value for name, value in facts(self).items() if name != "kv"},
+        )
+        losart.Engine(losart.load(tiny_checkpoint, "cpu", "bfloat16")).save_prefix(
+            DOCUMENT, file, **options()
+        )
+    assert b'"kv"' not in file.read_bytes()[:UNIT]
+    assert read_facts(file)["kv"] == "bfloat16"
+    assert losart.Engine(losart.load(tiny_checkpoint, "cpu", "bfloat16")).load_prefix(file) == 688
+    for kv in ("int8", "fp8"):
+        with pytest.raises(PrefixError, match=f"was saved with kv bfloat16, and here it is {kv}"):
+            losart.Engine(losart.load(tiny_checkpoint, "cpu", "bfloat16", kv=kv)).load_prefix(file)
 
 
 def test_mistakes(model, tmp_path):

@@ -21,20 +21,22 @@ lengths = st.lists(
 @given(
     cards,
     lengths,
-    st.booleans(),
+    st.sampled_from([8, 16, 32]),
     st.booleans(),
     st.sampled_from([1, 4, 16, 32]),
     st.sampled_from([64, 80, 128]),
 )
-def test_every_cache_has_parts_and_no_part_is_without_one(card, lengths, tensor, same_sums, tokens, head_dim):
-    plan = prefix_plan(card, tensor, tokens, 32, 8, head_dim, len(lengths), same_sums)
+def test_every_cache_has_parts_and_no_part_is_without_one(
+    card, lengths, kv_bits, same_sums, tokens, head_dim
+):
+    plan = prefix_plan(card, kv_bits, tokens, 32, 8, head_dim, len(lengths), same_sums)
     starts, owners = divide_prefixes(np.array(lengths, np.int32), plan)
     counts = np.diff(starts)
     assert starts[0] == 0 and (counts >= 1).all() and plan.grid[1] == plan.parts == len(owners)
     used = owners[: starts[-1]]
     np.testing.assert_array_equal(used, np.repeat(np.arange(len(lengths)), counts))
     assert (owners[starts[-1] :] == -1).all()
-    alone = prefix_plan(card, tensor, tokens, 32, 8, head_dim)
+    alone = prefix_plan(card, kv_bits, tokens, 32, 8, head_dim)
     assert alone.share == alone.parts == plan.share and alone.defines == plan.defines
     if same_sums:
         assert (counts == alone.parts).all()
@@ -42,7 +44,7 @@ def test_every_cache_has_parts_and_no_part_is_without_one(card, lengths, tensor,
 
 @given(cards, lengths, st.sampled_from([4, 16]))
 def test_parts_are_of_about_the_same_size(card, lengths, tokens):
-    plan = prefix_plan(card, True, tokens, 32, 8, 128, len(lengths))
+    plan = prefix_plan(card, 16, tokens, 32, 8, 128, len(lengths))
     starts, _ = divide_prefixes(np.array(lengths, np.int32), plan)
     tiles = -(-np.array(lengths) // 64)
     largest = np.max(-(-tiles // np.diff(starts)))
@@ -53,9 +55,9 @@ def test_parts_are_of_about_the_same_size(card, lengths, tokens):
 @pytest.mark.parametrize("name", CARDS)
 def test_one_cache_is_divided_as_ever(name):
     card = CARDS[name]
-    plan = prefix_plan(card, True, 16, 32, 8, 128)
+    plan = prefix_plan(card, 16, 16, 32, 8, 128)
     assert plan.parts == plan.grid[1] == card.sms // 8
-    assert prefix_plan(replace(card, sms=1), True, 16, 32, 8, 128).parts == 1
+    assert prefix_plan(replace(card, sms=1), 16, 16, 32, 8, 128).parts == 1
 
 
 def test_numbers_of_sequences_are_padded_by_an_eighth_at_most():

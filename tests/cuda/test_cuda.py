@@ -106,6 +106,21 @@ def test_logits_with_rounded_weights_are_those_of_the_cpu(
     assert relative_error(found, expected) <= 2e-2
 
 
+@pytest.mark.parametrize("kv", ["int8", "fp8"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 2e-2), ("float16", 2e-2)])
+@pytest.mark.parametrize(("block_length", "head_dim"), [(1, 64), (4, 128), (16, 128), (32, 48), (80, 64)])
+def test_logits_with_8_bit_keys_and_values_are_those_of_the_cpu(
+    make_checkpoint, kv, dtype, tolerance, block_length, head_dim
+):
+    """In float32 but for what is rounded the other way, by a whole code."""
+    path = make_checkpoint(dtype=dtype, head_dim=head_dim, head_gain=1.0, **SIZES)
+    expected, found = (
+        hidden_states(losart.load(path, device=device, kv=kv), PROMPT, block_length)
+        for device in ("cpu", "cuda")
+    )
+    assert relative_error(found, expected) <= max(tolerance, 1e-3)
+
+
 QUANTIZED = {
     "gptq": ({"bits": 4, "group_size": 128}, partial(gptq, bits=4, group=128, version=1, shuffled=False)),
     "gptq, symmetric": (
@@ -135,12 +150,14 @@ def test_logits_of_quantized_checkpoints_are_those_of_the_cpu(make_checkpoint, n
     assert relative_error(hidden_states(model, PROMPT, 16), expected) <= 2e-2
 
 
-@pytest.mark.parametrize("weights", ["int4", "fp8"])
+@pytest.mark.parametrize(
+    ("weights", "kv"), [("int4", "auto"), ("fp8", "auto"), ("auto", "int8"), ("int8", "fp8")]
+)
 @pytest.mark.parametrize("attention", [{}, {"attention": "losa", "budget": 64}])
-def test_sequences_with_rounded_weights_share_passes(make_checkpoint, weights, attention):
+def test_sequences_of_quantized_models_share_passes(make_checkpoint, weights, kv, attention):
     """Alone and together, launched one by one and replayed; with `deterministic` bit for bit."""
     path = make_checkpoint(dtype="bfloat16", head_dim=64, **SIZES)
-    model = losart.load(path, device="cuda", weights=weights, deterministic=True)
+    model = losart.load(path, device="cuda", weights=weights, kv=kv, deterministic=True)
     options = {"max_new_tokens": 40, "stop_token_ids": [], "block_length": 16, **attention}
     prompts = [PROMPT[:length] for length in (3, 64, 500, 611)]
     alone = [model.generate(prompt, **options).token_ids for prompt in prompts]

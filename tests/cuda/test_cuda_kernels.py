@@ -10,7 +10,7 @@ import reference as ref
 from cuda_arrays import matmul_array, on_host, stored_array
 from hypothesis import example, given
 from hypothesis import strategies as st
-from kv import coded_page_bounds, held, model_config, steady
+from kv import coded_page_bounds, held, held_page_bounds, model_config, steady
 from passes import block_batch, options_of
 
 from losart.backends.base import PassBody, StoredResults
@@ -29,16 +29,19 @@ DTYPES = ("float32", "bfloat16", "float16")
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 2e-3}
 
 
+KV = st.sampled_from(["auto", "auto", "int8", "fp8"])
+
+
 @st.composite
 def cards(draw):
     """The device as it is, or taken for one without its newest instructions."""
     return draw(st.sampled_from([{}, {"capability": (8, 6), "shared_per_block": 99 << 10}]))
 
 
-def new_backend(dtype, card=None, **shape):
+def new_backend(dtype, card=None, kv="auto", **shape):
     from losart.backends.cuda.backend import CudaBackend
 
-    backend = CudaBackend(model_config(**shape), Precision.of(dtype))
+    backend = CudaBackend(model_config(**shape), Precision.of(dtype, kv))
     backend.kernels.card = replace(backend.kernels.card, **(card or {}))
     poison(backend)
     return backend
@@ -332,9 +335,14 @@ def random_pieces(rng, length):
     return pieces
 
 
+def kv_format(backend):
+    """In what the backend holds keys and values, and page bounds."""
+    return backend.precision.kv.name, backend.precision.kv_operands.name
+
+
 def page_bounds(backend, cache):
     """Of the first layer [2 (smallest, largest), pages, kv_heads, width]: exact ones, and those by codes."""
-    dtype, width = backend.precision.kv.name, backend.config.head_dim
+    dtype, width = backend.precision.kv_operands.name, backend.config.head_dim
     chunks = [on_host(backend, bounds)[0] for _, bounds in cache.table.chunks]
     if not chunks:
         return (np.zeros((2, 0, backend.config.num_kv_heads, width)),) * 2
@@ -357,15 +365,22 @@ def page_bounds(backend, cache):
     st.one_of(st.integers(0, 300), st.integers(900, 2300)),
     st.sampled_from([16, 48, 64]),
     cards(),
+    KV,
 )
-@example("bfloat16", {"kv_heads": 8, "group": 4, "width": 128}, 16, 4096, 16, {})
-@example("float16", {"kv_heads": 8, "group": 2, "width": 128}, 16, 1030, 16, {})
-@example("bfloat16", {"kv_heads": 2, "group": 4, "width": 64}, 16, 2049, 16, {})
-@example("bfloat16", {"kv_heads": 8, "group": 4, "width": 128}, 32, 0, 16, {})
-@example("bfloat16", {"kv_heads": 1, "group": 3, "width": 24}, 200, 100, 16, {})
-def test_prefix_and_block_attention(dtype, shape, tokens, length, page_size, card):
+@example("bfloat16", {"kv_heads": 8, "group": 4, "width": 128}, 16, 4096, 16, {}, "auto")
+@example("float16", {"kv_heads": 8, "group": 2, "width": 128}, 16, 1030, 16, {}, "auto")
+@example("bfloat16", {"kv_heads": 2, "group": 4, "width": 64}, 16, 2049, 16, {}, "auto")
+@example("bfloat16", {"kv_heads": 8, "group": 4, "width": 128}, 32, 0, 16, {}, "auto")
+@example("bfloat16", {"kv_heads": 1, "group": 3, "width": 24}, 200, 100, 16, {}, "auto")
+@example("bfloat16", {"kv_heads": 8, "group": 4, "width": 128}, 16, 4096, 16, {}, "int8")
+@example("bfloat16", {"kv_heads": 8, "group": 8, "width": 128}, 16, 4100, 48, {}, "int8")
+@example("float16", {"kv_heads": 2, "group": 4, "width": 64}, 16, 2049, 16, {}, "fp8")
+@example("float16", {"kv_heads": 1, "group": 3, "width": 128}, 3, 300, 16, {}, "int8")
+@example("float32", {"kv_heads": 2, "group": 3, "width": 128}, 5, 300, 16, {}, "int8")
+def test_prefix_and_block_attention(dtype, shape, tokens, length, page_size, card, kv):
     rng = np.random.default_rng(tokens + length)
-    backend = new_backend(dtype, card, layers=2, **shape)
+    backend = new_backend(dtype, card, kv, layers=2, **shape)
+    held_as, bounds_as = kv_format(backend)
     heads, width = shape["kv_heads"] * shape["group"], shape["width"]
     k, v = (rng.standard_normal((length, shape["kv_heads"], width), np.float32) for _ in range(2))
     q = 2 * rng.standard_normal((tokens, heads, width), np.float32)
@@ -380,7 +395,7 @@ def test_prefix_and_block_attention(dtype, shape, tokens, length, page_size, car
         merged = backend.block_attention(
             *(to_device(backend, x) for x in (q, block_k, block_v)), prefix, batch
         )
-    expected = ref.softmax_attention(q, held(k, dtype), held(v, dtype))
+    expected = ref.softmax_attention(q, held(k, held_as), held(v, held_as))
     o, lse, merged = on_host(backend, o, lse, merged)
     assert_close(o, expected[0], TOLERANCE[dtype])
     assert (lse == expected[1])[np.isinf(expected[1])].all()
@@ -390,9 +405,10 @@ def test_prefix_and_block_attention(dtype, shape, tokens, length, page_size, car
     assert_close(widened(merged, dtype), expected, TOLERANCE[dtype])
 
     exact, coded = page_bounds(backend, cache)
-    np.testing.assert_array_equal(exact[:, : cache.pages], ref.page_bounds(held(k, dtype), page_size))
+    expected = held_page_bounds(k, page_size, held_as, bounds_as)
+    np.testing.assert_array_equal(exact[:, : cache.pages], expected)
     pages = length // (16 * page_size) * 16
-    expected = [x[:pages] for x in coded_page_bounds(k, page_size, dtype)]
+    expected = [x[:pages] for x in coded_page_bounds(k, page_size, held_as, bounds_as)]
     np.testing.assert_array_equal(coded[:, :pages], expected)
 
 
@@ -404,15 +420,18 @@ def test_prefix_and_block_attention(dtype, shape, tokens, length, page_size, car
     st.one_of(st.integers(0, 300), st.integers(900, 2300)),
     st.sampled_from([16, 48]),
     cards(),
+    KV,
 )
-@example("bfloat16", {"kv_heads": 8, "group": 4, "width": 128}, 16, 4096, 16, {})
-@example("bfloat16", {"kv_heads": 8, "group": 2, "width": 64}, 16, 2040, 16, {})
-@example("float16", {"kv_heads": 2, "group": 8, "width": 128}, 16, 0, 16, {})
+@example("bfloat16", {"kv_heads": 8, "group": 4, "width": 128}, 16, 4096, 16, {}, "auto")
+@example("bfloat16", {"kv_heads": 8, "group": 2, "width": 64}, 16, 2040, 16, {}, "auto")
+@example("float16", {"kv_heads": 2, "group": 8, "width": 128}, 16, 0, 16, {}, "auto")
+@example("bfloat16", {"kv_heads": 8, "group": 4, "width": 128}, 16, 4096, 16, {}, "int8")
+@example("float16", {"kv_heads": 2, "group": 8, "width": 128}, 4, 300, 16, {}, "fp8")
 def test_a_first_pass_sees_what_the_commit_that_rides_with_it_writes(
-    dtype, shape, block_length, length, page_size, card
+    dtype, shape, block_length, length, page_size, card, kv
 ):
     rng = np.random.default_rng(block_length + length)
-    backend = new_backend(dtype, card, layers=2, **shape)
+    backend = new_backend(dtype, card, kv, layers=2, **shape)
     kv_shape, rows = (shape["kv_heads"], shape["width"]), 2 * block_length
     prefix = [rng.standard_normal((length, *kv_shape), np.float32) for _ in range(2)]
     fresh = [rng.standard_normal((rows, *kv_shape), np.float32) for _ in range(2)]
@@ -432,7 +451,7 @@ def test_a_first_pass_sees_what_the_commit_that_rides_with_it_writes(
         parts = backend.store_attention(0, on_device, parts, batch)
         found = backend.block_attention(on_device, *block, parts, batch)
     stored = on_host(backend, *(stored_array(backend, slot, name) for name in ("queries", "o", "lse")))
-    k, v = (held(np.concatenate(both), dtype) for both in zip(prefix, fresh, strict=True))
+    k, v = (held(np.concatenate(both), kv_format(backend)[0]) for both in zip(prefix, fresh, strict=True))
     for index in range(2):
         own, seen = slice(index * block_length, (index + 1) * block_length), length + index * block_length
         of_prefix = ref.softmax_attention(q[own], k[:seen], v[:seen])
@@ -451,17 +470,20 @@ def test_a_first_pass_sees_what_the_commit_that_rides_with_it_writes(
     st.integers(0, 60),
     st.integers(1, 60),
     cards(),
+    KV,
 )
-@example("bfloat16", {"kv_heads": 8, "group": 4, "width": 128}, 16, 64, 64, {})
-@example("bfloat16", {"kv_heads": 8, "group": 4, "width": 128}, 4, 7, 300, {})
-@example("bfloat16", {"kv_heads": 1, "group": 1, "width": 64}, 32, 0, 40, {})
-@example("bfloat16", {"kv_heads": 8, "group": 4, "width": 128}, 16, 250, 16, {})
-@example("float16", {"kv_heads": 2, "group": 3, "width": 64}, 5, 700, 13, {})
-@example("float16", {"kv_heads": 1, "group": 2, "width": 128}, 32, 130, 3, {"capability": (8, 0)})
-@example("float32", {"kv_heads": 2, "group": 2, "width": 72}, 4, 600, 9, {})
-def test_block_causal_attention(dtype, shape, block_length, blocks_before, blocks, card):
+@example("bfloat16", {"kv_heads": 8, "group": 4, "width": 128}, 16, 64, 64, {}, "auto")
+@example("bfloat16", {"kv_heads": 8, "group": 4, "width": 128}, 4, 7, 300, {}, "auto")
+@example("bfloat16", {"kv_heads": 1, "group": 1, "width": 64}, 32, 0, 40, {}, "auto")
+@example("bfloat16", {"kv_heads": 8, "group": 4, "width": 128}, 16, 250, 16, {}, "auto")
+@example("float16", {"kv_heads": 2, "group": 3, "width": 64}, 5, 700, 13, {}, "auto")
+@example("float16", {"kv_heads": 1, "group": 2, "width": 128}, 32, 130, 3, {"capability": (8, 0)}, "auto")
+@example("float32", {"kv_heads": 2, "group": 2, "width": 72}, 4, 600, 9, {}, "auto")
+@example("bfloat16", {"kv_heads": 8, "group": 4, "width": 128}, 16, 64, 64, {}, "int8")
+@example("bfloat16", {"kv_heads": 8, "group": 4, "width": 128}, 16, 250, 16, {}, "fp8")
+def test_block_causal_attention(dtype, shape, block_length, blocks_before, blocks, card, kv):
     rng = np.random.default_rng(block_length + blocks)
-    backend = new_backend(dtype, card, layers=2, **shape)
+    backend = new_backend(dtype, card, kv, layers=2, **shape)
     heads, width = shape["kv_heads"] * shape["group"], shape["width"]
     before, tokens = blocks_before * block_length, blocks * block_length
     length = before + tokens
@@ -473,7 +495,7 @@ def test_block_causal_attention(dtype, shape, block_length, blocks_before, block
     with backend.memory.stream:
         batch = place(backend, cache, tokens, options=options_of(block_length))
         o = backend.causal_attention(0, to_device(backend, q), batch)
-    k, v = held(k, dtype), held(v, dtype)
+    k, v = (held(x, kv_format(backend)[0]) for x in (k, v))
     expected = np.concatenate(
         [
             ref.softmax_attention(
@@ -488,10 +510,11 @@ def test_block_causal_attention(dtype, shape, block_length, blocks_before, block
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("kv", ["auto", "int8", "fp8"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_key_that_is_not_finite_shows(dtype, bad):
+def test_a_key_that_is_not_finite_shows(dtype, kv, bad):
     rng = np.random.default_rng(0)
-    backend = new_backend(dtype, kv_heads=1, group=2, width=64)
+    backend = new_backend(dtype, kv=kv, kv_heads=1, group=2, width=64)
     k, v = (rng.standard_normal((40, 1, 64), np.float32) for _ in range(2))
     k[20, 0, 3] = bad
     cache = backend.new_cache(16)
@@ -505,7 +528,30 @@ def test_a_key_that_is_not_finite_shows(dtype, bad):
         )
     assert np.isnan(on_host(backend, o)).any(axis=2).all()
     bounds, _ = page_bounds(backend, cache)
-    assert np.isnan(bounds[:, 1, 0, 3]).all() and np.isnan(bounds[:, :3]).sum() == 2
+    lost = 1 if kv == "auto" else 64  # channels: what shares a scale is lost with it
+    assert np.isnan(bounds[:, 1, 0, 3]).all() and np.isnan(bounds[:, :3]).sum() == 2 * lost
+
+
+@pytest.mark.parametrize("largest", [0.0, 1e-44, 1e-3, 6e4])
+@pytest.mark.parametrize("kv", ["int8", "fp8"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_keys_and_values_of_any_size_are_held_in_8_bits(dtype, kv, largest):
+    """In float16 weights times small scales must not lose bits."""
+    rng = np.random.default_rng(0)
+    backend = new_backend(dtype, kv=kv, kv_heads=1, group=2, width=128)
+    k, v = (rng.uniform(-1, 1, (100, 1, 128)).astype(np.float32) for _ in range(2))
+    v *= np.float32(largest)
+    cache = filled_cache(backend, k, v, 16, [100])
+    q = rng.standard_normal((4, 2, 128), np.float32)
+    with backend.memory.stream:
+        parts = backend.prefix_attention(0, to_device(backend, q), place(backend, cache, 4))
+        o, _ = backend.merge(parts)
+    expected, _ = ref.softmax_attention(q, held(k, kv), held(v, kv))
+    found = on_host(backend, o)
+    norm = np.linalg.norm(expected)
+    assert np.linalg.norm(found - expected) <= TOLERANCE[dtype] * norm or (
+        norm < 1e-40 and np.abs(found).max() < 1e-40
+    )
 
 
 # Sampling

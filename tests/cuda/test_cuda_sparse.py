@@ -15,10 +15,12 @@ from kv import held, steady
 from passes import block_batch, write
 from test_cuda_kernels import (
     DTYPES,
+    KV,
     TOLERANCE,
     assert_close,
     cards,
     filled_cache,
+    kv_format,
     new_backend,
     place,
     poison,
@@ -58,17 +60,20 @@ class Case:
         length: int,
         page_size: int,
         card: dict[str, Any],
+        kv: str = "auto",
     ) -> None:
         self.rng = rng = np.random.default_rng(tokens + length)
         self.dtype, self.tokens, self.length, self.shape = dtype, tokens, length, shape
         heads = shape["kv_heads"] * shape["group"]
         self.q = simple(rng, tokens, heads, shape["width"])
         self.k, self.v = (simple(rng, length, shape["kv_heads"], shape["width"]) for _ in range(2))
-        self.backend = new_backend(dtype, card, layers=2, **shape)
+        if kv != "auto":  # scales are powers of two
+            self.k[..., 0] = self.v[..., 0] = {"int8": 127 / 16, "fp8": 448 / 64}[kv]
+        self.backend = new_backend(dtype, card, kv, layers=2, **shape)
         pieces = random_pieces(rng, length)
         self.cache = filled_cache(self.backend, self.k, self.v, page_size, pieces)
         self.cache.reserve(length + tokens)
-        self.cpu = CpuBackend(self.backend.config, Precision.of(dtype))
+        self.cpu = CpuBackend(self.backend.config, Precision.of(dtype, kv))
         cpu_cache = self.cpu.new_cache(page_size)
         write(cpu_cache, 0, self.k, self.v)
         cpu_cache.advance(length)
@@ -128,6 +133,7 @@ def some_case(most: int = 2300) -> Any:
         st.one_of(st.integers(0, 300), st.integers(900, most)),
         st.sampled_from([16, 48, 64]),
         cards(),
+        KV,
     )
 
 
@@ -175,11 +181,13 @@ def test_active_tokens_are_those_of_the_cpu(sizes, tokens, count, threshold, mas
 
 @steady(60)
 @given(*some_case(), st.integers(1, 60), st.booleans())
-@example("bfloat16", {"kv_heads": 8, "group": 4, "width": 128}, 16, 2300, 16, {}, 8, False)
-@example("bfloat16", {"kv_heads": 2, "group": 8, "width": 128}, 32, 2300, 16, {}, 8, True)
-@example("float16", {"kv_heads": 2, "group": 4, "width": 64}, 16, 33 * 16, 16, {}, 100, False)
-def test_selected_pages_are_those_of_the_cpu(dtype, shape, tokens, length, page_size, card, count, every):
-    case = Case(dtype, shape, tokens, length, page_size, card)
+@example("bfloat16", {"kv_heads": 8, "group": 4, "width": 128}, 16, 2300, 16, {}, "auto", 8, False)
+@example("bfloat16", {"kv_heads": 2, "group": 8, "width": 128}, 32, 2300, 16, {}, "auto", 8, True)
+@example("float16", {"kv_heads": 2, "group": 4, "width": 64}, 16, 33 * 16, 16, {}, "auto", 100, False)
+@example("float16", {"kv_heads": 2, "group": 4, "width": 64}, 16, 33 * 16, 16, {}, "int8", 100, False)
+@example("float16", {"kv_heads": 2, "group": 4, "width": 64}, 16, 33 * 16, 16, {}, "fp8", 100, False)
+def test_selected_pages_are_those_of_the_cpu(dtype, shape, tokens, length, page_size, card, kv, count, every):
+    case = Case(dtype, shape, tokens, length, page_size, card, kv)
     chosen, places = some_tokens(case.rng, tokens, min(tokens, 5))
     if every:
         chosen = places = None
@@ -194,12 +202,14 @@ def test_selected_pages_are_those_of_the_cpu(dtype, shape, tokens, length, page_
 
 @steady(60)
 @given(*some_case(), st.integers(1, 60), st.booleans())
-@example("bfloat16", {"kv_heads": 8, "group": 4, "width": 128}, 16, 2300, 16, {}, 20, False)
-@example("bfloat16", {"kv_heads": 8, "group": 4, "width": 128}, 16, 0, 16, {}, 20, True)
-def test_attention_over_listed_pages(dtype, shape, tokens, length, page_size, card, count, every):
+@example("bfloat16", {"kv_heads": 8, "group": 4, "width": 128}, 16, 2300, 16, {}, "auto", 20, False)
+@example("bfloat16", {"kv_heads": 8, "group": 4, "width": 128}, 16, 0, 16, {}, "auto", 20, True)
+@example("bfloat16", {"kv_heads": 8, "group": 4, "width": 128}, 16, 2300, 16, {}, "int8", 20, False)
+@example("float16", {"kv_heads": 8, "group": 4, "width": 128}, 16, 2300, 16, {}, "fp8", 20, True)
+def test_attention_over_listed_pages(dtype, shape, tokens, length, page_size, card, kv, count, every):
     from losart.backends.cuda.results import PrefixParts
 
-    case = Case(dtype, shape, tokens, length, page_size, card)
+    case = Case(dtype, shape, tokens, length, page_size, card, kv)
     backend, rng = case.backend, case.rng
     chosen, places = some_tokens(rng, tokens, min(tokens, 5))
     if every:
@@ -254,7 +264,7 @@ def test_attention_over_listed_pages(dtype, shape, tokens, length, page_size, ca
     for kv_head, ids in enumerate(lists):
         where = ref.positions_of_pages(np.array(ids, np.int32), page_size, length)
         heads = slice(kv_head * group, (kv_head + 1) * group)
-        k, v = (held(x, dtype)[where, kv_head : kv_head + 1] for x in (case.k, case.v))
+        k, v = (held(x, kv_format(case.backend)[0])[where, kv_head : kv_head + 1] for x in (case.k, case.v))
         o[chosen, heads], lse[chosen, heads] = ref.softmax_attention(case.q[chosen, heads], k, v)
     assert_close(found_o, o, TOLERANCE[dtype])
     finite = np.isfinite(lse)
@@ -264,9 +274,10 @@ def test_attention_over_listed_pages(dtype, shape, tokens, length, page_size, ca
 
 @steady(40)
 @given(*some_case(1500), st.booleans())
-@example("bfloat16", {"kv_heads": 8, "group": 4, "width": 128}, 16, 2300, 16, {}, False)
-def test_masses_and_their_top_pages(dtype, shape, tokens, length, page_size, card, summed):
-    case = Case(dtype, shape, tokens, length, page_size, card)
+@example("bfloat16", {"kv_heads": 8, "group": 4, "width": 128}, 16, 2300, 16, {}, "auto", False)
+@example("bfloat16", {"kv_heads": 8, "group": 4, "width": 128}, 16, 2300, 16, {}, "int8", False)
+def test_masses_and_their_top_pages(dtype, shape, tokens, length, page_size, card, kv, summed):
+    case = Case(dtype, shape, tokens, length, page_size, card, kv)
     backend = case.backend
     chosen, places = some_tokens(case.rng, tokens, min(tokens, 5))
     if summed:

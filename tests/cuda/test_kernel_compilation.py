@@ -19,7 +19,10 @@ from losart.kernels_cu import COMMON, FILES, Defines, KernelFile, compile_option
 from losart.kernels_cu.compiler import compile_cubin, is_known, nvrtc_version
 
 JOBS = [
-    (name, architecture) for name in FILES for architecture, card in CARDS.items() if variants(name, card)
+    (name, architecture)
+    for name, file in FILES.items()
+    for architecture, card in CARDS.items()
+    if any(variants(name, card, precision) for precision in file.precisions())
 ]
 
 
@@ -40,9 +43,10 @@ def found(compiler: None, request: pytest.FixtureRequest) -> Iterator[dict[tuple
     threads = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
     yield {
         (name, architecture): [
-            threads.submit(complaints, name, FILES[name], source(name), architecture, dtype, defines, shared)
-            for dtype in FILES[name].dtypes
-            for defines, shared in variants(name, CARDS[architecture]).items()
+            threads.submit(complaints, name, file, source(name), architecture, precision, defines, shared)
+            for file in [FILES[name]]
+            for precision in file.precisions()
+            for defines, shared in variants(name, CARDS[architecture], precision).items()
         ]
         for name, architecture in chosen
         if is_known(architecture)
@@ -51,11 +55,17 @@ def found(compiler: None, request: pytest.FixtureRequest) -> Iterator[dict[tuple
 
 
 def complaints(
-    name: str, file: KernelFile, source: str, architecture: str, dtype: str, defines: Defines, shared: int
+    name: str,
+    file: KernelFile,
+    source: str,
+    architecture: str,
+    precision: Precision,
+    defines: Defines,
+    shared: int,
 ) -> list[str]:
     """What is wrong with one compilation of a kernel."""
-    options = (*compile_options(Precision.of(dtype), defines), "--ptxas-options=-v")
-    case = f"{name}, {dtype}, {dict(defines)}, {architecture}"
+    options = (*compile_options(precision, defines), "--ptxas-options=-v")
+    case = f"{name}, {precision.activations.name}, kv {precision.kv.name}, {dict(defines)}, {architecture}"
     try:
         _, log = compile_cubin(source, f"{name}.cu", options, architecture)
     except DeviceError as error:
@@ -84,7 +94,12 @@ def test_table_has_every_source_and_names_what_to_compile():
     assert headers == {path.relative_to(folder).as_posix() for path in folder.rglob("*.cuh")}
     assert {name for name, _ in JOBS} == set(FILES)
     hopper_only = {name for name in FILES if all(a == "sm_90a" for n, a in JOBS if n == name)}
-    assert hopper_only == {"linear_hopper", "prefix_attention_hopper", "causal_attention_hopper"}
+    assert hopper_only == {
+        "linear_hopper",
+        "prefix_attention_hopper",
+        "prefix_attention_hopper_codes",
+        "causal_attention_hopper",
+    }
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -104,7 +119,18 @@ def test_tensor_kernels_take_formats_of_16_bits_only():
     for name, file in FILES.items():
         parts = ("tensor", "hopper", "tiles", "quantized", "dequantize")
         assert file.sixteen_bit == any(part in name for part in parts)
-        assert file.dtypes == (("bfloat16", "float16") if file.sixteen_bit else tuple(FORMATS))
+        dtypes = {precision.activations.name for precision in file.precisions()}
+        assert dtypes == ({"bfloat16", "float16"} if file.sixteen_bit else set(FORMATS))
+
+
+def test_only_kernels_that_read_the_cache_are_compiled_for_each_format_of_keys_and_values():
+    folder, eight = Path(losart.kernels_cu.__file__).parent, Precision.of("bfloat16", "int8")
+    for name, file in FILES.items():
+        found = [precision.kv.name for precision in file.precisions(["bfloat16"])]
+        own = (folder / file.folder / f"{name}.cu").read_text()
+        assert found == (["bfloat16", "int8", "fp8"] if file.reads_cache else ["bfloat16"])
+        assert file.reads_cache or not re.search("KVValue|CACHED_KEYS", own)
+        assert file.compiled(eight) in file.precisions()
 
 
 def test_numbers_of_python_are_macros_of_every_source():
@@ -123,7 +149,11 @@ def test_numbers_of_python_are_macros_of_every_source():
 def test_precision_reaches_the_compiler():
     bfloat16, float16, float32 = (FORMATS[name] for name in ("bfloat16", "float16", "float32"))
     options = compile_options(Precision(bfloat16, float16, float32), (("N", 3),))
-    assert options[1:] == ("-DLOSART_WEIGHTS=1", "-DLOSART_KV=2", "-DLOSART_ACTIVATIONS=0", "-DN=3")
+    formats = ("-DLOSART_WEIGHTS=1", "-DLOSART_KV=2", "-DLOSART_ACTIVATIONS=0", "-DLOSART_KV_OPERANDS=2")
+    assert options[1:] == (*formats, "-DN=3")
+    assert compile_options(Precision.of("bfloat16", "int8"))[2:] == (
+        *("-DLOSART_KV=3", "-DLOSART_ACTIVATIONS=1", "-DLOSART_KV_OPERANDS=1"),
+    )
 
 
 @pytest.mark.parametrize("job", JOBS, ids="-".join)
@@ -183,7 +213,8 @@ SHARED = """extern "C" __global__ void kernel(float *x)
 def test_check_finds_what_is_wrong(compiler, text, options, complaint):
     options = dict(options)
     shared = options.pop("shared", 0)
-    wrong = complaints("kernel", KernelFile("", **options), text, "sm_86", "bfloat16", (("N", 1),), shared)
+    precision = Precision.of("bfloat16")
+    wrong = complaints("kernel", KernelFile("", **options), text, "sm_86", precision, (("N", 1),), shared)
     assert not wrong if complaint is None else complaint in "".join(wrong)
 
 
@@ -198,7 +229,7 @@ def test_check_finds_what_is_wrong(compiler, text, options, complaint):
 def test_formats_of_a_precision_are_independent(compiler, weights, kv, activations):
     precision = Precision(*(FORMATS[name] for name in (weights, kv, activations)))
     for name in ("embedding", "linear", "cache_write", "block_attention", "page_scores", "causal_attention"):
-        (defines, *_) = variants(name, CARDS["sm_80"])
+        (defines, *_) = variants(name, CARDS["sm_80"], Precision.of("float32"))
         compile_cubin(source(name), f"{name}.cu", compile_options(precision, defines), "sm_80")
 
 

@@ -187,7 +187,7 @@ def test_a_gated_matmul_has_whole_sums():
 def test_lists_of_several_sequences_fit(card, sequences):
     """A thread block has room for the longest part that it may be given."""
     for block, pages in ((4, 128), (16, 512), (16, 8192), (64, 1 << 16)):
-        plan = sparse_plan(card, True, block, 32, 8, 128, pages, 16, 0, sequences)
+        plan = sparse_plan(card, 16, block, 32, 8, 128, pages, 16, 0, sequences)
         tiles = -(-pages * 16 // 64)
         parts = plan.share or 1
         assert plan.capacity * 16 >= -(-tiles // parts) * 64
@@ -235,19 +235,19 @@ def test_a_kernel_that_the_driver_does_not_load_is_an_error_of_ours(driver, monk
 
 
 @pytest.mark.parametrize("card", CARDS.values(), ids=CARDS)
-@pytest.mark.parametrize("tensor", [True, False])
-def test_a_long_list_of_pages_leaves_room_for_tiles(card, tensor):
+@pytest.mark.parametrize("kv_bits", [8, 16, 32])
+def test_a_long_list_of_pages_leaves_room_for_tiles(card, kv_bits):
     for heads, kv_heads, block in ((64, 8, 64), (32, 32, 64), (32, 8, 16), (8, 1, 4)):
         for pages in (0, 640, 8192, 16384, 1 << 16):
             shape = (block, heads, kv_heads, 128, pages, 16, -(-pages // 32))
-            plan = sparse_plan(card, tensor, *shape)
+            plan = sparse_plan(card, kv_bits, *shape)
             assert dict(plan.defines).get("STAGES", 2) >= 2
             assert plan.shared <= card.shared_per_block - SHARED_ALIGNMENT
-            tile = 64 if tensor else 32
+            tile = 64 if kv_bits < 32 else 32
             tiles = -(-pages * 16 // tile)
             assert plan.capacity * 16 >= -(-tiles // plan.parts) * tile and plan.grid[1] == plan.parts
     with pytest.raises(DeviceError, match="too long for this GPU's shared memory"):
-        sparse_plan(card, tensor, 16, 32, 8, 128, 1 << 24, 16, 1 << 19)
+        sparse_plan(card, kv_bits, 16, 32, 8, 128, 1 << 24, 16, 1 << 19)
 
 
 def test_each_device_gets_its_own_kernel_once(driver, monkeypatch):

@@ -13,6 +13,7 @@ import losart.backends.cuda.prebuild
 import losart.kernels_cu
 from losart.backends.cuda.matmul_plans import matmul_plan
 from losart.backends.cuda.plans import (
+    attention_bits,
     causal_plan,
     masses_plan,
     prefix_plan,
@@ -133,25 +134,26 @@ def test_variants_are_those_of_the_released_models(read_config):
         qkv = q + 2 * s["num_kv_heads"] * s["head_dim"]
         matrices |= {(qkv, hidden), (hidden, q), (2 * ffn, hidden), (hidden, ffn), (s["vocab_size"], hidden)}
     for card in CARDS.values():
-        known = {(name, defines) for name in FILES for defines in variants(name, card)}
-        launched = set()
-        for tensor in (True, False):
+        for precision in (Precision.of("float32"), BFLOAT16, Precision.of("float16", "int8")):
+            known = {(name, defines) for name in FILES for defines in variants(name, card, precision)}
+            tensor, kv_bits, launched = precision.weights.bits == 16, attention_bits(precision), set()
             for tokens in range(1, 65):
                 launched.update(matmul_plan(card, tensor, tokens, *matrix) for matrix in matrices)
                 for heads, kv_heads, dim in shapes:
-                    shape = (card, tensor, tokens, heads, kv_heads, dim)
+                    shape = (card, kv_bits, tokens, heads, kv_heads, dim)
                     launched.update(plan(*shape) for plan in (prefix_plan, masses_plan))
                     launched.add(sparse_plan(*shape, 2560, 16, 80))
-                    launched.add(scores_plan(card, tensor, tokens * heads // kv_heads, kv_heads, dim))
+                    launched.add(scores_plan(card, kv_bits, tokens * heads // kv_heads, kv_heads, dim))
             for heads, kv_heads, dim in shapes:
-                launched.add(causal_plan(card, tensor, 2048, heads, kv_heads, dim))
+                launched.add(causal_plan(card, kv_bits, 2048, heads, kv_heads, dim))
             launched.add(matmul_plan(card, tensor, 2048, 4096, 4096))
-        assert {(plan.kernel, plan.defines) for plan in launched} <= known
+            assert {(plan.kernel, plan.defines) for plan in launched} <= known
 
 
 def test_command_builds_every_variant(folder, fake_compiler, capsys, tmp_path):
     assert main(["prebuild", "--architectures", "sm_90a", "--output", str(folder)]) == 0
-    expected = sum(len(file.dtypes) * len(variants(name, CARDS["sm_90a"])) for name, file in FILES.items())
+    card = CARDS["sm_90a"]
+    expected = sum(len(variants(name, card, p)) for name, file in FILES.items() for p in file.precisions())
     assert f"sm_90a.tar.xz: {expected} kernels, " in capsys.readouterr().out
     assert prebuilt_counts() == {"sm_90a": expected}
     assert main(["info"]) == 0

@@ -13,7 +13,12 @@ import losart
 MOST = 12
 PACKAGE = Path(losart.__file__).parent
 # Is this a number, float32 from bfloat16, and whose turn it is: the page names them as helpers.
-HELPERS = {"losart/config/checks.py", "losart/backends/cpu/convert.py", "losart/engine/turns.py"}
+HELPERS = {
+    "losart/config/checks.py",
+    "losart/config/precision.py",
+    "losart/backends/cpu/convert.py",
+    "losart/engine/turns.py",
+}
 
 
 def files_of(run) -> set[str]:

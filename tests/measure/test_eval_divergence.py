@@ -82,6 +82,16 @@ def test_fewer_bits_are_farther_off(checkpoint):
     assert 0 < found["int8"] < found["fp8"] < found["int4"] < 1
 
 
+def test_keys_and_values_in_8_bits(checkpoint):
+    reference = losart.load(checkpoint, "cpu")
+    config = EvalConfig(("key",), (1500,), ("dense",), samples=2, options=OPTIONS)
+    int8, fp8 = (
+        measure_divergence(reference, losart.load(checkpoint, "cpu", kv=kv), config)[0].mean
+        for kv in ("int8", "fp8")
+    )
+    assert 0 < int8 < fp8 < 1
+
+
 def test_pieces_of_a_text(checkpoint, tmp_path):
     model, file = losart.load(checkpoint, "cpu"), tmp_path / "text.txt"
     file.write_text("once upon a time " * 40)
@@ -139,10 +149,18 @@ def test_command(checkpoint, tmp_path, capsys):
     assert [row.split()[1] for row in rows] == ["dense", "quest"]
     report = json.loads(file.read_text())
     assert report["weights"] == ["bfloat16", "int4", "int8"] and report["reference_weights"] == ["bfloat16"]
+    assert (report["kv"], report["reference_kv"]) == ("bfloat16", "bfloat16")
     assert report["reference"] == str(checkpoint)
     assert [row["attention"] for row in report["rows"]] == ["dense", "quest"]
     assert main(["eval", str(checkpoint), *arguments, "--kl", str(tmp_path)]) == 1
     assert str(tmp_path) in capsys.readouterr().err
+    # Without --weights too, the reference is another model.
+    for reference in ([], [str(checkpoint)]):
+        assert main(["eval", str(checkpoint), "--kv", "int8", *arguments, "--kl", *reference]) == 0
+        report = json.loads(file.read_text())
+        assert (report["weights"], report["reference_weights"]) == (["bfloat16"], ["bfloat16"])
+        assert (report["kv"], report["reference_kv"]) == ("int8", "bfloat16")
+        assert report["rows"][0]["attention"] == "dense" and report["rows"][0]["mean"] > 0
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,11 @@ import numpy as np
 
 from cython.parallel cimport prange
 from libc.math cimport INFINITY, log, sqrt
-from libc.stdint cimport int32_t, uint16_t, uint64_t, uintptr_t
+from libc.stdint cimport int32_t, uint8_t, uint16_t, uint64_t, uintptr_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
-from losart.backends.cpu.kv_index cimport BFLOAT16, FLOAT32, PageBounds, PageTable, SlabSource, as_held
+from losart.backends.cpu.kv_index cimport BFLOAT16, FLOAT32, INT8, PageBounds, PageTable, SlabSource, as_held
 from losart.backends.cpu.simd cimport (
     decode_bounds,
     scale,
@@ -23,6 +23,7 @@ from losart.backends.cpu.simd cimport (
     slabs_accumulate,
     softmax_step,
     widen_bfloat16,
+    widen_codes,
     widen_float16,
 )
 
@@ -86,6 +87,13 @@ cdef inline void widen(const void *source, float *to, Py_ssize_t count, int widt
         widen_float16(<const uint16_t *>source, to, count)
 
 
+cdef inline void widen_slab(const char *slab, float *to, Py_ssize_t dim, int width, bint keys) noexcept nogil:
+    if width >= INT8:
+        widen_codes(<const uint8_t *>slab, to, dim, width, keys)
+    else:
+        widen(slab, to, LANES * dim, width)
+
+
 cdef int attend_slabs(
     const float *q, const int32_t *limits, Py_ssize_t rows, Py_ssize_t dim,
     const SlabSource *source, Py_ssize_t first, Py_ssize_t last,
@@ -123,10 +131,10 @@ cdef int attend_slabs(
             if source.width == FLOAT32:
                 values[b] = <const float *>(chunk + source.value_offset + place)
             else:
-                widen(key, key_scratch, slab_floats, source.width)
+                widen_slab(key, key_scratch, dim, source.width, True)
                 key = <const char *>key_scratch
-                widen(chunk + source.value_offset + place, value_scratch + b * slab_floats,
-                      slab_floats, source.width)
+                widen_slab(chunk + source.value_offset + place, value_scratch + b * slab_floats, dim,
+                           source.width, False)
                 values[b] = value_scratch + b * slab_floats
             slab_scores(q, rows, dim, <const float *>key, scores + b * LANES, stride)
         for r in range(rows):
@@ -416,7 +424,7 @@ cdef int bound_scores_item(PageTable table, Py_ssize_t layer, Py_ssize_t head, P
         bounds = table.bounds(layer, head, group)
         values = bounds.exact
         if group < full and bounds.base[0] == bounds.base[0]:
-            decode_bounds(bounds.codes, bounds.base, bounds.step, dim, table.width, decoded)
+            decode_bounds(bounds.codes, bounds.base, bounds.step, dim, table.bounds_width, decoded)
             values = decoded
         slab_scores(q, rows, 2 * dim, values, scores + group * LANES, stride)
     free(decoded)
@@ -438,7 +446,7 @@ def bound_scores(PageTable table, Py_ssize_t layer, q, tokens, Py_ssize_t length
     Returns
     -------
     float32 [kv_heads, tokens * group, pages rounded up to 16]
-        sum over channels of max(q * smallest key, q * largest key), q rounded to the format of keys, and
+        sum over channels of max(q * smallest key, q * largest key), q rounded to the format of bounds, and
         bounds by their codes where a group of pages has them; columns past the last page are meaningless.
     """
     cdef Py_ssize_t kv_heads = table.kv_heads, dim = table.head_dim, rows, groups, works, item, head, first, failed = 0
@@ -452,7 +460,7 @@ def bound_scores(PageTable table, Py_ssize_t layer, q, tokens, Py_ssize_t length
     gathered = _gather_queries(q, tokens, kv_heads, scaled=False)
     cdef float[::1] flat = gathered.reshape(-1)
     for item in range(flat.shape[0]):
-        flat[item] = as_held(flat[item], table.width)
+        flat[item] = as_held(flat[item], table.bounds_width)
     signed = np.concatenate([np.maximum(gathered, 0), np.minimum(gathered, 0)], axis=2)
     cdef float[:, :, ::1] queries = signed
     cdef float[:, :, ::1] out = scores

@@ -136,8 +136,9 @@ class CpuBackend:
         return np.concatenate([widen(tensor.array()) for tensor in tensors])
 
     def new_cache(self, page_size: int, expected: int | None = None) -> PagedKVCache:
-        c, positions = self.config, chunk_positions(page_size, expected)
-        table = PageTable(c.num_layers, c.num_kv_heads, c.head_dim, page_size, positions, self.precision.kv)
+        c, formats, positions = self.config, self.precision, chunk_positions(page_size, expected)
+        sizes = c.num_layers, c.num_kv_heads, c.head_dim, page_size, positions
+        table = PageTable(*sizes, formats.kv, formats.kv_operands)
         return PagedKVCache(table, lambda shape, format: np.zeros(shape, format.array))
 
     def new_slot(self, stored: StoredResults) -> Slot:

@@ -12,7 +12,7 @@ cdef struct SlabSource:
     Py_ssize_t value_offset
     const int32_t *pages        # page ids in the order to be read, or NULL: all, in order
     Py_ssize_t slabs_per_page
-    int width                   # FLOAT32, BFLOAT16 or FLOAT16
+    int width                   # FLOAT32, ...
 
 
 cdef struct PageBounds:
@@ -27,23 +27,33 @@ cdef enum:
     FLOAT32 = 0
     BFLOAT16 = 1
     FLOAT16 = 2
+    INT8 = 3
+    FLOAT8 = 4
+
+
+cdef inline uint16_t narrow_to(float x, int width) noexcept nogil:
+    return narrow_bfloat16(x) if width == BFLOAT16 else narrow_float16(x)
+
+
+cdef inline float widened(uint16_t bits, int width) noexcept nogil:
+    cdef float x
+    if width == BFLOAT16:
+        widen_bfloat16(&bits, &x, 1)
+    else:
+        widen_float16(&bits, &x, 1)
+    return x
 
 
 cdef inline float as_held(float x, int width) noexcept nogil:
-    cdef uint16_t bits
-    if width == BFLOAT16:
-        bits = narrow_bfloat16(x)
-        widen_bfloat16(&bits, &x, 1)
-    elif width == FLOAT16:
-        bits = narrow_float16(x)
-        widen_float16(&bits, &x, 1)
-    return x
+    return x if width == FLOAT32 else widened(narrow_to(x, width), width)
 
 
 cdef class PageTable:
     cdef readonly Py_ssize_t layers, kv_heads, head_dim, page_size, positions_per_chunk
     cdef readonly object kv_format
+    cdef Py_ssize_t slab_bytes
     cdef int width
+    cdef int bounds_width
     cdef Py_ssize_t chunk_count
     cdef object arrays
     cdef object kv_addresses

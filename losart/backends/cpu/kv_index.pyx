@@ -7,27 +7,31 @@ CPU kernels form 16 scores at a time (backends/cpu/simd.h). Pages lie in chunks:
     kv chunk      [layers, 2 (keys, values), kv_heads, slabs of the chunk, head_dim * 16]
     bounds chunk  [layers, kv_heads, pages of the chunk / 16, values] of float32
 
+Keys and values of 8 bits are codes, and each of a position has a scale: a slab is then head_dim * 16
+codes in the same order and the 16 positions' scales, float32, head_dim * 16 + 64 bytes in all.
+
 Bounds of 16 pages, a group, are laid out as if each page were a position of a slab with twice the
 channels, first the largest keys: the QUEST bound of 16 pages (arXiv 2406.10774) is then slab_scores
-of [max(q, 0), min(q, 0)].
+of [max(q, 0), min(q, 0)]. They are bounds of keys as they are held; of those of 8 bits rounded
+outwards to the format that they are multiplied in on a GPU, in which it holds bounds.
 
     exact       [2 (largest, smallest), head_dim, 16]
     base, step  [head_dim] each
     codes       [2, head_dim] of 64 bits: a page's are 4 from 4 * page on
 
-Once the prefix fills a group its bounds are base + code * step, rounded to the format of keys, as
-on a GPU (kernels_cu/cache/layout.cuh). Codes are rounded outwards, so that these are bounds too. In
-a group that cannot be coded all bases are NaN.
+Once the prefix fills a group its bounds are base + code * step, rounded to the format of keys, of
+those of 8 bits to that of bounds, as on a GPU (kernels_cu/cache/pages.cuh). Codes are rounded
+outwards, so that these are bounds too. In a group that cannot be coded all bases are NaN.
 """
 
 import numpy as np
 
 from libc.math cimport NAN
-from libc.stdint cimport int32_t, int64_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
-from losart.backends.cpu.simd cimport narrow_bfloat16, narrow_float16
+from losart.backends.cpu.simd cimport code_value, encode
 
 from losart.config.precision import FLOAT32 as BOUNDS_FORMAT
 
@@ -35,6 +39,16 @@ cdef enum:
     LANES = 16
 
 cdef float LEAST_FLOAT16_STEP = 2.0 ** -17  # less is subnormal to less than 8 bits
+
+
+cdef float rounded_up(float x, int width) noexcept nogil:
+    # The least number of the format that is not below x. NaN stays.
+    cdef float bound = as_held(x, width)
+    cdef uint16_t bits
+    if bound < x:
+        bits = narrow_to(x, width)
+        bound = widened(bits - 1 if bits >> 15 else bits + 1, width)
+    return bound
 
 
 cdef inline float coded_bound(float base, float step, int code, int width) noexcept nogil:
@@ -89,9 +103,11 @@ cdef class PageTable:
         A multiple of 16 pages.
     kv_format : Format
         Of keys and values.
+    operands : Format
+        `Precision.kv_operands`, to which page bounds are rounded.
     """
 
-    def __init__(self, layers, kv_heads, head_dim, page_size, positions_per_chunk, kv_format):
+    def __init__(self, layers, kv_heads, head_dim, page_size, positions_per_chunk, kv_format, operands):
         if page_size % LANES or positions_per_chunk % (LANES * page_size):
             raise ValueError("a page must be whole slabs, a chunk a multiple of 16 pages")
         self.layers = layers
@@ -100,7 +116,9 @@ cdef class PageTable:
         self.page_size = page_size
         self.positions_per_chunk = positions_per_chunk
         self.kv_format = kv_format
+        self.slab_bytes = LANES * (head_dim * kv_format.itemsize + kv_format.scale_bytes)
         self.width = kv_format.code
+        self.bounds_width = operands.code
         self.chunk_count = 0
         self.arrays = []
         self.kv_addresses = np.zeros(0, np.uint64)
@@ -119,7 +137,8 @@ cdef class PageTable:
     @property
     def kv_shape(self):
         """Shape of a chunk of keys and values."""
-        return (self.layers, 2, self.kv_heads, self.positions_per_chunk, self.head_dim)
+        of_position = self.head_dim + self.kv_format.scale_bytes
+        return (self.layers, 2, self.kv_heads, self.positions_per_chunk, of_position)
 
     @property
     def bounds_shape(self):
@@ -147,7 +166,7 @@ cdef class PageTable:
         cdef SlabSource source
         source.chunks = &self.kv_chunks[0] if self.chunk_count else NULL
         source.slabs_per_chunk = self.positions_per_chunk // LANES
-        source.slab_bytes = LANES * self.head_dim * (4 if self.width == FLOAT32 else 2)
+        source.slab_bytes = self.slab_bytes
         source.key_offset = (layer * 2 * self.kv_heads + head) * source.slabs_per_chunk * source.slab_bytes
         source.value_offset = source.key_offset + self.kv_heads * source.slabs_per_chunk * source.slab_bytes
         source.pages = pages
@@ -181,28 +200,34 @@ cdef class PageTable:
         cdef char *value_slab = chunk + source.value_offset + within
         cdef float *largest = self.bounds(layer, head, page // LANES).exact + place
         cdef float *smallest = largest + self.head_dim * LANES
-        cdef uint16_t bits
-        cdef float held
+        cdef bint coded = self.width >= INT8
+        cdef float held, key_scale = 0.0
+        if coded:
+            key_scale = encode(key, self.head_dim, self.width, <uint8_t *>key_slab + lane, LANES)
+            (<float *>(key_slab + LANES * self.head_dim))[lane] = key_scale
+            (<float *>(value_slab + LANES * self.head_dim))[lane] = encode(
+                value, self.head_dim, self.width, <uint8_t *>value_slab + lane * self.head_dim, 1)
         for d in range(self.head_dim):
-            held = as_held(key[d], self.width)
+            if coded:
+                held = code_value((<uint8_t *>key_slab)[d * LANES + lane], self.width) * key_scale
+            else:
+                held = as_held(key[d], self.width)
             if held - held != 0.0:
                 # A query of the other sign would pass over an infinite key (its score is -inf):
                 # NaN shows whatever the query.
                 held = <float>NAN
-            bits = narrow_bfloat16(held) if self.width == BFLOAT16 else narrow_float16(held)
             if self.width == FLOAT32:
                 (<float *>key_slab)[d * LANES + lane] = held
                 (<float *>value_slab)[lane * self.head_dim + d] = value[d]
-            else:
-                (<uint16_t *>key_slab)[d * LANES + lane] = bits
-                (<uint16_t *>value_slab)[lane * self.head_dim + d] = (
-                    narrow_bfloat16(value[d]) if self.width == BFLOAT16 else narrow_float16(value[d]))
+            elif not coded:
+                (<uint16_t *>key_slab)[d * LANES + lane] = narrow_to(held, self.width)
+                (<uint16_t *>value_slab)[lane * self.head_dim + d] = narrow_to(value[d], self.width)
             # The bound is that of the key as it is held, rounding included. A NaN stays, so that its
             # page is read and the NaN shows in the logits.
             if opens_page or held > largest[d * LANES] or held != held:
-                largest[d * LANES] = held
+                largest[d * LANES] = rounded_up(held, self.bounds_width)
             if opens_page or held < smallest[d * LANES] or held != held:
-                smallest[d * LANES] = held
+                smallest[d * LANES] = -rounded_up(-held, self.bounds_width)
 
     cdef void code_bounds(self, Py_ssize_t layer, Py_ssize_t head, Py_ssize_t group) noexcept nogil:
         cdef PageBounds bounds = self.bounds(layer, head, group)
@@ -219,13 +244,13 @@ cdef class PageTable:
             for page in range(LANES):
                 finite &= smallest[page] == smallest[page]
                 base, top = min(base, smallest[page]), max(top, largest[page])
-            step = step_of(base, top, self.width)
-            reached = coded_bound(base, step, 15, self.width)
+            step = step_of(base, top, self.bounds_width)
+            reached = coded_bound(base, step, 15, self.bounds_width)
             finite &= reached - reached == 0.0
             above = below = 0
             for page in range(LANES):
-                above |= code_above(base, step, largest[page], self.width) << 4 * page
-                below |= code_below(base, step, smallest[page], self.width) << 4 * page
+                above |= code_above(base, step, largest[page], self.bounds_width) << 4 * page
+                below |= code_below(base, step, smallest[page], self.bounds_width) << 4 * page
             bounds.base[d], bounds.step[d] = base, step
             bounds.codes[d], bounds.codes[self.head_dim + d] = above, below
         if not finite:

@@ -15,7 +15,7 @@
 #include <string.h>
 
 #define SLAB 16
-enum { WIDTH_BFLOAT16 = 1, WIDTH_FLOAT16 = 2 }; /* codes of formats */
+enum { WIDTH_BFLOAT16 = 1, WIDTH_FLOAT16 = 2, WIDTH_INT8 = 3, WIDTH_FLOAT8 = 4 }; /* codes of formats */
 #define LOSART_INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
 
@@ -27,6 +27,51 @@ LOSART_INLINE float bfloat16_value(uint16_t held)
     float value;
     memcpy(&value, &bits, 4);
     return value;
+}
+
+/* Codes of 8 bits. Integers are held from 0 on for -128: with a scale of 0 zeroed memory is zeros. */
+#define LARGEST_INT8 127.0f
+#define LARGEST_FLOAT8 448.0f
+
+LOSART_INLINE float int8_value(uint8_t code) { return (float)(code - 128); }
+
+/* The nearest code, ties to even. */
+LOSART_INLINE uint8_t int8_code(float x)
+{
+    x = x > LARGEST_INT8 ? LARGEST_INT8 : x < -LARGEST_INT8 ? -LARGEST_INT8 : x;
+    float shifted = x + 12582912.0f; /* 1.5 * 2^23: rounds to whole numbers, which are the last bits */
+    uint32_t bits;
+    memcpy(&bits, &shifted, 4);
+    return (uint8_t)(bits + 128);
+}
+
+/* E4M3: exponent and mantissa move to their float32 places and are scaled by 2^120, which also makes
+ * subnormal numbers right. */
+LOSART_INLINE float float8_value(uint8_t code)
+{
+    uint32_t bits = (uint32_t)(code & 0x7f) << 20 | (uint32_t)(code & 0x80) << 24;
+    float value;
+    memcpy(&value, &bits, 4);
+    return value * 0x1p120f;
+}
+
+/* The nearest code, ties to even. */
+LOSART_INLINE uint8_t float8_code(float x)
+{
+    uint32_t bits, units;
+    memcpy(&bits, &x, 4);
+    uint32_t sign = bits >> 24 & 0x80;
+    float magnitude = fabsf(x) > LARGEST_FLOAT8 ? LARGEST_FLOAT8 : fabsf(x);
+    float shifted = magnitude + 0x1p14f; /* rounds to units of 2^-9, those of what is below 2^-6 */
+    memcpy(&bits, &magnitude, 4);
+    memcpy(&units, &shifted, 4);
+    uint32_t normal = (bits - 0x3c000000 + 0x7ffff + (bits >> 20 & 1)) >> 20;
+    return (uint8_t)(sign | (bits < 0x3c800000 ? units - 0x46800000 : normal));
+}
+
+LOSART_INLINE float code_value(uint8_t code, int width)
+{
+    return width == WIDTH_INT8 ? int8_value(code) : float8_value(code);
 }
 
 #if defined(__x86_64__)
@@ -137,6 +182,21 @@ LOSART_INLINE void widen_bfloat16(const uint16_t *from, float *to, long count)
 LOSART_INLINE void widen_float16(const uint16_t *from, float *to, long count)
 {
     CHOOSE(widen_float16, from, to, count)
+}
+
+/* A slab of codes and their scales as the numbers they are, a code times its position's scale: of keys,
+ * which are channel-major, or of values. */
+LOSART_INLINE void widen_codes(const uint8_t *slab, float *to, long dim, int width, int keys)
+{
+    CHOOSE(widen_codes, slab, to, dim, width, keys)
+}
+
+/* The codes of a key or a value x [dim], `stride` bytes apart. Returns their scale: with it the largest
+ * magnitude is the outermost code. What is not all finite gets NaN, so that all of it is read as NaN and
+ * shows in the logits. */
+LOSART_INLINE float encode(const float *x, long dim, int width, uint8_t *codes, long stride)
+{
+    CHOOSE(encode, x, dim, width, codes, stride)
 }
 
 /* to[kind][d][0..15] = base[d] + code * step[d], rounded as `width` says, of the codes [2 kinds][dim] of 16 pages. */

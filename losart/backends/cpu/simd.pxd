@@ -1,4 +1,4 @@
-from libc.stdint cimport uint16_t, uint64_t
+from libc.stdint cimport uint8_t, uint16_t, uint64_t
 
 cdef extern from "simd.h" nogil:
     int simd_level()
@@ -12,6 +12,9 @@ cdef extern from "simd.h" nogil:
     void scale(float *x, long count, float factor)
     void widen_bfloat16(const uint16_t *source, float *to, long count)
     void widen_float16(const uint16_t *source, float *to, long count)
+    void widen_codes(const uint8_t *slab, float *to, long dim, int width, int keys)
+    float encode(const float *x, long dim, int width, uint8_t *codes, long stride)
+    float code_value(uint8_t code, int width)
     uint16_t narrow_bfloat16(float x)
     uint16_t narrow_float16(float x)
     void decode_bounds(const uint64_t *codes, const float *base, const float *step, long dim, int width, float *to)

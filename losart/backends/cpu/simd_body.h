@@ -248,6 +248,44 @@ SIMD_TARGET static void SIMD(widen_float16)(const uint16_t *from, float *to, lon
     }
 }
 
+/* ---- codes of 8 bits ---------------------------------------------------------------------------- */
+
+#define WIDEN_ROWS(ROWS, COLUMNS, VALUE, SCALE)                                                   \
+    for (long r = 0; r < ROWS; r++)                                                               \
+        for (long c = 0; c < COLUMNS; c++)                                                        \
+            to[r * COLUMNS + c] = VALUE(slab[r * COLUMNS + c]) * scales[SCALE];
+
+SIMD_TARGET static void SIMD(widen_codes)(const uint8_t *restrict slab, float *restrict to, long dim,
+                                          int width, int keys)
+{
+    const float *restrict scales = (const float *)(slab + SLAB * dim);
+    if (width == WIDTH_INT8 && keys) WIDEN_ROWS(dim, SLAB, int8_value, c)
+    else if (width == WIDTH_INT8) WIDEN_ROWS(SLAB, dim, int8_value, r)
+    else if (keys) WIDEN_ROWS(dim, SLAB, float8_value, c)
+    else WIDEN_ROWS(SLAB, dim, float8_value, r)
+}
+
+#define ENCODE(CODE)                                                                              \
+    for (long d = 0; d < dim; d++) codes[d * stride] = CODE(scale > 0.0f ? x[d] / scale : 0.0f);
+
+SIMD_TARGET static float SIMD(encode)(const float *restrict x, long dim, int width, uint8_t *restrict codes,
+                                      long stride)
+{
+    uint32_t top = 0; /* bits of the largest magnitude: those of a NaN are larger than any */
+    for (long d = 0; d < dim; d++) {
+        uint32_t bits;
+        memcpy(&bits, x + d, 4);
+        bits &= 0x7fffffff;
+        top = bits > top ? bits : top;
+    }
+    float largest;
+    memcpy(&largest, &top, 4);
+    float scale = largest < INFINITY ? largest / (width == WIDTH_INT8 ? LARGEST_INT8 : LARGEST_FLOAT8) : NAN;
+    if (width == WIDTH_INT8) ENCODE(int8_code)
+    else ENCODE(float8_code)
+    return scale;
+}
+
 /* ---- page bounds -------------------------------------------------------------------------------- */
 
 /* Finite values, rounded to the nearest, ties to even; float16 below 2^-14 to units of 2^-24. */
@@ -283,6 +321,8 @@ SIMD_TARGET static void SIMD(decode_bounds)(const uint64_t *codes, const float *
     else DECODE(x)
 }
 
+#undef WIDEN_ROWS
+#undef ENCODE
 #undef HELD
 #undef DECODE
 #undef vec

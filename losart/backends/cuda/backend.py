@@ -147,7 +147,7 @@ class CudaBackend:
                 return cupy.zeros(shape, format.bits_array)
 
         with self.memory.running("the page table"):
-            table = CudaPageTable(self.config, page_size, positions, self.precision.kv)
+            table = CudaPageTable(self.config, page_size, positions, self.precision)
         return PagedKVCache(table, allocate, DeviceArrays(self.memory))
 
     def new_slot(self, stored: StoredResults) -> Slot:
@@ -326,12 +326,12 @@ class CudaBackend:
         stride = shape.per_cache * shape.tokens  # a commit that rides comes first
         channels = -(-c.head_dim // cu.WARP) * cu.WARP
         threads = channels * min(cu.GROUP_PAGES, cu.CACHE_WRITE_THREADS // channels)
-        self.kernels.launch(
-            "cache_write",
-            (c.num_kv_heads, groups, shape.caches),
-            threads,
-            *(batch.caches_view(layer), k, v, shape.tokens, stride, shape.per_cache, batch.riding),
-        )
+        caches, of_caches = batch.caches_view(layer), (stride, shape.per_cache, batch.riding)
+        if self.precision.kv.bits == 8:
+            sizes, arguments = (shape.tokens, c.num_kv_heads), (caches, k, v, *of_caches)
+            self.kernels.launch_rows("kv_quantize", *sizes, *arguments, caches=shape.caches)
+        grid = (c.num_kv_heads, groups, shape.caches)
+        self.kernels.launch("cache_write", grid, threads, caches, k, v, shape.tokens, *of_caches)
 
     def _activations(self, shape: tuple[int, ...]) -> Any:
         return cupy.empty(shape, self.precision.activations.bits_array)
@@ -416,9 +416,9 @@ class CudaBackend:
         self.kernels.launch_rows("merge_parts", tokens, heads, *args, caches=caches)
         return o, lse
 
-    def _shape(self, tokens: int) -> tuple[Card, bool, int, int, int, int]:
+    def _shape(self, tokens: int) -> tuple[Card, int, int, int, int, int]:
         c, kernels = self.config, self.kernels
-        return kernels.card, kernels.tensor_attention, tokens, c.num_heads, c.num_kv_heads, c.head_dim
+        return kernels.card, kernels.kv_bits, tokens, c.num_heads, c.num_kv_heads, c.head_dim
 
     # -- stored results
 

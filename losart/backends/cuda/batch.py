@@ -400,8 +400,7 @@ class DeviceBatch:
             tables, lengths = (array[self._first :].data.ptr for array in (device.tables, device.lengths))
             addresses = (tables, None, lengths) if copy is None else (None, copy.data.ptr, lengths)
             sizes = self.shape.chunk_positions, self.shape.page_size, self.shape.max_chunks
-            _, _, kv_heads, _, head_dim = table.kv_shape
-            views[key] = CachesView(*addresses, layer, kv_heads, head_dim, *sizes)
+            views[key] = CachesView(*addresses, layer, table.kv_heads, table.head_dim, *sizes)
         return views[key]
 
     @property
@@ -435,7 +434,7 @@ class DeviceBatch:
         """kv heads, rows and count of the top pages in a layer of a slot: no more than there can be."""
         stored = self.slot.stored
         count = min(stored.top_pages, -(-self.table.max_positions // self.shape.page_size))
-        return self.table.kv_shape[2], stored.top_pages_rows, count
+        return self.table.kv_heads, stored.top_pages_rows, count
 
     @property
     def _first(self) -> int:

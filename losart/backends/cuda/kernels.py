@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from losart.backends.cuda.plans import Card, Plan
+from losart.backends.cuda.plans import Card, Plan, attention_bits
 from losart.config.precision import Precision
 from losart.kernels_cu import Defines, kernel
 from losart.kernels_cu.constants import WARP_ROWS, WARP_ROWS_THREADS
@@ -24,8 +24,10 @@ class Kernels:
 
     Attributes
     ----------
-    tensor_matmul, tensor_attention : bool
-        Whether tensor cores can multiply activations by weights, and queries by keys.
+    tensor_matmul : bool
+        Whether tensor cores can multiply activations by weights.
+    kv_bits : int
+        As of `attention_bits`.
     same_sums : bool
         Whether each row of a block is summed in the same order however many rows and sequences a pass has:
         where `deterministic`, and in float32, for which little depends on it.
@@ -35,7 +37,7 @@ class Kernels:
         self.precision = precision
         self.card = card
         self.tensor_matmul = precision.weights.bits == precision.activations.bits == 16
-        self.tensor_attention = precision.kv.bits == 16
+        self.kv_bits = attention_bits(precision)
         self.deterministic = deterministic
         self.same_sums = deterministic or precision.activations.bits == 32
         self._loaded: dict[tuple[str, Defines], Kernel] = {}

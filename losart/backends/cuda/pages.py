@@ -11,7 +11,7 @@ import numpy as np
 
 from losart.backends.cuda.memory import DeviceMemory
 from losart.config.model import ModelConfig
-from losart.config.precision import GROUP_PAGES, Format
+from losart.config.precision import GROUP_PAGES, Format, Precision
 from losart.engine.kv_cache import HostArrays
 
 NUMBERS = itertools.count()  # of page tables
@@ -53,7 +53,7 @@ class DeviceArrays(HostArrays):
 class CudaPageTable:
     """Chunks of pages in device memory.
 
-        kv chunk      [layers, 2 (keys, values), kv_heads, positions of the chunk, head_dim]
+        kv chunk      [layers, 2 (keys, values), kv_heads, positions, head_dim and bytes of a scale]
         bounds chunk  [layers, kv_heads, pages of the chunk / 16, values]
 
     A page of one kv head is contiguous. The order of its values, and of those that bound 16 pages, is in
@@ -63,11 +63,11 @@ class CudaPageTable:
     ----------
     config : ModelConfig
     page_size, positions_per_chunk : int
-    format : Format
-        Of keys, values and bounds.
+    precision : Precision
 
     Attributes
     ----------
+    kv_heads, head_dim : int
     max_chunks : int
     addresses : uint64 [2, max_chunks]
         Of the chunks, of which `placed` are there.
@@ -76,14 +76,18 @@ class CudaPageTable:
     placed : int
     """
 
-    def __init__(self, config: ModelConfig, page_size: int, positions_per_chunk: int, format: Format) -> None:
+    def __init__(
+        self, config: ModelConfig, page_size: int, positions_per_chunk: int, precision: Precision
+    ) -> None:
         self.page_size = page_size
         self.positions_per_chunk = positions_per_chunk
-        self.kv_format = self.bounds_format = format
+        self.kv_format, self.bounds_format = precision.kv, precision.kv_operands
+        self.kv_heads, self.head_dim = config.num_kv_heads, config.head_dim
         layers, heads, dim = config.num_layers, config.num_kv_heads, config.head_dim
-        self.kv_shape = (layers, 2, heads, positions_per_chunk, dim)
+        values = dim + self.kv_format.scale_bytes // self.kv_format.itemsize
+        self.kv_shape = (layers, 2, heads, positions_per_chunk, values)
         # Exact bounds, a base and a step per channel, and two codes of 4 bits.
-        coded = 2 * dim + GROUP_PAGES * dim // format.itemsize
+        coded = 2 * dim + GROUP_PAGES * dim // self.bounds_format.itemsize
         groups = positions_per_chunk // (page_size * GROUP_PAGES)
         self.bounds_shape = (layers, heads, groups, 2 * GROUP_PAGES * dim + coded)
         self.chunks: list[tuple[Any, Any]] = []

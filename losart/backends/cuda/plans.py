@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from losart.config.precision import KV_INT8, Precision
 from losart.errors import DeviceError
 from losart.kernels_cu import Defines
 from losart.kernels_cu import constants as cu
@@ -98,9 +99,18 @@ class Plan:
     boxes: tuple[int, ...] = ()
 
 
+def attention_bits(precision: Precision) -> int:
+    """Bits of keys and values that tensor cores multiply, 16 or 8; 32 where they can't."""
+    return 32 if precision.kv_operands.bits == 32 else precision.kv.bits
+
+
+def _on_tensor_cores(kv_bits: int, head_dim: int) -> bool:
+    return kv_bits < 32 and head_dim in TENSOR_HEAD_DIMS
+
+
 def prefix_plan(
     card: Card,
-    tensor: bool,
+    kv_bits: int,
     tokens: int,
     heads: int,
     kv_heads: int,
@@ -114,18 +124,20 @@ def prefix_plan(
     With `same_sums` a cache has as many parts as by itself.
     """
     rows = tokens * (heads // kv_heads)
-    if card.hopper and tensor and head_dim in TENSOR_HEAD_DIMS:
+    if card.hopper and _on_tensor_cores(kv_bits, head_dim):
         row_groups = 1 if rows <= cu.HOPPER_ROWS else 2
         blocks = ceil(rows / (cu.HOPPER_ROWS * row_groups))
         parts = max(1, card.sms // (kv_heads * blocks))
-        defines, shared = _hopper_defines(card, head_dim, cu.TENSOR_TILE, row_groups, cu.WARP, 6)
-        grid, threads = (kv_heads, parts, blocks), cu.HOPPER_COMPUTE_THREADS + cu.WARP
-        plan = Plan("prefix_attention_hopper", grid, threads, shared, defines)
+        copy = cu.WARPGROUP if kv_bits == 8 else cu.WARP
+        defines, shared = _hopper_defines(card, kv_bits, head_dim, cu.TENSOR_TILE, row_groups, copy, 6)
+        grid, threads = (kv_heads, parts, blocks), cu.HOPPER_COMPUTE_THREADS + copy
+        kernel = "prefix_attention_hopper_codes" if kv_bits == 8 else "prefix_attention_hopper"
+        plan = Plan(kernel, grid, threads, shared, defines)
     else:
-        plan = _split_plan(card, "prefix_attention", tensor, rows, kv_heads, head_dim)
+        plan = _split_plan(card, "prefix_attention", kv_bits, rows, kv_heads, head_dim)
     _, own, blocks = plan.grid
     own = min(own, MOST_BLOCKS // caches)
-    tile = cu.TENSOR_TILE if tensor and head_dim in TENSOR_HEAD_DIMS else cu.PLAIN_TILE
+    tile = cu.TENSOR_TILE if _on_tensor_cores(kv_bits, head_dim) else cu.PLAIN_TILE
     tile = 0 if same_sums else tile
     parts = (
         own * caches if caches == 1 or not tile else caches + own * (FEW_SPLITS if caches > FEW else SPLITS)
@@ -167,7 +179,7 @@ def block_plan(card: Card, tokens: int, heads: int, block_tokens: int, same_sums
 
 def sparse_plan(
     card: Card,
-    tensor: bool,
+    kv_bits: int,
     tokens: int,
     heads: int,
     kv_heads: int,
@@ -183,8 +195,8 @@ def sparse_plan(
     `words` of marks are the list's own. Several lists have parts by their active tokens, so that all SMs are
     at work; with `same_sums`, and where a part cannot hold a whole list, all have as many.
     """
-    shape = (card, "sparse_attention", tensor, tokens * (heads // kv_heads), kv_heads, head_dim)
-    tile = cu.TENSOR_TILE if tensor and head_dim in TENSOR_HEAD_DIMS else cu.PLAIN_TILE
+    shape = (card, "sparse_attention", kv_bits, tokens * (heads // kv_heads), kv_heads, head_dim)
+    tile = cu.TENSOR_TILE if _on_tensor_cores(kv_bits, head_dim) else cu.PLAIN_TILE
     own = _split_plan(*shape).parts
     parts = own if same_sums else max(1, own // sequences)
     divided = 1 < sequences <= cu.MOST_SHARING and not same_sums
@@ -208,19 +220,19 @@ def sparse_plan(
 
 
 def masses_plan(
-    card: Card, tensor: bool, tokens: int, heads: int, kv_heads: int, head_dim: int, sequences: int = 1
+    card: Card, kv_bits: int, tokens: int, heads: int, kv_heads: int, head_dim: int, sequences: int = 1
 ) -> Plan:
     """Masses of pages."""
-    plan = _split_plan(card, "page_masses", tensor, tokens * (heads // kv_heads), kv_heads, head_dim)
+    plan = _split_plan(card, "page_masses", kv_bits, tokens * (heads // kv_heads), kv_heads, head_dim)
     _, splits, blocks = plan.grid
     return replace(plan, grid=(kv_heads, ceil(splits / sequences), blocks * sequences))
 
 
 def scores_plan(
-    card: Card, tensor: bool, rows: int, kv_heads: int, head_dim: int, sequences: int = 1
+    card: Card, kv_bits: int, rows: int, kv_heads: int, head_dim: int, sequences: int = 1
 ) -> Plan:
     """Bounds of pages for `rows` queries per kv head of each sequence."""
-    if not tensor or head_dim not in TENSOR_HEAD_DIMS:
+    if not _on_tensor_cores(kv_bits, head_dim):
         slices = ceil(rows / cu.PLAIN_ROWS)
         count, share = divided_blocks(card, kv_heads * slices, sequences)
         shared = cu.PLAIN_ROWS * 2 * head_dim * 4
@@ -252,7 +264,7 @@ def divided_blocks(card: Card, others: int, sequences: int) -> tuple[int, int]:
 
 
 def causal_plan(
-    card: Card, tensor: bool, tokens: int, heads: int, kv_heads: int, head_dim: int, seen: int = 0
+    card: Card, kv_bits: int, tokens: int, heads: int, kv_heads: int, head_dim: int, seen: int = 0
 ) -> Plan:
     """Block-causal attention of a piece of the prompt.
 
@@ -260,17 +272,17 @@ def causal_plan(
     would leave SMs idle, each busy for as long as the prefix is.
     """
     rows = tokens * (heads // kv_heads)
-    if not tensor or head_dim not in TENSOR_HEAD_DIMS:
+    if not _on_tensor_cores(kv_bits, head_dim):
         grid = (kv_heads, ceil(rows / cu.PLAIN_ROWS))
         plan = Plan("causal_attention", grid, cu.PLAIN_THREADS, _plain_shared(head_dim))
-    elif card.hopper:
+    elif card.hopper and kv_bits == 16:
         threads = cu.HOPPER_COMPUTE_THREADS + cu.WARPGROUP
-        defines, shared = _hopper_defines(card, head_dim, 128, 2, cu.WARPGROUP, 3)
+        defines, shared = _hopper_defines(card, kv_bits, head_dim, 128, 2, cu.WARPGROUP, 3)
         grid = (ceil(rows / (2 * cu.HOPPER_ROWS)), kv_heads)
         plan = Plan("causal_attention_hopper", grid, threads, shared, defines)
     else:
         row_warps = 8
-        defines, shared = _tensor_defines(card, head_dim, row_warps, 1)
+        defines, shared = _tensor_defines(card, kv_bits, head_dim, row_warps, 1)
         grid = (ceil(rows / (row_warps * cu.TENSOR_ROWS)), kv_heads)
         shared = max(shared, _sums_shared(row_warps, head_dim))
         plan = Plan("causal_attention_tensor", grid, row_warps * cu.WARP, shared, defines)
@@ -282,13 +294,13 @@ def causal_plan(
 
 
 def _split_plan(
-    card: Card, kernel: str, tensor: bool, rows: int, kv_heads: int, head_dim: int, extra: int = 0
+    card: Card, kernel: str, kv_bits: int, rows: int, kv_heads: int, head_dim: int, extra: int = 0
 ) -> Plan:
     """A kernel whose thread blocks divide keys and values among them, for all rows of a kv head.
 
     `extra`: bytes of shared memory after the tiles.
     """
-    if not tensor or head_dim not in TENSOR_HEAD_DIMS:
+    if not _on_tensor_cores(kv_bits, head_dim):
         parts = max(1, 2 * card.sms // kv_heads)
         grid = (kv_heads, parts, ceil(rows / cu.PLAIN_ROWS))
         return Plan(kernel, grid, cu.PLAIN_THREADS, _plain_shared(head_dim) + extra, parts=parts)
@@ -296,7 +308,7 @@ def _split_plan(
     key_warps = 4 if row_warps == 1 else 8 // row_warps
     blocks = ceil(rows / (cu.TENSOR_ROWS * row_warps))
     splits = max(1, card.sms // (kv_heads * blocks))
-    defines, shared = _tensor_defines(card, head_dim, row_warps, key_warps, extra)
+    defines, shared = _tensor_defines(card, kv_bits, head_dim, row_warps, key_warps, extra)
     sums = _sums_shared(row_warps * key_warps, head_dim)
     grid, threads = (kv_heads, splits, blocks), cu.WARP * row_warps * key_warps
     return Plan(f"{kernel}_tensor", grid, threads, max(shared + extra, sums), defines, parts=splits)
@@ -311,12 +323,19 @@ def _plain_shared(head_dim: int) -> int:
     return 4 * (cu.PLAIN_ROWS * head_dim + 2 * cu.PLAIN_TILE * (head_dim + 1))
 
 
+def _position_bytes(kv_bits: int, head_dim: int) -> int:
+    """Of a key or a value of one kv head."""
+    return head_dim * kv_bits // 8 + (KV_INT8.scale_bytes if kv_bits == 8 else 0)
+
+
 def _hopper_defines(
-    card: Card, head_dim: int, tile: int, row_groups: int, copy_threads: int, stages: int
+    card: Card, kv_bits: int, head_dim: int, tile: int, row_groups: int, copy_threads: int, stages: int
 ) -> tuple[Defines, int]:
-    stage = 2 * tile * head_dim * 2 + cu.BARRIER_BYTES
-    queries = cu.HOPPER_ROWS * row_groups * head_dim * 2
-    stages = min(stages, (card.shared_per_block - queries) // stage)
+    stage = 2 * tile * _position_bytes(kv_bits, head_dim) + cu.BARRIER_BYTES
+    others = cu.HOPPER_ROWS * row_groups * head_dim * 2  # queries
+    if kv_bits == 8:  # each warpgroup's weights and what its warps exchange, and tiles end at a multiple
+        others += 2 * (cu.HOPPER_ROWS * tile * 2 + 4 * cu.HOPPER_ROWS * 4) + cu.SHARED_ALIGNMENT
+    stages = min(stages, (card.shared_per_block - others) // stage)
     defines = (
         ("HEAD_DIM", head_dim),
         ("TILE", tile),
@@ -325,13 +344,13 @@ def _hopper_defines(
         ("COPY_THREADS", copy_threads),
         ("STAGES", stages),
     )
-    return defines, stages * stage + queries
+    return defines, stages * stage + others
 
 
 def _tensor_defines(
-    card: Card, head_dim: int, row_warps: int, key_warps: int, extra: int = 0
+    card: Card, kv_bits: int, head_dim: int, row_warps: int, key_warps: int, extra: int = 0
 ) -> tuple[Defines, int]:
-    stage = 2 * cu.TENSOR_TILE * head_dim * 2
+    stage = 2 * cu.TENSOR_TILE * _position_bytes(kv_bits, head_dim)
     stages = min(5, (card.shared_per_block - cu.SHARED_ALIGNMENT - extra) // stage)
     defines = (
         ("HEAD_DIM", head_dim),

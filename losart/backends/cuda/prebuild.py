@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from losart.backends.cuda.variants import CARDS, variants
-from losart.config.precision import DTYPES, Precision
+from losart.config.precision import DTYPES
 from losart.kernels_cu import FILES, compile_options, source
 from losart.kernels_cu.compiler import compile_cubin, cubin_name
 from losart.kernels_cu.prebuilt import write_archive
@@ -73,9 +73,8 @@ def _compile(inputs: Inputs) -> tuple[str, bytes]:
 def _jobs(architecture: str, dtypes: Collection[str], kernels: Collection[str]) -> list[Inputs]:
     """What `compile_cubin` takes for each variant."""
     return [
-        (source(name), f"{name}.cu", compile_options(Precision.of(dtype), defines), architecture)
+        (source(name), f"{name}.cu", compile_options(precision, defines), architecture)
         for name in kernels
-        for dtype in FILES[name].dtypes
-        if dtype in dtypes
-        for defines in variants(name, CARDS[architecture])
+        for precision in FILES[name].precisions(dtypes)
+        for defines in variants(name, CARDS[architecture], precision)
     ]

@@ -127,7 +127,7 @@ class PassRunner:
         c, kernels, plans = self._config, self._kernels, []
         for shape in shapes:
             sizes = shape.per_cache * shape.tokens, c.num_heads, c.num_kv_heads, c.head_dim, shape.most_caches
-            plans.append(prefix_plan(kernels.card, kernels.tensor_attention, *sizes, kernels.same_sums))
+            plans.append(prefix_plan(kernels.card, kernels.kv_bits, *sizes, kernels.same_sums))
         return BatchBuffers(shapes, plans, c.head_dim)
 
     def _scratch_slot(self, group: PassBatch, shape: GroupShape) -> int:

@@ -132,7 +132,7 @@ class DeviceSelector:
         rows, sequences = count * c.group_size, shape.sequences
         scores = cupy.empty((sequences, c.num_kv_heads, rows, pages), np.float32)
         sizes = rows, c.num_kv_heads, c.head_dim, sequences
-        plan = scores_plan(kernels.card, kernels.tensor_attention, *sizes)
+        plan = scores_plan(kernels.card, kernels.kv_bits, *sizes)
         kernels.launch_plan(
             plan,
             *(q, tokens, count, shape.tokens, c.num_heads, batch.caches_view(layer)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 from losart.backends.cuda.matmul_plans import (
@@ -18,6 +19,7 @@ from losart.backends.cuda.matmul_plans import (
 from losart.backends.cuda.plans import (
     Card,
     Plan,
+    attention_bits,
     block_plan,
     causal_plan,
     masses_plan,
@@ -26,7 +28,9 @@ from losart.backends.cuda.plans import (
     sparse_plan,
 )
 from losart.backends.cuda.quantized import CODES, QuantizedForm, is_compiled
+from losart.config.precision import Precision
 from losart.kernels_cu import Defines
+from losart.kernels_cu import constants as cu
 
 # A card of each architecture, by the maker's figures.
 CARDS = {
@@ -43,6 +47,7 @@ CARDS = {
 }
 PLANNED = (
     "linear",
+    "kv_quantize",
     "prefix_attention",
     "sparse_attention",
     "causal_attention",
@@ -67,21 +72,23 @@ FORMS = tuple(
 )
 
 
-def plans(card: Card) -> Iterator[Plan]:
-    """Launches that stand for all that the card will see."""
-    for tensor in (True, False):
-        for tokens in (*TOKENS, 2048):
-            yield matmul_plan(card, tensor, tokens, 1024, 1024)
-        for heads, kv_heads in HEADS:
-            for head_dim in HEAD_DIMS:
-                for tokens in TOKENS:
-                    shape = (card, tensor, tokens, heads, kv_heads, head_dim)
-                    yield from (plan(*shape) for plan in (prefix_plan, masses_plan))
-                    yield from (sparse_plan(*shape, pages, 16, pages // 32) for pages in (640, 8192, 1 << 16))
-                    yield scores_plan(card, tensor, tokens * heads // kv_heads, kv_heads, head_dim)
-                yield causal_plan(card, tensor, 2048, heads, kv_heads, head_dim)
-                yield from (block_plan(card, tokens, heads, 16, False) for tokens in (16, 1024))
-    for form in FORMS:
+def plans(card: Card, precision: Precision) -> Iterator[Plan]:
+    """Launches that stand for all that the card will see of a model in this precision."""
+    sixteen, kv_bits = precision.weights.bits == 16, attention_bits(precision)
+    for tokens, inner in itertools.product((*TOKENS, 2048), (1024, 1020)):
+        yield matmul_plan(card, sixteen, tokens, 1024, inner)
+    for heads, kv_heads in HEADS:
+        for head_dim in HEAD_DIMS:
+            for tokens in TOKENS:
+                shape = (card, kv_bits, tokens, heads, kv_heads, head_dim)
+                yield from (plan(*shape) for plan in (prefix_plan, masses_plan))
+                yield from (sparse_plan(*shape, pages, 16, pages // 32) for pages in (640, 8192, 1 << 16))
+                yield scores_plan(card, kv_bits, tokens * heads // kv_heads, kv_heads, head_dim)
+            yield causal_plan(card, kv_bits, 2048, heads, kv_heads, head_dim)
+            yield from (block_plan(card, tokens, heads, 16, False) for tokens in (16, 1024))
+    if precision.kv.bits == 8:
+        yield Plan("kv_quantize", (1, 1), cu.WARP_ROWS_THREADS, 0)
+    for form in FORMS if sixteen else ():
         most = quantized_tokens(card, form)
         counts = [8 * n for n in QUANTIZED_TILES if 8 * n <= most]
         yield from (quantized_plan(card, form, count, same) for count in counts for same in (False, True))
@@ -91,17 +98,20 @@ def plans(card: Card) -> Iterator[Plan]:
             dequantize_plan(form),
             quantize_plan(form, 1),
         )
-    if card.hopper:
+    if card.hopper and sixteen:
         for gated in (False, True):
             yield from (plan for _, plan in hopper_matmul_plans(card, 2048, 4096, 4096, gated))
 
 
-def variants(name: str, card: Card) -> dict[Defines, int]:
-    """The compile-time constants that a kernel has on a card, and its launches' dynamic shared memory."""
+def variants(name: str, card: Card, precision: Precision) -> dict[Defines, int]:
+    """The compile-time constants that a kernel has on a card, and its launches' dynamic shared memory.
+
+    Empty where a model in this precision does not launch it.
+    """
     if not name.startswith(PLANNED):
         return {(): 0}
     shared: dict[Defines, int] = {}
-    for plan in plans(card):
+    for plan in plans(card, precision):
         if plan.kernel == name:
             shared[plan.defines] = max(plan.shared, shared.get(plan.defines, 0))
     return shared
