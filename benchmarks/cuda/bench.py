@@ -53,8 +53,8 @@ SECTIONS = {
     "prefix": Section(
         "Dense prefix attention, microseconds",
         "SDAR-8B's heads, one layer, keys and values in bfloat16 (auto) and int8; losart with the merge of "
-        "its parts; torch's flash attention with the query heads of a kv head as rows. Medians of graph replays, "
-        "keys and values not in the L2 cache.",
+        "its parts; torch's flash attention with the query heads of a kv head as rows. Medians of graph "
+        "replays, keys and values not in the L2 cache.",
         lambda bandwidth, quick, _: prefix.rows(bandwidth, quick),
     ),
     "sparse": Section(
