@@ -241,7 +241,7 @@ __device__ __forceinline__ void write_part(CodedRows &state, float *shared, cons
             int channel = warp * (HEAD_DIM / 4) + m * 16 + half * 8 + g;
             sums[row_of(index) * SUM_STRIDE + channel] = state.sum[m][e] * (1.0f / VALUE_FACTOR);
         });
-    named_barrier<1, COMPUTE_THREADS>();
+    own_barrier(warpgroup);
 #pragma unroll
     for (int i = 0; i < 16; i++) {
         float total = 0;
