@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -39,6 +40,8 @@ class Model:
         In which keys and values of the prefix are held: `dtype`, "int8" or "fp8".
     weights : tuple of str
         In which formats matrices are held: `dtype`, "int4", "int8" and "float8", those that there are.
+    weight_bytes : dict of str to int
+        What the matrices of each format take.
     """
 
     def __init__(
@@ -61,7 +64,11 @@ class Model:
         self.device = backend.name
         self._tensors = loaded_tensors(checkpoint, weights, backend.name)
         matrices = Transformer.matrices(self.config, self._tensors)
-        self.weights = tuple(sorted({name for matrix in matrices for name in backend.held(*matrix)}))
+        held = Counter[str]()
+        for matrix in matrices:
+            held.update(backend.held(*matrix))
+        self.weight_bytes: dict[str, int] = dict(sorted(held.items()))
+        self.weights = tuple(self.weight_bytes)
         self._engine = Engine(Transformer(self.config, self._tensors, backend, progress))
 
     @cached_property

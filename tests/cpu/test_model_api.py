@@ -3,12 +3,14 @@
 import functools
 import itertools
 import json
+import math
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import losart
@@ -201,6 +203,19 @@ def test_kv_auto_is_the_dtype(make_checkpoint, dtype):
     assert losart.load(path, "cpu", "float16").kv == "float16"
     held = losart.load(path, "cpu", kv="int8")
     assert (held.dtype, held.kv, held.weights) == (dtype, "int8", (dtype,))
+
+
+@pytest.mark.parametrize(("dtype", "itemsize"), [("float32", 4), ("bfloat16", 2)])
+def test_weights_take_what_their_tensors_have(make_checkpoint, dtype, itemsize):
+    path = make_checkpoint(dtype=dtype)
+    model = losart.load(path, "cpu")
+    with safe_open(path / "model.safetensors", "np") as tensors:
+        shapes = [tensors.get_slice(name).get_shape() for name in tensors.keys()]  # noqa: SIM118
+    numbers = sum(math.prod(shape) for shape in shapes if len(shape) == 2)
+    assert model.weight_bytes == {dtype: numbers * itemsize}
+    rounded = losart.load(path, "cpu", weights="int8")
+    assert rounded.weights == tuple(rounded.weight_bytes) and "int8" in rounded.weights
+    assert 0 < rounded.weight_bytes["int8"] < sum(rounded.weight_bytes.values())
 
 
 def test_generate_from_a_path_takes_kv(make_checkpoint):
