@@ -136,7 +136,8 @@ def fill_with_noise(kv: Any, format: Format, head_dim: int) -> None:
     codes = cupy.empty((len(words), 2 * head_dim), np.uint32)
     random_bits(np.uint32(0xBFBFBFBF if format is KV_FLOAT8 else 0xFFFFFFFF), codes)
     words[:, : 2 * head_dim] = codes
-    words[:, 2 * head_dim :] = int(np.float32(1 / 74).view(np.uint32))
+    scale = np.float32(1.6 if format is KV_FLOAT8 else 1 / 74)  # of numbers with deviation 1
+    words[:, 2 * head_dim :] = int(scale.view(np.uint32))
 
 
 def written_cache(

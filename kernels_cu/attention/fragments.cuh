@@ -1,6 +1,7 @@
 /* What mma (attention/tensor.cuh) and wgmma (attention/hopper.cuh) have in common: a thread holds two query rows, g and
  * g + 8 of its warp's 16, where lane = 4 g + t, and of every 8 neighbouring keys or channels numbers 2t and 2t + 1.
  * With `half` for the row and j for the number, element n * 4 + half * 2 + j of an array is of the n-th 8. */
+
 /* Of weights times scales of values, which else might be subnormal in float16. */
 #define VALUE_FACTOR (LOSART_KV == KV_INT8 ? 64 : 256)
 #define QUERY_SCALE (rsqrtf((float)HEAD_DIM) * LOG2_E) /* of queries, so that weights are exp2 of scores */

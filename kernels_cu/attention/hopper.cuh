@@ -1,5 +1,6 @@
-/* Attention of query rows over the cache by wgmma, for compute capability 9.0: the cache's layout is the one that it
- * reads from shared memory. */
+/* Attention of query rows over a cache of 16-bit values by wgmma, for compute capability 9.0: its layout is the one
+ * that wgmma reads from shared memory. */
+
 /* Called by all compute warps: the block's scaled queries into shared memory. */
 __device__ __forceinline__ void load_queries(FragmentRows &state, const Stages &stages, const float *q,
                                              const QueryRows &rows)
@@ -19,7 +20,7 @@ __device__ __forceinline__ void load_queries(FragmentRows &state, const Stages &
         }
         unsigned to = stages.queries() + r / 8 * EIGHT_ROWS + piece / 8 * 1024 + r % 8 * 128;
         to += ((piece % 8) ^ (r % 8)) * 16;
-        store_shared_16(to, packed);
+        store_shared_uint4(to, packed);
     }
     fence_async();
     named_barrier<1, COMPUTE_THREADS>();

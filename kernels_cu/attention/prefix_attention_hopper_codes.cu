@@ -14,12 +14,12 @@
  *
  * Compiled with TILE = 64 and COPY_THREADS = 128. Grid: (kv_heads, parts, rows / BLOCK_ROWS). Must read keys, values
  * and their scales, which it does once for BLOCK_ROWS rows: 2 * kv_heads * length * (head_dim + 4) bytes. */
-#define MARGIN \
-    (OPERAND_FORMAT == BFLOAT16 ? 8.0f : 0.0f) /* in units of ln 2; float16 holds no more than the values \
-                                                */
+/* Weights are at most 2^MARGIN; float16 holds no more than the values themselves. */
+#define MARGIN (OPERAND_FORMAT == BFLOAT16 ? 8.0f : 0.0f)
 #define SUM_TILES (HEAD_DIM / 64)
 #define KEY_GROUP_BYTES (TILE_BYTES / (TILE / 8)) /* of 8 positions */
 static_assert(TILE == 64 && HOPPER_ROWS == 64, "rows and columns of scores");
+static_assert(2 * SPLIT_FLOATS(HOPPER_ROWS) * 4 <= TILES_BYTES + QUERY_BYTES, "sums leave what is exchanged alone");
 static_assert(STAGES > KEY_GROUPS, "a warpgroup's next tile must come before it has left the one before");
 
 struct CodedRows {
@@ -62,7 +62,7 @@ __device__ __forceinline__ void load_queries(const Stages &stages, const float *
             }
         }
         unsigned to = stages.queries() + r / 8 * EIGHT_ROWS + piece / 8 * 1024 + r % 8 * 128;
-        store_shared_16(to + ((piece % 8) ^ (r % 8)) * 16, make_uint4(words[0], words[1], words[2], words[3]));
+        store_shared_uint4(to + ((piece % 8) ^ (r % 8)) * 16, make_uint4(words[0], words[1], words[2], words[3]));
     }
     fence_async();
     named_barrier<1, COMPUTE_THREADS>();
@@ -127,7 +127,7 @@ __device__ __forceinline__ void attend(CodedRows &state, const Stages &stages, i
         for (int c = 0; c < HEAD_DIM / 64; c++)
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-                uint4 codes = load_shared_16(keys + half * KEY_GROUP_BYTES + c * 512 + lane * 16);
+                uint4 codes = load_shared_uint4(keys + half * KEY_GROUP_BYTES + c * 512 + lane * 16);
                 const unsigned words[4] = {codes.x, codes.y, codes.z, codes.w};
 #pragma unroll
                 for (int step = 0; step < 4; step++) {
@@ -151,7 +151,7 @@ __device__ __forceinline__ void attend(CodedRows &state, const Stages &stages, i
                     /* With HEAD_DIM 64 two warps have different ones of the same words. */
                     int channels_32 = SUM_TILES == 2 ? warp : warp / 2;
                     uint2 codes =
-                        load_shared_words(values + (step * 2 + high) * KEY_GROUP_BYTES + channels_32 * 256 + lane * 8);
+                        load_shared_uint2(values + (step * 2 + high) * KEY_GROUP_BYTES + channels_32 * 256 + lane * 8);
 #pragma unroll
                     for (int m = 0; m < SUM_TILES; m++) {
                         unsigned word = (SUM_TILES == 2 ? m : warp % 2) ? codes.y : codes.x;

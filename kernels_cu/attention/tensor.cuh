@@ -61,15 +61,15 @@ struct CodedGroup {
     }
     __device__ __forceinline__ uint4 keys(int channels_64) const
     {
-        return load_shared_16(address + channels_64 * 512 + threadIdx.x % WARP * 16);
+        return load_shared_uint4(address + channels_64 * 512 + threadIdx.x % WARP * 16);
     }
     __device__ __forceinline__ uint2 values(int channels_32) const
     {
-        return load_shared_words(address + channels_32 * 256 + threadIdx.x % WARP * 8);
+        return load_shared_uint2(address + channels_32 * 256 + threadIdx.x % WARP * 8);
     }
     __device__ __forceinline__ float2 scales() const
     {
-        return load_shared_8(address + HEAD_DIM * 8 + threadIdx.x % 4 * 8);
+        return load_shared_float2(address + HEAD_DIM * 8 + threadIdx.x % 4 * 8);
     }
 };
 

@@ -66,7 +66,7 @@ __device__ __forceinline__ void load_matrices_transposed(unsigned (&r)[4], unsig
 
 /* Volatile, to stay in their place: after the wait for what they load, and among the mma, so that not all results
  * take registers at once. */
-__device__ __forceinline__ uint4 load_shared_16(unsigned address)
+__device__ __forceinline__ uint4 load_shared_uint4(unsigned address)
 {
     uint4 v;
     asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -76,7 +76,7 @@ __device__ __forceinline__ uint4 load_shared_16(unsigned address)
     return v;
 }
 
-__device__ __forceinline__ uint2 load_shared_words(unsigned address)
+__device__ __forceinline__ uint2 load_shared_uint2(unsigned address)
 {
     uint2 v;
     asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address) : "memory");
@@ -95,7 +95,7 @@ __device__ __forceinline__ void store_shared(unsigned address, unsigned x)
     asm volatile("st.shared.u32 [%0], %1;" : : "r"(address), "r"(x) : "memory");
 }
 
-__device__ __forceinline__ void store_shared_16(unsigned address, uint4 x)
+__device__ __forceinline__ void store_shared_uint4(unsigned address, uint4 x)
 {
     asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};"
                  :
@@ -103,7 +103,7 @@ __device__ __forceinline__ void store_shared_16(unsigned address, uint4 x)
                  : "memory");
 }
 
-__device__ __forceinline__ float2 load_shared_8(unsigned address)
+__device__ __forceinline__ float2 load_shared_float2(unsigned address)
 {
     float2 v;
     asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(address) : "memory");

@@ -6,7 +6,7 @@ struct PageBounds;
 
 /* A layer of one KV cache: addresses of chunks, and how many positions are committed, or several lengths where
  * sequences of a pass see more or less of it. All lie in device memory, so that a captured pass sees the cache as it is
- * when it runs. cache/layout.cuh has the layout of chunks. */
+ * when it runs. cache/layout.cuh and cache/pages.cuh have the layout of chunks. */
 struct CacheView {
     const u64 *kv_chunks, *bound_chunks;
     const int *length;

@@ -1,6 +1,6 @@
 /* QUEST's bound (arXiv 2406.10774) of the scores in each page, for some tokens' queries: the sum over channels of
- * max(q smallest, q largest), with q in the bounds' format. Bounds are those of the codes where a group
- * of pages has them (cache/layout.cuh).
+ * max(q smallest, q largest), with q in the bounds' format. Bounds are those of the codes where a group of pages has
+ * them (cache/pages.cuh).
  *
  * q [sequences, sequence_tokens, heads, head_dim], tokens [sequences, count], null: all; rows are those of query_index;
  * those without a query are undefined. Writes the prefixes' pages of scores [sequences, kv_heads, rows, stride], and

@@ -161,7 +161,7 @@ extern "C" __global__ void __launch_bounds__(SCORES_THREADS, 2)
 #pragma unroll
             for (int n = 0; n < ROW_TILES; n++) {
                 if (n >= row_tiles) break;
-                uint4 row = load_shared_16(next + n * WARP * 16);
+                uint4 row = load_shared_uint4(next + n * WARP * 16);
                 mma(score[n], a.x, b.x, a.y, b.y, row.x, row.y);
                 mma(score[n], a.z, b.z, a.w, b.w, row.z, row.w);
             }

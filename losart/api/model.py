@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -40,7 +39,7 @@ class Model:
         In which keys and values of the prefix are held: `dtype`, "int8" or "fp8".
     weights : tuple of str
         In which formats matrices are held: `dtype`, "int4", "int8" and "float8", those that there are.
-    weight_bytes : dict of str to int
+    matrix_bytes : dict of str to int
         What the matrices of each format take.
     """
 
@@ -63,12 +62,8 @@ class Model:
         backend = make_backend(device, self.config, precision, deterministic)
         self.device = backend.name
         self._tensors = loaded_tensors(checkpoint, weights, backend.name)
-        matrices = Transformer.matrices(self.config, self._tensors)
-        held = Counter[str]()
-        for matrix in matrices:
-            held.update(backend.held(*matrix))
-        self.weight_bytes: dict[str, int] = dict(sorted(held.items()))
-        self.weights = tuple(self.weight_bytes)
+        self.matrix_bytes = Transformer.matrix_bytes(self.config, self._tensors, backend)
+        self.weights = tuple(self.matrix_bytes)
         self._engine = Engine(Transformer(self.config, self._tensors, backend, progress))
 
     @cached_property
@@ -242,8 +237,8 @@ def load(
         kv head: `head_dim + 4` bytes in place of `2 * head_dim` in 16 bits, which is about half the memory,
         and half the bytes that attention reads. The block that is being denoised is attended as it is
         without, and page bounds are bounds of what is held. "int8" rounds a channel by at most 1/254 of the
-        largest one of its key or value, "fp8" (e4m3) by up to 1/16 of itself: "int8" is usually the more
-        accurate. "auto" holds them in `dtype`.
+        largest one of its key or value, "fp8" (e4m3) by up to 1/16 of itself, or more where it is small:
+        "int8" is usually the more accurate. "auto" holds them in `dtype`.
 
     Raises
     ------

@@ -97,7 +97,7 @@ def _measure(model: Model, name: str, args: argparse.Namespace) -> dict[str, Any
         "device": model.device,
         "dtype": model.dtype,
         "weights": list(model.weights),
-        "weight_bytes": sum(model.weight_bytes.values()),
+        "matrix_bytes": sum(model.matrix_bytes.values()),
         "kv": model.kv,
         "block_length": block_length,
         "budget": args.budget,

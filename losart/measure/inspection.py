@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from bisect import bisect_right
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -60,9 +59,7 @@ def inspection(
         contexts = [*fitting, config.max_positions]
     backend = make_backend(device, config, precision)
     tensors, loaded = checkpoint.tensors.values(), loaded_tensors(checkpoint, weights, backend.name)
-    held = Counter[str]()
-    for matrix in Transformer.matrices(config, loaded):
-        held.update(backend.held(*matrix))
+    held = Transformer.matrix_bytes(config, loaded, backend)
     vectors = [tensor for tensor in loaded.values() if len(tensor.shape) == 1]  # in float32
 
     def kv_bytes(context: int) -> int:
@@ -72,7 +69,7 @@ def inspection(
         text = tokenizer.decode([number], skip_special=False) if tokenizer and number is not None else None
         return None if number is None else {"id": number, "text": text}
 
-    weight_bytes = held.total() + sum(v.shape[0] * FLOAT32.itemsize for v in vectors)
+    weight_bytes = sum(held.values()) + sum(v.shape[0] * FLOAT32.itemsize for v in vectors)
     free = backend.free_bytes()
     return {
         "path": str(checkpoint.path),
@@ -83,7 +80,7 @@ def inspection(
         "bytes_on_disk": sum(tensor.nbytes for tensor in tensors),
         "device": backend.name,
         "dtype": precision.weights.name,
-        "held_in": sorted(held),
+        "held_in": list(held),
         "weight_bytes": weight_bytes,
         "kv": precision.kv.name,
         "free_bytes": free,

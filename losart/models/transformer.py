@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, MutableSet
 from dataclasses import dataclass
 from itertools import islice
@@ -97,7 +98,15 @@ class Transformer:
         )
 
     @staticmethod
-    def matrices(config: ModelConfig, tensors: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
+    def matrix_bytes(config: ModelConfig, tensors: Mapping[str, Any], backend: Backend) -> dict[str, int]:
+        """What matrices take on a backend, by the formats that they are held in."""
+        held = Counter[str]()
+        for matrix in Transformer._matrices(config, tensors):
+            held.update(backend.held(*matrix))
+        return dict(sorted(held.items()))
+
+    @staticmethod
+    def _matrices(config: ModelConfig, tensors: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
         """The tensors of each matrix that a backend is given, as `upload` takes them."""
         for name in ("embed", "head"):
             if name in tensors:

@@ -212,10 +212,10 @@ def test_weights_take_what_their_tensors_have(make_checkpoint, dtype, itemsize):
     with safe_open(path / "model.safetensors", "np") as tensors:
         shapes = [tensors.get_slice(name).get_shape() for name in tensors.keys()]  # noqa: SIM118
     numbers = sum(math.prod(shape) for shape in shapes if len(shape) == 2)
-    assert model.weight_bytes == {dtype: numbers * itemsize}
+    assert model.matrix_bytes == {dtype: numbers * itemsize}
     rounded = losart.load(path, "cpu", weights="int8")
-    assert rounded.weights == tuple(rounded.weight_bytes) and "int8" in rounded.weights
-    assert 0 < rounded.weight_bytes["int8"] < sum(rounded.weight_bytes.values())
+    assert rounded.weights == tuple(rounded.matrix_bytes) and "int8" in rounded.weights
+    assert 0 < rounded.matrix_bytes["int8"] < sum(rounded.matrix_bytes.values())
 
 
 def test_generate_from_a_path_takes_kv(make_checkpoint):

@@ -56,8 +56,8 @@ class CudaPageTable:
         kv chunk      [layers, 2 (keys, values), kv_heads, positions, head_dim and bytes of a scale]
         bounds chunk  [layers, kv_heads, pages of the chunk / 16, values]
 
-    A page of one kv head is contiguous. The order of its values, and of those that bound 16 pages, is in
-    kernels_cu/cache/layout.cuh.
+    A page of one kv head is contiguous. The order of its values is in kernels_cu/cache/layout.cuh, that of
+    what bounds 16 pages in kernels_cu/cache/pages.cuh.
 
     Parameters
     ----------
