@@ -75,8 +75,7 @@ TENSOR_CACHE = (*CACHE, "cache/operands.cuh", "common/tensor.cuh", "common/codes
 PLAIN_ATTENTION = (*CACHE, "attention/rows.cuh", "attention/plain.cuh")
 FRAGMENTS = (*TENSOR_CACHE, "attention/rows.cuh", "attention/fragments.cuh")
 TENSOR_ATTENTION = (*FRAGMENTS, "attention/tensor.cuh")
-HOPPER_STAGES = (*FRAGMENTS, "common/hopper.cuh", "attention/hopper_stages.cuh")
-HOPPER_ATTENTION = (*HOPPER_STAGES, "attention/hopper.cuh")
+HOPPER_ATTENTION = (*FRAGMENTS, "common/hopper.cuh", "attention/hopper_stages.cuh", "attention/hopper.cuh")
 TOP_PAGES = (*PAGES, "selection/choose_top.cuh")
 FILES = {
     "embedding": KernelFile("matmul"),
@@ -97,8 +96,7 @@ FILES = {
     "cache_write": KernelFile("cache", CACHE),
     "prefix_attention": KernelFile("attention", PLAIN_ATTENTION, spills=True),
     "prefix_attention_tensor": KernelFile("attention", TENSOR_ATTENTION),
-    "prefix_attention_hopper": KernelFile("attention", HOPPER_ATTENTION),
-    "prefix_attention_hopper_codes": KernelFile("attention", HOPPER_STAGES),
+    "prefix_attention_hopper": KernelFile("attention", (*HOPPER_ATTENTION, "attention/hopper_codes.cuh")),
     "sparse_attention": KernelFile("attention", (*PLAIN_ATTENTION, "attention/page_list.cuh"), spills=True),
     "sparse_attention_tensor": KernelFile("attention", (*TENSOR_ATTENTION, "attention/page_list.cuh")),
     "causal_attention": KernelFile("attention", PLAIN_ATTENTION, spills=True),

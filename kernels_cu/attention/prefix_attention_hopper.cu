@@ -1,8 +1,9 @@
 /* prefix_attention.cu by wgmma; one part per thread block.
  *
- * Compiled with COPY_THREADS = 32: registers are left for the thread blocks of the next kernel.
- * Grid: (kv_heads, parts, rows / BLOCK_ROWS). Since up to 128 rows of a kv head are in one thread block, keys and
- * values are read once: 2 * kv_heads * length * head_dim, which must be read. */
+ * Compiled with COPY_THREADS = 32: registers are left for the thread blocks of the next kernel; over codes with TILE =
+ * 64 and COPY_THREADS = 128. Grid: (kv_heads, parts, rows / BLOCK_ROWS). Since up to 128 rows of a kv head are in one
+ * thread block, keys and values are read once: 2 * kv_heads * length * head_dim, of codes with their scales, which must
+ * be read. */
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     prefix_attention_hopper(const float *q, CachesView caches, PartsView parts, const int *owners, const int *rides,
                             int heads, int per_cache, int block_tokens)
@@ -24,6 +25,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         if (!prefixes.committed(tiles.last * TILE)) wait_for_previous();
         copy_tiles(stages, cache, kv_head, tiles.first, tiles.last);
     } else {
+#if IS_CODED
+        set_registers_up<240>();
+        wait_for_previous();
+        let_next_start();
+        load_queries(stages, q, rows);
+        CodedRows state = {};
+        int first_row = rows.first + threadIdx.x / WARPGROUP / KEY_GROUPS * HOPPER_ROWS;
+        attend(state, stages, tiles.first, tiles.last, prefixes.first / TILE,
+               [&](int row) { return prefixes.limit(first_row + row); });
+        write_part(state, shared, stages, parts, blockIdx.y, rows);
+#else
         FragmentRows state;
         wait_for_previous();
         let_next_start();
@@ -31,5 +43,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         state.limit[0] = prefixes.limit(state.row[0]), state.limit[1] = prefixes.limit(state.row[1]);
         attend(state, stages, tiles.first, tiles.last, prefixes.first / TILE);
         write_part(state, shared, parts, blockIdx.y, rows);
+#endif
     }
 }

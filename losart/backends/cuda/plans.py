@@ -131,8 +131,7 @@ def prefix_plan(
         copy = cu.WARPGROUP if kv_bits == 8 else cu.WARP
         defines, shared = _hopper_defines(card, kv_bits, head_dim, cu.TENSOR_TILE, row_groups, copy, 6)
         grid, threads = (kv_heads, parts, blocks), cu.HOPPER_COMPUTE_THREADS + copy
-        kernel = "prefix_attention_hopper_codes" if kv_bits == 8 else "prefix_attention_hopper"
-        plan = Plan(kernel, grid, threads, shared, defines)
+        plan = Plan("prefix_attention_hopper", grid, threads, shared, defines)
     else:
         plan = _split_plan(card, "prefix_attention", kv_bits, rows, kv_heads, head_dim)
     _, own, blocks = plan.grid

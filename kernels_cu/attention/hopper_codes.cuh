@@ -1,4 +1,4 @@
-/* prefix_attention.cu by wgmma over keys and values of 8 bits; one part per thread block.
+/* Attention of query rows over a cache of 8-bit codes by wgmma, for compute capability 9.0.
  *
  * Codes become operands in registers, and only there: wgmma takes them as its first operand, so that keys are the rows
  * of scores [64 keys][64 query rows], and channels those of sums [HEAD_DIM channels][64 query rows]. Queries and
@@ -10,10 +10,8 @@
  *
  * Thread 32 w + 4 g + t of a warpgroup has keys 16 w + g and 8 more of scores, channels w * HEAD_DIM / 4 + 16 m + g and
  * 8 more of sums m, and of each 8 query rows numbers 2t and 2t + 1: element n * 4 + half * 2 + j is that of row n * 8 +
- * 2t + j.
- *
- * Compiled with TILE = 64 and COPY_THREADS = 128. Grid: (kv_heads, parts, rows / BLOCK_ROWS). Must read keys, values
- * and their scales, which it does once for BLOCK_ROWS rows: 2 * kv_heads * length * (head_dim + 4) bytes. */
+ * 2t + j. */
+#if IS_CODED
 /* Weights are at most 2^MARGIN; float16 holds no more than the values themselves. */
 #define MARGIN (OPERAND_FORMAT == BFLOAT16 ? 8.0f : 0.0f)
 #define SUM_TILES (HEAD_DIM / 64)
@@ -255,36 +253,4 @@ __device__ __forceinline__ void write_part(CodedRows &state, float *shared, cons
     named_barrier<1, COMPUTE_THREADS>();
     write_part<HOPPER_ROWS, KEY_GROUPS, BLOCK_ROWS, COMPUTE_THREADS, 4>(shared, parts, part, rows);
 }
-
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
-    prefix_attention_hopper_codes(const float *q, CachesView caches, PartsView parts, const int *owners,
-                                  const int *rides, int heads, int per_cache, int block_tokens)
-{
-    extern __shared__ __align__(SHARED_ALIGNMENT) float shared[];
-    Stages stages = {shared_address(shared)};
-    int kv_head = blockIdx.x;
-    PrefixPart mine(parts, owners);
-    if (mine.cache < 0) return;
-    CacheBlocks blocks(mine.cache, rides, per_cache);
-    CacheView cache = caches.of(blocks.first);
-    q += (size_t)blocks.first * block_tokens * heads * HEAD_DIM;
-    QueryRows rows(blockIdx.z * BLOCK_ROWS, blocks.count * block_tokens, kv_head, heads, cache);
-    if (rows.first >= rows.count) return; /* a cache with two blocks has more */
-    Prefixes prefixes(cache, rows, blocks.count);
-    TileRange tiles = tiles_of_part((prefixes.all + TILE - 1) / TILE, mine.part, mine.parts);
-    prepare(stages);
-    if (threadIdx.x >= COMPUTE_THREADS) {
-        if (!prefixes.committed(tiles.last * TILE)) wait_for_previous();
-        copy_tiles(stages, cache, kv_head, tiles.first, tiles.last);
-    } else {
-        set_registers_up<240>();
-        wait_for_previous();
-        let_next_start();
-        load_queries(stages, q, rows);
-        CodedRows state = {};
-        int first_row = rows.first + threadIdx.x / WARPGROUP / KEY_GROUPS * HOPPER_ROWS;
-        attend(state, stages, tiles.first, tiles.last, prefixes.first / TILE,
-               [&](int row) { return prefixes.limit(first_row + row); });
-        write_part(state, shared, stages, parts, blockIdx.y, rows);
-    }
-}
+#endif
