@@ -15,6 +15,7 @@ from passes import block_batch
 from passes import options_of as pass_options
 from test_cuda_kernels import (
     DTYPES,
+    KV,
     TOLERANCE,
     assert_close,
     cards,
@@ -137,14 +138,23 @@ def passes(backend: Any, prefixes: list[Prefix], tokens: int, anchor: bool, mask
     st.sampled_from([1, 3, 4, 16]),
     st.lists(st.one_of(st.integers(0, 60), st.integers(200, 1500)), min_size=2, max_size=5),
     cards(),
+    KV,
     st.booleans(),
     st.booleans(),
 )
-@example("bfloat16", {"kv_heads": 8, "group": 4, "width": 128}, 16, [2300, 40, 9000], {}, False, False)
-@example("bfloat16", {"kv_heads": 8, "group": 4, "width": 128}, 4, [700] * 20 + [0, 3], {}, False, True)
-@example("float32", {"kv_heads": 2, "group": 2, "width": 16}, 4, [100] * 19, {}, True, False)
-def test_operations_of_several_sequences(dtype, shape, tokens, lengths, card, anchor, masked_only):
-    backend = new_backend(dtype, card, layers=2, max_positions=1 << 14, **shape)
+@example(
+    "bfloat16", {"kv_heads": 8, "group": 4, "width": 128}, 16, [2300, 40, 9000], {}, "auto", False, False
+)
+@example(
+    "bfloat16", {"kv_heads": 8, "group": 4, "width": 128}, 4, [700] * 20 + [0, 3], {}, "auto", False, True
+)
+@example("float32", {"kv_heads": 2, "group": 2, "width": 16}, 4, [100] * 19, {}, "auto", True, False)
+@example(
+    "bfloat16", {"kv_heads": 8, "group": 4, "width": 128}, 16, [2300, 40, 9000], {}, "int8", False, False
+)
+@example("float16", {"kv_heads": 8, "group": 4, "width": 128}, 4, [700] * 20 + [0, 3], {}, "fp8", False, True)
+def test_operations_of_several_sequences(dtype, shape, tokens, lengths, card, kv, anchor, masked_only):
+    backend = new_backend(dtype, card, kv, max_positions=1 << 14, **shape)
 
     def prefixes() -> list[Prefix]:
         return [Prefix(backend, dtype, shape, tokens, length, anchor) for length in lengths]

@@ -10,7 +10,7 @@ import reference as ref
 from cuda_arrays import matmul_array, on_host, stored_array
 from hypothesis import example, given
 from hypothesis import strategies as st
-from kv import coded_page_bounds, held, held_page_bounds, model_config, steady
+from kv import coded_page_bounds, encoded, held, held_page_bounds, model_config, steady
 from passes import block_batch, options_of
 
 from losart.backends.base import PassBody, StoredResults
@@ -35,13 +35,14 @@ KV = st.sampled_from(["auto", "auto", "int8", "fp8"])
 @st.composite
 def cards(draw):
     """The device as it is, or taken for one without its newest instructions."""
-    return draw(st.sampled_from([{}, {"capability": (8, 6), "shared_per_block": 99 << 10}]))
+    few = {"sms": 1}  # each part has all of a prefix
+    return draw(st.sampled_from([{}, {"capability": (8, 6), "shared_per_block": 99 << 10}, few]))
 
 
 def new_backend(dtype, card=None, kv="auto", **shape):
     from losart.backends.cuda.backend import CudaBackend
 
-    backend = CudaBackend(model_config(**shape), Precision.of(dtype, kv))
+    backend = CudaBackend(model_config(layers=2, **shape), Precision.of(dtype, kv))
     backend.kernels.card = replace(backend.kernels.card, **(card or {}))
     poison(backend)
     return backend
@@ -379,7 +380,7 @@ def page_bounds(backend, cache):
 @example("float32", {"kv_heads": 2, "group": 3, "width": 128}, 5, 300, 16, {}, "int8")
 def test_prefix_and_block_attention(dtype, shape, tokens, length, page_size, card, kv):
     rng = np.random.default_rng(tokens + length)
-    backend = new_backend(dtype, card, kv, layers=2, **shape)
+    backend = new_backend(dtype, card, kv, **shape)
     held_as, bounds_as = kv_format(backend)
     heads, width = shape["kv_heads"] * shape["group"], shape["width"]
     k, v = (rng.standard_normal((length, shape["kv_heads"], width), np.float32) for _ in range(2))
@@ -431,7 +432,7 @@ def test_a_first_pass_sees_what_the_commit_that_rides_with_it_writes(
     dtype, shape, block_length, length, page_size, card, kv
 ):
     rng = np.random.default_rng(block_length + length)
-    backend = new_backend(dtype, card, kv, layers=2, **shape)
+    backend = new_backend(dtype, card, kv, **shape)
     kv_shape, rows = (shape["kv_heads"], shape["width"]), 2 * block_length
     prefix = [rng.standard_normal((length, *kv_shape), np.float32) for _ in range(2)]
     fresh = [rng.standard_normal((rows, *kv_shape), np.float32) for _ in range(2)]
@@ -483,7 +484,7 @@ def test_a_first_pass_sees_what_the_commit_that_rides_with_it_writes(
 @example("bfloat16", {"kv_heads": 8, "group": 4, "width": 128}, 16, 250, 16, {}, "fp8")
 def test_block_causal_attention(dtype, shape, block_length, blocks_before, blocks, card, kv):
     rng = np.random.default_rng(block_length + blocks)
-    backend = new_backend(dtype, card, kv, layers=2, **shape)
+    backend = new_backend(dtype, card, kv, **shape)
     heads, width = shape["kv_heads"] * shape["group"], shape["width"]
     before, tokens = blocks_before * block_length, blocks * block_length
     length = before + tokens
@@ -507,6 +508,77 @@ def test_block_causal_attention(dtype, shape, block_length, blocks_before, block
         ]
     )
     assert_close(widened(on_host(backend, o), dtype), expected, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("ends", [(0.1, 6), (6, 0.1), (1, 1)])
+@pytest.mark.parametrize(("tokens", "length"), [(16, 3000), (32, 1000), (3, 130), (16, 64), (1, 1)])
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("kv", ["auto", "int8", "fp8"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_scores_that_rise_and_fall_along_the_prefix(dtype, kv, width, tokens, length, ends):
+    """In one part, so that weights so far are scaled again and again, and buffers used many times."""
+    rng = np.random.default_rng(length)
+    backend = new_backend(dtype, {"sms": 1}, kv, kv_heads=2, group=4, width=width)
+    k, v = (rng.standard_normal((length, 2, width), np.float32) for _ in range(2))
+    k *= np.linspace(*ends, length, dtype=np.float32)[:, None, None]
+    cache = filled_cache(backend, k, v, 16, random_pieces(rng, length))
+    q = rng.standard_normal((tokens, 8, width), np.float32)
+    poison(backend)
+    with backend.memory.stream:
+        parts = backend.prefix_attention(0, to_device(backend, q), place(backend, cache, tokens))
+        o, lse = on_host(backend, *backend.merge(parts))
+    held_as, _ = kv_format(backend)
+    expected = ref.softmax_attention(q, held(k, held_as), held(v, held_as))
+    assert_close(o, expected[0], 2 * TOLERANCE[dtype])
+    assert np.allclose(lse, expected[1], atol=4 * TOLERANCE[dtype], rtol=1e-3)
+
+
+@pytest.mark.parametrize("width", [16, 64, 128])
+@pytest.mark.parametrize("kv", ["int8", "fp8"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_codes_and_scales_are_those_of_the_reference(dtype, kv, width):
+    rng = np.random.default_rng(width)
+    sizes = np.float32([0, 1e-44, 1e-30, 1e-3, 1, 1e4, 1e30, np.nan, np.inf])
+    k, v = (rng.standard_normal((500, 3, width), np.float32) for _ in range(2))
+    for x in (k, v):
+        x *= rng.choice(sizes[:-2], (500, 3, 1))
+        x[7::50, :, 1] = np.nan
+        x[9::50, :, 2] = -np.inf
+    backend = new_backend(dtype, kv=kv, kv_heads=3, group=1, width=width)
+    cache = filled_cache(backend, k, v, 16, [*random_pieces(rng, 500)])
+    chunks = [on_host(backend, chunk)[0] for chunk, _ in cache.table.chunks]
+    for kind, x in enumerate((k, v)):
+        groups = np.concatenate([c[kind].reshape(3, -1, 8 * (width + 4)) for c in chunks], axis=1)[:, :63]
+        scales = np.ascontiguousarray(groups[..., 8 * width :]).view(np.float32)
+        codes = groups[..., : 8 * width]
+        if dtype != "float32" and width % 64 == 0:
+            codes = interleaved(codes.reshape(3, 63, width // 64, 512), kind)
+        codes = codes.reshape(3, 504, width)[:, :500].transpose(1, 0, 2)
+        numbers, expected = encoded(x, kv)
+        np.testing.assert_array_equal(scales.reshape(3, 504)[:, :500].T[..., None], expected)
+        sound = np.isfinite(expected[..., 0])
+        np.testing.assert_array_equal(code_values(codes, kv)[sound], numbers[sound])
+
+
+def interleaved(codes, kind):
+    """Codes [..., chunks of 64 channels, 512] of groups of 8 positions as [..., 8 positions, channels]."""
+    found = np.empty((*codes.shape[:-1], 8, 64), codes.dtype)
+    for row in range(8):
+        for c in range(64):
+            at = row * 64 + c // 4 * 4 + [0, 2, 1, 3][c % 4]
+            if kind:
+                within = c // 16 % 2 * 4 + c // 8 % 2 + row % 2 * 2
+                at = c // 32 * 256 + (c % 8 * 4 + row // 2) * 8 + within
+            found[..., row, c] = codes[..., at]
+    return np.moveaxis(found, -2, -3)
+
+
+def code_values(codes, kv):
+    if kv == "int8":
+        return codes.astype(np.float64) - 128
+    exponent, eighths = codes >> 3 & 15, (codes & 7).astype(np.float64)
+    normal = (1 + eighths / 8) * 2.0 ** (exponent.astype(np.float64) - 7)
+    return np.where(codes >> 7, -1.0, 1.0) * np.where(exponent, normal, eighths / 512)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

@@ -69,7 +69,7 @@ class Case:
         self.k, self.v = (simple(rng, length, shape["kv_heads"], shape["width"]) for _ in range(2))
         if kv != "auto":  # scales are powers of two
             self.k[..., 0] = self.v[..., 0] = {"int8": 127 / 16, "fp8": 448 / 64}[kv]
-        self.backend = new_backend(dtype, card, kv, layers=2, **shape)
+        self.backend = new_backend(dtype, card, kv, **shape)
         pieces = random_pieces(rng, length)
         self.cache = filled_cache(self.backend, self.k, self.v, page_size, pieces)
         self.cache.reserve(length + tokens)
