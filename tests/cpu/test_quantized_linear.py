@@ -46,9 +46,9 @@ def product(x: np.ndarray, matrix: Any) -> np.ndarray:
     return out[:, 2:-1]
 
 
-def as_rounded(x: np.ndarray, block: int) -> np.ndarray:
+def as_rounded(x: np.ndarray, matrix: Any) -> np.ndarray:
     """Activations as the product sees them, float64."""
-    values, scales, sums = rounded(x, block)
+    values, scales, sums = rounded(x, matrix.block, matrix.activations)
     seen = values * scales[:, :, None].astype(np.float64)
     np.testing.assert_allclose(sums, seen.sum(axis=2), rtol=1e-5, atol=1e-6 * np.abs(seen).max(initial=0))
     return seen.transpose(1, 0, 2).reshape(len(x), -1)[:, : x.shape[1]]
@@ -68,9 +68,9 @@ def test_a_product_is_that_of_the_rounded_activations(form, rows, columns, token
     rng = np.random.default_rng(seed)
     matrix, weights = packed(rng, rows, columns, bits, min(group, columns), zeros)
     x = (rng.standard_normal((tokens, columns)) * rng.uniform(0.01, 30, (1, columns))).astype(np.float32)
-    seen = as_rounded(x, matrix.block)
+    seen = as_rounded(x, matrix)
     largest = np.abs(x).max(axis=1, keepdims=True)
-    assert (np.abs(seen - x) <= largest * (0.51 / 32767)).all()
+    assert (np.abs(seen - x) <= largest * (0.51 / np.iinfo(matrix.activations).max)).all()
     expected = seen @ weights.T
     # Codes and zeros are summed apart, so that rounding is of the size that they may have.
     largest_code = np.abs(matrix.scales).max() * (2 << bits)
@@ -103,10 +103,11 @@ def test_what_is_not_finite_shows_in_its_token_alone(value):
     np.testing.assert_array_equal(np.delete(found, 3, 0), np.delete(expected, 3, 0))
 
 
+@pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("size", [0, 1e-45, 1e-38, 1e-30, 1e30])
-def test_activations_of_any_size(size):
+def test_activations_of_any_size(size, bits):
     rng = np.random.default_rng(0)
-    matrix, weights = packed(rng, 20, 64, 8, 64, False)
+    matrix, weights = packed(rng, 20, 64, bits, 64, False)
     x = np.float32(size) * rng.choice(np.float32([-1, 1]), (2, 64))
     with np.errstate(over="ignore"):
         expected = (x.astype(np.float64) @ weights.T).astype(np.float32)
@@ -118,7 +119,8 @@ def test_activations_of_any_size(size):
     [(64, 64, 64), (63, 63, 64), (256, 128, 64), (96, 96, 64), (96, 32, 32), (96, 48, 16)],
 )
 def test_blocks(columns, group, block):
-    assert block_of(columns, group) == block
+    assert block_of(columns, group, 8) == block
+    assert block_of(columns, group, 4) == min(block, 32)
 
 
 def test_what_does_not_fit_is_refused():
@@ -136,9 +138,13 @@ def test_what_does_not_fit_is_refused():
             matrix.fill(start, of, scales[: len(of)])
     with pytest.raises(ValueError, match="cannot be packed"):
         QuantizedMatrix(16, 60, 4, 12, False)
-    x = rounded(np.zeros((3, 64), np.float32), 32)
+    x = rounded(np.zeros((3, 64), np.float32), 32, np.int8)
     for out, column in ((np.zeros((3, 39), np.float32), 0), (np.zeros((3, 40), np.float32), 1)):
         with pytest.raises(ValueError, match="do not fit into out"):
             multiply(x, matrix, out, column)
     with pytest.raises(ValueError, match="were expected"):
         multiply(x, matrix, np.zeros((2, 40), np.float32), 0)
+    with pytest.raises(ValueError, match="of int8 were expected"):
+        multiply(
+            rounded(np.zeros((3, 64), np.float32), 32, np.int16), matrix, np.zeros((3, 40), np.float32), 0
+        )

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from cuda_arrays import matmul_array
 from passes import block_batch
-from quantized import awq, fp8, gptq, quantize_checkpoint
+from quantized import awq, fp8, gptq, quantize_checkpoint, with_plain_weights
 
 import losart
 from losart.backends.cpu.backend import CpuBackend
@@ -100,7 +100,7 @@ def test_logits_with_rounded_weights_are_those_of_the_cpu(
     embedding = RoundedTensor(losart.load(path, device="cpu")._tensors["embed"], WeightFormat("int8"))
     rounded = embedding.float32(0, embedding.shape[0])
     cpu._engine.runner.embedding = replace(cpu._engine.runner.embedding, matrices=(rounded,))
-    expected = hidden_states(cpu, PROMPT, block_length)
+    expected = hidden_states(with_plain_weights(cpu), PROMPT, block_length)
     assert set(model.weights) == {"float8" if weights == "fp8" else weights, "int8"}
     found = hidden_states(model, PROMPT, block_length)
     assert relative_error(found, expected) <= 2e-2
@@ -143,7 +143,7 @@ def test_logits_of_quantized_checkpoints_are_those_of_the_cpu(make_checkpoint, n
     path = make_checkpoint(dtype="float32", head_gain=1.0, head_dim=64, **sizes)
     config, write = QUANTIZED[name]
     quantize_checkpoint(path, {"quant_method": name.split(",")[0]} | config, write)
-    expected = hidden_states(losart.load(path, "cpu", dtype), PROMPT, 16)
+    expected = hidden_states(with_plain_weights(losart.load(path, "cpu", dtype)), PROMPT, 16)
     model = losart.load(path, "cuda", dtype)
     stays = "shuffled" not in name and (dtype == "float16" or name not in ("gptq", "awq"))
     assert len(model.weights) == 1 + stays

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors.numpy import load_file
+
+from losart.backends.cpu.convert import widen
 
 Tensors = dict[str, tuple[str, np.ndarray]]  # safetensors' dtype, and the values or their bits
 Written = tuple[Tensors, np.ndarray]  # by the ends of names, and the matrix, float32
@@ -197,3 +200,30 @@ def quantize_checkpoint(
     keys = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps(keys | {"quantization_config": config}))
     return matrices
+
+
+def with_plain_weights(model: Any) -> Any:
+    """A model on the CPU, from now on with the numbers that its quantized matrices stand for.
+
+    So it is the oracle of one that does not round activations as the CPU does for such matrices.
+    """
+    from losart.backends.cpu.quantized_linear import multiply_all
+    from losart.config.precision import FORMATS
+
+    def plain(weight: Any) -> Any:
+        matrices = []
+        for matrix in weight.matrices:
+            if not isinstance(matrix, np.ndarray):
+                transposed = np.empty((matrix.columns, matrix.rows), np.float32)
+                multiply_all(np.eye(matrix.columns, dtype=np.float32), matrix, transposed, 0)
+                matrix = np.ascontiguousarray(transposed.T)
+            matrices.append(widen(matrix))
+        return replace(weight, matrices=tuple(matrices), format=FORMATS["float32"])
+
+    runner = model._engine.runner
+    names = ("qkv", "o", "gate_up", "down")
+    runner.layers = [
+        replace(layer, **{name: plain(getattr(layer, name)) for name in names}) for layer in runner.layers
+    ]
+    runner.head, runner.embedding = plain(runner.head), plain(runner.embedding)
+    return model

@@ -1,4 +1,4 @@
-"""The CPU backend: NumPy and its BLAS, and our own attention kernels. Arithmetic is float32."""
+"""The CPU backend: NumPy, and our own kernels for matmuls and attention. Arithmetic is float32."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 import losart.backends.cpu.attention_kernels as kernels
+import losart.backends.cpu.plain_linear as plain_linear
 import losart.backends.cpu.quantized_linear as quantized_linear
-import losart.backends.cpu.skinny_linear as skinny_linear
 from losart.backends.base import HostSelection, PassBody, PassOutput, Selection, StoredResults
-from losart.backends.cpu.convert import float32_rows, narrow, widen, widen_into
+from losart.backends.cpu.convert import float32_rows, narrow, widen
 from losart.backends.cpu.kv_index import PageTable
 from losart.backends.cpu.selector import Selector
 from losart.config.model import ModelConfig
@@ -29,8 +29,8 @@ from losart.engine.sampling import Proposals, propose
 from losart.errors import ConfigError, NumericalError
 from losart.loaders.quantized.tensor import bits_of
 
-SKINNY_ROWS = 64  # matmuls of more rows go to BLAS
-WIDEN_FLOATS = 1 << 20  # weights widened at a time: 4 MB, within a core's share of the cache
+BATCH_ROWS = 64
+UPLOADED_AT_ONCE = 1 << 20  # weights that are widened or packed
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,11 +83,11 @@ class CpuBackend:
     prefill_tokens = 512
     beside_tokens = 128
     max_sequences = 16
-    batch_rows = SKINNY_ROWS
+    batch_rows = BATCH_ROWS
     # Two blocks' rows are summed by the same kernel as one's, so that no rounding differs.
     riding_blocks: Container[int] = (
-        *range(1, skinny_linear.FEW_TOKENS // 2 + 1),
-        *range(skinny_linear.FEW_TOKENS + 1, SKINNY_ROWS // 2 + 1),
+        *range(1, plain_linear.FEW_TOKENS // 2 + 1),
+        *range(plain_linear.FEW_TOKENS + 1, BATCH_ROWS // 2 + 1),
     )
 
     def __init__(self, config: ModelConfig, precision: Precision, deterministic: bool = False) -> None:
@@ -126,7 +126,7 @@ class CpuBackend:
         if tensor.dtype == format.name:
             return tensor.array()
         held, row = np.empty(tensor.shape, format.array), 0
-        for values in float32_rows(tensor, WIDEN_FLOATS):
+        for values in float32_rows(tensor, UPLOADED_AT_ONCE):
             held[row : row + len(values)] = narrow(values, format)
             row += len(values)
         tensor.release()
@@ -179,7 +179,7 @@ class CpuBackend:
     def linear(self, x: np.ndarray, weight: Weight, bias: np.ndarray | None = None) -> np.ndarray:
         if not self.deterministic:
             return self._multiply(x, weight, bias)
-        rows = skinny_linear.FEW_TOKENS
+        rows = plain_linear.FEW_TOKENS
         slices = (x[first : first + rows] for first in range(0, len(x), rows))
         return np.concatenate([self._multiply(some, weight, bias) for some in slices])
 
@@ -187,23 +187,19 @@ class CpuBackend:
         if not self.deterministic:
             return self._multiply(x, weight, bias)
         # However a prompt is cut into pieces, by the kernel for more than FEW_TOKENS rows.
-        padding = max(0, skinny_linear.FEW_TOKENS + 1 - len(x) % SKINNY_ROWS) if len(x) % SKINNY_ROWS else 0
-        padded = np.concatenate([x, np.zeros((padding, x.shape[1]), x.dtype)])
-        slices = (padded[first : first + SKINNY_ROWS] for first in range(0, len(padded), SKINNY_ROWS))
-        return np.concatenate([self._multiply(some, weight, bias) for some in slices])[: len(x)]
+        padding = max(0, plain_linear.FEW_TOKENS + 1 - len(x))
+        return self._multiply(np.pad(x, ((0, padding), (0, 0))), weight, bias)[: len(x)]
 
     def _multiply(self, x: np.ndarray, weight: Weight, bias: np.ndarray | None) -> np.ndarray:
         y = np.empty((len(x), sum(map(len, weight.matrices))), np.float32)
         held = [matrix for matrix in weight.matrices if isinstance(matrix, np.ndarray)]
-        prepared = skinny_linear.prepared(x) if held and len(x) <= SKINNY_ROWS else None
+        prepared = plain_linear.prepared(x) if held else None
         column = 0
         for matrix in weight.matrices:
             if not isinstance(matrix, np.ndarray):
                 quantized_linear.multiply_all(x, matrix, y, column)
-            elif prepared is not None:
-                skinny_linear.multiply(prepared, matrix, weight.format.code, y, column)
             else:
-                blas_multiply(x, matrix, y[:, column : column + len(matrix)])
+                plain_linear.multiply(prepared, matrix, weight.format.code, y, column)
             column += len(matrix)
         if bias is not None:
             y += bias
@@ -427,7 +423,7 @@ def _quantized_form(tensor: Any) -> tuple[int, int, int, int, bool] | None:
     """What `QuantizedMatrix` takes; None where a matrix is held in the format of weights."""
     if tensor.dtype not in ("int4", "int8") or not tensor.in_order:
         return None
-    if quantized_linear.block_of(tensor.shape[1], tensor.group) is None:
+    if quantized_linear.block_of(tensor.shape[1], tensor.group, bits_of(tensor.dtype)) is None:
         return None
     # Of symmetric GPTQ there are zeros, which are 0.
     zeros = tensor.has_zeros and bool(tensor.zeros(0, tensor.shape[0]).any())
@@ -438,26 +434,12 @@ def _packed(tensor: Any, form: tuple[int, int, int, int, bool]) -> quantized_lin
     """A checkpoint's matrix of that form, packed some rows at a time."""
     matrix = quantized_linear.QuantizedMatrix(*form)
     rows, columns, _, _, zeros = form
-    step = max(1, WIDEN_FLOATS // quantized_linear.ROWS // max(1, columns)) * quantized_linear.ROWS
+    step = max(1, UPLOADED_AT_ONCE // quantized_linear.ROWS // max(1, columns)) * quantized_linear.ROWS
     for start in range(0, rows, step):
         codes, scales, of_groups = tensor.rows(start, min(rows, start + step))
         matrix.fill(start, codes, scales, of_groups if zeros else None)
     tensor.release()
     return matrix
-
-
-def blas_multiply(x: np.ndarray, weight: np.ndarray, out: np.ndarray) -> None:
-    """x [tokens, in] times a held matrix [out, in] transposed, by BLAS."""
-    if weight.dtype == np.float32:
-        np.matmul(x, weight.T, out=out)
-        return
-    step = max(1, WIDEN_FLOATS // weight.shape[1])
-    wide = np.empty((min(step, len(weight)), weight.shape[1]), np.float32)
-    for start in range(0, len(weight), step):
-        piece = weight[start : start + step]
-        # Threads of our own would keep spinning on the cores that BLAS wants next.
-        widen_into(piece, wide[: len(piece)], threads=False)
-        np.matmul(x, wide[: len(piece)].T, out=out[:, start : start + step])
 
 
 def _rotate(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:

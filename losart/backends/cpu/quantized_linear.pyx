@@ -1,30 +1,41 @@
 """Products of activations with a quantized weight matrix, in integers.
 
-Weights are packed in panels of 16 rows, and read once for up to TOKENS tokens. Activations are rounded to 16 bits with a
-scale for each token and block of columns (integer_dots.h): to 2^-16 of the block's largest. Each token's sums are the
-same whatever other tokens there are. A matmul must read the codes, rows * in * bits / 8, and 4 bytes per scale.
+Weights are packed in panels of 16 rows, and read once for up to TOKENS tokens. Activations are rounded with a scale for
+each token and block of columns (integer_dots.h): for weights of 8 bits to 16, 2^-16 of the block's largest, for those of
+4 bits to 8 in blocks of 32 at most, which adds little to their own rounding. Each token's sums are the same whatever
+other tokens there are. A matmul must read the codes, rows * in * bits / 8, and 4 bytes per scale.
 """
 
 import numpy as np
 
 from cython.parallel cimport prange
-from libc.math cimport INFINITY, NAN, fabsf, lrintf
-from libc.stdint cimport int16_t, uint8_t, uintptr_t
-from libc.string cimport memset
+from libc.math cimport INFINITY, NAN
+from libc.stdint cimport int8_t, int16_t, uint8_t
+
+from losart.backends.cpu.simd cimport largest_magnitude, round_int8, round_int16
 
 cdef extern from "integer_dots.h" nogil:
-    void unpack_block(const uint8_t *codes, long columns, int bits, int16_t *w)
-    void add_block(const int16_t *w, long columns, const float *scale, const float *zero, const int16_t *x,
-                   const float *x_scale, const float *x_sum, long tokens, float *sums)
+    ctypedef struct Panel:
+        const uint8_t *codes
+        const float *scales
+        const float *zeros
+        long bits, blocks, columns, group_blocks, zero_step
+
+    ctypedef struct Activations:
+        const void *values
+        const float *scales
+        const float *sums
+        long tokens
+
+    void panel_product(Panel w, Activations x, float *y)
 
 cdef enum:
     PANEL_ROWS = 16
-    LARGEST_BLOCK = 64    # columns: sums of 2^15 * 2^7 * 64 fit into 32 bits
+    LARGEST_BLOCK = 64    # BLOCK of integer_dots.h
+    NIBBLE_BLOCK = 32     # of weights of 4 bits
     SMALLEST_BLOCK = 8
     MOST_TOKENS = 64      # at a time
-    CACHE_LINE = 64       # bytes: vectors that lie in two of them take longer
     WORTH_THREADS = 1 << 20   # multiply-adds
-    LARGEST = 32767
 
 TOKENS = MOST_TOKENS
 ROWS = PANEL_ROWS  # of a panel
@@ -46,15 +57,18 @@ class QuantizedMatrix:
     ----------
     block : int
         Columns whose activations share a scale.
+    activations : numpy.dtype
+        What activations are rounded to.
     codes : uint8 [panels, bytes]
-        As `unpack_block` takes them, panels of 16 rows, all of whose columns follow one another.
+        As integer_dots.h has them, panels of 16 rows, all of whose columns follow one another.
     scales : float32 [panels, groups, 16]
     zeros : float32 [panels, groups or 1, 16]
     """
 
     def __init__(self, rows, columns, bits, group, zeros):
         self.rows, self.columns, self.bits, self.group = rows, columns, bits, group
-        self.block = block_of(columns, group)
+        self.block = block_of(columns, group, bits)
+        self.activations = np.dtype(np.int8 if bits == 4 else np.int16)
         if bits not in (4, 8) or self.block is None:
             raise ValueError(f"a matrix of {bits} bits cannot be packed in groups of {group}")
         self.blocks = -(-columns // self.block)
@@ -96,11 +110,12 @@ class QuantizedMatrix:
         padded += offset
         if padded.min() < (0 if offset else -128) or padded.max() > (15 if offset else 127):
             raise ValueError(f"codes do not fit into {self.bits} bits")
-        # [panel, row, pair of columns, column] to [panel, pair, row, column]
-        pairs = padded.astype(np.uint8).reshape(panels, ROWS, -1, 2).transpose(0, 2, 1, 3)
+        # [panel, row, pair or four of columns, column] to [panel, pair or four, row, column]
+        together = 4 if self.bits == 4 else 2
+        lanes = padded.astype(np.uint8).reshape(panels, ROWS, -1, together).transpose(0, 2, 1, 3)
         if self.bits == 4:
-            pairs = pairs[:, ::2] | pairs[:, 1::2] << 4
-        self.codes[first : first + panels] = pairs.reshape(panels, -1)
+            lanes = lanes[:, ::2] | lanes[:, 1::2] << 4
+        self.codes[first : first + panels] = lanes.reshape(panels, -1)
 
         def placed(values):
             of_rows = np.zeros((panels * ROWS, values.shape[1]), np.float32)
@@ -114,69 +129,72 @@ class QuantizedMatrix:
 
 def nbytes_of(rows, columns, bits, group, zeros):
     """Bytes that a `QuantizedMatrix` takes."""
-    panels, groups, block = -(-rows // ROWS), -(-columns // group), block_of(columns, group)
+    panels, groups, block = -(-rows // ROWS), -(-columns // group), block_of(columns, group, bits)
     codes = -(-columns // block) * block * ROWS * bits // 8
     return panels * (codes + 4 * ROWS * (groups + (groups if zeros else 1)))
 
 
-def block_of(columns, group):
+def block_of(columns, group, bits):
     """Columns whose activations share a scale, where some share a weight's; None: there is no such block."""
+    largest = NIBBLE_BLOCK if bits == 4 else LARGEST_BLOCK
     if group >= columns:
-        return LARGEST_BLOCK
-    return next((n for n in (LARGEST_BLOCK, 32, 16, SMALLEST_BLOCK) if group % n == 0), None)
+        return largest
+    return next((n for n in (largest, 32, 16, SMALLEST_BLOCK) if group % n == 0), None)
 
 
-def rounded(const float[:, ::1] x, Py_ssize_t block):
+def rounded(const float[:, ::1] x, Py_ssize_t block, dtype):
     """Activations as `multiply` takes them.
 
     Parameters
     ----------
     x : float32 [tokens, in]
     block : int
+    dtype : {int8, int16}
 
     Returns
     -------
-    values : int16 [blocks, tokens, block]
+    values : dtype [blocks, tokens, block]
         Padded with zeros.
     scales, sums : float32 [blocks, tokens]
         Of the values; their sum, scaled. NaN where an activation is not finite.
     """
-    cdef Py_ssize_t tokens = x.shape[0], inner = x.shape[1], blocks = (inner + block - 1) // block, b, t
-    values = np.zeros((blocks, tokens, block), np.int16)
+    cdef Py_ssize_t tokens = x.shape[0], inner = x.shape[1], blocks = (inner + block - 1) // block
+    values = np.zeros((blocks, tokens, block), dtype)
     scales, sums = np.empty((blocks, tokens), np.float32), np.empty((blocks, tokens), np.float32)
-    cdef int16_t[:, :, ::1] to = values
-    cdef float[:, ::1] scale = scales, total = sums
     if tokens and inner:
-        for b in range(blocks):
-            for t in range(tokens):
-                round_block(&x[t, b * block], min(block, inner - b * block), &to[b, t, 0], &scale[b, t], &total[b, t])
+        if values.itemsize == 1:
+            round_all[int8_t](x, block, values, scales, sums)
+        else:
+            round_all[int16_t](x, block, values, scales, sums)
     return values, scales, sums
 
 
-cdef void round_block(const float *x, Py_ssize_t count, int16_t *to, float *scale, float *total) noexcept nogil:
-    cdef Py_ssize_t i
-    cdef float largest = 0, factor
-    cdef long whole = 0
-    for i in range(count):
-        largest = max(largest, fabsf(x[i]))
-    for i in range(count):
-        if not (fabsf(x[i]) < INFINITY):
-            largest = INFINITY
+ctypedef fused integer:
+    int8_t
+    int16_t
+
+
+cdef void round_all(const float[:, ::1] x, Py_ssize_t block, integer[:, :, ::1] to, float[:, ::1] scale,
+                    float[:, ::1] total) noexcept nogil:
+    cdef Py_ssize_t b, t
+    for b in range(to.shape[0]):
+        for t in range(x.shape[0]):
+            round_block(&x[t, b * block], min(block, x.shape[1] - b * block), &to[b, t, 0], &scale[b, t], &total[b, t])
+
+
+cdef void round_block(const float *x, Py_ssize_t count, integer *to, float *scale, float *total) noexcept nogil:
+    cdef float largest = largest_magnitude(x, count), most = 127 if integer is int8_t else 32767, factor
     if not (largest < INFINITY):
         scale[0] = total[0] = NAN
         return
-    scale[0] = largest / LARGEST
-    if scale[0] == 0:  # or so small that it cannot be divided by
-        total[0] = 0
-        return
-    factor = LARGEST / largest
-    if not (factor < INFINITY):
+    scale[0] = largest / most
+    factor = most / largest if scale[0] > 0 else INFINITY
+    if not (factor < INFINITY):  # zeros, or so small that it cannot be divided by
         scale[0] = total[0] = 0
-        return
-    for i in range(count):
-        to[i] = <int16_t>lrintf(x[i] * factor)
-        whole += to[i]
-    total[0] = whole * scale[0]
+    elif integer is int8_t:
+        total[0] = round_int8(x, count, factor, to) * scale[0]
+    else:
+        total[0] = round_int16(x, count, factor, to) * scale[0]
 
 
 def multiply_all(const float[:, ::1] x, matrix, float[:, ::1] out, Py_ssize_t column):
@@ -184,7 +202,7 @@ def multiply_all(const float[:, ::1] x, matrix, float[:, ::1] out, Py_ssize_t co
     cdef Py_ssize_t first
     for first in range(0, x.shape[0], MOST_TOKENS):
         some = slice(first, first + MOST_TOKENS)
-        multiply(rounded(np.asarray(x)[some], matrix.block), matrix, np.asarray(out)[some], column)
+        multiply(rounded(np.asarray(x)[some], matrix.block, matrix.activations), matrix, np.asarray(out)[some], column)
 
 
 def multiply(x, matrix, float[:, ::1] out, Py_ssize_t column):
@@ -193,20 +211,22 @@ def multiply(x, matrix, float[:, ::1] out, Py_ssize_t column):
     Parameters
     ----------
     x : tuple
-        From `rounded`, by the matrix's block, of TOKENS tokens at most.
+        From `rounded`, by the matrix's block and activations, of TOKENS tokens at most.
     matrix : QuantizedMatrix
     out : float32 [tokens, any]
         Columns column, ..., column + rows - 1 are written.
     column : int
     """
-    cdef const int16_t[:, :, ::1] values = x[0]
+    if x[0].dtype != matrix.activations:
+        raise ValueError(f"activations of {matrix.activations} were expected")
+    cdef const uint8_t[:, :, ::1] values = x[0].view(np.uint8)
     cdef const float[:, ::1] x_scales = x[1], x_sums = x[2]
     cdef const uint8_t[:, ::1] codes = matrix.codes
     cdef const float[:, :, ::1] scales = matrix.scales, zeros = matrix.zeros
     cdef Py_ssize_t rows = matrix.rows, block = matrix.block, blocks = matrix.blocks, bits = matrix.bits
     cdef Py_ssize_t group_blocks = max(1, matrix.group // block) if matrix.group < matrix.columns else blocks
     cdef Py_ssize_t tokens = out.shape[0], panels = codes.shape[0], panel
-    if values.shape[0] != blocks or values.shape[1] != tokens or values.shape[2] != block or tokens > MOST_TOKENS:
+    if values.shape[0] != blocks or values.shape[1] != tokens or x[0].shape[2] != block or tokens > MOST_TOKENS:
         raise ValueError(f"activations of {blocks} blocks of {block} and {tokens} tokens were expected")
     if column < 0 or column + rows > out.shape[1]:
         raise ValueError("the outputs do not fit into out")
@@ -215,26 +235,24 @@ def multiply(x, matrix, float[:, ::1] out, Py_ssize_t column):
         return
     cdef bint threads = rows * blocks * block * tokens > WORTH_THREADS
     cdef bint own_zeros = zeros.shape[1] > 1 or scales.shape[1] == 1
+    cdef Panel first = Panel(&codes[0, 0], &scales[0, 0, 0], &zeros[0, 0, 0], bits, blocks, block, group_blocks,
+                             PANEL_ROWS if own_zeros else 0)
+    cdef Activations activations = Activations(&values[0, 0, 0], &x_scales[0, 0], &x_sums[0, 0], tokens)
     for panel in prange(panels, nogil=True, schedule="static", use_threads_if=threads):
-        multiply_panel(&codes[panel, 0], &scales[panel, 0, 0], &zeros[panel, 0, 0], own_zeros, blocks, block,
-                       group_blocks, bits, &values[0, 0, 0], &x_scales[0, 0], &x_sums[0, 0], tokens,
-                       &out[0, column + panel * PANEL_ROWS], out.shape[1], min(PANEL_ROWS, rows - panel * PANEL_ROWS))
+        multiply_panel(first, panel * codes.shape[1], panel * scales.shape[1] * PANEL_ROWS,
+                       panel * zeros.shape[1] * PANEL_ROWS, activations, &out[0, column + panel * PANEL_ROWS],
+                       out.shape[1], min(PANEL_ROWS, rows - panel * PANEL_ROWS))
 
 
-cdef void multiply_panel(const uint8_t *codes, const float *scales, const float *zeros, bint own_zeros,
-                         Py_ssize_t blocks, Py_ssize_t block, Py_ssize_t group_blocks, int bits, const int16_t *x,
-                         const float *x_scales, const float *x_sums, Py_ssize_t tokens, float *out,
+cdef void multiply_panel(Panel panel, Py_ssize_t codes, Py_ssize_t scales, Py_ssize_t zeros, Activations x, float *out,
                          Py_ssize_t out_stride, Py_ssize_t rows) noexcept nogil:
-    cdef float sums[MOST_TOKENS * PANEL_ROWS]
-    cdef int16_t scratch[LARGEST_BLOCK * PANEL_ROWS + CACHE_LINE]
-    cdef int16_t *weights = <int16_t *>(((<uintptr_t>scratch) + CACHE_LINE) & ~<uintptr_t>(CACHE_LINE - 1))
-    cdef Py_ssize_t b, group, t, r
-    memset(sums, 0, sizeof(float) * tokens * PANEL_ROWS)
-    for b in range(blocks):
-        group = b // group_blocks
-        unpack_block(codes + b * block * PANEL_ROWS * bits // 8, block, bits, weights)
-        add_block(weights, block, scales + group * PANEL_ROWS, zeros + (group * PANEL_ROWS if own_zeros else 0),
-                  x + b * tokens * block, x_scales + b * tokens, x_sums + b * tokens, tokens, sums)
-    for t in range(tokens):
+    # The panel so many codes, scales and zeros after this one.
+    cdef float y[MOST_TOKENS * PANEL_ROWS]
+    cdef Py_ssize_t t, r
+    panel.codes += codes
+    panel.scales += scales
+    panel.zeros += zeros
+    panel_product(panel, x, y)
+    for t in range(x.tokens):
         for r in range(rows):
-            out[t * out_stride + r] = sums[t * PANEL_ROWS + r]
+            out[t * out_stride + r] = y[t * PANEL_ROWS + r]

@@ -101,7 +101,8 @@ LOSART_INLINE float code_value(uint8_t code, int width)
 #define SIMD(name) name##_plain
 #include "simd_body.h"
 
-/* 2 AVX-512, 1 AVX2, 0 neither. The environment variable LOSART_SIMD takes it down to that number. */
+/* 2 AVX-512, 1 AVX2, 0 neither. The environment variable LOSART_SIMD takes it down to that number; below 3 it also does
+ * without VNNI (integer_dots.h). */
 static int simd_level(void)
 {
     static int level = -1;
@@ -197,6 +198,19 @@ LOSART_INLINE void widen_codes(const uint8_t *slab, float *to, long dim, int wid
 LOSART_INLINE float encode(const float *x, long dim, int width, uint8_t *codes, long stride)
 {
     CHOOSE(encode, x, dim, width, codes, stride)
+}
+
+/* The largest magnitude; infinity where a number is not finite. */
+LOSART_INLINE float largest_magnitude(const float *x, long count) { CHOOSE(largest_magnitude, x, count) }
+
+/* The nearest integers of x * factor, ties to even. Returns their sum. */
+LOSART_INLINE long round_int8(const float *x, long count, float factor, int8_t *to)
+{
+    CHOOSE(round_int8, x, count, factor, to)
+}
+LOSART_INLINE long round_int16(const float *x, long count, float factor, int16_t *to)
+{
+    CHOOSE(round_int16, x, count, factor, to)
 }
 
 /* to[kind][d][0..15] = base[d] + code * step[d], rounded as `width` says, of the codes [2 kinds][dim] of 16 pages. */

@@ -1,4 +1,4 @@
-from libc.stdint cimport uint8_t, uint16_t, uint64_t
+from libc.stdint cimport int8_t, int16_t, uint8_t, uint16_t, uint64_t
 
 cdef extern from "simd.h" nogil:
     int simd_level()
@@ -18,3 +18,6 @@ cdef extern from "simd.h" nogil:
     uint16_t narrow_bfloat16(float x)
     uint16_t narrow_float16(float x)
     void decode_bounds(const uint64_t *codes, const float *base, const float *step, long dim, int width, float *to)
+    float largest_magnitude(const float *x, long count)
+    long round_int8(const float *x, long count, float factor, int8_t *to)
+    long round_int16(const float *x, long count, float factor, int16_t *to)

@@ -265,26 +265,52 @@ SIMD_TARGET static void SIMD(widen_codes)(const uint8_t *restrict slab, float *r
     else WIDEN_ROWS(SLAB, dim, float8_value, r)
 }
 
+/* Infinity where a number is not finite. */
+SIMD_TARGET static float SIMD(largest_magnitude)(const float *x, long count)
+{
+    uint32_t top = 0; /* bits: those of a NaN are larger than any */
+    for (long i = 0; i < count; i++) {
+        uint32_t bits;
+        memcpy(&bits, x + i, 4);
+        bits &= 0x7fffffff;
+        top = bits > top ? bits : top;
+    }
+    float largest;
+    top = top > 0x7f800000 ? 0x7f800000 : top;
+    memcpy(&largest, &top, 4);
+    return largest;
+}
+
 #define ENCODE(CODE)                                                                              \
     for (long d = 0; d < dim; d++) codes[d * stride] = CODE(scale > 0.0f ? x[d] / scale : 0.0f);
 
 SIMD_TARGET static float SIMD(encode)(const float *restrict x, long dim, int width, uint8_t *restrict codes,
                                       long stride)
 {
-    uint32_t top = 0; /* bits of the largest magnitude: those of a NaN are larger than any */
-    for (long d = 0; d < dim; d++) {
-        uint32_t bits;
-        memcpy(&bits, x + d, 4);
-        bits &= 0x7fffffff;
-        top = bits > top ? bits : top;
-    }
-    float largest;
-    memcpy(&largest, &top, 4);
+    float largest = SIMD(largest_magnitude)(x, dim);
     float scale = largest < INFINITY ? largest / (width == WIDTH_INT8 ? LARGEST_INT8 : LARGEST_FLOAT8) : NAN;
     if (width == WIDTH_INT8) ENCODE(int8_code)
     else ENCODE(float8_code)
     return scale;
 }
+
+/* ---- activations in integers -------------------------------------------------------------------- */
+
+#define ROUND_TO(name, TYPE)                                                                      \
+    SIMD_TARGET static long SIMD(name)(const float *restrict x, long count, float factor,         \
+                                       TYPE *restrict to)                                         \
+    {                                                                                             \
+        int32_t sum = 0;                                                                          \
+        for (long i = 0; i < count; i++) {                                                        \
+            int32_t nearest = (int32_t)rintf(x[i] * factor);                                      \
+            to[i] = (TYPE)nearest;                                                                \
+            sum += nearest;                                                                       \
+        }                                                                                         \
+        return sum;                                                                               \
+    }
+
+ROUND_TO(round_int8, int8_t)
+ROUND_TO(round_int16, int16_t)
 
 /* ---- page bounds -------------------------------------------------------------------------------- */
 
@@ -322,6 +348,7 @@ SIMD_TARGET static void SIMD(decode_bounds)(const uint64_t *codes, const float *
 }
 
 #undef WIDEN_ROWS
+#undef ROUND_TO
 #undef ENCODE
 #undef HELD
 #undef DECODE

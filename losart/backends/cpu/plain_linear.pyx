@@ -1,13 +1,12 @@
-"""Products of a block's activations with a weight matrix: few rows, every weight read once.
+"""Products of activations with a weight matrix, every weight read once for a block's.
 
-Not BLAS, because NumPy's brings its own threads: they go on spinning after each matmul, on the
-cores that the attention kernels' OpenMP threads want next, and a pass took more than twice as
-long. It also reads 16-bit weights as they are.
+Not BLAS, because NumPy's brings its own threads: they go on spinning after each matmul, on the cores that the attention
+kernels' OpenMP threads want next. It also reads 16-bit weights as they are, and is no faster.
 
 Up to FEW tokens each have a sum for a row of weights, whose inputs are the lanes (row_products, simd.h).
 More are the lanes themselves, sixteen of them: the activations are laid out [in, 16] for slab_scores, as
-if they were a slab of keys, and rows of weights take the place of queries. The matmul must read N * K
-weights; all tokens, or 16 of them, share each.
+if they were a slab of keys, and rows of weights take the place of queries; a token's sums do not depend on how many there
+are. The matmul must read N * K weights; all tokens, or MOST of them, share each.
 """
 
 import numpy as np
@@ -26,6 +25,7 @@ cdef enum:
     ROWS = 6             # weights' rows that slab_scores takes at a time
     PANEL = 48           # weights' rows of a work item
     FEW = 8              # tokens that row_products takes
+    MOST = 64            # tokens at a time: their slabs stay in the second cache while rows of weights pass
     WORTH_THREADS = 1 << 20   # multiply-adds
 
 FEW_TOKENS = FEW
@@ -86,9 +86,14 @@ cdef int multiply_few(const char *weight, int width, Py_ssize_t rows, Py_ssize_t
 cdef int multiply_panel(const char *weight, int width, Py_ssize_t rows, Py_ssize_t inner, const float *x,
                         Py_ssize_t tokens, float *out, Py_ssize_t out_stride) noexcept nogil:
     # weight [rows, inner] times x, as it was prepared.
+    cdef Py_ssize_t some, first, failed = 0
     if tokens <= FEW:
         return multiply_few(weight, width, rows, inner, x, tokens, out, out_stride)
-    return multiply_slabs(weight, width, rows, inner, x, tokens, out, out_stride)
+    for some in range((tokens + MOST - 1) // MOST):
+        first = some * MOST
+        failed += multiply_slabs(weight, width, rows, inner, x + first * inner, min(MOST, tokens - first),
+                                 out + first * out_stride, out_stride)
+    return failed
 
 
 def prepared(x):
