@@ -38,7 +38,7 @@ def float32_rows(matrix: Any, floats: int) -> Iterator[np.ndarray]:
 def narrow(values: np.ndarray, format: Format) -> np.ndarray:
     """float32 as it is held in a format, rounded to the nearest, ties to even."""
     if format != BFLOAT16:
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):  # Arm flags a signalling NaN as invalid
             return values.astype(format.array, copy=False)
     bits = values.view(np.uint32)
     rounded = ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
