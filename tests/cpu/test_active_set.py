@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import reference as ref
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from kv import model_config
+from kv import at_most, model_config
 from passes import block_batch
 
 from losart.backends.base import ActiveRule, StoredResults
@@ -20,7 +20,7 @@ from losart.config.precision import Precision
 changes = st.one_of(st.floats(0, 1, width=32), st.sampled_from([0.0, 0.25, 0.5, float("inf")]))
 
 
-@settings(max_examples=60, deadline=None)
+@at_most(60)
 @given(
     st.integers(0, 64), st.integers(1, 9), st.sampled_from([16, 48, 128]), st.sampled_from([0.0, 1e-4, 1.0])
 )
@@ -46,7 +46,7 @@ def test_queries_of_another_shape_are_refused(shape):
         query_change(np.zeros((5, 2, 16), np.float32), np.zeros(shape, np.float32))
 
 
-@settings(max_examples=200, deadline=None)
+@at_most(200)
 @given(st.integers(0, 20).flatmap(lambda n: arrays(np.float32, n, elements=changes)), st.data())
 def test_the_largest_changes_are_active_and_of_equal_ones_the_earlier(change, data):
     count = data.draw(st.integers(0, len(change)))
@@ -55,7 +55,7 @@ def test_the_largest_changes_are_active_and_of_equal_ones_the_earlier(change, da
     np.testing.assert_array_equal(active, ref.select_active(change, count))
 
 
-@settings(max_examples=100, deadline=None)
+@at_most(100)
 @given(arrays(np.float32, 6, elements=st.sampled_from([0.0, 1.0, 2.0, float("nan")])), st.integers(0, 6))
 def test_nan_leaves_a_set_of_the_right_size(change, count):
     active = select_active(change, count)
@@ -63,7 +63,7 @@ def test_nan_leaves_a_set_of_the_right_size(change, count):
     assert (np.diff(active) > 0).all() and np.isin(active, range(6)).all()
 
 
-@settings(max_examples=200, deadline=None)
+@at_most(200)
 @given(st.integers(0, 20).flatmap(lambda n: arrays(np.float32, n, elements=changes)), st.data())
 def test_of_candidates_the_largest_changes_are_active_and_of_few_all(change, data):
     masked = data.draw(arrays(bool, len(change)))
@@ -82,7 +82,7 @@ def test_of_candidates_the_largest_changes_are_active_and_of_few_all(change, dat
     np.testing.assert_array_equal(active, ref.select_active(query_change(q, np.zeros_like(q)), count, masked))
 
 
-@settings(max_examples=60, deadline=None)
+@at_most(60)
 @given(st.integers(1, 64), st.integers(1, 9), st.sampled_from([1e-3, 0.3, 10.0]))
 def test_relative_change_is_over_the_previous_querys_square(tokens, heads, size):
     rng = np.random.default_rng(tokens)
@@ -104,7 +104,7 @@ def test_a_stored_query_of_zeros_makes_a_token_active():
     assert select_active(change, 3, 100.0).tolist() == [0, 1]
 
 
-@settings(max_examples=200, deadline=None)
+@at_most(200)
 @given(st.integers(0, 20).flatmap(lambda n: arrays(np.float32, n, elements=changes)), st.data())
 def test_only_changes_above_the_threshold_are_active(change, data):
     threshold = data.draw(st.sampled_from([0.0, 0.25, 0.5, 2.0]))
@@ -122,7 +122,7 @@ def test_impossible_counts_are_refused(count):
         select_active(np.zeros(4, np.float32), count)
 
 
-@settings(max_examples=200, deadline=None)
+@at_most(200)
 @given(st.one_of(st.integers(0, 100), st.integers(0, 1000).map(lambda n: n / 1000)), st.integers(1, 64))
 def test_the_active_count_is_the_references(active, block_length):
     assert AttentionConfig(active=active).active_count(block_length) == ref.active_count(active, block_length)

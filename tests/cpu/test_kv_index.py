@@ -8,11 +8,12 @@ import math
 import numpy as np
 import pytest
 import reference as ref
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from kv import (
     HELD_AS,
     OUTERMOST,
+    at_most,
     bfloat16,
     coded_page_bounds,
     empty_table,
@@ -33,7 +34,7 @@ from losart.engine.kv_cache import PagedKVCache
 from losart.errors import OutOfMemoryError
 
 SPECIAL = [0.0, -0.0, 1.0, -1.0, np.inf, -np.inf, np.nan]
-quick = settings(max_examples=60, deadline=None)
+quick = at_most(60)
 operands_formats = st.sampled_from(list(FORMATS))
 
 
@@ -336,7 +337,7 @@ rows_of_8_bits = st.one_of(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@at_most(200)
 @given(st.lists(rows_of_8_bits, min_size=1, max_size=20), st.sampled_from(list(KV_FORMATS)))
 @example([[0.0] * 16, [1e-45] * 16, [-3.4028234663852886e38] * 16], "int8")
 @example([[-0.0] * 16, [1e-45] * 16, [-3.4028234663852886e38] * 16], "fp8")
@@ -392,7 +393,7 @@ def page_scores(draw):
     return scores, pages
 
 
-@settings(max_examples=200, deadline=None)
+@at_most(200)
 @given(page_scores(), st.integers(1, 45))
 def test_the_union_is_that_of_a_plain_sort(drawn, count):
     scores, pages = drawn
@@ -529,7 +530,7 @@ def test_chunks_of_8_bits_take_little_more_than_half_of_bfloat16(dtype, head_dim
     assert sizes[0] * 2 * head_dim == sizes[1] * (head_dim + 4)
 
 
-@settings(max_examples=50, deadline=None)
+@at_most(50)
 @given(
     st.integers(1, 3),
     st.integers(1, 4),

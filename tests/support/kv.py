@@ -17,13 +17,15 @@ HELD_AS = (*FORMATS, *KV_FORMATS)
 LAYER = 1  # of two; the other is full of NaN, which shows if it is read
 
 
-def steady(examples: int) -> settings:
-    """The same examples each time: scores that all but tie would select other pages than float64.
-
-    The environment can ask for fewer, as for kernels under compute-sanitizer.
-    """
+def at_most(examples: int) -> settings:
+    """So many examples, or fewer if the environment asks for it, as in an emulator or compute-sanitizer."""
     examples = min(examples, int(os.environ.get("LOSART_TEST_EXAMPLES", examples)))
-    return settings(max_examples=examples, deadline=None, derandomize=True)
+    return settings(max_examples=examples, deadline=None)
+
+
+def steady(examples: int) -> settings:
+    """The same examples each time: scores that all but tie would select other pages than float64."""
+    return settings(at_most(examples), derandomize=True)
 
 
 def bfloat16(x: np.ndarray) -> np.ndarray:

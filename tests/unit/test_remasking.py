@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import reference as ref
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from kv import at_most
 
 from losart.config.options import GenerationConfig
 from losart.engine.batch import PassKind, SequencePass
@@ -31,7 +32,7 @@ counts = st.one_of(st.none(), st.integers(0, 40))
 thresholds = st.integers(0, 40).map(lambda n: n / 16)
 
 
-@settings(max_examples=600, deadline=None)
+@at_most(600)
 @given(
     st.lists(
         st.tuples(proposals(), st.sampled_from(list(STRATEGIES)), counts, sixteenth, thresholds),
@@ -89,7 +90,7 @@ def test_proposals_for_other_rows_are_refused(rows):
         remask(Proposals(np.ones(rows, int), some, some), [one_pass([1, 2])])
 
 
-@settings(max_examples=150, deadline=None)
+@at_most(150)
 @given(st.integers(1, 70), st.integers(1, 80))
 def test_the_counts_of_the_passes_are_the_references(block_length, steps):
     counts = transfer_counts(block_length, steps)
