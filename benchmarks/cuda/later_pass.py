@@ -5,24 +5,26 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from benchmarks.cuda.noise import BLOCK, kv_bytes, weight_bytes
+from benchmarks.cuda.model import NoiseModel
+from benchmarks.cuda.noise import BLOCK, kv_bytes
 from benchmarks.cuda.planted import PlantedPrefix, planted_rows
 from benchmarks.support.attempts import attempt, free_memory, ratio
-from losart.config.model import ModelConfig
 from losart.config.options import AttentionConfig
 
 METHODS = {
     "dense": AttentionConfig(),
     "losa": AttentionConfig("losa", budget=512, active=5),
+    "losa auto": AttentionConfig("losa", budget=512),
     "losa anchor": AttentionConfig("losa", budget=512, active=5, selector="anchor"),
 }
+MODELS = ("1.7B", "bfloat16"), ("8B", "bfloat16"), ("8B", "int4")
 
 
 def rows(bandwidth: float, quick: bool = False) -> Iterator[dict[str, Any]]:
     """One row per size, prefix and method, in milliseconds."""
-    for size in ("1.7B",) if quick else ("1.7B", "8B"):
+    for size, weights in MODELS[:1] if quick else MODELS:
         prefixes = (65536,) if quick else (65536, 131072)
-        yield from planted_rows(size, prefixes, lambda planted: rows_of(planted, bandwidth))
+        yield from planted_rows(size, prefixes, lambda planted: rows_of(planted, bandwidth), weights)
         free_memory()
 
 
@@ -33,8 +35,8 @@ def rows_of(planted: PlantedPrefix, bandwidth: float) -> Iterator[dict[str, Any]
         ours, density = measured(planted, attention)
         if name == "dense":
             dense = ours
-        config, prefix = planted.model.config, planted.cache.length
-        floor = density and pass_bytes(config, prefix, attention, density) / bandwidth * 1e3
+        read = density and pass_bytes(planted.model, planted.cache.length, attention, density)
+        floor = read and read / bandwidth * 1e3
         yield {
             "method": name,
             "density": density,
@@ -54,8 +56,9 @@ def measured(planted: PlantedPrefix, attention: AttentionConfig) -> tuple[float 
     return time, None if isinstance(time, str) else passes.density
 
 
-def pass_bytes(config: ModelConfig, prefix: int, attention: AttentionConfig, density: float) -> float:
+def pass_bytes(model: NoiseModel, prefix: int, attention: AttentionConfig, density: float) -> float:
     """What a pass must read: weights, keys and values of what it selects, and what it selects by."""
+    config = model.config
     read = density * kv_bytes(config, prefix)
     if attention.method == "losa" and attention.selector == "quest":
         # Per channel of 16 pages two codes of 4 bits each, a base and a step; a position has two numbers.
@@ -64,4 +67,4 @@ def pass_bytes(config: ModelConfig, prefix: int, attention: AttentionConfig, den
         # The pages of highest mass of each query, int32.
         queries = attention.active_count(BLOCK) * config.num_heads
         read += 4 * queries * attention.pages_per_query
-    return weight_bytes(config) + config.num_layers * read
+    return model.read_bytes + config.num_layers * read

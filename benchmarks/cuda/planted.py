@@ -116,12 +116,15 @@ class PlantedPrefix:
 
 
 def planted_rows(
-    size: str, prefixes: Sequence[int], rows_of: Callable[[PlantedPrefix], Iterator[dict[str, Any]]]
+    size: str,
+    prefixes: Sequence[int],
+    rows_of: Callable[[PlantedPrefix], Iterator[dict[str, Any]]],
+    weights: str = "bfloat16",
 ) -> Iterator[dict[str, Any]]:
     """Rows of a size at some prefixes, of one model; where one of them cannot be made, the reason."""
-    model = attempt(NoiseModel, size)
+    model = attempt(lambda: NoiseModel(size, weights=weights))
     for prefix in prefixes:
-        row = {"size": size, "prefix": prefix}
+        row = {"size": size, "prefix": prefix} | ({} if weights == "bfloat16" else {"weights": weights})
         planted = model if isinstance(model, str) else attempt(PlantedPrefix, model, prefix)
         if isinstance(planted, str):
             yield row | {"failed": planted}
