@@ -62,9 +62,10 @@ class Model:
         backend = make_backend(device, self.config, precision, deterministic)
         self.device = backend.name
         self._tensors = loaded_tensors(checkpoint, weights, backend.name)
-        self.matrix_bytes = Transformer.matrix_bytes(self.config, self._tensors, backend)
+        runner = Transformer(self.config, self._tensors, backend, progress)
+        self.matrix_bytes = runner.matrix_bytes
         self.weights = tuple(self.matrix_bytes)
-        self._engine = Engine(Transformer(self.config, self._tensors, backend, progress))
+        self._engine = Engine(runner)
 
     @cached_property
     def fingerprint(self) -> str:

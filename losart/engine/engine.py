@@ -250,6 +250,8 @@ class Engine:
                 kv_bytes_shared=pool.bytes_shared,
                 kv_bytes_held=pool.bytes_held,
                 kv_memory=pool.limit,
+                kv=self.runner.kv,
+                matrix_bytes=dict(self.runner.matrix_bytes),
                 reused_tokens=pool.reused_tokens,
                 prefilled_tokens=self._prefilled_tokens,
                 new_tokens=totals.new_tokens,

@@ -19,6 +19,11 @@ class Runner(Protocol):
     config: ModelConfig
     turns: Turns  # in which its passes are run
     pools: MutableSet[KVPool]  # whose prefixes make room where an allocation fails
+    matrix_bytes: dict[str, int]  # what weights take, by format
+
+    @property
+    def kv(self) -> str:
+        """The format in which keys and values are held."""
 
     @property
     def prefill_tokens(self) -> int:

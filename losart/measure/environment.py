@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import losart.backends.cpu.attention_kernels as kernels
+import losart.backends.cpu.quantized_linear as quantized_linear
 from losart.backends import cuda_problem
 from losart.kernels_cu.compiler import cache_folder, nvrtc_version
 from losart.kernels_cu.prebuilt import prebuilt_counts
@@ -62,7 +63,7 @@ def cpu_name() -> str:
 
 def _vectors() -> str:
     plain = PLAIN_VECTORS.get(platform.machine(), PLAIN_VECTORS[""])
-    return VECTORS.get(kernels.vectors_in_use(), plain)
+    return VECTORS.get(kernels.vectors_in_use(), plain) + " with VNNI" * quantized_linear.vnni_in_use()
 
 
 def _gpu() -> dict[str, Any]:

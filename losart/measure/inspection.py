@@ -59,7 +59,7 @@ def inspection(
         contexts = [*fitting, config.max_positions]
     backend = make_backend(device, config, precision)
     tensors, loaded = checkpoint.tensors.values(), loaded_tensors(checkpoint, weights, backend.name)
-    held = Transformer.matrix_bytes(config, loaded, backend)
+    held = Transformer.bytes_of_matrices(config, loaded, backend)
     vectors = [tensor for tensor in loaded.values() if len(tensor.shape) == 1]  # in float32
 
     def kv_bytes(context: int) -> int:

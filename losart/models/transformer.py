@@ -50,6 +50,11 @@ class Transformer:
     backend : Backend
     progress : callable, optional
         Called after each layer with the layers uploaded and in all.
+
+    Attributes
+    ----------
+    matrix_bytes : dict of str to int
+        What matrices take, by the formats that they are held in.
     """
 
     def __init__(
@@ -61,6 +66,7 @@ class Transformer:
     ) -> None:
         self.config = config
         self.backend = backend
+        self.matrix_bytes = self.bytes_of_matrices(config, tensors, backend)
         self.embedding = backend.upload(tensors["embed"])
         self.layers = []
         for i in range(config.num_layers):
@@ -98,7 +104,9 @@ class Transformer:
         )
 
     @staticmethod
-    def matrix_bytes(config: ModelConfig, tensors: Mapping[str, Any], backend: Backend) -> dict[str, int]:
+    def bytes_of_matrices(
+        config: ModelConfig, tensors: Mapping[str, Any], backend: Backend
+    ) -> dict[str, int]:
         """What matrices take on a backend, by the formats that they are held in."""
         held = Counter[str]()
         for matrix in Transformer._matrices(config, tensors):
@@ -114,6 +122,11 @@ class Transformer:
         for index in range(config.num_layers):
             for parts in JOINED.values():
                 yield tuple(tensors[f"layers.{index}.{part}"] for part in parts)
+
+    @property
+    def kv(self) -> str:
+        """The format in which keys and values are held."""
+        return self.backend.precision.kv.name
 
     @property
     def prefill_tokens(self) -> int:

@@ -24,6 +24,10 @@ class EngineStats:
         Memory beside that of prefixes that are held for nobody.
     kv_memory : int or None
         The limit of both, in bytes.
+    kv : str
+        The format in which keys and values are held, as of :class:`losart.Model`.
+    matrix_bytes : dict of str to int
+        What the model's matrices of each format take, as of :class:`losart.Model`.
     reused_tokens, prefilled_tokens : int
         Of prompts, so far: those that were found, and those that went through the model, again where a
         generation was set back.
@@ -53,6 +57,8 @@ class EngineStats:
     kv_bytes_shared: int
     kv_bytes_held: int
     kv_memory: int | None
+    kv: str
+    matrix_bytes: dict[str, int]
     reused_tokens: int
     prefilled_tokens: int
     new_tokens: int

@@ -218,6 +218,13 @@ def test_weights_take_what_their_tensors_have(make_checkpoint, dtype, itemsize):
     assert 0 < rounded.matrix_bytes["int8"] < sum(rounded.matrix_bytes.values())
 
 
+def test_an_engine_says_in_what_its_model_is_held(make_checkpoint):
+    model = losart.load(make_checkpoint(), "cpu", weights="int8", kv="fp8")
+    stats = losart.Engine(model).stats
+    assert stats.kv == model.kv == "fp8"
+    assert stats.matrix_bytes == model.matrix_bytes and tuple(stats.matrix_bytes) == model.weights
+
+
 def test_generate_from_a_path_takes_kv(make_checkpoint):
     path = make_checkpoint()
     for kv in ("auto", "int8"):

@@ -9,6 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+import losart
+from losart.eval import TASKS
+from losart.eval.questions import make_questions
 from losart.loaders import QuantizedTensor, open_checkpoint
 from losart.measure.random_checkpoint import write_checkpoint
 from losart.quantization import WeightFormat, quantize_checkpoint
@@ -16,6 +19,7 @@ from losart.quantization import WeightFormat, quantize_checkpoint
 pytest.importorskip("torch", reason="the oracle needs torch")
 pytest.importorskip("compressed_tensors", reason="the oracle needs compressed-tensors")
 
+import oracle
 import torch
 import transformers
 from compressed_tensors.compressors import BaseCompressor
@@ -126,3 +130,43 @@ def test_transformers_reads_what_was_quantized(tmp_path: Path, format: str, dtyp
             assert torch.equal(values.to(getattr(torch, dtype)), parameters[tensor.name].detach())
             checked += 1
     assert checked == 8
+
+
+@pytest.mark.parametrize("format", ["int4, calibrated", "int8"])
+def test_a_quantized_model_answers_as_in_transformers(tmp_path: Path, format: str) -> None:
+    """The small checkpoint, whose answers are sure enough for the same tokens from rounded activations."""
+    source = Path(losart.__file__).parent / "small_checkpoint"
+    plain = losart.load(source, "cpu", "float32")
+    calibration = None
+    if "calibrated" in format:
+        calibration = tmp_path / "text"
+        texts = [next(make_questions(plain, task, 1024, 1, 7, "symbols")).prompt for task in TASKS.values()]
+        calibration.write_text("\n".join(texts))
+    weights = WeightFormat.by_default(format.split(",")[0])
+    directory = quantize_checkpoint(
+        open_checkpoint(source), tmp_path / "new", weights, calibration=calibration
+    )
+    config = json.loads((directory / "config.json").read_text())
+    qwen = config | {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}
+    model = losart.load(directory, "cpu", "float32")
+    (directory / "config.json").write_text(json.dumps(qwen))
+    theirs = transformers.Qwen3ForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    options: dict[str, Any] = {
+        "remasking": "low_confidence_dynamic",
+        "denoising_steps": 16,
+        "max_new_tokens": 16,
+    }
+    options |= {"confidence_threshold": 0.85, "eb_threshold": 0.35}
+    for task in ("keys-2", "chain-2"):
+        question = next(make_questions(plain, TASKS[task], 256, 1, 2, "symbols"))
+        expected = oracle.generate_with(
+            theirs,
+            plain.tokenizer.encode(question.prompt),
+            **options,
+            block_length=plain.config.block_length,
+            mask_token_id=plain.config.mask_token_id,
+            stop_token_ids=plain.config.end_token_ids,
+        )
+        assert model.generate(question.prompt, **options).token_ids == expected

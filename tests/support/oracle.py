@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -83,8 +84,13 @@ def propose(
     return tokens[p.argmax(axis=1)], p.max(axis=1), -(p * log_p).sum(axis=1)
 
 
-def generate(
-    checkpoint_dir: str | Path,
+def generate(checkpoint_dir: str | Path, prompt_ids: Sequence[int], **options: Any) -> list[int]:
+    """What `generate_with` does, with an SDAR checkpoint."""
+    return generate_with(load(checkpoint_dir), prompt_ids, **options)
+
+
+def generate_with(
+    model: Qwen3ForCausalLM,
     prompt_ids: Sequence[int],
     *,
     max_new_tokens: int,
@@ -97,7 +103,6 @@ def generate(
     stop_token_ids: Sequence[int],
 ) -> list[int]:
     """The new tokens of a greedy generation, cut to `max_new_tokens` and after the first stop token."""
-    model = load(checkpoint_dir)
     prompt = list(prompt_ids)
     blocks = math.ceil((len(prompt) + max_new_tokens) / block_length)
     x = np.full(blocks * block_length, mask_token_id)

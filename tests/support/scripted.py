@@ -36,6 +36,8 @@ class Scripted:
     batch_rows: int
     max_sequences: int = 16
     rides: bool = False
+    kv: str = "float32"
+    matrix_bytes: dict[str, int] = field(default_factory=dict)
     deterministic: bool = False
     same_sums: bool = False
     slots: int = 0  # so far

@@ -28,6 +28,7 @@ cdef extern from "integer_dots.h" nogil:
         long tokens
 
     void panel_product(Panel w, Activations x, float *y)
+    int has_vnni()
 
 cdef enum:
     PANEL_ROWS = 16
@@ -125,6 +126,11 @@ class QuantizedMatrix:
         self.scales[first : first + panels] = placed(scales)
         if self.has_zeros:
             self.zeros[first : first + panels] = placed(np.asarray(zeros) + offset)
+
+
+def vnni_in_use():
+    """Whether the instructions of VNNI multiply."""
+    return bool(has_vnni())
 
 
 def nbytes_of(rows, columns, bits, group, zeros):
