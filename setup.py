@@ -20,7 +20,14 @@ MODULES = (
     "losart.engine.remasking",
 )
 
-HEADERS = ("simd.h", "simd_body.h", "simd.pxd", "integer_dots.h", "integer_dots_body.h")
+HEADERS = (
+    "simd.h",
+    "simd_body.h",
+    "simd.pxd",
+    "integer_dots.h",
+    "integer_dots_body.h",
+    "integer_dots_neon.h",
+)
 
 OPENMP_PROBE = "#include <omp.h>\nint main(void) { return omp_get_max_threads() < 1; }\n"
 

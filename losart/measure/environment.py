@@ -62,8 +62,9 @@ def cpu_name() -> str:
 
 
 def _vectors() -> str:
+    dots = " with dot products" if platform.machine() == "aarch64" else " with VNNI"
     plain = PLAIN_VECTORS.get(platform.machine(), PLAIN_VECTORS[""])
-    return VECTORS.get(kernels.vectors_in_use(), plain) + " with VNNI" * quantized_linear.vnni_in_use()
+    return VECTORS.get(kernels.vectors_in_use(), plain) + dots * quantized_linear.dots_in_use()
 
 
 def _gpu() -> dict[str, Any]:

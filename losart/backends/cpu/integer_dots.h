@@ -143,18 +143,26 @@ static void panel_product_plain(Panel w, Activations x, float *y)
 #endif
 #endif
 
-/* Whether VNNI is used: the processor has it in vectors of that level, and LOSART_SIMD is not below 3. */
-static int has_vnni(void)
+#if defined(__aarch64__) && defined(__linux__) && (__GNUC__ >= 8 || __clang_major__ >= 16)
+#define HAS_NEON_DOTS
+#include "integer_dots_neon.h"
+#endif
+
+/* Whether dot products of bytes are used: the processor has VNNI in vectors of that level, or Arm's, and LOSART_SIMD is
+ * not below 3. */
+static int has_dots(void)
 {
     static int found = -1;
     if (found < 0) {
         const char *limit = getenv("LOSART_SIMD");
         found = 0;
+        if (!limit || !*limit || atoi(limit) > 2) {
 #if defined(__x86_64__)
-        __builtin_cpu_init();
-        if (!limit || !*limit || atoi(limit) > 2)
             found = simd_level() == 2 ? __builtin_cpu_supports("avx512vnni") > 0 : simd_level() == 1 && HAS_AVX_VNNI;
+#elif defined(HAS_NEON_DOTS)
+            found = has_dot_products();
 #endif
+        }
     }
     return found;
 }
@@ -162,15 +170,18 @@ static int has_vnni(void)
 /* y[t][r] = the sum over blocks of scale[r] * (x_scale[t] * (w[r][:] . x[t][:]) - zero[r] * x_sum[t]). */
 LOSART_INLINE void panel_product(Panel w, Activations x, float *y)
 {
+    if (has_dots()) {
 #if defined(__x86_64__)
-    if (has_vnni()) {
         if (simd_level() == 2)
             panel_product_avx512vnni(w, x, y);
         else
             panel_product_avxvnni(w, x, y);
         return;
-    }
+#elif defined(HAS_NEON_DOTS)
+        panel_product_neon(w, x, y);
+        return;
 #endif
+    }
     CHOOSE(panel_product, w, x, y)
 }
 

@@ -28,7 +28,7 @@ cdef extern from "integer_dots.h" nogil:
         long tokens
 
     void panel_product(Panel w, Activations x, float *y)
-    int has_vnni()
+    int has_dots()
 
 cdef enum:
     PANEL_ROWS = 16
@@ -128,9 +128,9 @@ class QuantizedMatrix:
             self.zeros[first : first + panels] = placed(np.asarray(zeros) + offset)
 
 
-def vnni_in_use():
-    """Whether the instructions of VNNI multiply."""
-    return bool(has_vnni())
+def dots_in_use():
+    """Whether instructions for dot products of bytes multiply: VNNI, or Arm's."""
+    return bool(has_dots())
 
 
 def nbytes_of(rows, columns, bits, group, zeros):
