@@ -23,7 +23,7 @@ def largest_error() -> float:
             weight = rng.standard_normal((rows, inner), np.float32)
             matrix = Weight((narrow(weight, dtype), narrow(weight[: rows // 2], dtype)), FORMATS[dtype])
             exact = np.concatenate([held(weight, dtype), held(weight[: rows // 2], dtype)]).astype(np.float64)
-            for tokens in (*range(1, 10), 16, 17, 40):
+            for tokens in (*range(1, 10), 16, 17, 64, 65, 130):
                 x = rng.standard_normal((tokens, inner), np.float32)
                 scale = np.abs(x.astype(np.float64)) @ np.abs(exact).T
                 error = np.abs(backend.linear(x, matrix) - x.astype(np.float64) @ exact.T) / scale
@@ -49,6 +49,17 @@ def test_a_token_s_product_does_not_depend_on_how_many_there_are():
         np.testing.assert_array_equal(
             backend.linear(x[first:last], matrix), backend.linear(x, matrix)[first:last]
         )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_nor_does_that_of_many(dtype):
+    rng = np.random.default_rng(2)
+    backend = CpuBackend(model_config(1, 1, 16), Precision.of(dtype))
+    x, weight = rng.standard_normal((150, 300), np.float32), rng.standard_normal((70, 300), np.float32)
+    matrix = Weight((narrow(weight, dtype),), FORMATS[dtype])
+    expected = backend.linear(x, matrix)
+    for first, last in ((0, 9), (1, 17), (60, 70), (0, 64), (64, 129), (3, 150)):
+        np.testing.assert_array_equal(backend.linear(x[first:last], matrix), expected[first:last])
 
 
 class RecordingBackend(CpuBackend):

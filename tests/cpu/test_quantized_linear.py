@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from kv import at_most
 
@@ -58,7 +58,7 @@ def as_rounded(x: np.ndarray, matrix: Any) -> np.ndarray:
 forms = st.tuples(st.sampled_from([4, 8]), st.sampled_from([8, 16, 24, 32, 64, 128, 1 << 20]), st.booleans())
 
 
-@settings(at_most(150))
+@at_most(150)
 @given(forms, st.integers(1, 70), st.integers(1, 300), st.integers(1, 2 * TOKENS + 3), st.integers(0, 2**32))
 @example((8, 1 << 20, False), 33, 4096, 17, 0)
 @example((4, 64, True), 16, 3072, 64, 1)

@@ -78,11 +78,21 @@ rng, products = np.random.default_rng(0), []
 for bits, group, zeros in ((4, 32, False), (4, 48, True), (4, 8, False), (8, 64, True), (8, 1 << 20, False)):
     matrix = QuantizedMatrix(40, 192, bits, min(group, 192), zeros)
     codes, scales = rng.integers(-8, 8, (40, 192)), rng.uniform(0.01, 0.02, (40, -(-192 // group)))
+    if bits == 8:
+        codes, scales = rng.integers(-128, 128, codes.shape), scales / 16
     matrix.fill(0, codes, scales.astype(np.float32), np.full(scales.shape, 3) if zeros else None)
     for tokens in (1, 4, 7, 8, 21):
         x = rng.standard_normal((tokens, 192), np.float32)
         products.append(np.empty((tokens, 40), np.float32))
         multiply_all(x, matrix, products[-1], 0)
+# The largest sums that there can be.
+for bits, code in ((4, 7), (4, -8), (8, 127), (8, -128)):
+    matrix = QuantizedMatrix(16, 64, bits, 64, False)
+    matrix.fill(0, np.full((16, 64), code), np.full((16, 1), 2.0**-7, np.float32))
+    for sign in (-1, 1):
+        out = np.empty((5, 16), np.float32)
+        multiply_all(np.full((5, 64), sign, np.float32), matrix, out, 0)
+        np.testing.assert_allclose(out, code * sign / 2, rtol=1e-6)
 np.save(sys.argv[1], np.concatenate(products))
 """
 

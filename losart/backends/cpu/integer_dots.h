@@ -18,8 +18,8 @@
 #define BLOCK 64   /* columns at most: sums of 2^15 * 2^7 * 64 fit into 32 bits */
 #define AHEAD 8192 /* bytes that are prefetched before they are unpacked */
 
-/* A panel of weights: scales and zeros [groups][16], each group some blocks of columns; `zero_step` is 0 where all groups
- * have the first's zeros. */
+/* A panel of weights: scales and zeros [groups][16], each group some blocks of columns; `zero_step` is 0 where all
+ * groups have the first's zeros. */
 typedef struct {
     const uint8_t *codes;
     const float *scales, *zeros;
@@ -121,7 +121,7 @@ static void panel_product_plain(Panel w, Activations x, float *y)
 #define DOT_ZERO _mm256_setzero_si256()
 #include "integer_dots_body.h"
 
-#if __GNUC__ >= 11 || __clang_major__ >= 12
+#if __clang_major__ >= 19 || (!defined(__clang__) && __GNUC__ >= 11)
 #define HAS_AVX_VNNI __builtin_cpu_supports("avxvnni")
 #define DOT_VNNI(name) _mm256_##name##_avx_epi32
 #define DOT_LANES 8
@@ -152,10 +152,10 @@ static void panel_product_plain(Panel w, Activations x, float *y)
  * not below 3. */
 static int has_dots(void)
 {
-    static int found = -1;
-    if (found < 0) {
+    static int answer = -1;
+    if (answer < 0) {
+        int found = 0; /* other threads must not see it before it is right */
         const char *limit = getenv("LOSART_SIMD");
-        found = 0;
         if (!limit || !*limit || atoi(limit) > 2) {
 #if defined(__x86_64__)
             found = simd_level() == 2 ? __builtin_cpu_supports("avx512vnni") > 0 : simd_level() == 1 && HAS_AVX_VNNI;
@@ -163,8 +163,9 @@ static int has_dots(void)
             found = has_dot_products();
 #endif
         }
+        answer = found;
     }
-    return found;
+    return answer;
 }
 
 /* y[t][r] = the sum over blocks of scale[r] * (x_scale[t] * (w[r][:] . x[t][:]) - zero[r] * x_sum[t]). */

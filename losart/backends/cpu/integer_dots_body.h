@@ -22,7 +22,7 @@
 
 DOT_TARGET static void DOT(widen_block)(const int8_t *codes, long columns, int16_t *w)
 {
-    /* Whole vectors are stored, as add_block will load them. */
+    /* Whole vectors are stored, as PAIR_TILE will load them. */
     const long step = 2 * DOT_LANES;
     for (long i = 0; i < columns * PANEL; i += step) {
         DOT_STORE(w + i, DOT_OP(cvtepi8_epi16)(DOT_HALF(codes + i)));

@@ -95,7 +95,8 @@ NEON_TARGET static void panel_product_neon(Panel w, Activations x, float *y)
     }
     memset(y, 0, sizeof(float) * x.tokens * PANEL);
     for (long b = 0; b < w.blocks; b++) {
-        const float *scale = w.scales + b / w.group_blocks * PANEL, *zero = w.zeros + b / w.group_blocks * w.zero_step;
+        const float *scale = w.scales + b / w.group_blocks * PANEL;
+        const float *zero = w.zeros + b / w.group_blocks * w.zero_step;
         const int8_t *codes = (const int8_t *)w.codes + b * w.columns * PANEL;
         for (long i = 0; i < w.columns * PANEL; i += 64) __builtin_prefetch(codes + i + AHEAD);
         for (long t = 0; t < x.tokens; t++) {

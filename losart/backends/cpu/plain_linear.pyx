@@ -5,8 +5,8 @@ kernels' OpenMP threads want next. It also reads 16-bit weights as they are, and
 
 Up to FEW tokens each have a sum for a row of weights, whose inputs are the lanes (row_products, simd.h).
 More are the lanes themselves, sixteen of them: the activations are laid out [in, 16] for slab_scores, as
-if they were a slab of keys, and rows of weights take the place of queries; a token's sums do not depend on how many there
-are. The matmul must read N * K weights; all tokens, or MOST of them, share each.
+if they were a slab of keys, and rows of weights take the place of queries; a token's sums do not depend on how many
+there are. The matmul must read N * K weights; all tokens, or MOST of them, share each.
 """
 
 import numpy as np

@@ -1,8 +1,8 @@
 """Products of activations with a quantized weight matrix, in integers.
 
-Weights are packed in panels of 16 rows, and read once for up to TOKENS tokens. Activations are rounded with a scale for
-each token and block of columns (integer_dots.h): for weights of 8 bits to 16, 2^-16 of the block's largest, for those of
-4 bits to 8 in blocks of 32 at most, which adds little to their own rounding. Each token's sums are the same whatever
+Weights are packed in panels of 16 rows, and read once for up to TOKENS tokens. Activations are rounded with a scale
+for each token and block of columns (integer_dots.h): for weights of 8 bits to 16, 2^-16 of the block's largest, for
+those of 4 bits to 8 in blocks of 32 at most, which adds little to their own rounding. Each token's sums are the same whatever
 other tokens there are. A matmul must read the codes, rows * in * bits / 8, and 4 bytes per scale.
 """
 
@@ -129,7 +129,7 @@ class QuantizedMatrix:
 
 
 def dots_in_use():
-    """Whether instructions for dot products of bytes multiply: VNNI, or Arm's."""
+    """Whether products use instructions for dot products: VNNI, or Arm's."""
     return bool(has_dots())
 
 
@@ -230,7 +230,7 @@ def multiply(x, matrix, float[:, ::1] out, Py_ssize_t column):
     cdef const uint8_t[:, ::1] codes = matrix.codes
     cdef const float[:, :, ::1] scales = matrix.scales, zeros = matrix.zeros
     cdef Py_ssize_t rows = matrix.rows, block = matrix.block, blocks = matrix.blocks, bits = matrix.bits
-    cdef Py_ssize_t group_blocks = max(1, matrix.group // block) if matrix.group < matrix.columns else blocks
+    cdef Py_ssize_t group_blocks = matrix.group // block if matrix.group < matrix.columns else blocks
     cdef Py_ssize_t tokens = out.shape[0], panels = codes.shape[0], panel
     if values.shape[0] != blocks or values.shape[1] != tokens or x[0].shape[2] != block or tokens > MOST_TOKENS:
         raise ValueError(f"activations of {blocks} blocks of {block} and {tokens} tokens were expected")
@@ -240,7 +240,7 @@ def multiply(x, matrix, float[:, ::1] out, Py_ssize_t column):
         np.asarray(out)[:, column : column + rows] = 0
         return
     cdef bint threads = rows * blocks * block * tokens > WORTH_THREADS
-    cdef bint own_zeros = zeros.shape[1] > 1 or scales.shape[1] == 1
+    cdef bint own_zeros = zeros.shape[1] > 1
     cdef Panel first = Panel(&codes[0, 0], &scales[0, 0, 0], &zeros[0, 0, 0], bits, blocks, block, group_blocks,
                              PANEL_ROWS if own_zeros else 0)
     cdef Activations activations = Activations(&values[0, 0, 0], &x_scales[0, 0], &x_sums[0, 0], tokens)
