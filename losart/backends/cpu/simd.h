@@ -102,7 +102,7 @@ LOSART_INLINE float code_value(uint8_t code, int width)
 #include "simd_body.h"
 
 /* 2 AVX-512, 1 AVX2, 0 neither. The environment variable LOSART_SIMD takes it down to that number; below 3 it also does
- * without VNNI (integer_dots.h). */
+ * without VNNI or Arm's dot products (integer_dots.h). */
 static int simd_level(void)
 {
     static int level = -1;
