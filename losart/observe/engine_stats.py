@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class EngineStats:
     kv_bytes_held: int
     kv_memory: int | None
     kv: str
-    matrix_bytes: dict[str, int]
+    matrix_bytes: dict[str, int] = field(hash=False)
     reused_tokens: int
     prefilled_tokens: int
     new_tokens: int
