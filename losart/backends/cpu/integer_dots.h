@@ -80,8 +80,6 @@ static void panel_product_plain(Panel w, Activations x, float *y)
 
 #define DOT_LANES 16
 #define DOT_TOKENS 8
-#define DOT_TARGET __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma")))
-#define DOT(name) name##_avx512
 #define DOT_INT __m512i
 #define DOT_FLOAT __m512
 #define DOT_OP(name) _mm512_##name
@@ -90,27 +88,29 @@ static void panel_product_plain(Panel w, Activations x, float *y)
 #define DOT_STORE(p, x) _mm512_storeu_si512(p, x)
 #define DOT_AND(x, y) _mm512_and_si512(x, y)
 #define DOT_ZERO _mm512_setzero_si512()
+
+#define DOT_TARGET __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma")))
+#define DOT(name) name##_avx512
 #include "integer_dots_body.h"
 
 #define DOT_VNNI(name) _mm512_##name##_epi32
-#define DOT_LANES 16
-#define DOT_TOKENS 8
 #define DOT_TARGET __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,avx512vnni,avx2,fma")))
 #define DOT(name) name##_avx512vnni
-#define DOT_INT __m512i
-#define DOT_FLOAT __m512
-#define DOT_OP(name) _mm512_##name
-#define DOT_LOAD(p) _mm512_loadu_si512(p)
-#define DOT_HALF(p) _mm256_loadu_si256((const __m256i *)(p))
-#define DOT_STORE(p, x) _mm512_storeu_si512(p, x)
-#define DOT_AND(x, y) _mm512_and_si512(x, y)
-#define DOT_ZERO _mm512_setzero_si512()
 #include "integer_dots_body.h"
+
+#undef DOT_LANES
+#undef DOT_TOKENS
+#undef DOT_INT
+#undef DOT_FLOAT
+#undef DOT_OP
+#undef DOT_LOAD
+#undef DOT_HALF
+#undef DOT_STORE
+#undef DOT_AND
+#undef DOT_ZERO
 
 #define DOT_LANES 8
 #define DOT_TOKENS 4
-#define DOT_TARGET __attribute__((target("avx2,fma")))
-#define DOT(name) name##_avx2
 #define DOT_INT __m256i
 #define DOT_FLOAT __m256
 #define DOT_OP(name) _mm256_##name
@@ -119,23 +119,16 @@ static void panel_product_plain(Panel w, Activations x, float *y)
 #define DOT_STORE(p, x) _mm256_storeu_si256((__m256i *)(p), x)
 #define DOT_AND(x, y) _mm256_and_si256(x, y)
 #define DOT_ZERO _mm256_setzero_si256()
+
+#define DOT_TARGET __attribute__((target("avx2,fma")))
+#define DOT(name) name##_avx2
 #include "integer_dots_body.h"
 
 #if __clang_major__ >= 19 || (!defined(__clang__) && __GNUC__ >= 11)
 #define HAS_AVX_VNNI __builtin_cpu_supports("avxvnni")
 #define DOT_VNNI(name) _mm256_##name##_avx_epi32
-#define DOT_LANES 8
-#define DOT_TOKENS 4
 #define DOT_TARGET __attribute__((target("avxvnni,avx2,fma")))
 #define DOT(name) name##_avxvnni
-#define DOT_INT __m256i
-#define DOT_FLOAT __m256
-#define DOT_OP(name) _mm256_##name
-#define DOT_LOAD(p) _mm256_loadu_si256((const __m256i *)(p))
-#define DOT_HALF(p) _mm_loadu_si128((const __m128i *)(p))
-#define DOT_STORE(p, x) _mm256_storeu_si256((__m256i *)(p), x)
-#define DOT_AND(x, y) _mm256_and_si256(x, y)
-#define DOT_ZERO _mm256_setzero_si256()
 #include "integer_dots_body.h"
 #else /* a compiler that does not know it */
 #define HAS_AVX_VNNI 0

@@ -153,15 +153,5 @@ DOT_TARGET static void DOT(panel_product)(Panel w, Activations x, float *y)
 #undef PAIR_TILE
 #undef NIBBLE_TILE
 #undef DOT_PARTS
-#undef DOT_LANES
-#undef DOT_TOKENS
 #undef DOT_TARGET
 #undef DOT
-#undef DOT_INT
-#undef DOT_FLOAT
-#undef DOT_OP
-#undef DOT_LOAD
-#undef DOT_HALF
-#undef DOT_STORE
-#undef DOT_AND
-#undef DOT_ZERO
