@@ -3,8 +3,9 @@
 from losart.errors import ConfigError
 from losart.loaders.families.family import Family
 from losart.loaders.families.sdar import SDAR
+from losart.loaders.families.sdar_moe import SDAR_MOE
 
-FAMILIES = {"sdar": SDAR}
+FAMILIES = {"sdar": SDAR, "sdar_moe": SDAR_MOE}
 SUPPORTED_MODEL_TYPES = tuple(sorted(FAMILIES))
 
 

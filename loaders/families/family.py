@@ -119,15 +119,20 @@ class TensorPattern:
     name : str
         Canonical name, as in `Transformer`; without "layers.{i}." for a layer's tensor.
     source : str
-        Name in the files; without the family's `layer_prefix` for a layer's tensor.
+        Name in the files; without the family's `layer_prefix` for a layer's tensor. With "{e}", as the name
+        has then too, there is one for each expert.
     shape : tuple of str
         Its dimensions: "vocab", "hidden", "ffn", "head_dim", "q" and "kv" (the width of all query heads
-        and of all kv heads).
+        and of all kv heads), "qkv" (of both kinds of kv heads too), "experts" (their number), "expert_ffn".
+    part : str
+        Of a layer that has it: "head_norms", "qkv_bias", "o_bias", "dense" (a feed-forward), "experts",
+        "router_bias" or "shared"; "" for what all layers have.
     """
 
     name: str
     source: str
     shape: tuple[str, ...]
+    part: str = ""
 
 
 @dataclass(frozen=True)
@@ -155,9 +160,7 @@ class Family:
     layer_prefix : str
         Prefix of the names of a layer's tensors in the files, with "{i}" for the layer.
     layer : tuple of TensorPattern
-        Tensors of each layer.
-    attention_biases : tuple of TensorPattern
-        Further tensors of each layer, if the configuration's `attention_bias` is set.
+        Tensors of each layer, if it has their part.
     harmless : tuple of str
         Patterns (as in `fnmatch`) of names in the files that are ignored.
     """
@@ -167,7 +170,6 @@ class Family:
     head: TensorPattern
     layer_prefix: str
     layer: tuple[TensorPattern, ...]
-    attention_biases: tuple[TensorPattern, ...] = ()
     harmless: tuple[str, ...] = ()
 
     def expected_tensors(self, config: ModelConfig) -> Iterator[ExpectedTensor]:
@@ -179,24 +181,46 @@ class Family:
             "head_dim": config.head_dim,
             "q": config.num_heads * config.head_dim,
             "kv": config.num_kv_heads * config.head_dim,
+            "qkv": (config.num_heads + 2 * config.num_kv_heads) * config.head_dim,
         }
+        experts = config.experts
+        if experts is not None:
+            sizes |= {"experts": experts.count, "expert_ffn": experts.intermediate_size}
 
         def expected(
-            pattern: TensorPattern, name_prefix: str = "", source_prefix: str = ""
+            pattern: TensorPattern, name_prefix: str = "", source_prefix: str = "", expert: int = 0
         ) -> ExpectedTensor:
             shape = tuple(sizes[dimension] for dimension in pattern.shape)
-            return ExpectedTensor(name_prefix + pattern.name, source_prefix + pattern.source, shape)
+            name, source = name_prefix + pattern.name, source_prefix + pattern.source
+            return ExpectedTensor(name.replace("{e}", str(expert)), source.replace("{e}", str(expert)), shape)
 
         yield from map(expected, self.model)
         if not config.tie_embeddings:
             yield expected(self.head)
-        layer = self.layer + (self.attention_biases if config.attention_bias else ())
         for i in range(config.num_layers):
-            for pattern in layer:
-                yield expected(pattern, f"layers.{i}.", self.layer_prefix.format(i=i))
+            parts, prefixes = _parts(config, i), (f"layers.{i}.", self.layer_prefix.format(i=i))
+            for pattern in self.layer:
+                if pattern.part in parts:
+                    for expert in parts[pattern.part] if "{e}" in pattern.name else range(1):
+                        yield expected(pattern, *prefixes, expert)
 
     def is_harmless(self, source: str, config: ModelConfig) -> bool:
         """Whether a tensor of the files that is not expected may be ignored."""
         if config.tie_embeddings and source == self.head.source:
             return True
         return any(fnmatchcase(source, pattern) for pattern in self.harmless)
+
+
+def _parts(config: ModelConfig, layer: int) -> dict[str, range]:
+    """The parts that a layer has, and the experts that each is of."""
+    once, experts = range(1), config.experts_of(layer)
+    optional = (name for name in ("head_norms", "qkv_bias", "o_bias") if getattr(config, name))
+    parts = dict.fromkeys(("", *optional), once)
+    if experts is None:
+        return parts | {"dense": once}
+    parts["experts"] = range(experts.count)
+    if experts.bias:
+        parts["router_bias"] = once
+    if experts.shared:
+        parts["shared"] = range(experts.count, experts.count + experts.shared)
+    return parts

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from losart.config.model import ModelConfig
+from losart.config.model import ExpertsConfig, ModelConfig
 from losart.config.precision import Precision
 from losart.engine.batch import PassBatch
 from losart.engine.kv_cache import PagedKVCache
@@ -21,9 +21,34 @@ from losart.engine.sampling import Proposals
 Array = Any
 Batch = Any  # a PassBatch, as the backend hands it to the body of a pass
 Weight = Any  # matrices [out_i, in], joined along `out`
+Experts = Any  # such matrices of each expert, all alike
 Matmul = Any  # the result of a matmul, for the operation that follows it
 Prefix = Any  # o [tokens, heads, head_dim] and log-sum-exp [tokens, heads], for block_attention
 Slot = Any  # a sequence's stored results
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertWeights:
+    """A layer's mixture of experts.
+
+    Attributes
+    ----------
+    config : ExpertsConfig
+    router : Weight
+        [experts, hidden]
+    bias : float32 [experts], optional
+        The backend's own.
+    gate_up : Experts
+        [2 * width, hidden] of each expert, the shared ones last.
+    down : Experts
+        [hidden, width] of each.
+    """
+
+    config: ExpertsConfig
+    router: Weight
+    bias: Array | None
+    gate_up: Experts
+    down: Experts
 
 
 @dataclass(frozen=True)
@@ -207,6 +232,9 @@ class Backend(Protocol):
     def upload(self, *tensors: Any) -> Weight:
         """A checkpoint's tensors [out_i, in] as one matrix [sum of out_i, in], in the format of weights."""
 
+    def upload_experts(self, *experts: tuple[Any, ...]) -> Experts:
+        """The tensors of each expert's matrix, which `upload` would take."""
+
     def held(self, *tensors: Any) -> dict[str, int]:
         """In which formats matrices are held that are uploaded as one, and the bytes of each."""
 
@@ -248,15 +276,21 @@ class Backend(Protocol):
         """The residual stream x + delta, and its RMS norm times gain."""
 
     def split_heads(
-        self, qkv: Matmul, q_norm: Array, k_norm: Array, batch: Batch
+        self, qkv: Matmul, q_norm: Array | None, k_norm: Array | None, batch: Batch
     ) -> tuple[Array, Array, Array]:
         """q [tokens, heads, head_dim], k and v [tokens, kv_heads, head_dim] from joined projections.
 
-        q and k are RMS-normed per head and rotated to the rows' positions.
+        q and k are RMS-normed per head, where there are gains, and rotated to the rows' positions.
         """
 
     def gated_linear(self, x: Array, gate_up: Weight, prefill: bool) -> Array:
         """silu(gate) * up, [tokens, ffn], of x times the joined projections [2 * ffn, in]."""
+
+    def experts(self, x: Array, layer: ExpertWeights, prefill: bool) -> Matmul:
+        """Each token's weighted sum of its experts' feed-forwards, [tokens, hidden].
+
+        Router logits, scores and weights are float32.
+        """
 
     def write_kv(self, layer: int, k: Array, v: Array, batch: Batch) -> None:
         """Keys and values of the rows that are not denoised into the cache, after each sequence's prefix."""

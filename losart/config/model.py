@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from losart.config.checks import is_int, is_number
@@ -11,13 +12,84 @@ from losart.errors import ConfigError
 
 
 @dataclass(frozen=True)
+class ExpertsConfig:
+    """A mixture of experts in place of a feed-forward.
+
+    A token's scores are the softmax, or each the sigmoid, of its router logits. It goes to the experts of
+    highest score, of equal ones the earlier; with a bias, of highest score plus bias. With groups of
+    neighbouring experts only those groups count whose two highest are the highest in sum.
+
+    Attributes
+    ----------
+    count, per_token : int
+        Experts of a layer, and those that a token goes to.
+    intermediate_size : int
+        Width of an expert.
+    scores : {"softmax", "sigmoid"}
+    normalize : bool
+        Whether a token's weights, which are scores without bias, are divided by their sum.
+    bias : bool
+        Whether a bias is added to scores for the choice.
+    groups, kept_groups : int
+        Groups of experts, and those that a token chooses from.
+    scaling : float
+        A factor of all weights.
+    shared : int
+        Further experts that every token goes to, with weight 1.
+    dense_layers : frozenset of int
+        Layers that have a feed-forward all the same.
+    """
+
+    count: int
+    per_token: int
+    intermediate_size: int
+    scores: str = "softmax"
+    normalize: bool = True
+    bias: bool = False
+    groups: int = 1
+    kept_groups: int = 1
+    scaling: float = 1.0
+    shared: int = 0
+    dense_layers: frozenset[int] = frozenset()
+
+    def __post_init__(self) -> None:
+        for name in ("count", "per_token", "intermediate_size", "groups", "kept_groups"):
+            value = getattr(self, name)
+            if not is_int(value) or value <= 0:
+                raise ConfigError(f"experts: {name} must be a positive integer, not {value!r}")
+        if self.scores not in ("softmax", "sigmoid"):
+            raise ConfigError(f"experts: scores must be softmax or sigmoid, not {self.scores!r}")
+        if not (is_int(self.shared) and self.shared >= 0):
+            raise ConfigError(f"experts: shared must be an integer, 0 or more, not {self.shared!r}")
+        if not is_number(self.scaling) or not math.isfinite(self.scaling):
+            raise ConfigError(f"experts: scaling must be a number, not {self.scaling!r}")
+        if self.count % self.groups or self.kept_groups > self.groups:
+            raise ConfigError(
+                f"experts: {self.count} experts cannot be in {self.groups} groups of which "
+                f"{self.kept_groups} are kept"
+            )
+        if self.groups > 1 and self.count // self.groups < 2:
+            raise ConfigError(f"experts: groups of {self.count // self.groups} have no two highest scores")
+        if self.per_token > self.count // self.groups * self.kept_groups:
+            raise ConfigError(
+                f"experts: {self.per_token} per token are more than the "
+                f"{self.count // self.groups * self.kept_groups} that it chooses from"
+            )
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Sizes and parts of a block-diffusion transformer.
 
     Attributes
     ----------
-    attention_bias : bool
-        Whether the q, k, v, and o projections have biases.
+    intermediate_size : int
+        Width of the feed-forward.
+    head_norms : bool
+        Whether queries and keys are RMS-normed per head.
+    qkv_bias, o_bias : bool
+        Whether the q, k and v projections have biases; whether the o projection has.
+    experts : ExpertsConfig or None
     tie_embeddings : bool
         Whether the output projection is the embedding.
     block_length, mask_token_id : int or None
@@ -39,7 +111,10 @@ class ModelConfig:
     max_positions: int
     rms_norm_eps: float = 1e-6
     rope: RopeConfig = field(default_factory=RopeConfig)
-    attention_bias: bool = False
+    head_norms: bool = True
+    qkv_bias: bool = False
+    o_bias: bool = False
+    experts: ExpertsConfig | None = None
     tie_embeddings: bool = False
     block_length: int | None = None
     mask_token_id: int | None = None
@@ -76,6 +151,10 @@ class ModelConfig:
                 raise ConfigError(
                     f"token id {token!r} of the configuration is outside the vocabulary of {self.vocab_size}"
                 )
+
+    def experts_of(self, layer: int) -> ExpertsConfig | None:
+        """The experts of a layer; None where it has a feed-forward."""
+        return None if self.experts is None or layer in self.experts.dense_layers else self.experts
 
     @property
     def group_size(self) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 
 from losart.backends import make_backend
 from losart.config.checks import is_int
-from losart.config.model import ModelConfig
+from losart.config.model import ExpertsConfig, ModelConfig
 from losart.config.options import AttentionConfig, generation_config
 from losart.config.precision import FLOAT32, Precision
 from losart.errors import OptionError
@@ -114,8 +114,15 @@ def _sizes(config: ModelConfig) -> dict[str, Any]:
         "positions": config.max_positions,
         "rope": dataclasses.asdict(config.rope),
         "tied_embeddings": config.tie_embeddings,
-        "attention_bias": config.attention_bias,
+        "head_norms": config.head_norms,
+        "qkv_bias": config.qkv_bias,
+        "o_bias": config.o_bias,
+        "experts": None if config.experts is None else _experts(config.experts),
     }
+
+
+def _experts(experts: ExpertsConfig) -> dict[str, Any]:
+    return dataclasses.asdict(experts) | {"dense_layers": sorted(experts.dense_layers)}
 
 
 def _default_options(config: ModelConfig) -> dict[str, Any] | None:

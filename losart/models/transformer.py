@@ -10,8 +10,18 @@ from itertools import islice
 from typing import Any
 
 from losart.attention import AttentionPolicy, make_policy
-from losart.backends.base import Array, Backend, Batch, PassBody, PassOutput, Selection, Slot, Weight
-from losart.config.model import ModelConfig
+from losart.backends.base import (
+    Array,
+    Backend,
+    Batch,
+    ExpertWeights,
+    PassBody,
+    PassOutput,
+    Selection,
+    Slot,
+    Weight,
+)
+from losart.config.model import ExpertsConfig, ModelConfig
 from losart.config.options import AttentionConfig, GenerationConfig
 from losart.engine.batch import PassBatch, PassKind, PassResult
 from losart.engine.kv_cache import PagedKVCache
@@ -20,23 +30,31 @@ from losart.engine.turns import Turns
 from losart.models.observed import observed_layers
 
 # A layer's matrices, and the checkpoint's that each joins.
-JOINED = {"qkv": ("q", "k", "v"), "o": ("o",), "gate_up": ("gate", "up"), "down": ("down",)}
+ATTENTION = {"qkv": ("q", "k", "v"), "o": ("o",)}
+FEED_FORWARD = {"gate_up": ("gate", "up"), "down": ("down",)}
+
+
+@dataclass(frozen=True)
+class FeedForward:
+    """down(silu(gate(x)) * up(x))."""
+
+    gate_up: Weight
+    down: Weight
 
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """One layer's weights as the backend holds them."""
+    """One layer's weights as the backend holds them; None for the parts that a model has not."""
 
     input_norm: Array
     qkv: Weight
     qkv_bias: Array | None
-    q_norm: Array
-    k_norm: Array
+    q_norm: Array | None
+    k_norm: Array | None
     o: Weight
     o_bias: Array | None
     post_norm: Array
-    gate_up: Weight
-    down: Weight
+    feed_forward: FeedForward | ExpertWeights
 
 
 class Transformer:
@@ -70,7 +88,7 @@ class Transformer:
         self.embedding = backend.upload(tensors["embed"])
         self.layers = []
         for i in range(config.num_layers):
-            self.layers.append(self._load_layer(tensors, f"layers.{i}."))
+            self.layers.append(self._load_layer(tensors, i))
             if progress is not None:
                 progress(i + 1, config.num_layers)
         self.final_norm = backend.upload_vector(tensors["final_norm"])
@@ -80,27 +98,37 @@ class Transformer:
         self.pools: MutableSet[KVPool] = weakref.WeakSet()
         self.policies: dict[tuple[AttentionConfig, int], AttentionPolicy] = {}
 
-    def _load_layer(self, tensors: Mapping[str, Any], prefix: str) -> LayerWeights:
-        backend = self.backend
+    def _load_layer(self, tensors: Mapping[str, Any], index: int) -> LayerWeights:
+        backend, prefix = self.backend, f"layers.{index}."
 
         def weight(name: str) -> Weight:
-            return backend.upload(*(tensors[prefix + part] for part in JOINED[name]))
+            return backend.upload(*(tensors[prefix + part] for part in (ATTENTION | FEED_FORWARD)[name]))
 
         def vector(*names: str) -> Array:
             return backend.upload_vector(*(tensors[prefix + name] for name in names))
 
-        bias = self.config.attention_bias
+        c, experts = self.config, self.config.experts_of(index)
+        feed_forward: FeedForward | ExpertWeights
+        if experts is None:
+            feed_forward = FeedForward(weight("gate_up"), weight("down"))
+        else:
+            feed_forward = ExpertWeights(
+                experts,
+                backend.upload(tensors[prefix + "router"]),
+                vector("router_bias") if experts.bias else None,
+                backend.upload_experts(*_of_experts(tensors, prefix, experts, "gate_up")),
+                backend.upload_experts(*_of_experts(tensors, prefix, experts, "down")),
+            )
         return LayerWeights(
             input_norm=vector("input_norm"),
             qkv=weight("qkv"),
-            qkv_bias=vector("q_bias", "k_bias", "v_bias") if bias else None,
-            q_norm=vector("q_norm"),
-            k_norm=vector("k_norm"),
+            qkv_bias=vector("q_bias", "k_bias", "v_bias") if c.qkv_bias else None,
+            q_norm=vector("q_norm") if c.head_norms else None,
+            k_norm=vector("k_norm") if c.head_norms else None,
             o=weight("o"),
-            o_bias=vector("o_bias") if bias else None,
+            o_bias=vector("o_bias") if c.o_bias else None,
             post_norm=vector("post_norm"),
-            gate_up=weight("gate_up"),
-            down=weight("down"),
+            feed_forward=feed_forward,
         )
 
     @staticmethod
@@ -120,8 +148,13 @@ class Transformer:
             if name in tensors:
                 yield (tensors[name],)
         for index in range(config.num_layers):
-            for parts in JOINED.values():
-                yield tuple(tensors[f"layers.{index}.{part}"] for part in parts)
+            prefix, experts = f"layers.{index}.", config.experts_of(index)
+            for parts in (ATTENTION if experts else ATTENTION | FEED_FORWARD).values():
+                yield tuple(tensors[prefix + part] for part in parts)
+            if experts is not None:
+                yield (tensors[prefix + "router"],)
+                for name in FEED_FORWARD:
+                    yield from _of_experts(tensors, prefix, experts, name)
 
     @property
     def kv(self) -> str:
@@ -255,7 +288,11 @@ class Transformer:
             o = parts[0] if len(parts) == 1 else backend.join(parts)
             delta = linear(o.reshape(len(o), -1), layer.o, layer.o_bias)
             x, h = backend.add_rms_norm(x, delta, layer.post_norm)
-            delta = linear(backend.gated_linear(h, layer.gate_up, prefills), layer.down)
+            if isinstance(layer.feed_forward, ExpertWeights):
+                delta = backend.experts(h, layer.feed_forward, prefills)
+            else:
+                gated = backend.gated_linear(h, layer.feed_forward.gate_up, prefills)
+                delta = linear(gated, layer.feed_forward.down)
         _, hidden = backend.add_rms_norm(x, delta, self.final_norm)
         return (self._propose(hidden, batch) if batch.denoises else None), reads
 
@@ -275,3 +312,11 @@ class Transformer:
         if group.kind is PassKind.COMMIT:  # after pages are selected by the bounds of those before it
             backend.write_kv(index, k, v, group)
         return found
+
+
+def _of_experts(
+    tensors: Mapping[str, Any], prefix: str, experts: ExpertsConfig, name: str
+) -> Iterator[tuple[Any, ...]]:
+    """The tensors that each expert's matrix joins, those of shared experts last."""
+    for expert in range(experts.count + experts.shared):
+        yield tuple(tensors[f"{prefix}experts.{expert}.{part}"] for part in FEED_FORWARD[name])

@@ -17,7 +17,7 @@ from losart.config.precision import FORMATS, Precision
 from losart.engine.batch import PassBatch, PassKind, SequencePass
 from losart.errors import DataError, NumericalError, OptionError, TensorError
 from losart.loaders import Checkpoint, MappedTensor
-from losart.models.transformer import JOINED, Transformer
+from losart.models.transformer import ATTENTION, FEED_FORWARD, Transformer
 from losart.quantization.gptq import gptq
 from losart.quantization.rounding import RoundedTensor, WeightFormat
 
@@ -174,16 +174,18 @@ class Calibration:
             if name.startswith(prefix) or name in ("embed", "final_norm")
         }
         transformer = Transformer(config, tensors, backend)
-        joined = {name: getattr(transformer.layers[0], name) for name in JOINED}
+        first, parts = transformer.layers[0], ATTENTION | FEED_FORWARD
+        joined = {name: getattr(first, name) for name in ATTENTION}
+        joined |= {name: getattr(first.feed_forward, name) for name in FEED_FORWARD}
         for name, weight in joined.items():
-            columns = tensors[f"layers.0.{JOINED[name][0]}"].shape[1]
+            columns = tensors[f"layers.0.{parts[name][0]}"].shape[1]
             backend.hessians[id(weight)] = np.zeros((columns, columns))
         self._run(transformer, backend)
         backend.add_waiting()
         self._found = {}
         for name, weight in joined.items():
             hessian = backend.hessians.pop(id(weight))
-            for part in JOINED[name]:
+            for part in parts[name]:
                 tensor = tensors[f"layers.0.{part}"]
                 try:
                     self._found[part] = gptq(_float32(tensor), hessian, self._format, FORMATS[tensor.dtype])

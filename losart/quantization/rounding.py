@@ -163,7 +163,8 @@ def rounded_tensors(
     for name, tensor in checkpoint.tensors.items():
         if isinstance(tensor, QuantizedTensor):
             raise OptionError(f"{checkpoint.path}: is quantized; quantize the checkpoint that it was made of")
-        format = head if name == "head" else weights if name.startswith("layers.") else None
+        matrix = name.startswith("layers.") and not name.endswith(".router")
+        format = head if name == "head" else weights if matrix else None
         rounds = format is not None and len(tensor.shape) == 2
         tensors[name] = RoundedTensor(tensor, format) if rounds and format is not None else tensor
     return tensors

@@ -136,7 +136,7 @@ def test_inspect_is_what_the_files_and_the_model_are(make_checkpoint, capsys, bi
     expected = (config.num_layers, config.hidden_size, config.num_heads, config.num_kv_heads)
     sizes = facts["sizes"]
     assert (sizes["layers"], sizes["hidden"], sizes["heads"], sizes["kv_heads"]) == expected
-    assert (sizes["tied_embeddings"], sizes["attention_bias"]) == (tied, bias)
+    assert (sizes["tied_embeddings"], sizes["qkv_bias"], sizes["o_bias"]) == (tied, bias, bias)
     assert (facts["block_length"], facts["tokenizer"], facts["chat_template"]) == (8, True, True)
     assert facts["mask_token"] == {"id": config.mask_token_id, "text": "<|MASK|>"}
     assert [token["text"] for token in facts["end_tokens"]] == ["<|im_end|>", "<|endoftext|>"]

@@ -101,7 +101,7 @@ def test_weights_that_are_rounded_while_loading_are_those_of_the_written_checkpo
     matrices = [runner.head.matrices[0], runner.embedding.matrices[0]]
     vectors = [runner.final_norm]
     for layer in runner.layers:
-        for weight in (layer.qkv, layer.o, layer.gate_up, layer.down):
+        for weight in (layer.qkv, layer.o, layer.feed_forward.gate_up, layer.feed_forward.down):
             matrices += weight.matrices
         vectors += [layer.input_norm, layer.q_norm, layer.k_norm, layer.post_norm]
     assert loaded.weights == written.weights == tuple(facts[0]["held_in"])

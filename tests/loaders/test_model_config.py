@@ -48,7 +48,7 @@ def test_defaults_of_absent_keys(read_config):
     assert config.num_kv_heads == 16
     assert config.rms_norm_eps == 1e-6
     assert config.tie_embeddings is False
-    assert config.attention_bias is False
+    assert (config.qkv_bias, config.o_bias) == (False, False)
     assert config.dtype is None
     assert config.rope == RopeConfig(theta=10000.0)
     assert config.block_length is None

@@ -160,7 +160,7 @@ def test_a_generation_is_that_of_the_matrices(case, tmp_path):
     text = json.dumps(config)
     stays = not any(word in text for word in ("desc_act", "actorder", '"float"', "fp8"))
     for layer in models[0]._engine.runner.layers:
-        for weight in (layer.qkv, layer.o, layer.gate_up, layer.down):
+        for weight in (layer.qkv, layer.o, layer.feed_forward.gate_up, layer.feed_forward.down):
             assert all(isinstance(matrix, QuantizedMatrix) == stays for matrix in weight.matrices)
     held_in = inspection(open_checkpoint(directory), "cpu")["held_in"]
     assert len(held_in) == 1 + stays and held_in[0] == "float32"

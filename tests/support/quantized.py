@@ -221,9 +221,15 @@ def with_plain_weights(model: Any) -> Any:
         return replace(weight, matrices=tuple(matrices), format=FORMATS["float32"])
 
     runner = model._engine.runner
-    names = ("qkv", "o", "gate_up", "down")
+
+    def plain_parts(part: Any, *names: str) -> Any:
+        return replace(part, **{name: plain(getattr(part, name)) for name in names})
+
     runner.layers = [
-        replace(layer, **{name: plain(getattr(layer, name)) for name in names}) for layer in runner.layers
+        replace(
+            plain_parts(layer, "qkv", "o"), feed_forward=plain_parts(layer.feed_forward, "gate_up", "down")
+        )
+        for layer in runner.layers
     ]
     runner.head, runner.embedding = plain(runner.head), plain(runner.embedding)
     return model

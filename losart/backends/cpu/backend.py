@@ -15,9 +15,17 @@ import numpy as np
 import losart.backends.cpu.attention_kernels as kernels
 import losart.backends.cpu.plain_linear as plain_linear
 import losart.backends.cpu.quantized_linear as quantized_linear
-from losart.backends.base import HostSelection, PassBody, PassOutput, Selection, StoredResults
+from losart.backends.base import (
+    ExpertWeights,
+    HostSelection,
+    PassBody,
+    PassOutput,
+    Selection,
+    StoredResults,
+)
 from losart.backends.cpu.convert import float32_rows, narrow, widen
 from losart.backends.cpu.kv_index import PageTable
+from losart.backends.cpu.routing import route
 from losart.backends.cpu.selector import Selector
 from losart.config.model import ModelConfig
 from losart.config.options import CHOICES
@@ -110,6 +118,9 @@ class CpuBackend:
     def upload(self, *tensors: Any) -> Weight:
         return Weight(tuple(self._upload(tensor) for tensor in tensors), self.precision.weights)
 
+    def upload_experts(self, *experts: tuple[Any, ...]) -> tuple[Weight, ...]:
+        return tuple(self.upload(*tensors) for tensors in experts)
+
     def held(self, *tensors: Any) -> dict[str, int]:
         sizes, format = Counter[str](), self.precision.weights
         for tensor in tensors:
@@ -177,8 +188,10 @@ class CpuBackend:
         return widen(table.matrices[0][np.concatenate([sequence.ids for sequence in batch.sequences])])
 
     def linear(self, x: np.ndarray, weight: Weight, bias: np.ndarray | None = None) -> np.ndarray:
-        if not self.deterministic:
-            return self._multiply(x, weight, bias)
+        return self._few(x, weight, bias) if self.deterministic else self._multiply(x, weight, bias)
+
+    def _few(self, x: np.ndarray, weight: Weight, bias: np.ndarray | None = None) -> np.ndarray:
+        """However many rows there are, by the kernel for few."""
         rows = plain_linear.FEW_TOKENS
         slices = (x[first : first + rows] for first in range(0, len(x), rows))
         return np.concatenate([self._multiply(some, weight, bias) for some in slices])
@@ -220,18 +233,16 @@ class CpuBackend:
         return y
 
     def split_heads(
-        self, qkv: np.ndarray, q_norm: np.ndarray, k_norm: np.ndarray, batch: PassBatch
+        self, qkv: np.ndarray, q_norm: np.ndarray | None, k_norm: np.ndarray | None, batch: PassBatch
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         c = self.config
         q, k, v = np.split(
             qkv.reshape(len(qkv), -1, c.head_dim), [c.num_heads, c.num_heads + c.num_kv_heads], axis=1
         )
         cos, sin = self._rotation_of(batch)
-        return (
-            _rotate(self._rms_norm(q, q_norm), cos, sin),
-            _rotate(self._rms_norm(k, k_norm), cos, sin),
-            np.ascontiguousarray(v),
-        )
+        q = q if q_norm is None else self._rms_norm(q, q_norm)
+        k = k if k_norm is None else self._rms_norm(k, k_norm)
+        return _rotate(q, cos, sin), _rotate(k, cos, sin), np.ascontiguousarray(v)
 
     def _rotation_of(self, batch: PassBatch) -> tuple[np.ndarray, np.ndarray]:
         # All layers of a pass ask for the same rows.
@@ -246,15 +257,22 @@ class CpuBackend:
         return rotation[1], rotation[2]
 
     def gated_linear(self, x: np.ndarray, gate_up: Weight, prefill: bool) -> np.ndarray:
-        linear = self.prefill_linear if prefill else self.linear
-        gate, up = np.split(linear(x, gate_up), 2, axis=1)
-        # exp(-gate) = inf gives the right zero; what is not finite shows in the logits.
-        with np.errstate(over="ignore", invalid="ignore"):
-            y = np.exp(-gate)
-            y += 1.0
-            np.divide(gate, y, out=y)
-            y *= up
-        return y
+        return _gated((self.prefill_linear if prefill else self.linear)(x, gate_up))
+
+    def experts(self, x: np.ndarray, layer: ExpertWeights, prefill: bool) -> np.ndarray:
+        # How many of its rows an expert has must not decide how they are summed.
+        router, linear = (self.prefill_linear,) * 2 if prefill else (self.linear, self._few)
+        chosen, weights = route(router(x, layer.router), layer.bias, layer.config)
+        total = np.zeros_like(x)
+        order = np.argsort(chosen, axis=None, kind="stable")
+        used, starts = np.unique(chosen.reshape(-1)[order], return_index=True)
+        for expert, places in zip(used, np.split(order, starts[1:]), strict=True):
+            rows = places // layer.config.per_token
+            y = linear(_gated(linear(x[rows], layer.gate_up[expert])), layer.down[expert])
+            total[rows] += weights.reshape(-1)[places, None] * y
+        for expert in range(layer.config.count, len(layer.gate_up)):
+            total += router(_gated(router(x, layer.gate_up[expert])), layer.down[expert])
+        return total
 
     def write_kv(self, layer: int, k: np.ndarray, v: np.ndarray, batch: PassBatch) -> None:
         for sequence, rows in batch.rows():
@@ -440,6 +458,18 @@ def _packed(tensor: Any, form: tuple[int, int, int, int, bool]) -> quantized_lin
         matrix.fill(start, codes, scales, of_groups if zeros else None)
     tensor.release()
     return matrix
+
+
+def _gated(joined: np.ndarray) -> np.ndarray:
+    """silu(gate) * up of [tokens, 2 * width]."""
+    gate, up = np.split(joined, 2, axis=1)
+    # exp(-gate) = inf gives the right zero; what is not finite shows in the logits.
+    with np.errstate(over="ignore", invalid="ignore"):
+        y = np.exp(-gate)
+        y += 1.0
+        np.divide(gate, y, out=y)
+        y *= up
+    return y
 
 
 def _rotate(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:

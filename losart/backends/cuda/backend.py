@@ -15,6 +15,7 @@ import cupy
 import numpy as np
 
 from losart.backends.base import (
+    ExpertWeights,
     HostSelection,
     PassBody,
     PassOutput,
@@ -101,6 +102,8 @@ class CudaBackend:
             raise ConfigError(
                 f"head_dim must be {cu.LARGEST_HEAD_DIM} at most on CUDA, not {config.head_dim}"
             )
+        if config.experts is not None:
+            raise ConfigError("mixtures of experts are not supported on CUDA")
         self.config = config
         self.precision = precision
         self.deterministic = deterministic
@@ -127,6 +130,9 @@ class CudaBackend:
     def upload(self, *tensors: Any) -> Weight | QuantizedWeight:
         with self.memory.running("the weights"):
             return self._loader.matrix(*tensors)
+
+    def upload_experts(self, *experts: tuple[Any, ...]) -> Any:
+        raise NotImplementedError
 
     def held(self, *tensors: Any) -> dict[str, int]:
         format = self.precision.weights
@@ -312,6 +318,9 @@ class CudaBackend:
         y = self._activations((tokens, rows // 2))
         self._launch_hopper(plan, x, gate_up, y)
         return y
+
+    def experts(self, x: Any, layer: ExpertWeights, prefill: bool) -> Matmul:
+        raise NotImplementedError
 
     def silu_gate(self, gate_up: Matmul) -> Any:
         """silu(gate) * up from the joined projections [tokens, 2 * ffn]."""

@@ -1,4 +1,4 @@
-"""The files of an SDAR checkpoint with random weights: configuration, tokenizer, and tensors."""
+"""The files of a checkpoint with random weights: configuration, tokenizer, and tensors."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 
 from losart.config.model import ModelConfig
 from losart.config.precision import FORMATS
+from losart.loaders.families import Family, family_of
 from losart.loaders.families.family import ConfigFiles
-from losart.loaders.families.sdar import SDAR
 from losart.loaders.json_files import JsonObject
 from losart.measure.random_checkpoint.byte_tokenizer import special_token_ids, write_tokenizer
 from losart.measure.random_checkpoint.tensors import RandomTensor, write_tensors
@@ -30,11 +30,25 @@ SIZES: dict[str, dict[str, Any]] = {
     "8B": QWEN3 | {"hidden_size": 4096, "intermediate_size": 12288, "num_layers": 36, "num_heads": 32},
 }
 SHARDS = {"4B": 3, "8B": 5}
+# What a family's config.json has beside the keys of all, with experts small enough for "tiny".
+FAMILY_KEYS: dict[str, dict[str, Any]] = {
+    "sdar": {"architectures": ["SDARForCausalLM"]},
+    "sdar_moe": {
+        "architectures": ["SDARMoeForCausalLM"],
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "moe_intermediate_size": 64,
+        "norm_topk_prob": True,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+    },
+}
 
 
 def write_checkpoint(
     directory: str | os.PathLike[str],
     *,
+    family: str = "sdar",
     hidden_size: int = 128,
     intermediate_size: int = 256,
     num_layers: int = 4,
@@ -62,6 +76,8 @@ def write_checkpoint(
     ----------
     directory : path
         Created if need be; files in it are overwritten.
+    family : str
+        A model type of `FAMILY_KEYS`.
     tied, bias : bool
         Whether the output projection is the embedding; whether the attention has biases.
     dtype : {"float32", "bfloat16", "float16"}
@@ -90,8 +106,6 @@ def write_checkpoint(
     directory.mkdir(parents=True, exist_ok=True)
     ids = special_token_ids(vocab_size)
     config = {
-        "architectures": ["SDARForCausalLM"],
-        "model_type": "sdar",
         "attention_bias": bias,
         "attention_dropout": 0.0,
         "bos_token_id": ids["<|endoftext|>"],
@@ -125,14 +139,17 @@ def write_checkpoint(
         "pad_token_id": ids["<|endoftext|>"],
     }
     config_file, generation_file = directory / "config.json", directory / "generation_config.json"
-    _write_json(config_file, config | (extra_config or {}))
+    config |= {"model_type": family} | FAMILY_KEYS[family] | (extra_config or {})
+    _write_json(config_file, config)
     _write_json(generation_file, generation)
     if tokenizer:
         write_tokenizer(directory, vocab_size)
 
     files = ConfigFiles(JsonObject(config_file, config), JsonObject(generation_file, generation))
-    model = ModelConfig(model_type="sdar", **SDAR.config_values(files))
-    write_tensors(directory, list(_tensors(model, head_gain)), FORMATS[dtype], shards, seed, progress)
+    of_family = family_of(family)
+    model = ModelConfig(model_type=family, **of_family.config_values(files))
+    tensors = list(_tensors(of_family, model, head_gain))
+    write_tensors(directory, tensors, FORMATS[dtype], shards, seed, progress)
     return directory
 
 
@@ -147,11 +164,11 @@ def write_size(
     return write_checkpoint(directory, **SIZES[size], dtype=dtype, shards=SHARDS.get(size, 1), **options)
 
 
-def _tensors(model: ModelConfig, head_gain: float) -> Iterator[RandomTensor]:
+def _tensors(family: Family, model: ModelConfig, head_gain: float) -> Iterator[RandomTensor]:
     """Scaled so that attention is peaked, each layer matters, and logits are neither flat nor certain."""
     # At this scale the largest of `vocab_size` random logits begins to stand out of the softmax.
     logits_std = math.sqrt(2 * math.log(model.vocab_size))
-    for tensor in SDAR.expected_tensors(model):
+    for tensor in family.expected_tensors(model):
         part = tensor.name.rpartition(".")[2]
         if part.endswith("_norm"):
             mean = head_gain if part in ("q_norm", "k_norm") else 1.0
