@@ -24,7 +24,8 @@ class BatchView(ctypes.Structure):
     """The pass's inputs, where the host has copied them."""
 
     _fields_ = _fields(
-        "uniforms top_p ids positions rotations masked_count masked logits mask_token top_k temperature", ""
+        "uniforms top_p ids positions rotations proposed_count proposed logits mask_token top_k temperature",
+        "",
     )
 
 

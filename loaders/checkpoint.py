@@ -74,6 +74,8 @@ def open_checkpoint(model: str | os.PathLike[str] | None = None) -> Checkpoint:
     config = read_model_config(directory, tokenizer)
     quantization = read_quantization(read_json_object(directory / "config.json"))
     tensors = _canonical_tensors(directory, config, map_tensors(directory), quantization)
+    refined = family_of(config.model_type).refined
+    config = config if refined is None else refined(config, tensors)
     special_tokens = {} if tokenizer is None else tokenizer.special_tokens
     return Checkpoint(directory, config, tensors, tokenizer, read_chat_template(directory, special_tokens))
 

@@ -38,15 +38,16 @@ struct CachesView {
     }
 };
 
-/* What the host copies to the device before a pass. Masked rows of all sequences are numbered together. */
+/* What the host copies to the device before a pass. Rows that propose tokens are numbered together, of all
+ * sequences. */
 struct BatchView {
-    const double *uniforms, *top_p; /* [masked], uniforms in [0, 1) */
+    const double *uniforms, *top_p; /* [proposed], uniforms in [0, 1) */
     const int *ids, *positions;     /* [tokens] */
     const float *rotations;         /* [tokens, 2, head_dim / 2]: norm/rotations.cu */
-    const int *masked_count;
-    const int *masked, *logits;    /* [masked], their rows among all, and of the logits */
-    const int *mask_token, *top_k; /* [masked] */
-    const float *temperature;      /* [masked] */
+    const int *proposed_count;
+    const int *proposed, *logits;  /* [proposed], their rows among all, and of the logits */
+    const int *mask_token, *top_k; /* [proposed] */
+    const float *temperature;      /* [proposed] */
 };
 
 /* A matrix [rows, inner]. */

@@ -1,17 +1,17 @@
-/* What sample.cu needs to know of each slice of the masked rows' logits, and for temperatures above 0 the logits as one
+/* What sample.cu needs to know of each slice of the proposing rows' logits, and for temperatures above 0 the logits as one
  * array.
  *
  * slices [tokens, slices] of Row; kept [tokens, vocab] or null. The mask token never counts.
  *
- * Grid: (slices, tokens); thread block (s, i) takes a slice of the logits of masked row i, if i < *masked_count. Must
- * read *masked_count * vocab logits once. */
+ * Grid: (slices, tokens); thread block (s, i) takes a slice of the logits of proposing row i, if i < *proposed_count. Must
+ * read *proposed_count * vocab logits once. */
 extern "C" __global__ void __launch_bounds__(SLICE_THREADS)
     logit_slices(MatmulView logits, BatchView batch, Row *slices, float *kept)
 {
     let_next_start();
     __shared__ Row warps[SLICE_THREADS / WARP];
     wait_for_previous();
-    if (blockIdx.y >= *batch.masked_count) return;
+    if (blockIdx.y >= *batch.proposed_count) return;
     int row = batch.logits[blockIdx.y], mask_token = batch.mask_token[blockIdx.y], vocab = logits.rows;
     int size = (vocab + gridDim.x * 4 - 1) / (gridDim.x * 4) * 4;
     int first = blockIdx.x * size, last = min(first + size, vocab);

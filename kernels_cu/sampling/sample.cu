@@ -1,4 +1,4 @@
-/* A token for each masked row, with its probability, and the entropy in nats of the row's whole distribution at the
+/* A token for each proposing row, with its probability, and the entropy in nats of the row's whole distribution at the
  * temperature.
  *
  * Temperature 0 is greedy. Otherwise the top_k highest logits are kept (and ties with the last; 0: all), and of those
@@ -6,7 +6,7 @@
  * first token whose cumulative weight is above uniform * total. `finite` is 0 where the row has a NaN, or its maximum
  * is not finite.
  *
- * Grid: tokens; thread block i takes masked row i, if i < *masked_count; the others write zeros. Greedy rows read only
+ * Grid: tokens; thread block i takes proposing row i, if i < *proposed_count; the others write zeros. Greedy rows read only
  * their slices; the others read their logits twice, 4 times more for top_k, and 5 times more for top_p. */
 #define THREADS SAMPLE_THREADS
 
@@ -53,7 +53,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     __shared__ u64 bins[256];
     __shared__ int chosen;
     wait_for_previous();
-    if (blockIdx.x >= *batch.masked_count) {
+    if (blockIdx.x >= *batch.proposed_count) {
         /* They are copied to the host with the others. */
         if (threadIdx.x == 0) {
             tokens[blockIdx.x] = finite[blockIdx.x] = 0;

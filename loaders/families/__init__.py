@@ -1,12 +1,28 @@
 """The registry of model families, one file each."""
 
+from collections.abc import Sequence
+
 from losart.errors import ConfigError
 from losart.loaders.families.family import Family
+from losart.loaders.families.fast_dllm import FAST_DLLM
+from losart.loaders.families.llada2 import LLADA2
+from losart.loaders.families.nemotron import NEMOTRON
 from losart.loaders.families.sdar import SDAR
 from losart.loaders.families.sdar_moe import SDAR_MOE
+from losart.loaders.families.stable_diffcoder import STABLE_DIFFCODER
 
-FAMILIES = {"sdar": SDAR, "sdar_moe": SDAR_MOE}
+# By the `model_type` of config.json; families that have another's are known by their architecture.
+FAMILIES = {
+    "Fast_dLLM_Qwen": FAST_DLLM,
+    "llada2_moe": LLADA2,
+    "nemotron_labs_diffusion": NEMOTRON,
+    "sdar": SDAR,
+    "sdar_moe": SDAR_MOE,
+    "stable_diffcoder": STABLE_DIFFCODER,
+}
 SUPPORTED_MODEL_TYPES = tuple(sorted(FAMILIES))
+# A model type of other models, and the family whose checkpoints have it too.
+BORROWED = {"llama": "stable_diffcoder"}
 
 
 def family_of(model_type: str) -> Family:
@@ -24,4 +40,28 @@ def family_of(model_type: str) -> Family:
     return FAMILIES[model_type]
 
 
-__all__ = ["FAMILIES", "SUPPORTED_MODEL_TYPES", "Family", "family_of"]
+def known_as(model_type: str, architectures: Sequence[str]) -> str:
+    """The registry's name of checkpoints with such keys in config.json.
+
+    Raises
+    ------
+    ConfigError
+        If it is not supported, or the keys contradict each other.
+    """
+    owners = {name: key for key, family in FAMILIES.items() for name in family.architectures}
+    named = {owners[name]: name for name in architectures if name in owners}
+    if model_type in BORROWED:
+        if BORROWED[model_type] not in named:
+            raise ConfigError(
+                f"model_type {model_type!r} predicts the next token, and does not fill in blocks: of such "
+                f"models only {', '.join(FAMILIES[BORROWED[model_type]].architectures)} is supported"
+            )
+        return BORROWED[model_type]
+    family_of(model_type)
+    for owner, name in named.items():
+        if owner != model_type:
+            raise ConfigError(f"architectures names {name!r}, which is not of model_type {model_type!r}")
+    return model_type
+
+
+__all__ = ["FAMILIES", "SUPPORTED_MODEL_TYPES", "Family", "family_of", "known_as"]

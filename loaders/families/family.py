@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -81,25 +81,35 @@ class ConfigFiles:
                     return value
         return None
 
-    def mask_token_id(self, default: int) -> int | None:
-        """mask_token_id of either file, else the tokenizer's, else `default` if it is in the vocabulary."""
+    def mask_token_id(self, default: int, token: str | None = None) -> int | None:
+        """mask_token_id of either file, else the tokenizer's, else `default` if it is in the vocabulary.
+
+        The tokenizer's is its id of `token`, if one is given.
+        """
         for keys in (self.config, self.generation):
             value = keys.get("mask_token_id")
             if value is not None:
                 return self._token_id(keys, "mask_token_id", value)
-        if self.tokenizer is not None and self.tokenizer.mask_token_id is not None:
-            return self.tokenizer.mask_token_id
+        if self.tokenizer is not None:
+            known = self.tokenizer.mask_token_id if token is None else self.tokenizer.token_to_id(token)
+            if known is not None:
+                return known
         return default if default < self.config.integer("vocab_size") else None
 
-    def end_token_ids(self) -> tuple[int, ...]:
-        """eos_token_id of generation_config.json, else of config.json, else the tokenizer's end token."""
-        for keys in (self.generation, self.config):
+    def end_token_ids(self, default: tuple[int, ...] = (), listed: bool = True) -> tuple[int, ...]:
+        """eos_token_id of generation_config.json, else of config.json, else the tokenizer's end token.
+
+        Without `listed` not that of generation_config.json. `default` where none is known, if it is in the
+        vocabulary.
+        """
+        for keys in (self.generation, self.config) if listed else (self.config,):
             value = keys.get("eos_token_id")
             if value is not None:
                 tokens = value if isinstance(value, list) else [value]
                 return tuple(dict.fromkeys(self._token_id(keys, "eos_token_id", token) for token in tokens))
         if self.tokenizer is None or self.tokenizer.eos_token_id is None:
-            return ()
+            vocab_size = self.config.integer("vocab_size")
+            return tuple(token for token in default if token < vocab_size)
         return (self.tokenizer.eos_token_id,)
 
     def _token_id(self, keys: JsonObject, name: str, value: object) -> int:
@@ -163,6 +173,10 @@ class Family:
         Tensors of each layer, if it has their part.
     harmless : tuple of str
         Patterns (as in `fnmatch`) of names in the files that are ignored.
+    architectures : tuple of str
+        What config.json may name as its own.
+    refined : callable, optional
+        From a configuration and the checkpoint's tensors to one that says what only the tensors tell.
     """
 
     config_values: Callable[[ConfigFiles], dict[str, Any]]
@@ -171,6 +185,8 @@ class Family:
     layer_prefix: str
     layer: tuple[TensorPattern, ...]
     harmless: tuple[str, ...] = ()
+    architectures: tuple[str, ...] = ()
+    refined: Callable[[ModelConfig, Mapping[str, Any]], ModelConfig] | None = None
 
     def expected_tensors(self, config: ModelConfig) -> Iterator[ExpectedTensor]:
         """All tensors that a checkpoint of `config` must hold, generated lazily."""

@@ -11,9 +11,15 @@ from losart.loaders.json_files import JsonObject, errors_naming
 DEFAULT_THETA = 10000.0
 ORIGINAL_MAX_POSITIONS = "original_max_position_embeddings"
 # RopeConfig names its fields as the files do, except these.
-_OTHER_NAMES = {"theta": "rope_theta", "kind": "rope_type", "original_max_positions": ORIGINAL_MAX_POSITIONS}
+_OTHER_NAMES = {
+    "theta": "rope_theta",
+    "kind": "rope_type",
+    "original_max_positions": ORIGINAL_MAX_POSITIONS,
+    "partial": "partial_rotary_factor",
+    "query_beta": "llama_4_scaling_beta",
+}
 _KEYS = {_OTHER_NAMES.get(field.name, field.name) for field in fields(RopeConfig)}
-_KEYS |= {"type", "partial_rotary_factor"}
+_KEYS |= {"type"}
 
 
 def rope_config(config: JsonObject, max_positions: int) -> RopeConfig:
@@ -41,10 +47,6 @@ def rope_config(config: JsonObject, max_positions: int) -> RopeConfig:
     unknown = sorted(set(scaling.values) - _KEYS)
     if unknown:
         raise ConfigError(f"{config.file}: {scaling.prefix}{unknown[0]} is not a supported rope parameter")
-    for keys in (config, scaling):
-        if keys.number("partial_rotary_factor", 1.0) != 1.0:
-            raise keys.error("partial_rotary_factor", keys.get("partial_rotary_factor"), "1.0")
-
     theta = scaling.number("rope_theta", config.number("rope_theta", DEFAULT_THETA))
     if theta <= 1:
         raise scaling.error("rope_theta", theta, "larger than 1")
@@ -66,6 +68,8 @@ def rope_config(config: JsonObject, max_positions: int) -> RopeConfig:
             theta=theta,
             kind=kind,
             factor=1.0 if factor is None else factor,
+            partial=scaling.number("partial_rotary_factor", config.number("partial_rotary_factor", 1.0)),
+            query_beta=scaling.number("llama_4_scaling_beta", 0.0),
             original_max_positions=(original or max_positions) if kind in ("yarn", "llama3") else None,
             attention_factor=scaling.optional_number("attention_factor"),
             # As in transformers, 0 means absent.

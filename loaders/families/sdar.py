@@ -29,4 +29,5 @@ SDAR = Family(
     layer_prefix="model.layers.{i}.",
     layer=(*NORMS, *ATTENTION, *FEED_FORWARD),
     harmless=("*.rotary_emb.inv_freq",),
+    architectures=("SDARForCausalLM",),
 )

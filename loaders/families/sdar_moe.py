@@ -40,4 +40,5 @@ SDAR_MOE = Family(
     layer_prefix="model.layers.{i}.",
     layer=(*NORMS, *ATTENTION, *FEED_FORWARD, *EXPERTS),
     harmless=SDAR.harmless,
+    architectures=("SDARMoeForCausalLM",),
 )

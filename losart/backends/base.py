@@ -155,7 +155,7 @@ class PassOutput:
     Attributes
     ----------
     proposals : Proposals, optional
-        For the masked rows of all sequences, one after the other; None where nothing is denoised.
+        Of the rows that propose tokens of all sequences, one after the other; None where there are none.
     positions : sequence of int
         Prefix positions that sparse attention read, summed over kv heads and layers, per sequence.
     tokens : sequence of int
@@ -300,6 +300,8 @@ class Backend(Protocol):
     def causal_attention(self, layer: int, q: Array, batch: Batch) -> Array:
         """Block-causal attention of a piece of the prompt whose keys and values were just written.
 
+        Causal token by token, also of a finished block, where the model is.
+
         Returns o [tokens, heads, head_dim].
         """
 
@@ -338,10 +340,10 @@ class Backend(Protocol):
     # -- sampling
 
     def propose(self, hidden: Array, head: Weight, batch: Batch) -> Any:
-        """A token for each masked row of hidden [tokens, hidden], with its confidence."""
+        """A token of each proposing row of hidden [tokens, hidden], with its confidence."""
 
     def logits(self, hidden: Array, head: Weight, batch: Batch) -> np.ndarray:
-        """The masked rows' logits on the host, float32 [masked, vocab], of a pass that is not captured.
+        """The proposing rows' logits on the host, float32 [rows, vocab], of a pass that is not captured.
 
         The mask token's are -inf.
         """

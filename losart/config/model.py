@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 
 from losart.config.checks import is_int, is_number
+from losart.config.decoding import Decoding
 from losart.config.precision import DTYPES
 from losart.config.rope import RopeConfig
 from losart.errors import ConfigError
@@ -92,6 +93,7 @@ class ModelConfig:
     experts : ExpertsConfig or None
     tie_embeddings : bool
         Whether the output projection is the embedding.
+    decoding : Decoding
     block_length, mask_token_id : int or None
         None where the checkpoint does not specify it.
     end_token_ids : tuple of int
@@ -116,6 +118,7 @@ class ModelConfig:
     o_bias: bool = False
     experts: ExpertsConfig | None = None
     tie_embeddings: bool = False
+    decoding: Decoding = field(default_factory=Decoding)
     block_length: int | None = None
     mask_token_id: int | None = None
     end_token_ids: tuple[int, ...] = ()

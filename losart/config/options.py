@@ -142,6 +142,10 @@ class GenerationConfig:
     max_new_tokens: int = 128
     remasking: str = "low_confidence_dynamic"
     confidence_threshold: float = 0.85
+    reaches_threshold: bool = False
+    sub_block_length: int | None = None
+    editing_threshold: float = 1.0
+    max_post_steps: int = 16
     eb_threshold: float = 0.35
     temperature: float = 0.0
     top_k: int = 0
@@ -154,6 +158,7 @@ class GenerationConfig:
             ("max_new_tokens", 1),
             ("block_length", 1),
             ("denoising_steps", 1),
+            ("max_post_steps", 0),
             ("mask_token_id", 0),
             ("top_k", 0),
         ):
@@ -162,12 +167,18 @@ class GenerationConfig:
                 raise OptionError(f"{name} must be an integer, {lowest} or more, not {value!r}")
         for name, highest in (
             ("confidence_threshold", 1.0),
+            ("editing_threshold", 1.0),
             ("eb_threshold", math.inf),
             ("temperature", math.inf),
         ):
             value = getattr(self, name)
             if not (is_number(value) and 0.0 <= value <= highest):
                 raise OptionError(f"{name} must be a number from 0 to {highest}, not {value!r}")
+        length = self.sub_block_length
+        if length is not None and not (is_int(length) and length > 0):
+            raise OptionError(f"sub_block_length must be an integer, 1 or more, not {length!r}")
+        if not isinstance(self.reaches_threshold, bool):
+            raise OptionError(f"reaches_threshold must be true or false, not {self.reaches_threshold!r}")
         if not (is_number(self.top_p) and 0.0 < self.top_p <= 1.0):
             raise OptionError(f"top_p must be above 0 and at most 1, not {self.top_p!r}")
         if not (self.seed is None or (is_int(self.seed) and self.seed >= 0)):
@@ -176,6 +187,11 @@ class GenerationConfig:
             raise OptionError(f"stop must be a string or a list of non-empty strings, not {self.stop!r}")
         if not all(is_int(token) and token >= 0 for token in self.stop_token_ids):
             raise OptionError(f"stop_token_ids must be a list of token ids, not {self.stop_token_ids!r}")
+
+    @property
+    def edits(self) -> bool:
+        """Whether tokens that a pass has fixed may be changed by those that follow."""
+        return self.editing_threshold < 1
 
 
 _ATTENTION_OPTIONS = {f.name for f in dataclasses.fields(AttentionConfig)} - {"method"}
@@ -228,19 +244,25 @@ def generation_config(model: ModelConfig, options: dict[str, Any]) -> Generation
     OptionError
         For an unknown option or one out of range.
     """
-    for name in options:
+    own_names, given = dict(model.decoding.names), {}
+    for name, value in options.items():
+        if own_names.get(name, name) in given:
+            raise OptionError(f"{name} and {own_names.get(name, name)} are the same option")
+        given[own_names.get(name, name)] = value
+    for name in given:
         if name not in OPTIONS:
             close = difflib.get_close_matches(name, OPTIONS, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else f"; there are: {', '.join(OPTIONS)}"
             raise OptionError(f"unknown option {name!r}{hint}")
 
-    values = {name: _plain(value) for name, value in options.items() if value is not None}
+    values = {name: _plain(value) for name, value in given.items() if value is not None}
     attention = {name: values.pop(name) for name in list(values) if name in _ATTENTION_OPTIONS}
     attention["method"] = values.pop("attention", AttentionConfig.method)
     if not isinstance(attention["method"], str):
         raise OptionError(f"attention must be the name of a policy, not {attention['method']!r}")
 
     block_length = values.setdefault("block_length", model.block_length or DEFAULT_BLOCK_LENGTH)
+    values = dict(model.decoding.defaults) | values
     values.setdefault("denoising_steps", block_length)
     values.setdefault("mask_token_id", model.mask_token_id)
     if values["mask_token_id"] is None:

@@ -21,6 +21,10 @@ class RopeConfig:
     ----------
     theta : float
         Base of the frequencies.
+    partial : float
+        Share of a head's channels that are rotated: the first ones.
+    query_beta : float
+        Queries at position p are multiplied by 1 + query_beta * ln(1 + floor(p / original_max_positions)).
     kind : {"default", "linear", "yarn", "llama3"}
         How the frequencies are scaled to longer contexts.
     factor : float
@@ -47,6 +51,8 @@ class RopeConfig:
     truncate: bool = True
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
+    partial: float = 1.0
+    query_beta: float = 0.0
 
     def __post_init__(self) -> None:
         if self.kind not in ROPE_KINDS:
@@ -55,7 +61,13 @@ class RopeConfig:
             value = getattr(self, name)
             if not is_number(value) or value <= 0:
                 raise ConfigError(f"rope {name} must be a positive number, not {value!r}")
+        if not is_number(self.partial) or not 0 < self.partial <= 1:
+            raise ConfigError(f"partial_rotary_factor must be above 0 and at most 1, not {self.partial!r}")
+        if not is_number(self.query_beta) or self.query_beta < 0:
+            raise ConfigError(f"rope query_beta must be a number, 0 or more, not {self.query_beta!r}")
         original = self.original_max_positions
+        if self.query_beta and not original:
+            raise ConfigError("rope query_beta needs original_max_position_embeddings")
         if self.kind in ("yarn", "llama3") and (original is None or not is_int(original) or original <= 0):
             raise ConfigError(
                 f"rope type {self.kind!r} needs original_max_position_embeddings, a positive integer, "
@@ -80,6 +92,27 @@ class RopeConfig:
             )
 
 
+def rotated_channels(rope: RopeConfig, head_dim: int) -> int:
+    """Channels of a head that are rotated.
+
+    Raises
+    ------
+    ConfigError
+        Their number is odd.
+    """
+    rotated = int(head_dim * rope.partial)
+    if rotated % 2 or not rotated:
+        raise ConfigError(f"of a head's {head_dim} channels {rotated} cannot be rotated in pairs")
+    return rotated
+
+
+def query_factors(rope: RopeConfig, positions: np.ndarray) -> np.ndarray:
+    """What queries at these positions are multiplied by: float32 [positions]."""
+    assert rope.original_max_positions is not None
+    lengths = np.floor(positions / np.float32(rope.original_max_positions)).astype(np.float32)
+    return (1 + np.float32(rope.query_beta) * np.log(1 + lengths)).astype(np.float32)
+
+
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> tuple[np.ndarray, float]:
     """Angle per position of each pair of channels, scaled as the configuration says.
 
@@ -87,15 +120,17 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> tuple[np.ndarray, fl
     ----------
     rope : RopeConfig
     head_dim : int
-        Channels of a head; channel j is rotated together with channel j + head_dim / 2.
+        Channels of a head. Of the first `partial` of them, `rotated`, channel j is rotated together with
+        channel j + rotated / 2.
 
     Returns
     -------
-    frequencies : ndarray of float64 [head_dim / 2]
+    frequencies : ndarray of float64 [rotated / 2]
         Radians per position.
     factor : float
         Scales cos and sin.
     """
+    head_dim = rotated_channels(rope, head_dim)
     frequencies = rope.theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     if rope.kind == "linear":
         return frequencies / rope.factor, 1.0

@@ -26,7 +26,7 @@ class PassKind(enum.Enum):
     COMMIT = "commit"  # a finished block into the cache
 
     def __init__(self, value: str) -> None:
-        self.denoises = value in ("first", "later")  # whether the pass proposes tokens
+        self.denoises = value in ("first", "later")
         self.rank = ("prefill", "commit", "first", "later").index(value)
 
 
@@ -51,11 +51,18 @@ class SequencePass:
         The backend's, for results that a pass over the block stores for later ones. A commit that rides has
         none.
     masked : sequence of int
-        Rows that are masked, ascending; none but in denoising passes.
+        Rows that are masked and may be fixed, ascending; none but in denoising passes.
     uniforms : float64 [tokens], optional
         Random numbers in [0, 1), one per row, in denoising passes that draw tokens.
     count : int, optional
         How many of them remasking fixes at least; None: all.
+    known : sequence of int
+        Rows whose tokens may be changed, ascending.
+    proposed : sequence of int, optional
+        Rows whose logits propose tokens, ascending: one for each of `masked` and `known` together, or the one
+        whose token follows the block. None: those of `masked`.
+    causal : bool
+        Whether each row of a commit sees only those before it.
     """
 
     kind: PassKind
@@ -67,6 +74,18 @@ class SequencePass:
     masked: Sequence[int] | np.ndarray = ()
     uniforms: np.ndarray | None = None
     count: int | None = None
+    known: Sequence[int] = ()
+    proposed: Sequence[int] | np.ndarray = None  # type: ignore[assignment]  # never after __post_init__
+    causal: bool = False
+
+    def __post_init__(self) -> None:
+        if self.proposed is None:
+            self.proposed = self.masked
+
+    @property
+    def temperature(self) -> float:
+        """0 where the most probable tokens are proposed."""
+        return 0.0 if self.uniforms is None else self.options.temperature
 
     @property
     def pages(self) -> int:
@@ -83,11 +102,12 @@ def operations_key(unit: Sequence[SequencePass], alike: bool = False) -> tuple[A
     first = unit[0]
     options, rank, count = first.options, first.kind.rank, len(unit)
     attention: Any = options.attention
-    if first.kind is PassKind.PREFILL:
-        attention = first.cache
+    rows = len(first.ids)
+    if first.kind is PassKind.PREFILL or first.causal:
+        rows, attention = options.block_length, first.cache
     elif attention.method == "dense" and unit[-1].kind.denoises:
         rank, count = FIRST_RANK, count if alike else 0  # dense attention does the same in all of them
-    return rank, count, options.block_length, first.cache.positions_per_chunk, attention
+    return rank, count, rows, first.cache.positions_per_chunk, attention
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,19 +144,24 @@ class PassBatch:
         return any(one.cache is after.cache for one, after in pairwise(self.sequences))
 
     @property
+    def causal(self) -> bool:
+        """Whether a group's rows are attended to as a prompt's are, one sequence by itself."""
+        return self.sequences[0].causal
+
+    @property
     def options(self) -> GenerationConfig:
         """The options that a group's sequences agree in: block length and attention."""
         return self.sequences[0].options
 
     @property
-    def denoises(self) -> bool:
+    def proposes(self) -> bool:
         """Whether the pass proposes tokens."""
-        return any(sequence.kind.denoises for sequence in self.sequences)
+        return any(len(one.proposed) > 0 for one in self.sequences)
 
     @property
     def samples(self) -> bool:
         """Whether tokens of some sequence are drawn, and not the most probable ones."""
-        return any(one.options.temperature > 0 for one in self.sequences if one.kind.denoises)
+        return any(one.temperature > 0 for one in self.sequences)
 
     @property
     def tokens(self) -> int:
@@ -206,7 +231,7 @@ class PassResult:
     Attributes
     ----------
     proposals : Proposals, optional
-        For the masked rows of all sequences, one after the other; None where nothing is denoised.
+        Of the rows that propose tokens of all sequences, one after the other; None where there are none.
     reads : sequence of PassReads
         Empty for prefill.
     layers : sequence of tuple of ObservedLayer

@@ -33,7 +33,7 @@ from losart.engine.runner import Runner
 from losart.engine.sampling import NOT_FINITE, check_remasking
 from losart.engine.sequence import Sequence
 from losart.engine.totals import Totals
-from losart.errors import LosartError, NumericalError, OptionError, OutOfMemoryError
+from losart.errors import LosartError, NumericalError, OptionError, OutOfMemoryError, PromptError
 from losart.observe.engine_stats import EngineStats
 from losart.observe.step import GenerationResult, ObservedLayer, Observer, Progress, Step
 
@@ -41,7 +41,7 @@ HELD_PREFIXES = 16  # for nobody, where nothing else limits them
 LEAST_SHARE = 4  # a piece with others' is at least a quarter of one by itself: few rows take almost as long
 LONG_PREFIX = 16384  # positions over which a token's attention takes about as long as its matmuls
 Room = TypeVar("Room")  # whatever takes memory
-Fixed = tuple[list[int], list[int]]  # a block after a pass, and where it is still masked
+Fixed = tuple[Any, ...]  # what `remask` gives of a sequence
 
 
 class Stream:
@@ -339,11 +339,16 @@ class Engine:
         decode: Decode | None = None,
     ) -> Sequence:
         """The prompt as a sequence that goes on after what the cache holds of it."""
-        limit = min(options.max_new_tokens, self.runner.config.max_positions - len(prompt))
-        output = Output(limit, options.stop_token_ids, options.stop, decode)
-        runner = self.runner
+        runner, decoding = self.runner, self.runner.config.decoding
+        room = runner.config.max_positions - len(prompt)
+        if decoding.causal:  # a last block must fit as a whole
+            room = room // options.block_length * options.block_length
+            if not room:
+                raise PromptError(f"the prompt of {len(prompt)} tokens leaves no room for a block")
+        output = Output(min(options.max_new_tokens, room), options.stop_token_ids, options.stop, decode)
         rides = runner.commits_ride(options)
-        return Sequence(prompt, options, output, cache, runner.prefill_tokens, rides, runner.deterministic)
+        prefill_tokens, deterministic = runner.prefill_tokens, runner.deterministic
+        return Sequence(prompt, options, output, cache, prefill_tokens, rides, deterministic, decoding)
 
     def prefix(self, prompt: Ids[int], options: GenerationConfig, progress: Progress | None = None) -> Prefix:
         """Prefill a prompt's whole pages and blocks, or find them, and hold them.
@@ -674,11 +679,11 @@ class Engine:
         ended = time.perf_counter()
         done = Done(result.reads, len(passes), ended - began, ended)
         self._count(batch, done)
-        denoised = [requests[-1] for _, requests in passes if requests[-1].kind.denoises]
-        fixed = iter(_fixed(result, denoised))
+        proposing = [requests[-1] for _, requests in passes if len(requests[-1].proposed)]
+        fixed = iter(_fixed(result, proposing))
         index = 0
         for run, requests in passes:
-            after = next(fixed) if requests[-1].kind.denoises else None
+            after = next(fixed) if len(requests[-1].proposed) else None
             if not run.left:
                 self._apply(run, requests, after, done, index, result.layers)
             index += len(requests)
@@ -809,8 +814,10 @@ class Engine:
                 if not (run.each_step or sequence.finished):
                     continue
                 try:
-                    steps = [step for step in sequence.steps() if step.kind != PassKind.COMMIT.value]
-                    if steps and sequence.finished:
+                    done = sequence.steps()
+                    steps = [step for step in done if step.kind != PassKind.COMMIT.value]
+                    if sequence.finished:  # perhaps by what a commit gave
+                        steps = steps or done[-1:]
                         steps[-1] = replace(steps[-1], result=sequence.result())
                 except Exception as error:  # decoding may raise
                     self._end(run, error)
@@ -870,15 +877,15 @@ def _to_keep(error: Exception) -> Exception:
     return error
 
 
-def _fixed(result: PassResult, denoised: list[SequencePass]) -> list[Fixed] | list[Fixed | NumericalError]:
+def _fixed(result: PassResult, proposing: list[SequencePass]) -> list[Fixed] | list[Fixed | NumericalError]:
     """Each sequence's block after the pass, or an error where its proposals are not finite."""
     proposals = result.proposals
     if proposals is None:
         return []
-    fixed = remask(proposals, denoised)
+    fixed = remask(proposals, proposing)
     if proposals.finite is None or proposals.finite.all():
         return fixed
-    ends = np.cumsum([len(one.masked) for one in denoised])
+    ends = np.cumsum([len(one.proposed) for one in proposing])
     return [
         after if rows.all() else NumericalError(NOT_FINITE)
         for after, rows in zip(fixed, np.split(proposals.finite, ends), strict=False)

@@ -1,4 +1,4 @@
-"""One generation by block diffusion (SDAR, arXiv 2510.06303) between its passes, without a transformer."""
+"""One generation by block diffusion between its passes, without a transformer."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from losart.config.options import GenerationConfig
+from losart.config.decoding import Decoding
+from losart.config.options import AttentionConfig, GenerationConfig
 from losart.engine.batch import PassKind, PassReads, SequencePass
 from losart.engine.kv_cache import PagedKVCache
 from losart.engine.output import Output
 from losart.engine.sampling import transfer_counts
 from losart.observe.step import GenerationResult, Stats, Step
+
+SDAR_DECODING = Decoding()  # arXiv 2510.06303
 
 
 class Sequence:
@@ -22,6 +25,10 @@ class Sequence:
     The prompt's whole blocks are prefilled; what is left of it is the known head of the first decoded block.
     A block's masked positions are fixed pass by pass; a block without a masked position is committed. When
     the output ends within a block, the rest is left as it is: nothing would read it.
+
+    Where a family's blocks begin with a seed, the prompt's last tokens are committed as a block is, and a
+    commit gives the first token of the next block. Where fixed tokens may be changed, the output takes those
+    of committed blocks alone, and a commit that changes some is none: another follows.
 
     Parameters
     ----------
@@ -37,6 +44,8 @@ class Sequence:
         Whether a finished block is committed in the same pass as the next block is first denoised.
     deterministic : bool
         Whether keys and values that prefill gives to rounding are not enough for others: those of the answer.
+    decoding : Decoding, optional
+        The family's.
 
     Attributes
     ----------
@@ -78,16 +87,20 @@ class Sequence:
         prefill_tokens: int,
         commits_ride: bool = False,
         deterministic: bool = False,
+        decoding: Decoding = SDAR_DECODING,
     ) -> None:
         length = options.block_length
         self.options = options
+        self.decoding = decoding
         self.output = output
         self.cache = cache
         self.slot: Any = None
         self.ids = list(prompt)
         self.awaited: tuple[Sequence, int] | None = None
         self.found = self.reused = cache.length
-        self.prefix = self._whole_blocks()
+        # A seed comes from a pass over the last tokens, of which there must be one.
+        whole = (len(self.ids) - decoding.seeds) // length * length
+        self.prefix = np.array(self.ids[:whole], np.int64)
         self.prefilled = 0
         self.room = 0
         self.pending = False
@@ -107,28 +120,37 @@ class Sequence:
         self._kind = PassKind.PREFILL  # of the pass that is under way
         self._piece = 0  # tokens of the prompt in it
         self._committed: tuple[int, list[int], str] | None = None  # start, tokens, text
-        self._denoised: tuple[PassKind, int, list[int]] | None = None  # kind, start, what was masked
+        # Kind, start, what was masked, and what was changed.
+        self._denoised: tuple[PassKind, int, list[int], list[int]] | None = None
         self._own_pass: tuple[SequencePass] | None = None  # that denoised last, to be made the next
         # Passes so far that denoise the block, where they store something: kind, ids, masked, uniforms.
         self._asked: list[tuple[Any, ...]] = []
+        # Whether passes propose tokens of other rows than all masked ones.
+        self._special = decoding.shifted or options.edits or options.sub_block_length is not None
         self._rng = np.random.default_rng(options.seed) if options.temperature > 0 else None
-        # Every pass fixes one position at least: there are never more passes than positions.
-        counts = transfer_counts(length, min(length, options.denoising_steps))
-        self._counts = counts[:-1]  # the last pass fixes all
-        self._begin_block()
+        self._begin_block(self.prefill_end, self.ids[self.prefill_end :])
 
-    def _whole_blocks(self) -> np.ndarray:
-        length = self.options.block_length
-        return np.array(self.ids[: len(self.ids) // length * length], np.int64)
-
-    def _begin_block(self) -> None:
-        known = self.ids[max(self.cache.length, self.prefill_end) :]
-        length, mask = self.options.block_length, self.options.mask_token_id
+    def _begin_block(self, start: int, known: list[int]) -> None:
         # Passes have these lists: they are made anew, and never changed.
-        self._block = known + [mask] * (length - len(known))
-        self._masked = list(range(len(known), length))
+        self._block, self._masked, self._counts = self._new_block(start, known)
         self._passes = 0  # over this block
+        self._post_passes = 0  # without a masked row, that proposed what to change
         self._known = len(known)  # tokens before the first masked one
+        self._given = len(known)  # those that cannot be changed
+
+    def _new_block(self, start: int, known: list[int]) -> tuple[list[int], list[int], list[int]]:
+        """A block's ids, what is masked, and how many each pass but the last fixes at least."""
+        options, decoding = self.options, self.decoding
+        length, masked = options.block_length, options.block_length - len(known)
+        if decoding.ends_short:
+            masked = min(masked, self._prompt_tokens + self.output.limit - start - len(known))
+        if decoding.causal and decoding.seeds and not self.commit_passes:
+            masked = 0  # it waits for the prompt's seed
+        of = masked if decoding.spreads_masked and masked else length
+        # Every pass fixes one position at least: there are never more passes than positions.
+        counts = transfer_counts(of, min(of, options.denoising_steps))
+        block = known + [options.mask_token_id] * masked
+        return block, list(range(len(known), len(block))), counts[:-1]
 
     @property
     def finished(self) -> bool:
@@ -163,7 +185,7 @@ class Sequence:
     def set_back(self, cache: PagedKVCache) -> None:
         """Go on with an empty cache, which prefill fills again; all else stays as it is."""
         if self.cache.length > self.prefill_end:
-            self.prefix = self._whole_blocks()
+            self.prefix = np.array(self.ids[: self.cache.length], np.int64)
         self.cache = cache
         self.room = self.found = 0
         self._own_pass = None
@@ -180,16 +202,16 @@ class Sequence:
     @property
     def end(self) -> int:
         """Positions that the cache has room for in the end, at most."""
-        length = self.options.block_length
-        return -(-(self._prompt_tokens + self.output.limit) // length) * length
+        length, before = self.options.block_length, self._prompt_tokens if self.decoding.causal else 0
+        return before + -(-(self._prompt_tokens + self.output.limit - before) // length) * length
 
     @property
     def next_end(self) -> int:
         """Positions that the cache must have room for before the next pass."""
         if self.prefilling:
             return len(self.prefix)
-        blocks = 2 if self.commits_ride and not self._masked else 1
-        return self.cache.length + self.options.block_length * blocks
+        next_block = self.options.block_length if self.commits_ride and not self._masked else 0
+        return self.cache.length + len(self._block) + next_block
 
     @property
     def prefilling(self) -> bool:
@@ -228,33 +250,69 @@ class Sequence:
             self._piece = len(piece)
             return (SequencePass(kind, piece, start, self.options, self.cache, self.slot),)
         if kind is not PassKind.COMMIT:
-            return self._denoising(kind, self._block, self._masked, start)
+            return self._denoising(kind, self._block, self._masked, start, self._counts)
         where = start, self.options, self.cache
         if not self.commits_ride:
-            return (SequencePass(kind, self._block, *where, self.slot),)
-        length = len(self._block)
-        block, masked = [self.options.mask_token_id] * length, list(range(length))
+            return (self._commit(),)
+        after = start + len(self._block)
+        block, masked, counts = self._new_block(after, [])
         commit = SequencePass(kind, self._block, *where)
-        return commit, *self._denoising(PassKind.FIRST, block, masked, start + length)
+        return commit, *self._denoising(PassKind.FIRST, block, masked, after, counts)
+
+    def _commit(self) -> SequencePass:
+        """A pass over a block whose tokens are known: it may give the one that follows, or change some."""
+        start, options, block, known = self.cache.length, self.options, self._block, list[int]()
+        if self.commit_passes == 0 and self.decoding.seeds:  # of the prompt's end nothing is stored
+            dense = AttentionConfig(page_size=options.attention.page_size)
+            options, slot = replace(options, attention=dense), None
+        else:
+            slot = self.slot
+        uniforms, proposed = None, [len(block) - 1] if self.decoding.seeds else known
+        if options.edits and self._post_passes < options.max_post_steps:
+            known = proposed = list(range(self._given, len(block)))
+            uniforms = None if self._rng is None else self._rng.random(len(block))
+        return SequencePass(
+            *(PassKind.COMMIT, block, start, options, self.cache, slot, [], uniforms),
+            known=known,
+            proposed=proposed,
+            causal=self.decoding.causal,
+        )
+
+    def _rows(self, masked: list[int]) -> tuple[list[int], list[int], list[int]]:
+        """Of a pass over the block: rows that may be fixed, those that may be changed, and those read."""
+        length = self.options.sub_block_length
+        if length is not None:
+            end = (masked[0] // length + 1) * length
+            masked = [row for row in masked if row < end]
+        known = list[int]()
+        if self.options.edits:
+            known = [row for row in range(self._given, len(self._block)) if row not in self._masked]
+        proposed = sorted(masked + known) if known else masked
+        return masked, known, [row - 1 for row in proposed] if self.decoding.shifted else proposed
 
     def _denoising(
-        self, kind: PassKind, block: list[int], masked: list[int], start: int
+        self, kind: PassKind, block: list[int], masked: list[int], start: int, counts: list[int]
     ) -> tuple[SequencePass]:
         """A pass over a block: its first one, or the first after the sequence was set back."""
         where = start, self.options, self.cache, self.slot
-        uniforms, count = self._sampled(kind, block, masked)
-        self._own_pass = (SequencePass(kind, block, *where, masked, uniforms, count),)
+        uniforms, count = self._sampled(kind, block, masked, counts)
+        masked, known, proposed = self._rows(masked) if self._special else (masked, [], masked)
+        self._own_pass = (SequencePass(kind, block, *where, masked, uniforms, count, known, proposed),)
         return self._own_pass
 
     def _denoise_again(self, before: tuple[SequencePass]) -> tuple[SequencePass]:
         """The pass before, made the next one: a new one would take several times as long."""
         again, kind, block, masked = before[0], PassKind.LATER, self._block, self._masked
+        again.uniforms, again.count = self._sampled(kind, block, masked, self._counts)
+        if self._special:
+            masked, again.known, again.proposed = self._rows(masked)
+        else:
+            again.proposed = masked
         again.kind, again.ids, again.masked = kind, block, masked
-        again.uniforms, again.count = self._sampled(kind, block, masked)
         return before
 
     def _sampled(
-        self, kind: PassKind, block: list[int], masked: list[int]
+        self, kind: PassKind, block: list[int], masked: list[int], counts: list[int]
     ) -> tuple[np.ndarray | None, int | None]:
         """Random numbers for the block, and how many tokens are fixed at least."""
         # One number per position and pass, so that a draw does not depend on what else is masked.
@@ -264,45 +322,74 @@ class Sequence:
                 self._asked.clear()
             self._asked.append((kind, block, masked, uniforms))
         passes = self._passes if kind is PassKind.LATER else 0
-        return uniforms, self._counts[passes] if passes < len(self._counts) else None
+        return uniforms, counts[passes] if passes < len(counts) else None
 
     def passes_before(self, asked: SequencePass) -> list[SequencePass]:
         """What stored, in this order, what the pass that was asked for last finds stored, and may change."""
         if asked.slot is None or asked.kind is PassKind.PREFILL:
             return []
         before = self._asked[:-1] if asked.kind.denoises else self._asked
-        return [replace(asked, kind=k, ids=i, masked=m, uniforms=u) for k, i, m, u in before]
+        return [
+            replace(asked, kind=k, ids=i, masked=m, uniforms=u, known=(), proposed=m) for k, i, m, u in before
+        ]
 
-    def apply(self, block: list[int] | None = None, masked: list[int] | None = None) -> None:
+    def apply(
+        self,
+        block: list[int] | None = None,
+        masked: list[int] | None = None,
+        seed: int | None = None,
+        edited: Ids[int] = (),
+    ) -> None:
         """Take a pass's result; `steps` tells what it did.
 
         Parameters
         ----------
         block, masked : list of int, optional
-            The block after a pass that denoises it, and where it is still masked.
+            The block after a pass that proposes tokens, and where it is still masked.
+        seed : int, optional
+            The token after the block.
+        edited : sequence of int
+            Rows of the block that were changed.
         """
         kind, start = self._kind, self.cache.length
         self._committed = self._denoised = None
         if kind is PassKind.PREFILL:
             self.cache.advance(self._piece)
             self.prefilled += self._piece
-        elif kind is PassKind.COMMIT:
-            self.ids[start:] = self._block
-            self.cache.advance(len(self._block))
-            self.commit_passes += 1
-            self._committed = start, self._block, self.output.known_text
-            self._begin_block()
+        elif kind is PassKind.COMMIT and not edited:
+            self._apply_commit(seed)
+            if not self.commits_ride:
+                block = None
             kind, start = PassKind.FIRST, self.cache.length
         if block is not None and masked is not None:
-            self._denoised = kind, start, self._masked
+            if kind is PassKind.COMMIT:
+                kind = PassKind.LATER
+                self._post_passes += 1
+            if self.options.sub_block_length is not None:
+                open_rows = self._own_pass[0].masked if self._own_pass is not None else ()
+                masked = masked + [row for row in self._masked if row not in open_rows]
+            self._denoised = kind, start, self._masked, list(edited)
             self._block, self._masked = block, masked
             self._passes += 1
             self.denoising_passes += 1
             gap = masked[0] if masked else len(block)
-            if gap > self._known:
+            if gap > self._known and not self.options.edits:
                 self.output.extend(block[self._known : gap])
                 self._known = gap
         self.pending = False
+
+    def _apply_commit(self, seed: int | None) -> None:
+        start, block = self.cache.length, self._block
+        self.ids[start:] = block
+        self.cache.advance(len(block))
+        self.commit_passes += 1
+        if self.options.edits:
+            self.output.extend(block[self._given :])
+        self._committed = start, block, self.output.known_text
+        if seed is not None:
+            self.ids.append(seed)
+            self.output.extend([seed])
+        self._begin_block(self.cache.length, [] if seed is None else [seed])
 
     def steps(self) -> list[Step]:
         """What the last pass did, until the next is applied: a step for each of `next_pass`.
@@ -314,12 +401,12 @@ class Sequence:
             start, tokens, text = self._committed
             steps.append(Step(PassKind.COMMIT.value, start, list(tokens), [], text))
         if self._denoised is not None:
-            kind, start, masked = self._denoised
+            kind, start, masked, edited = self._denoised
             block: list[int | None] = list(self._block)
             for row in self._masked:
                 block[row] = None
             fixed = [row for row in masked if block[row] is not None]
-            steps.append(Step(kind.value, start, block, fixed, self.output.text))
+            steps.append(Step(kind.value, start, block, fixed, self.output.text, edited=edited))
         return steps
 
     def result(self) -> GenerationResult:

@@ -100,9 +100,10 @@ class Transformer:
 
     def _load_layer(self, tensors: Mapping[str, Any], index: int) -> LayerWeights:
         backend, prefix = self.backend, f"layers.{index}."
+        parts = _attention_parts(tensors, prefix) | FEED_FORWARD
 
         def weight(name: str) -> Weight:
-            return backend.upload(*(tensors[prefix + part] for part in (ATTENTION | FEED_FORWARD)[name]))
+            return backend.upload(*(tensors[prefix + part] for part in parts[name]))
 
         def vector(*names: str) -> Array:
             return backend.upload_vector(*(tensors[prefix + name] for name in names))
@@ -149,7 +150,8 @@ class Transformer:
                 yield (tensors[name],)
         for index in range(config.num_layers):
             prefix, experts = f"layers.{index}.", config.experts_of(index)
-            for parts in (ATTENTION if experts else ATTENTION | FEED_FORWARD).values():
+            attention = _attention_parts(tensors, prefix)
+            for parts in (attention if experts else attention | FEED_FORWARD).values():
                 yield tuple(tensors[prefix + part] for part in parts)
             if experts is not None:
                 yield (tensors[prefix + "router"],)
@@ -193,6 +195,8 @@ class Transformer:
 
     def commits_ride(self, options: GenerationConfig) -> bool:
         """Whether a pass commits a block and begins the next one."""
+        if self.config.decoding.seeds or options.edits:  # the next block waits for what a commit gives
+            return False
         return self.policy(options).commits_ride and options.block_length in self.backend.riding_blocks
 
     def policy(self, options: GenerationConfig) -> AttentionPolicy:
@@ -225,7 +229,7 @@ class Transformer:
         return None if stored is None else self.backend.new_slot(stored)
 
     def forward(self, batch: PassBatch, observe: bool = False) -> PassResult:
-        """Run one pass: proposals for masked rows, or keys and values into the caches.
+        """Run one pass: proposals of some rows, or keys and values into the caches, or both.
 
         With `observe` the result says what each layer read of the prefix.
         """
@@ -263,10 +267,10 @@ class Transformer:
         for group, _ in batch.groups():
             policy, kind = self.policy(group.options), group.kind
             of_policy = policy.key(kind)
-            if of_policy is None:
+            if of_policy is None or group.causal:
                 return None
             key.append((PassKind.FIRST if policy.always_dense and kind.denoises else kind, of_policy))
-        return batch.samples, *key
+        return batch.samples, batch.proposes, *key
 
     def _pass(self, batch: Batch) -> tuple[Any, list[list[Selection | None]]]:
         backend = self.backend
@@ -294,7 +298,7 @@ class Transformer:
                 gated = backend.gated_linear(h, layer.feed_forward.gate_up, prefills)
                 delta = linear(gated, layer.feed_forward.down)
         _, hidden = backend.add_rms_norm(x, delta, self.final_norm)
-        return (self._propose(hidden, batch) if batch.denoises else None), reads
+        return (self._propose(hidden, batch) if batch.proposes else None), reads
 
     def _propose(self, hidden: Array, batch: Batch) -> Any:
         return self.backend.propose(hidden, self.head, batch)
@@ -303,7 +307,7 @@ class Transformer:
         self, policy: AttentionPolicy, index: int, q: Array, k: Array, v: Array, group: Batch
     ) -> tuple[Array, Selection | None]:
         """Attention of a group's rows, and what it read; a commit's keys and values go into the cache."""
-        backend, prefills = self.backend, group.kind is PassKind.PREFILL
+        backend, prefills = self.backend, group.kind is PassKind.PREFILL or group.causal
         if prefills or group.rides:
             backend.write_kv(index, k, v, group)
         if prefills:
@@ -312,6 +316,11 @@ class Transformer:
         if group.kind is PassKind.COMMIT:  # after pages are selected by the bounds of those before it
             backend.write_kv(index, k, v, group)
         return found
+
+
+def _attention_parts(tensors: Mapping[str, Any], prefix: str) -> dict[str, tuple[str, ...]]:
+    """`ATTENTION`; some checkpoints have q, k and v in one tensor."""
+    return ATTENTION | ({"qkv": ("qkv",)} if f"{prefix}qkv" in tensors else {})
 
 
 def _of_experts(

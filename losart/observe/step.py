@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -145,6 +145,9 @@ class Step:
         Empty where nobody observes.
     result : GenerationResult or None
         In the last step.
+    edited : list of int
+        Positions within the block whose tokens the pass has changed, ascending: only where fixed tokens may
+        be (`editing_threshold`).
     """
 
     kind: str
@@ -154,6 +157,7 @@ class Step:
     text: str = ""
     layers: tuple[ObservedLayer, ...] = ()
     result: GenerationResult | None = None
+    edited: list[int] = field(default_factory=list)
 
     @property
     def positions(self) -> list[int]:

@@ -10,7 +10,8 @@ from losart.loaders import families
 PAGE = "docs/design/model-families.md"
 FAMILIES = dict(vars(families))
 run_block(PAGE, 0, FAMILIES)
-exec(re.search(r"`(FAMILIES = .*)`", (ROOT / PAGE).read_text("utf-8"))[1], FAMILIES)
+entry = re.search(r"add `(.*)` to `FAMILIES`", (ROOT / PAGE).read_text("utf-8"))[1]
+FAMILIES["FAMILIES"] = FAMILIES["FAMILIES"] | eval(f"{{{entry}}}", FAMILIES)
 run_block(PAGE, 1, globals())
 
 

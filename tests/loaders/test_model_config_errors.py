@@ -18,7 +18,8 @@ from losart.loaders.model_config import read_model_config
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "llama"}, "model_type 'llama' is not supported; supported: sdar"),
+        ({"model_type": "qwen3"}, "model_type 'qwen3' is not supported; supported: .*sdar"),
+        ({"model_type": "llama"}, "model_type 'llama' predicts the next token, .*StableDiffcoderForCausalLM"),
         ({"model_type": ...}, "missing key 'model_type'"),
         ({"model_type": ["sdar"]}, "model_type must be a string"),
         ({"hidden_size": ...}, "missing key 'hidden_size'"),
@@ -76,11 +77,10 @@ from losart.loaders.model_config import read_model_config
         ),
         ({"rope_scaling": {"type": "llama3", "factor": 2}}, "missing key 'rope_scaling.low_freq_factor'"),
         ({"rope_scaling": {"type": "default", "mrope_section": [1]}}, "mrope_section is not a supported"),
-        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor must be 1.0"),
-        (
-            {"rope_parameters": {"partial_rotary_factor": 0.5}},
-            "rope_parameters.partial_rotary_factor must be",
-        ),
+        ({"partial_rotary_factor": 1.5}, "partial_rotary_factor must be above 0 and at most 1"),
+        ({"rope_parameters": {"partial_rotary_factor": 0}}, "partial_rotary_factor must be above 0"),
+        ({"architectures": "SDARForCausalLM"}, "architectures must be a list of names"),
+        ({"architectures": ["LLaDA2MoeModelLM"]}, "'LLaDA2MoeModelLM', which is not of model_type 'sdar'"),
     ],
 )
 def test_what_is_refused(read_config, changes, message):

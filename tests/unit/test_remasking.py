@@ -86,7 +86,7 @@ def test_a_row_that_the_block_has_not_is_refused(masked):
 @pytest.mark.parametrize("rows", [1, 3])
 def test_proposals_for_other_rows_are_refused(rows):
     some = np.ones(rows, np.float32)
-    with pytest.raises(ValueError, match="a proposal for each masked row"):
+    with pytest.raises(ValueError, match="a proposal for each row"):
         remask(Proposals(np.ones(rows, int), some, some), [one_pass([1, 2])])
 
 

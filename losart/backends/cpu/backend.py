@@ -30,7 +30,7 @@ from losart.backends.cpu.selector import Selector
 from losart.config.model import ModelConfig
 from losart.config.options import CHOICES
 from losart.config.precision import Format, Precision
-from losart.config.rope import inverse_frequencies
+from losart.config.rope import inverse_frequencies, query_factors
 from losart.engine.batch import PassBatch
 from losart.engine.kv_cache import PagedKVCache, chunk_positions
 from losart.engine.sampling import Proposals, propose
@@ -108,7 +108,7 @@ class CpuBackend:
         self.deterministic = self.same_sums = deterministic
         self.selectors = dict.fromkeys(CHOICES["planner"], Selector())
         self._frequencies, self._rope_factor = inverse_frequencies(config.rope, config.head_dim)
-        self._rotation: tuple[Hashable, np.ndarray, np.ndarray] | None = None
+        self._rotation: tuple[Hashable, np.ndarray, np.ndarray, np.ndarray | None] | None = None
 
     # -- weights, cache and stored results
 
@@ -239,12 +239,16 @@ class CpuBackend:
         q, k, v = np.split(
             qkv.reshape(len(qkv), -1, c.head_dim), [c.num_heads, c.num_heads + c.num_kv_heads], axis=1
         )
-        cos, sin = self._rotation_of(batch)
+        cos, sin, factors = self._rotation_of(batch)
         q = q if q_norm is None else self._rms_norm(q, q_norm)
         k = k if k_norm is None else self._rms_norm(k, k_norm)
-        return _rotate(q, cos, sin), _rotate(k, cos, sin), np.ascontiguousarray(v)
+        q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+        if factors is not None:
+            q *= factors
+        return q, k, np.ascontiguousarray(v)
 
-    def _rotation_of(self, batch: PassBatch) -> tuple[np.ndarray, np.ndarray]:
+    def _rotation_of(self, batch: PassBatch) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """Cosines and sines, and factors of queries, if there are any."""
         # All layers of a pass ask for the same rows.
         key = tuple((sequence.prefix_length, len(sequence.ids)) for sequence in batch.sequences)
         rotation = self._rotation
@@ -253,8 +257,10 @@ class CpuBackend:
             angles = positions[:, None, None] * self._frequencies
             cos = (self._rope_factor * np.cos(angles)).astype(np.float32)
             sin = (self._rope_factor * np.sin(angles)).astype(np.float32)
-            rotation = self._rotation = (key, cos, sin)
-        return rotation[1], rotation[2]
+            rope = self.config.rope
+            factors = query_factors(rope, positions)[:, None, None] if rope.query_beta else None
+            rotation = self._rotation = (key, cos, sin, factors)
+        return rotation[1:]
 
     def gated_linear(self, x: np.ndarray, gate_up: Weight, prefill: bool) -> np.ndarray:
         return _gated((self.prefill_linear if prefill else self.linear)(x, gate_up))
@@ -282,10 +288,10 @@ class CpuBackend:
     # -- attention
 
     def causal_attention(self, layer: int, q: np.ndarray, batch: PassBatch) -> np.ndarray:
-        o = np.empty_like(q)
+        o, length = np.empty_like(q), 1 if self.config.decoding.causal else batch.options.block_length
         for sequence, rows in batch.rows():
             table, start = sequence.cache.table, sequence.prefix_length
-            kernels.attend_causal_blocks(table, layer, q[rows], start, batch.options.block_length, o[rows])
+            kernels.attend_causal_blocks(table, layer, q[rows], start, length, o[rows])
         return o
 
     def prefix_attention(self, layer: int, q: np.ndarray, batch: PassBatch) -> tuple[np.ndarray, np.ndarray]:
@@ -388,11 +394,11 @@ class CpuBackend:
     # -- sampling
 
     def logits(self, hidden: np.ndarray, head: Weight, batch: PassBatch) -> np.ndarray:
-        masked = [rows.start + row for sequence, rows in batch.rows() for row in sequence.masked]
-        logits, first = self.linear(hidden[masked], head), 0
+        proposing = [rows.start + row for sequence, rows in batch.rows() for row in sequence.proposed]
+        logits, first = self.linear(hidden[proposing], head), 0
         for sequence in batch.sequences:
-            logits[first : first + len(sequence.masked), sequence.options.mask_token_id] = -np.inf
-            first += len(sequence.masked)
+            logits[first : first + len(sequence.proposed), sequence.options.mask_token_id] = -np.inf
+            first += len(sequence.proposed)
         return logits
 
     def propose(self, hidden: np.ndarray, head: Weight, batch: PassBatch) -> Proposals:
@@ -400,15 +406,15 @@ class CpuBackend:
         proposals = []
         first = 0
         for sequence in batch.sequences:
-            if not sequence.kind.denoises:
+            if not len(sequence.proposed):
                 continue
-            of_sequence, options = logits[first : first + len(sequence.masked)], sequence.options
-            uniforms = None if sequence.uniforms is None else sequence.uniforms[sequence.masked]
+            of_sequence, options = logits[first : first + len(sequence.proposed)], sequence.options
+            uniforms = None if sequence.uniforms is None else sequence.uniforms[sequence.proposed]
             try:
                 proposed = propose(
                     of_sequence,
                     uniforms,
-                    temperature=options.temperature,
+                    temperature=sequence.temperature,
                     top_k=options.top_k,
                     top_p=options.top_p,
                     with_entropy=options.remasking == "entropy_bounded",
@@ -416,7 +422,7 @@ class CpuBackend:
             except NumericalError:
                 proposed = Proposals.not_finite(len(of_sequence))
             proposals.append(proposed)
-            first += len(sequence.masked)
+            first += len(sequence.proposed)
         return Proposals.joined(proposals)
 
 
@@ -473,10 +479,11 @@ def _gated(joined: np.ndarray) -> np.ndarray:
 
 
 def _rotate(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
-    # Halves, not pairs: channel d turns with channel d + head_dim / 2.
-    first, second = np.split(x, 2, axis=-1)
+    # Halves, not pairs: channel d turns with channel d + rotated / 2. What follows those is not rotated.
+    half = cos.shape[-1]
+    first, second, rest = np.split(x, [half, 2 * half], axis=-1)
     with np.errstate(invalid="ignore"):  # what is not finite shows in the logits
-        return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+        return np.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
 
 
 def _new_result(q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -455,12 +455,12 @@ class CudaBackend:
 
     def logits(self, hidden: Any, head: Weight | QuantizedWeight, batch: DeviceBatch) -> np.ndarray:
         _, kept, _ = self._sliced(hidden, head, batch, True)
-        return kept.get()[batch.buffers.masked_logits]
+        return kept.get()[batch.buffers.proposed_logits]
 
     def _sliced(
         self, hidden: Any, head: Weight | QuantizedWeight, batch: DeviceBatch, keep: bool
     ) -> tuple[Any, Any, int]:
-        """What each slice of the masked rows' logits has, if asked for the logits, and their number."""
+        """What each slice of the proposing rows' logits has, if asked for the logits, and their number."""
         rows, width = batch.buffers.results.shape[1], hidden.shape[1]
         if batch.buffers.gathers:
             gathered = self._activations((rows, width))

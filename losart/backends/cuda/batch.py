@@ -35,7 +35,7 @@ class GroupShape:
         Whether commits ride: all, or with `mixed` those of the first caches.
     tokens : int
         Rows of a sequence.
-    denoises : bool
+    proposes : bool
     page_size, chunk_positions, max_chunks : int
         Of the caches' page tables.
     pages : int
@@ -48,7 +48,7 @@ class GroupShape:
     sequences: int
     rides: bool
     tokens: int
-    denoises: bool
+    proposes: bool
     page_size: int
     chunk_positions: int
     max_chunks: int
@@ -71,9 +71,9 @@ class GroupShape:
         return self.sequences * self.tokens
 
     @property
-    def denoised(self) -> int:
-        """Rows that may be masked."""
-        return self.caches * self.tokens if self.denoises else 0
+    def proposing(self) -> int:
+        """Rows that may propose tokens."""
+        return self.caches * self.tokens if self.proposes else 0
 
 
 def group_shape(group: PassBatch, max_positions: int) -> GroupShape:
@@ -83,7 +83,11 @@ def group_shape(group: PassBatch, max_positions: int) -> GroupShape:
     it grows; several, whose page scores would take too much memory, a power of two.
     """
     first, rides, table = group.sequences[0], group.rides, group.sequences[0].cache.table
-    count, page_size, denoises = len(group.sequences), table.page_size, group.sequences[-1].kind.denoises
+    count, page_size, proposes = (
+        len(group.sequences),
+        table.page_size,
+        any(len(one.proposed) for one in group.sequences),
+    )
     caches, pages, mixed = count - riding(group), -(-max_positions // page_size), False
     if caches > 1 and first.options.attention.method == "dense":
         pages, mixed = 0, True
@@ -92,7 +96,7 @@ def group_shape(group: PassBatch, max_positions: int) -> GroupShape:
         pages = min(pages, 1 << max(0, -(-longest // page_size) - 1).bit_length())
     sequences = padded(count) if mixed else padded(caches) * (1 + rides)
     sizes = page_size, table.positions_per_chunk, table.max_chunks
-    return GroupShape(padded(caches), sequences, rides, len(first.ids), denoises, *sizes, pages, mixed)
+    return GroupShape(padded(caches), sequences, rides, len(first.ids), proposes, *sizes, pages, mixed)
 
 
 def riding(group: PassBatch) -> int:
@@ -130,18 +134,19 @@ class BatchBuffers:
         lengths : int32 [sequences], of the prefixes.
         ids, positions, is_masked : int32 [rows]
         rotations : float32 [rows, 2, head_dim / 2], made from the positions on the device.
-        masked_count : int32 [1]
-        masked, logits, mask_token, top_k : int32 [denoised rows], temperature : float32, uniforms, top_p :
-        float64, of all masked rows one after the other: the row, that of its logits, and how it is sampled.
+        proposed_count : int32 [1]
+        proposed, logits, mask_token, top_k : int32 [proposing rows], temperature : float32, uniforms, top_p :
+        float64, of all proposing rows one after the other: the row, that of its logits, and how it is
+        sampled.
         riding : int32 [groups], caches whose commits ride.
         starts : int32 [caches + 1 of all groups], owners : int32 [parts of all groups], of dense prefix
         attention: every cache's first part, and every part's cache, -1 for none.
         reads : int32 [sequences, 2], by sparse attention in this pass: positions, and tokens that read them,
         summed over layers.
-    results : int32 [4, denoised rows]
+    results : int32 [4, proposing rows]
         Of sampling.
     gathers : bool
-        Whether logits are made of masked rows alone, one after the other.
+        Whether logits are made of proposing rows alone, one after the other.
     view : BatchView
     views : dict
         Of layers of the groups' caches.
@@ -152,10 +157,10 @@ class BatchBuffers:
     def __init__(self, shapes: tuple[GroupShape, ...], plans: Sequence[Plan], head_dim: int) -> None:
         self.shapes = shapes
         self._plans = plans
-        sequences, rows, denoised = (
-            sum(getattr(shape, name) for shape in shapes) for name in ("sequences", "rows", "denoised")
+        sequences, rows, proposing = (
+            sum(getattr(shape, name) for shape in shapes) for name in ("sequences", "rows", "proposing")
         )
-        self.gathers = denoised > 0 and (len(shapes) > 1 or shapes[0].caches > 1)
+        self.gathers = proposing > 0 and (len(shapes) > 1 or shapes[0].caches > 1)
         planned = [
             (s.most_caches + 1, p.parts) if s.caches > 1 else (0, 0)
             for s, p in zip(shapes, plans, strict=True)
@@ -167,30 +172,30 @@ class BatchBuffers:
         ]
         fields = (
             *((name, np.uint64, sequences) for name in ("slots", "tables")),
-            *((name, np.float64, denoised) for name in ("uniforms", "top_p")),
+            *((name, np.float64, proposing) for name in ("uniforms", "top_p")),
             ("lengths", np.int32, sequences),
             *((name, np.int32, rows) for name in ("ids", "positions", "is_masked")),
-            ("masked_count", np.int32, 1),
-            *((name, np.int32, denoised) for name in ("masked", "logits", "mask_token", "top_k")),
-            ("temperature", np.float32, denoised),
+            ("proposed_count", np.int32, 1),
+            *((name, np.int32, proposing) for name in ("proposed", "logits", "mask_token", "top_k")),
+            ("temperature", np.float32, proposing),
             ("starts", np.int32, starts[-1]),
             ("owners", np.int32, owners[-1]),
             ("riding", np.int32, len(shapes)),
             ("reads", np.int32, 2 * sequences),
         )
         size = sum(count * np.dtype(dtype).itemsize for _, dtype, count in fields)
-        memory = cupy.zeros(size + 16 * denoised, np.uint8)
+        memory = cupy.zeros(size + 16 * proposing, np.uint8)
         # Reads are written from both sides: zeroed by the host, counted by the device.
         self._from_host, to_host = memory[:size], memory[size - 8 * sequences :]
         self._to_host = to_host.view(np.int32)
         self._words = np.zeros(size, np.uint8)
         self.device, self._host = _fields(self._from_host, fields), _fields(self._words, fields)
         self.device.reads = self.device.reads.reshape(sequences, 2)
-        names = "slots", "tables", "lengths", "ids", "positions", "is_masked", "masked"
+        names = "slots", "tables", "lengths", "ids", "positions", "is_masked", "proposed"
         self._inputs = PassInputs(*(getattr(self._host, name) for name in names))
-        self._offsets = np.arange(denoised, dtype=np.int32)
+        self._offsets = np.arange(proposing, dtype=np.int32)
         self.device.rotations = cupy.empty((rows, 2, head_dim // 2), np.float32)
-        self.results = self._to_host[2 * sequences :].reshape(4, denoised)
+        self.results = self._to_host[2 * sequences :].reshape(4, proposing)
         self.view = BatchView(*(getattr(self.device, name).data.ptr for name, *_ in BatchView._fields_))
         self.views: dict[tuple[int, int], CachesView] = {}
         self.tables = {
@@ -212,12 +217,12 @@ class BatchBuffers:
 
         `scratch` has for each group the address of a slot for the sequences that pad it.
         """
-        host, first, row, masked = self._host, 0, 0, 0
+        host, first, row, proposed = self._host, 0, 0, 0
         for index, ((group, _), shape) in enumerate(zip(batch.groups(), self.shapes, strict=True)):
             if shape.caches == 1:
                 self._copy_table(index, group.sequences[0].cache.table, stream)
             padded = shape.tokens, shape.sequences, scratch[index]
-            masked = self._inputs.fill(group.sequences, *padded, stream, first, row, masked)
+            proposed = self._inputs.fill(group.sequences, *padded, stream, first, row, proposed)
             host.riding[index] = two = riding(group)
             if (parts := self._parts[index]) is not None:
                 lengths = host.lengths[first : first + shape.sequences]
@@ -227,8 +232,8 @@ class BatchBuffers:
                 starts, host.owners[parts[1]] = divide_prefixes(lengths, self._plans[index])
                 host.starts[parts[0]][: len(starts)] = starts
             first, row = first + shape.sequences, row + shape.rows
-        if denoised := [one for one in batch.sequences if one.kind.denoises]:
-            self._fill_masked(masked, denoised)
+        if proposing := [one for one in batch.sequences if len(one.proposed)]:
+            self._fill_proposed(proposed, proposing)
         self._from_host.set(self._words, stream=stream)  # has read pageable memory when it returns
 
     def _copy_table(self, index: int, table: CudaPageTable, stream: Any) -> None:
@@ -240,11 +245,11 @@ class BatchBuffers:
             to.data.copy_from_device_async(table.addresses.data, to.nbytes, stream)
             self._copied[index] = copied
 
-    def _fill_masked(self, count: int, sequences: list[SequencePass]) -> None:
+    def _fill_proposed(self, count: int, sequences: list[SequencePass]) -> None:
         host, options = self._host, [one.options for one in sequences]
-        host.masked_count[0] = count
-        host.logits[:count] = self._offsets[:count] if self.gathers else sequences[0].masked
-        counts = [len(one.masked) for one in sequences]
+        host.proposed_count[0] = count
+        host.logits[:count] = self._offsets[:count] if self.gathers else sequences[0].proposed
+        counts = [len(one.proposed) for one in sequences]
         differing = options[:1] if all(one is options[0] for one in options) else options
 
         def spread(to: np.ndarray, value: Callable[[GenerationConfig], Any]) -> None:
@@ -253,26 +258,28 @@ class BatchBuffers:
             to[:count] = values[0] if alike else np.repeat(np.array(values, to.dtype), counts)
 
         spread(host.mask_token, attrgetter("mask_token_id"))
-        spread(host.temperature, lambda one: float32_temperature(one.temperature))
+        host.temperature[:count] = 0
         if not any(one.temperature for one in options):
             return  # greedy ones do not look at the rest
+        temperatures = [float32_temperature(one.temperature) for one in sequences]
+        host.temperature[:count] = np.repeat(temperatures, counts)
         spread(host.top_p, attrgetter("top_p"))
         spread(host.top_k, lambda one: min(one.top_k, LARGEST_TOP_K))
         first = 0
         for one, of_one in zip(sequences, counts, strict=True):
             if one.uniforms is not None:
-                host.uniforms[first : first + of_one] = one.uniforms[one.masked]
+                host.uniforms[first : first + of_one] = one.uniforms[one.proposed]
             first += of_one
 
     @property
-    def masked_count(self) -> int:
-        """Masked rows of all sequences."""
-        return int(self._host.masked_count[0])
+    def proposed_count(self) -> int:
+        """Rows that propose tokens, of all sequences."""
+        return int(self._host.proposed_count[0])
 
     @property
-    def masked_logits(self) -> np.ndarray:
-        """Masked rows among those of logits."""
-        return self._host.logits[: self.masked_count]
+    def proposed_logits(self) -> np.ndarray:
+        """Those rows among those of logits."""
+        return self._host.logits[: self.proposed_count]
 
     def fetch(self, stream: Any = None) -> tuple[np.ndarray, np.ndarray]:
         """Reads and results, when the stream (None: the current one) has reached this point."""
@@ -307,7 +314,7 @@ class DeviceBatch:
     kind : PassKind
     rides : bool
     options : GenerationConfig
-    denoises, samples : bool
+    proposes, samples : bool
         Whether it proposes tokens, and whether some of them are drawn.
     shape : GroupShape
     view : BatchView
@@ -347,8 +354,8 @@ class DeviceBatch:
         return self._batch.rides
 
     @property
-    def denoises(self) -> bool:
-        return self._batch.denoises
+    def proposes(self) -> bool:
+        return self._batch.proposes
 
     @property
     def samples(self) -> bool:

@@ -15,12 +15,12 @@ cdef class PassInputs:
     lengths : int32 [sequences]
         Of the prefixes.
     ids, positions, is_masked : int32 [rows]
-    masked : int32 [denoised rows]
-        Rows that are masked, one after the other.
+    proposed : int32 [proposing rows]
+        Rows that propose tokens, one after the other.
     """
 
     cdef uint64_t[::1] slots, tables
-    cdef int32_t[::1] lengths, ids, positions, is_masked, masked
+    cdef int32_t[::1] lengths, ids, positions, is_masked, proposed
 
     def __init__(
         self,
@@ -30,10 +30,10 @@ cdef class PassInputs:
         int32_t[::1] ids,
         int32_t[::1] positions,
         int32_t[::1] is_masked,
-        int32_t[::1] masked,
+        int32_t[::1] proposed,
     ):
         self.slots, self.tables, self.lengths = slots, tables, lengths
-        self.ids, self.positions, self.is_masked, self.masked = ids, positions, is_masked, masked
+        self.ids, self.positions, self.is_masked, self.proposed = ids, positions, is_masked, proposed
 
     def fill(
         self,
@@ -44,7 +44,7 @@ cdef class PassInputs:
         stream,
         Py_ssize_t first,
         Py_ssize_t row,
-        Py_ssize_t masked,
+        Py_ssize_t proposed,
     ):
         """Write a group's sequences, and what pads them.
 
@@ -58,22 +58,22 @@ cdef class PassInputs:
             Address of a slot for those.
         stream : Stream
             On which page tables are brought up to date.
-        first, row, masked : int
-            Sequences, rows and masked rows of the groups before.
+        first, row, proposed : int
+            Sequences, rows and proposing rows of the groups before.
 
         Returns
         -------
         int
-            Masked rows of this group and those before.
+            Proposing rows of this group and those before.
 
         Raises
         ------
         ValueError
-            A sequence has another number of rows, or there are more sequences, rows or masked rows than places.
+            A sequence has another number of rows, or there are more sequences, rows or proposing rows than places.
         """
         cdef Py_ssize_t used = len(sequences), i, position
         cdef int32_t length
-        if min(first, row, masked) < 0 or tokens < 1:
+        if min(first, row, proposed) < 0 or tokens < 1:
             raise ValueError("places are counted from 0, rows from 1")
         if used > padded or first + padded > self.lengths.shape[0] or row + padded * tokens > self.ids.shape[0]:
             raise ValueError(f"no room for {used} sequences of {tokens} rows")
@@ -93,15 +93,17 @@ cdef class PassInputs:
             for i in range(tokens):
                 self.positions[row + i] = length + <int32_t>i
                 self.is_masked[row + i] = 0
-            if one.kind.denoises:
-                if masked + len(one.masked) > self.masked.shape[0]:
-                    raise ValueError("there are more masked rows than denoised ones")
-                for position in one.masked:
-                    if not 0 <= position < tokens:
-                        raise ValueError(f"row {position} of {tokens} cannot be masked")
-                    self.masked[masked] = <int32_t>(row + position)
-                    self.is_masked[row + position] = 1
-                    masked += 1
+            if proposed + len(one.proposed) > self.proposed.shape[0]:
+                raise ValueError("there are more rows that propose tokens than places")
+            for position in one.proposed:
+                if not 0 <= position < tokens:
+                    raise ValueError(f"row {position} of {tokens} cannot propose a token")
+                self.proposed[proposed] = <int32_t>(row + position)
+                proposed += 1
+            for position in one.masked:
+                if not 0 <= position < tokens:
+                    raise ValueError(f"row {position} of {tokens} cannot be masked")
+                self.is_masked[row + position] = 1
             first += 1
             row += tokens
         for _ in range(padded - used):
@@ -110,4 +112,4 @@ cdef class PassInputs:
                 self.ids[row + i], self.positions[row + i], self.is_masked[row + i] = 0, <int32_t>i, 0
             first += 1
             row += tokens
-        return masked
+        return proposed

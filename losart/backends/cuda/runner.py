@@ -199,6 +199,6 @@ class PassRunner:
         positions, reading = reads[batch.placed].T.tolist()
         if not launched.proposes:
             return PassOutput(None, positions, reading, launched.reads)
-        ids, confidence, entropy, finite = results[:, : batch.buffers.masked_count]
+        ids, confidence, entropy, finite = results[:, : batch.buffers.proposed_count]
         fields = ids.astype(np.int64), confidence.view(np.float32), entropy.view(np.float32), finite != 0
         return PassOutput(Proposals(*fields), positions, reading, launched.reads)

@@ -33,6 +33,38 @@ SHARDS = {"4B": 3, "8B": 5}
 # What a family's config.json has beside the keys of all, with experts small enough for "tiny".
 FAMILY_KEYS: dict[str, dict[str, Any]] = {
     "sdar": {"architectures": ["SDARForCausalLM"]},
+    "Fast_dLLM_Qwen": {"architectures": ["Fast_dLLM_QwenForCausalLM"]},
+    "llada2_moe": {
+        "architectures": ["LLaDA2MoeModelLM"],
+        "first_k_dense_replace": 1,
+        "moe_intermediate_size": 64,
+        "moe_router_enable_expert_bias": True,
+        "n_group": 4,
+        "norm_topk_prob": True,
+        "num_experts": 16,
+        "num_experts_per_tok": 4,
+        "num_shared_experts": 1,
+        "partial_rotary_factor": 0.5,
+        "routed_scaling_factor": 2.5,
+        "score_function": "sigmoid",
+        "topk_group": 2,
+        "use_qk_norm": True,
+    },
+    "nemotron_labs_diffusion": {
+        "architectures": ["NemotronLabsDiffusionModel"],
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e6,
+            "factor": 16.0,
+            "original_max_position_embeddings": 256,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "llama_4_scaling_beta": 0.1,
+        },
+    },
+    "stable_diffcoder": {"architectures": ["StableDiffcoderForCausalLM"], "model_type": "llama"},
     "sdar_moe": {
         "architectures": ["SDARMoeForCausalLM"],
         "decoder_sparse_step": 1,
@@ -170,7 +202,9 @@ def _tensors(family: Family, model: ModelConfig, head_gain: float) -> Iterator[R
     logits_std = math.sqrt(2 * math.log(model.vocab_size))
     for tensor in family.expected_tensors(model):
         part = tensor.name.rpartition(".")[2]
-        if part.endswith("_norm"):
+        if part == "router_bias":
+            yield RandomTensor(tensor.source, tensor.shape, std=0.05)
+        elif part.endswith("_norm"):
             mean = head_gain if part in ("q_norm", "k_norm") else 1.0
             yield RandomTensor(tensor.source, tensor.shape, std=0.1, mean=mean)
         elif part.endswith("_bias"):
