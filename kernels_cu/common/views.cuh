@@ -43,7 +43,7 @@ struct CachesView {
 struct BatchView {
     const double *uniforms, *top_p; /* [proposed], uniforms in [0, 1) */
     const int *ids, *positions;     /* [tokens] */
-    const float *rotations;         /* [tokens, 2, head_dim / 2]: norm/rotations.cu */
+    const float *rotations;         /* [tokens, 2, rotated / 2]: norm/rotations.cu */
     const int *proposed_count;
     const int *proposed, *logits;  /* [proposed], their rows among all, and of the logits */
     const int *mask_token, *top_k; /* [proposed] */

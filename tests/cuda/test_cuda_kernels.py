@@ -18,7 +18,7 @@ from losart.backends.cpu.convert import narrow, widen
 from losart.backends.cuda.matmul_plans import hopper_matmul_plans
 from losart.config.options import generation_config
 from losart.config.precision import FORMATS, Precision
-from losart.config.rope import inverse_frequencies
+from losart.config.rope import RopeConfig, inverse_frequencies
 from losart.engine.batch import PassBatch, PassKind
 from losart.engine.sampling import propose
 
@@ -261,12 +261,19 @@ def test_silu_gate(dtype, tokens, ffn):
     st.integers(1, 4),
     st.sampled_from([8, 16, 24, 48, 64, 80, 128, 192, 256]),
     st.integers(0, 200_000),
+    st.booleans(),
+    st.sampled_from([1.0, 1.0, 0.5, 0.25]),
+    st.sampled_from([0.0, 0.1]),
 )
-@example(3, 1, 2, 8, 100)
-@example(3, 1, 2, 192, 100)
-def test_heads(tokens, kv_heads, group, width, length):
+@example(3, 1, 2, 8, 100, True, 1.0, 0.0)
+@example(3, 1, 2, 192, 100, True, 1.0, 0.0)
+@example(5, 2, 2, 128, 32766, False, 0.5, 0.1)
+def test_heads(tokens, kv_heads, group, width, length, norms, partial, beta):
     rng = np.random.default_rng(tokens + width)
-    backend = new_backend("float32", kv_heads=kv_heads, group=group, width=width, max_positions=1 << 18)
+    partial = partial if width * partial % 8 == 0 else 1.0
+    rope = RopeConfig(partial=partial, query_beta=beta, original_max_positions=16384)
+    sizes = {"kv_heads": kv_heads, "group": group, "width": width, "max_positions": 1 << 18, "rope": rope}
+    backend = new_backend("float32", **sizes)
     heads = kv_heads * group
     x = rng.standard_normal((tokens, (heads + 2 * kv_heads) * width), np.float32)
     gains = [rng.standard_normal(width, np.float32) for _ in range(2)]
@@ -275,23 +282,26 @@ def test_heads(tokens, kv_heads, group, width, length):
     cache.length = length
     with backend.memory.stream:
         batch = place(backend, cache, tokens)
-        found = backend.split_heads(
-            split_matmul(backend, x, rng), *(to_device(backend, g) for g in gains), batch
-        )
+        held = [to_device(backend, gain) if norms else None for gain in gains]
+        found = backend.split_heads(split_matmul(backend, x, rng), *held, batch)
     q, k, v = np.split(x.astype(np.float64).reshape(tokens, -1, width), [heads, heads + kv_heads], axis=1)
-    frequencies, _ = inverse_frequencies(backend.config.rope, width)
-    angles = np.arange(length, length + tokens)[:, None, None] * frequencies
+    frequencies, _ = inverse_frequencies(rope, width)
+    positions, half = np.arange(length, length + tokens)[:, None, None], len(frequencies)
+    angles, factor = positions * frequencies, 1 + beta * np.log(1 + positions // 16384)
     for array, values, gain in zip(on_host(backend, *found), (q, k, v), (*gains, None), strict=True):
         if gain is not None:
-            values = values / np.sqrt((values**2).mean(axis=2, keepdims=True) + 1e-6) * gain
-            first, second = np.split(values, 2, axis=2)
+            if norms:
+                values = values / np.sqrt((values**2).mean(axis=2, keepdims=True) + 1e-6) * gain
+            first, second, rest = np.split(values, [half, 2 * half], axis=2)
             values = np.concatenate(
                 [
                     first * np.cos(angles) - second * np.sin(angles),
                     second * np.cos(angles) + first * np.sin(angles),
+                    rest,
                 ],
                 axis=2,
             )
+            values = values * factor if gain is gains[0] else values
         assert_close(array, values, 1e-6)
 
 

@@ -340,7 +340,10 @@ class CpuBackend:
     def refresh_prefix_attention(
         self, layer: int, q: np.ndarray, selection: Selection, batch: PassBatch, *, store_queries: bool
     ) -> tuple[np.ndarray, np.ndarray]:
-        stored = [(sequence.slot.o[layer], sequence.slot.lse[layer]) for sequence in batch.sequences]
+        stored = [
+            (one.slot.o[layer, : len(one.ids)], one.slot.lse[layer, : len(one.ids)])
+            for one in batch.sequences
+        ]
         parts = zip(batch.rows(), stored, selection.tokens, selection.pages, strict=True)
         for (sequence, rows), (o, lse), tokens, pages in parts:
             table, length = sequence.cache.table, sequence.prefix_length
@@ -381,7 +384,7 @@ class CpuBackend:
             if slot is not None:
                 arrays = slot.queries, slot.o, slot.lse
                 for array, value in zip(arrays, (q, *prefix), strict=True):
-                    array[layer] = value[rows]
+                    array[layer, : rows.stop - rows.start] = value[rows]
         return prefix
 
     def store_top_pages(

@@ -44,7 +44,7 @@ class Selector:
     def select_active(self, layer: int, q: np.ndarray, batch: PassBatch, rule: ActiveRule) -> ActiveTokens:
         tokens, changes = [], []
         for sequence, rows in batch.rows():
-            stored = sequence.slot.queries[layer]
+            stored = sequence.slot.queries[layer, : len(sequence.ids)]
             change = query_change(q[rows], stored, rule.threshold is not None)
             if rule.follow:
                 np.copyto(stored, q[rows])

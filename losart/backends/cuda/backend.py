@@ -55,6 +55,7 @@ from losart.backends.cuda.slots import Slot
 from losart.backends.cuda.weights import WeightLoader
 from losart.config.model import ModelConfig
 from losart.config.precision import Format, Precision
+from losart.config.rope import rotated_channels
 from losart.engine.batch import PassBatch
 from losart.engine.kv_cache import PagedKVCache, chunk_positions
 from losart.errors import ConfigError
@@ -104,6 +105,8 @@ class CudaBackend:
             )
         if config.experts is not None:
             raise ConfigError("mixtures of experts are not supported on CUDA")
+        if rotated_channels(config.rope, config.head_dim) % 8:
+            raise ConfigError("partial_rotary_factor: rotated channels must be a multiple of 8 on CUDA")
         self.config = config
         self.precision = precision
         self.deterministic = deterministic
@@ -300,7 +303,8 @@ class CudaBackend:
             tokens,
             c.num_heads + 2 * c.num_kv_heads,
             *(qkv.view, q_norm, k_norm, batch.view),
-            *(q, k, v, c.num_heads, c.num_kv_heads, c.head_dim, c.rms_norm_eps),
+            *(q, k, v, c.num_heads, c.num_kv_heads, c.head_dim, rotated_channels(c.rope, c.head_dim)),
+            *(c.rms_norm_eps, c.rope.query_beta, float(c.rope.original_max_positions or 1)),
         )
         return q, k, v
 
@@ -352,7 +356,7 @@ class CudaBackend:
         seen = 0 if self.deterministic else batch.sequences[0].prefix_length + tokens
         plan = causal_plan(*self._shape(tokens), seen)
         parts = PrefixParts.empty(plan.parts, tokens if plan.parts > 1 else 0, heads, head_dim)
-        sizes = tokens, heads, batch.options.block_length
+        sizes = tokens, heads, 1 if self.config.decoding.causal else batch.options.block_length
         self.kernels.launch_plan(plan, q, batch.caches_view(layer), o, parts.view, *sizes)
         if plan.parts > 1:
             self.kernels.launch_rows("merge_parts", tokens, heads, parts.view, None, None, o, heads, head_dim)

@@ -125,7 +125,8 @@ class BatchBuffers:
     shapes : tuple of GroupShape
     plans : sequence of Plan
         Of each group's dense prefix attention.
-    head_dim : int
+    rotated : int
+        Channels of a head that are rotated.
 
     Attributes
     ----------
@@ -133,7 +134,7 @@ class BatchBuffers:
         slots, tables : uint64 [sequences], addresses of stored results and of page tables, 0 for none.
         lengths : int32 [sequences], of the prefixes.
         ids, positions, is_masked : int32 [rows]
-        rotations : float32 [rows, 2, head_dim / 2], made from the positions on the device.
+        rotations : float32 [rows, 2, rotated / 2], made from the positions on the device.
         proposed_count : int32 [1]
         proposed, logits, mask_token, top_k : int32 [proposing rows], temperature : float32, uniforms, top_p :
         float64, of all proposing rows one after the other: the row, that of its logits, and how it is
@@ -154,7 +155,7 @@ class BatchBuffers:
         Copies of page tables, of groups that have one cache.
     """
 
-    def __init__(self, shapes: tuple[GroupShape, ...], plans: Sequence[Plan], head_dim: int) -> None:
+    def __init__(self, shapes: tuple[GroupShape, ...], plans: Sequence[Plan], rotated: int) -> None:
         self.shapes = shapes
         self._plans = plans
         sequences, rows, proposing = (
@@ -194,7 +195,7 @@ class BatchBuffers:
         names = "slots", "tables", "lengths", "ids", "positions", "is_masked", "proposed"
         self._inputs = PassInputs(*(getattr(self._host, name) for name in names))
         self._offsets = np.arange(proposing, dtype=np.int32)
-        self.device.rotations = cupy.empty((rows, 2, head_dim // 2), np.float32)
+        self.device.rotations = cupy.empty((rows, 2, rotated // 2), np.float32)
         self.results = self._to_host[2 * sequences :].reshape(4, proposing)
         self.view = BatchView(*(getattr(self.device, name).data.ptr for name, *_ in BatchView._fields_))
         self.views: dict[tuple[int, int], CachesView] = {}

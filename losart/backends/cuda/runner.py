@@ -22,7 +22,7 @@ from losart.backends.cuda.memory import DeviceMemory
 from losart.backends.cuda.plans import prefix_plan
 from losart.backends.cuda.slots import Slot
 from losart.config.model import ModelConfig
-from losart.config.rope import inverse_frequencies
+from losart.config.rope import inverse_frequencies, rotated_channels
 from losart.engine.batch import PassBatch, PassKind
 from losart.engine.sampling import Proposals
 from losart.errors import OutOfMemoryError
@@ -128,7 +128,7 @@ class PassRunner:
         for shape in shapes:
             sizes = shape.per_cache * shape.tokens, c.num_heads, c.num_kv_heads, c.head_dim, shape.most_caches
             plans.append(prefix_plan(kernels.card, kernels.kv_bits, *sizes, kernels.same_sums))
-        return BatchBuffers(shapes, plans, c.head_dim)
+        return BatchBuffers(shapes, plans, rotated_channels(c.rope, c.head_dim))
 
     def _scratch_slot(self, group: PassBatch, shape: GroupShape) -> int:
         """The address of a slot for the sequences that pad a group; 0 where none do, or it stores nothing."""
