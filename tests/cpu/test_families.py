@@ -17,10 +17,8 @@ LENGTHS = (1, 5, 8, 16, 30, 47)
 def family(request, tmp_path_factory):
     name, options = FAMILIES[request.param]
     path = write_checkpoint(tmp_path_factory.mktemp(name), family=name, **SMALL)
-    return losart.load(path, "cpu", deterministic=True), options | {
-        "max_new_tokens": 21,
-        "stop_token_ids": [],
-    }
+    model = losart.load(path, "cpu", deterministic=True)
+    return model, options | {"max_new_tokens": 21, "stop_token_ids": []}
 
 
 def prompts():

@@ -52,6 +52,7 @@ def test_16_bits_run(tmp_path, name, dtype, kv):
     sizes = SMALL | {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64}
     path = write_checkpoint(tmp_path, family=family, dtype=dtype, **sizes)
     model = losart.load(path, "cuda", kv=kv)
-    for options in (options, options | METHODS["losa"]):
-        results = model.generate(prompts(), max_new_tokens=40, stop_token_ids=[], **options)
+    for method in ("dense", "losa"):
+        own = options | METHODS[method] | {"max_new_tokens": 40, "stop_token_ids": []}
+        results = model.generate(prompts(), **own)
         assert all(len(one.token_ids) == 40 for one in results)

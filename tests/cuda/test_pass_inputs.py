@@ -14,7 +14,7 @@ from losart.backends.cuda.pass_inputs import PassInputs
 from losart.engine.batch import PassKind
 
 SCRATCH = 77
-NAMES = ("slots", "tables", "lengths", "ids", "positions", "is_masked", "masked")
+NAMES = ("slots", "tables", "lengths", "ids", "positions", "is_masked", "proposed")
 
 
 def arrays(sequences: int, rows: int) -> dict[str, np.ndarray]:
@@ -36,6 +36,7 @@ def sequences(draw: Any, tokens: int) -> Any:
         ids=np.array(ids) if draw(st.booleans()) else ids,
         prefix_length=draw(st.integers(0, 2**24)),
         masked=sorted(masked),
+        proposed=sorted(draw(st.sets(st.integers(0, tokens - 1)))),
         slot=SimpleNamespace(address=address) if draw(st.booleans()) else None,
         cache=SimpleNamespace(table=SimpleNamespace(place=lambda stream: address // 2 + len(stream))),
     )
@@ -55,9 +56,9 @@ def test_all_is_written_and_what_was_there_before_is_not_left(of_pass):
     )
     filler = PassInputs(*inputs.values())
     expected: dict[str, list[int]] = {name: [] for name in NAMES}
-    first = row = masked = 0
+    first = row = proposed = 0
     for tokens, of_group, padded in places:
-        masked = filler.fill(of_group, tokens, padded, SCRATCH, "stream", first, row, masked)
+        proposed = filler.fill(of_group, tokens, padded, SCRATCH, "stream", first, row, proposed)
         for one in of_group:
             expected["slots"].append(one.slot.address if one.slot else 0)
             expected["tables"].append(one.cache.table.place("stream"))
@@ -65,7 +66,7 @@ def test_all_is_written_and_what_was_there_before_is_not_left(of_pass):
             expected["ids"] += list(one.ids)
             expected["positions"] += range(one.prefix_length, one.prefix_length + tokens)
             expected["is_masked"] += [position in one.masked for position in range(tokens)]
-            expected["masked"] += [row + position for position in one.masked]
+            expected["proposed"] += [row + position for position in one.proposed]
             row += tokens
         padding = padded - len(of_group)
         for name, value in {"slots": SCRATCH, "tables": 0, "lengths": 0}.items():
@@ -74,8 +75,8 @@ def test_all_is_written_and_what_was_there_before_is_not_left(of_pass):
         expected["is_masked"] += [0] * tokens * padding
         expected["positions"] += [*range(tokens)] * padding
         first, row = first + padded, row + tokens * padding
-    assert masked == len(expected["masked"])
-    inputs["masked"] = inputs["masked"][:masked]
+    assert proposed == len(expected["proposed"])
+    inputs["proposed"] = inputs["proposed"][:proposed]
     for name, values in expected.items():
         np.testing.assert_array_equal(inputs[name], np.array(values, inputs[name].dtype), name)
 
@@ -83,6 +84,7 @@ def test_all_is_written_and_what_was_there_before_is_not_left(of_pass):
 def one_sequence(**changed: Any) -> Any:
     table = SimpleNamespace(place=lambda stream: 5)
     fields = {"kind": PassKind.LATER, "ids": [1, 2], "prefix_length": 8, "masked": [0, 1], "slot": None}
+    fields["proposed"] = [0]
     return SimpleNamespace(**fields | {"cache": SimpleNamespace(table=table)} | changed)
 
 
@@ -93,7 +95,8 @@ def one_sequence(**changed: Any) -> Any:
         ({"ids": np.array([1])}, "has 1 rows, and others of its group 2"),
         ({"masked": [0, 2]}, "row 2 of 2 cannot be masked"),
         ({"masked": [-1]}, "row -1 of 2 cannot be masked"),
-        ({"masked": [0, 1, 1, 0, 1]}, "more masked rows than denoised ones"),
+        ({"proposed": [0, 2]}, "row 2 of 2 cannot propose a token"),
+        ({"proposed": [0, 1, 1, 0, 1]}, "more rows that propose tokens than places"),
     ],
 )
 def test_nothing_is_written_beyond_the_places(wrong, message):

@@ -340,10 +340,8 @@ class CpuBackend:
     def refresh_prefix_attention(
         self, layer: int, q: np.ndarray, selection: Selection, batch: PassBatch, *, store_queries: bool
     ) -> tuple[np.ndarray, np.ndarray]:
-        stored = [
-            (one.slot.o[layer, : len(one.ids)], one.slot.lse[layer, : len(one.ids)])
-            for one in batch.sequences
-        ]
+        sizes = [(one.slot, len(one.ids)) for one in batch.sequences]  # a last block may be shorter
+        stored = [(slot.o[layer, :tokens], slot.lse[layer, :tokens]) for slot, tokens in sizes]
         parts = zip(batch.rows(), stored, selection.tokens, selection.pages, strict=True)
         for (sequence, rows), (o, lse), tokens, pages in parts:
             table, length = sequence.cache.table, sequence.prefix_length
