@@ -67,6 +67,9 @@ COMMON = (
 )
 PLANES = ("matmul/planes.cuh",)
 TENSOR_MATMUL = ("matmul/operands.cuh", "common/tensor.cuh")
+SWIZZLED_MATMUL = (*TENSOR_MATMUL, "matmul/swizzle.cuh")
+TILES = (*SWIZZLED_MATMUL, "matmul/tiles.cuh")
+TENSOR_MAPS = ("common/hopper.cuh", "common/tensor_map.cuh")
 FLOAT8 = "common/float8.cuh"
 QUANTIZED = (*TENSOR_MATMUL, "common/codes.cuh", "matmul/quantized.cuh")
 PAGES = ("cache/pages.cuh",)
@@ -76,19 +79,28 @@ PLAIN_ATTENTION = (*CACHE, "attention/rows.cuh", "attention/plain.cuh")
 FRAGMENTS = (*TENSOR_CACHE, "attention/rows.cuh", "attention/fragments.cuh")
 TENSOR_ATTENTION = (*FRAGMENTS, "attention/tensor.cuh")
 HOPPER_ATTENTION = (*FRAGMENTS, "common/hopper.cuh", "attention/hopper_stages.cuh", "attention/hopper.cuh")
+ROUTING = ("experts/routing.cuh",)
+EXPERTS = (*ROUTING, "experts/gated.cuh")
 TOP_PAGES = (*PAGES, "selection/choose_top.cuh")
 FILES = {
     "embedding": KernelFile("matmul"),
     "linear": KernelFile("matmul"),
-    "linear_tensor": KernelFile("matmul", TENSOR_MATMUL),
-    "linear_tiles": KernelFile("matmul", TENSOR_MATMUL),
-    "linear_hopper": KernelFile("matmul", (*TENSOR_MATMUL, "common/hopper.cuh", "common/tensor_map.cuh")),
+    "linear_tensor": KernelFile("matmul", SWIZZLED_MATMUL),
+    "linear_tiles": KernelFile("matmul", TILES),
+    "linear_hopper": KernelFile("matmul", (*TENSOR_MATMUL, *TENSOR_MAPS)),
     "linear_quantized": KernelFile("matmul", QUANTIZED),
     "embedding_quantized": KernelFile("matmul", QUANTIZED),
     "pack_quantized": KernelFile("matmul", QUANTIZED),
     "dequantize": KernelFile("matmul", QUANTIZED),
     "quantize": KernelFile("matmul", (FLOAT8,)),
     "silu_gate": KernelFile("matmul", PLANES),
+    "route": KernelFile("experts", PLANES),
+    "expert_lists": KernelFile("experts", ROUTING),
+    "expert_rows": KernelFile("experts", ROUTING),
+    "experts_linear": KernelFile("experts", EXPERTS),
+    "experts_tensor": KernelFile("experts", (*SWIZZLED_MATMUL, *EXPERTS)),
+    "experts_tiles": KernelFile("experts", (*TILES, *EXPERTS)),
+    "experts_hopper": KernelFile("experts", (*TENSOR_MATMUL, *TENSOR_MAPS, *EXPERTS)),
     "add_rms_norm": KernelFile("norm", PLANES),
     "rotations": KernelFile("norm"),
     "split_heads": KernelFile("norm", PLANES),

@@ -40,6 +40,14 @@ TILE_ROWS = 128  # of a tile of linear_tiles
 EMBEDDING_THREADS = 256  # one channel each
 SILU_THREADS = 128  # four channels each
 
+# experts/
+MOST_EXPERTS = 1024  # of a layer: route has a thread for each
+LISTS_MAX_THREADS = 1024
+EXPERT_ROWS_THREADS = 256
+EXPERT_PANEL = 64  # rows of weights that experts_tensor takes at a time
+EXPERT_THREADS = 128
+EXPERT_UNIT_BYTES = 16  # of shared memory, for a unit of experts_tensor, beside those for its places
+
 # norm/
 NORM_MAX_THREADS = 1024
 ROTATION_THREADS = 64

@@ -65,7 +65,23 @@ class PagesView(ctypes.Structure):
     _fields_ = [*_fields("marks", ""), ("top", StoredView), *_fields("", "words rows count")]
 
 
-VIEWS = (CachesView, BatchView, WeightView, QuantizedView, MatmulView, PartsView, StoredView, PagesView)
+class RoutingView(ctypes.Structure):
+    """Which experts tokens go to, and which rows experts have."""
+
+    _fields_ = _fields("experts weights places items item_count", "tokens slots")
+
+
+VIEWS = (
+    CachesView,
+    BatchView,
+    WeightView,
+    QuantizedView,
+    MatmulView,
+    PartsView,
+    StoredView,
+    PagesView,
+    RoutingView,
+)
 
 
 def layout_checks() -> str:

@@ -38,6 +38,17 @@ template <class T> __device__ __forceinline__ T block_sum(T x, T *shared, unsign
     return x;
 }
 
+/* The same of the largest one. */
+__device__ __forceinline__ float block_max(float x, float *shared, unsigned warps)
+{
+    x = warp_max(x);
+    __syncthreads();
+    if (threadIdx.x % WARP == 0) shared[threadIdx.x / WARP] = x;
+    __syncthreads();
+    for (unsigned warp = 0; warp < warps; warp++) x = fmaxf(x, shared[warp]);
+    return x;
+}
+
 /* The same where `shared` is used only once; each warp accumulates the warps' sums as a tree. */
 template <class T> __device__ __forceinline__ T block_sum_tree(T x, T *shared, int warps)
 {

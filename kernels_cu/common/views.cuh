@@ -3,6 +3,7 @@
 using u64 = unsigned long long;
 
 struct PageBounds;
+struct ExpertItem;
 
 /* A layer of one KV cache: addresses of chunks, and how many positions are committed, or several lengths where
  * sequences of a pass see more or less of it. All lie in device memory, so that a captured pass sees the cache as it is
@@ -108,4 +109,19 @@ struct PagesView {
     const unsigned *marks;
     StoredView top;
     int words, rows, count;
+};
+
+/* Which experts the tokens of a pass go to, and which rows experts have: experts/routing.cuh. `slots` experts of each
+ * token, shared ones included. */
+struct RoutingView {
+    int *experts;    /* [tokens, slots] */
+    float *weights;  /* the same */
+    int *places;     /* [tokens * slots], token * slots + slot, by experts, those of one ascending */
+    int *items;      /* [item_count, 3]: an expert, the first of `places`, and how many are an item of work */
+    int *item_count; /* [1] */
+    int tokens, slots;
+
+    __device__ ExpertItem item(int i) const;
+    __device__ int token(int row) const;
+    __device__ size_t row_of_planes(int place) const;
 };

@@ -13,14 +13,8 @@
  * Compiled with LINEAR_TILES = tokens / 8 and STAGES. Grid: units / share. Must read rows * inner weights once. */
 static_assert(LINEAR_TILES * 8 <= SKINNY_TOKENS, "more tokens need another kernel");
 static_assert(PANEL_ROWS == LINEAR_TENSOR_THREADS / WARP * 16, "a warp has 16 rows of a panel");
-static_assert(STEP_COLUMNS == 64, "8 threads copy a row, 16 bytes each");
 #define X_ROWS (LINEAR_TILES * 8)
-#define STAGE_BYTES ((PANEL_ROWS + X_ROWS) * STEP_COLUMNS * 2)
-
-__device__ __forceinline__ int swizzled(int row, int piece)
-{
-    return row * 128 + (piece ^ ((row & 1) << 2 | (row & 7) >> 1)) * 16;
-}
+#define STAGE_BYTES ((PANEL_ROWS + X_ROWS) * ROW_BYTES)
 
 extern "C" __global__ void __launch_bounds__(LINEAR_TENSOR_THREADS, 2)
     linear_tensor(const Activation *x, WeightView weight, float *y, int tokens, int plane_tokens, int share)
@@ -41,7 +35,7 @@ extern "C" __global__ void __launch_bounds__(LINEAR_TENSOR_THREADS, 2)
             /* Rows past the end repeat the last one; their sums are not written. */
             const WeightValue *from =
                 weight.data() + (size_t)min(panel * PANEL_ROWS + row, rows - 1) * inner + (inside ? k : 0);
-            copy_16_bytes_async(stage + swizzled(row, piece), from, inside);
+            copy_16_bytes_async(stage + place_for_lanes(row, piece), from, inside);
         }
     };
     auto load_x = [&](int i) {
@@ -51,7 +45,7 @@ extern "C" __global__ void __launch_bounds__(LINEAR_TENSOR_THREADS, 2)
         for (int row = threadIdx.x / 8; row < X_ROWS; row += LINEAR_TENSOR_THREADS / 8) {
             bool inside = k < inner && row < tokens;
             const Activation *from = inside ? x + (size_t)row * inner + k : x;
-            copy_16_bytes_async(stage + swizzled(PANEL_ROWS + row, piece), from, inside);
+            copy_16_bytes_async(stage + place_for_lanes(PANEL_ROWS + row, piece), from, inside);
         }
     };
     for (int i = 0; i < min(STAGES - 1, units); i++) load_weights(i);
@@ -69,11 +63,11 @@ extern "C" __global__ void __launch_bounds__(LINEAR_TENSOR_THREADS, 2)
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             int row = warp * 16 + g, piece = half * 4 + t;
-            uint4 a = *(const uint4 *)(stage + swizzled(row, piece));
-            uint4 b = *(const uint4 *)(stage + swizzled(row + 8, piece));
+            uint4 a = *(const uint4 *)(stage + place_for_lanes(row, piece));
+            uint4 b = *(const uint4 *)(stage + place_for_lanes(row + 8, piece));
 #pragma unroll
             for (int n = 0; n < LINEAR_TILES; n++) {
-                uint4 v = *(const uint4 *)(stage + swizzled(PANEL_ROWS + n * 8 + g, piece));
+                uint4 v = *(const uint4 *)(stage + place_for_lanes(PANEL_ROWS + n * 8 + g, piece));
                 mma(sum[n], a.x, b.x, a.y, b.y, v.x, v.y);
                 mma(sum[n], a.z, b.z, a.w, b.w, v.z, v.w);
             }

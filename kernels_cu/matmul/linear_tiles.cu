@@ -8,13 +8,7 @@
  * Compiled with STAGES. Grid: (tokens / TILE_TOKENS, rows / TILE_ROWS): thread blocks that run together share weights.
  * Must do 2 * tokens * rows * inner operations. */
 static_assert(TILE_TOKENS == 128 && TILE_ROWS == 128 && LINEAR_TILES_THREADS == 256, "8 warps of 64 by 32");
-static_assert(STEP_COLUMNS == 64, "8 threads copy a row, 16 bytes each");
-#define TILE_BYTES (TILE_ROWS * STEP_COLUMNS * 2)
-
-__device__ __forceinline__ unsigned swizzled(unsigned tile, int row, int piece)
-{
-    return tile + row * 128 + (piece ^ (row & 7)) * 16;
-}
+#define TILE_BYTES (TILE_ROWS * ROW_BYTES)
 
 extern "C" __global__ void __launch_bounds__(LINEAR_TILES_THREADS)
     linear_tiles(const Activation *x, WeightView weight, float *y, int tokens)
@@ -36,10 +30,10 @@ extern "C" __global__ void __launch_bounds__(LINEAR_TILES_THREADS)
 #pragma unroll
         for (int i = threadIdx.x / 8; i < TILE_ROWS; i += LINEAR_TILES_THREADS / 8) {
             /* Tokens and rows past the end repeat the last one; their sums are not written. */
-            copy_16_bytes_async(swizzled(stage, i, piece), x + (size_t)min(first_token + i, tokens - 1) * inner + k,
+            unsigned to = stage + place_for_matrices(i, piece);
+            copy_16_bytes_async(to, x + (size_t)min(first_token + i, tokens - 1) * inner + k, inside);
+            copy_16_bytes_async(to + TILE_BYTES, weight.data() + (size_t)min(first_row + i, rows - 1) * inner + k,
                                 inside);
-            copy_16_bytes_async(swizzled(stage + TILE_BYTES, i, piece),
-                                weight.data() + (size_t)min(first_row + i, rows - 1) * inner + k, inside);
         }
     };
     start_copies<STAGES>(0, steps, load);
@@ -47,24 +41,8 @@ extern "C" __global__ void __launch_bounds__(LINEAR_TILES_THREADS)
     float sum[4][4][4] = {};
     for (int step = 0; step < steps; step++) {
         advance_copies<STAGES>(step, steps, load);
-        unsigned xs = shared + step % STAGES * 2 * TILE_BYTES, weights = xs + TILE_BYTES;
-#pragma unroll
-        for (int k = 0; k < STEP_COLUMNS / 16; k++) {
-            unsigned a[4][4], b[2][4];
-#pragma unroll
-            for (int m = 0; m < 4; m++)
-                load_matrices(a[m], swizzled(xs, warp_token + m * 16 + lane % 16, k * 2 + lane / 16));
-#pragma unroll
-            for (int n = 0; n < 2; n++) {
-                int row = warp_row + n * 16 + lane / 16 * 8 + lane % 8;
-                load_matrices(b[n], swizzled(weights, row, k * 2 + lane / 8 % 2));
-            }
-#pragma unroll
-            for (int m = 0; m < 4; m++)
-#pragma unroll
-                for (int n = 0; n < 4; n++)
-                    mma(sum[m][n], a[m][0], a[m][1], a[m][2], a[m][3], b[n / 2][n % 2 * 2], b[n / 2][n % 2 * 2 + 1]);
-        }
+        unsigned xs = shared + step % STAGES * 2 * TILE_BYTES;
+        multiply_tiles(sum, xs, xs + TILE_BYTES, warp_token, warp_row);
     }
 #pragma unroll
     for (int m = 0; m < 4; m++)

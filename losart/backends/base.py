@@ -162,12 +162,16 @@ class PassOutput:
         Tokens that read them, summed over layers, per sequence.
     reads : sequence of sequence of Selection or None
         Per group of the batch, per layer; None: dense. Empty but for passes that are observed.
+    experts_used : float, optional
+        Experts that tokens of the pass went to, shared ones not counted: mean over the layers that have
+        experts. None without such layers, and for prefill.
     """
 
     proposals: Proposals | None
     positions: Sequence[int]
     tokens: Sequence[int]
     reads: Sequence[Sequence[Selection | None]]
+    experts_used: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -286,7 +290,7 @@ class Backend(Protocol):
     def gated_linear(self, x: Array, gate_up: Weight, prefill: bool) -> Array:
         """silu(gate) * up, [tokens, ffn], of x times the joined projections [2 * ffn, in]."""
 
-    def experts(self, x: Array, layer: ExpertWeights, prefill: bool) -> Matmul:
+    def experts(self, x: Array, layer: ExpertWeights, batch: Batch) -> Matmul:
         """Each token's weighted sum of its experts' feed-forwards, [tokens, hidden].
 
         Router logits, scores and weights are float32.

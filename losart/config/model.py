@@ -160,6 +160,11 @@ class ModelConfig:
         return None if self.experts is None or layer in self.experts.dense_layers else self.experts
 
     @property
+    def expert_layers(self) -> int:
+        """Layers that have experts."""
+        return sum(self.experts_of(layer) is not None for layer in range(self.num_layers))
+
+    @property
     def group_size(self) -> int:
         """Query heads that share one kv head."""
         return self.num_heads // self.num_kv_heads

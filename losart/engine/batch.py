@@ -236,8 +236,12 @@ class PassResult:
         Empty for prefill.
     layers : sequence of tuple of ObservedLayer
         Empty where nobody observes.
+    experts_used : float, optional
+        By the tokens of all sequences: mean over the layers that have experts. None without such layers, and
+        for prefill.
     """
 
     proposals: Proposals | None = None
     reads: Sequence[PassReads] = ()
     layers: Sequence[tuple[ObservedLayer, ...]] = ()
+    experts_used: float | None = None

@@ -31,7 +31,7 @@ from losart.engine.output import Decode, Output
 from losart.engine.remasking import remask
 from losart.engine.runner import Runner
 from losart.engine.sampling import NOT_FINITE, check_remasking
-from losart.engine.sequence import Sequence
+from losart.engine.sequence import Mean, Sequence
 from losart.engine.totals import Totals
 from losart.errors import LosartError, NumericalError, OptionError, OutOfMemoryError, PromptError
 from losart.observe.engine_stats import EngineStats
@@ -174,12 +174,15 @@ class Done(NamedTuple):
     seconds : float
     ended : float
         By `time.perf_counter`.
+    experts_used : float or None
+        As of `PassResult`.
     """
 
     reads: Ids[PassReads]
     sequences: int
     seconds: float
     ended: float
+    experts_used: float | None
 
 
 class Engine:
@@ -226,6 +229,7 @@ class Engine:
         self._block_passes = 0
         self._block_sequences = 0  # of those passes, in all
         self._block_seconds = 0.0
+        self._experts_used = Mean()  # in a layer of those passes
         self._ended = Totals()  # generations
         self._prefilled_tokens = 0
         self._prefilled = 0.0  # tokens of prompts since the last pass over blocks, by what they cost
@@ -259,6 +263,7 @@ class Engine:
                 passes=self._block_passes,
                 mean_sequences=self._block_sequences / max(1, self._block_passes),
                 density=totals.reads.density,
+                experts_used=self._experts_used.value,
                 mean_queue_seconds=totals.queued.value,
                 mean_first_token_seconds=totals.first_token.value,
                 set_back=self._set_backs,
@@ -677,7 +682,7 @@ class Engine:
         self._tell()  # of the pass before, while this one is under way
         result = finish()
         ended = time.perf_counter()
-        done = Done(result.reads, len(passes), ended - began, ended)
+        done = Done(result.reads, len(passes), ended - began, ended, result.experts_used)
         self._count(batch, done)
         proposing = [requests[-1] for _, requests in passes if len(requests[-1].proposed)]
         fixed = iter(_fixed(result, proposing))
@@ -714,6 +719,8 @@ class Engine:
             self._block_passes += 1
             self._block_sequences += done.sequences
             self._block_seconds += done.seconds
+            if done.experts_used is not None:
+                self._experts_used.add(done.experts_used, 1)
 
     def _request(self, run: Run) -> tuple[SequencePass, ...]:
         """What a run wants next; nothing where it has been closed, or an error ends it."""
@@ -797,6 +804,8 @@ class Engine:
         sequence, heads = run.sequence, self.runner.config.num_kv_heads
         sequence.decode_seconds += done.seconds
         sequence.shared += done.sequences
+        if done.experts_used is not None:
+            sequence.experts_used.add(done.experts_used, 1)
         if sequence.first_token_seconds is None and sequence.output.tokens:
             sequence.first_token_seconds = done.ended - run.joined
         for read in done.reads[index : index + count]:

@@ -76,6 +76,8 @@ class Sequence:
         For the engine to set.
     shared : int
         Sequences of the passes over blocks, this one counted, in all; for the engine to add to.
+    experts_used : Mean
+        By those passes in a layer; for the engine to add to.
     """
 
     def __init__(
@@ -112,6 +114,7 @@ class Sequence:
         self.decode_seconds = 0.0
         self.first_token_seconds: float | None = None
         self.shared = 0
+        self.experts_used = Mean()
         self.reads = ReadLog(length)
         self._prompt_tokens = len(self.ids)
         self._prompt_end = len(self.prefix)
@@ -432,6 +435,7 @@ class Sequence:
             mean_sequences=self.shared / (self.denoising_passes + self.commit_passes - rides),
             kv_bytes=self.cache.nbytes,
             kv_bytes_shared=self.cache.shared_bytes,
+            experts_used=self.experts_used.value,
         )
         return GenerationResult(output.text, list(output.tokens), output.finish_reason, stats)
 

@@ -253,11 +253,11 @@ class Transformer:
                 kinds = (one.kind for one in group.sequences)
                 reads += [policy.reads(kind, *one) for kind, one in zip(kinds, of_group, strict=True)]
         if not observe:
-            return PassResult(output.proposals, reads)
+            return PassResult(output.proposals, reads, experts_used=output.experts_used)
         layers = []
         for (group, _), selections in zip(batch.groups(), output.reads, strict=True):
             layers += observed_layers(selections, self.backend, group, self.config.num_kv_heads)
-        return PassResult(output.proposals, reads, layers)
+        return PassResult(output.proposals, reads, layers, output.experts_used)
 
     def _key(self, batch: PassBatch) -> Hashable:
         """What passes that launch the same operations have in common; None: it is not replayed."""
@@ -293,7 +293,7 @@ class Transformer:
             delta = linear(o.reshape(len(o), -1), layer.o, layer.o_bias)
             x, h = backend.add_rms_norm(x, delta, layer.post_norm)
             if isinstance(layer.feed_forward, ExpertWeights):
-                delta = backend.experts(h, layer.feed_forward, prefills)
+                delta = backend.experts(h, layer.feed_forward, batch)
             else:
                 gated = backend.gated_linear(h, layer.feed_forward.gate_up, prefills)
                 delta = linear(gated, layer.feed_forward.down)

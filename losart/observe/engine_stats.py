@@ -43,6 +43,9 @@ class EngineStats:
     density : float or None
         Mean share of the prefix that was read, per kv head, layer, pass and generation, as in
         :class:`losart.Stats`; None when the prefix was always empty.
+    experts_used : float or None
+        Mean number of experts that a layer of such a pass used, as in :class:`losart.Stats`; None without
+        layers that have experts.
     mean_queue_seconds, mean_first_token_seconds : float or None
         Before the first pass, and to the first token that is known, as in :class:`losart.Stats`: means over
         the generations that have come to it, None when none has.
@@ -66,6 +69,7 @@ class EngineStats:
     passes: int
     mean_sequences: float
     density: float | None
+    experts_used: float | None
     mean_queue_seconds: float | None
     mean_first_token_seconds: float | None
     set_back: int

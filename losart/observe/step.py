@@ -40,6 +40,9 @@ class Stats:
     kv_bytes, kv_bytes_shared : int
         Memory of its KV cache in the end, in whole chunks; and of that what another generation's cache had
         when this one began.
+    experts_used : float or None
+        Experts that the tokens of a forward pass over a block went to, those of other generations in it
+        included and shared experts not: mean over passes and layers that have experts. None without such.
     """
 
     prompt_tokens: int
@@ -59,6 +62,7 @@ class Stats:
     mean_sequences: float = 1.0
     kv_bytes: int = 0
     kv_bytes_shared: int = 0
+    experts_used: float | None = None
 
     @property
     def forward_passes(self) -> int:

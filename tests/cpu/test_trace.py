@@ -191,7 +191,7 @@ def test_a_trace_is_written_as_by_the_version_before(tmp_path):
     before = WRITTEN_BEFORE.read_text().replace('"losart":"0.1.0"', f'"losart":"{losart.__version__}"')
     before = before.replace('"active":2,', '"active":2,"change_threshold":0.15,')  # an option that came later
     later = ',"rides":0,"queue_seconds":0.0,"first_token_seconds":null,"mean_sequences":1.0'  # as did these
-    later += ',"kv_bytes":0,"kv_bytes_shared":0'
+    later += ',"kv_bytes":0,"kv_bytes_shared":0,"experts_used":null'
     before = re.sub(r'"density":[0-9.]+(?=}}\n$)', rf"\g<0>{later}", before)
     assert file.read_text() == before
 

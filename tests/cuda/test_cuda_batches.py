@@ -119,7 +119,7 @@ def passes(backend: Any, prefixes: list[Prefix], tokens: int, anchor: bool, mask
             selection = selector.select_pages(0, q, active, batch, COUNT)
         parts = backend.refresh_prefix_attention(0, q, selection, batch, store_queries=True)
         keep(backend.block_attention(q, k, v, parts, batch), tokens)
-        reads, _ = batch.buffers.fetch()
+        reads, _, _ = batch.buffers.fetch()
         for of_sequence, selected, read in zip(found, backend.on_host(selection, host), reads, strict=False):
             of_sequence += [selected.tokens, selected.change, *selected.pages, read]
 

@@ -256,7 +256,7 @@ def test_attention_over_listed_pages(dtype, shape, tokens, length, page_size, ca
             np.testing.assert_array_equal(array, other)
     group = shape["group"]
     lists = case.listed(selection)
-    ((positions, reading),), _ = case.batch.buffers.fetch()
+    ((positions, reading),), _, _ = case.batch.buffers.fetch()
     assert reading == (3 if every else 2) * len(chosen)
     assert positions == (3 if every else 2) * sum(
         len(ref.positions_of_pages(np.array(ids, np.int32), page_size, length)) for ids in lists

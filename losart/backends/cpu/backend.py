@@ -31,7 +31,7 @@ from losart.config.model import ModelConfig
 from losart.config.options import CHOICES
 from losart.config.precision import Format, Precision
 from losart.config.rope import inverse_frequencies, query_factors
-from losart.engine.batch import PassBatch
+from losart.engine.batch import PassBatch, PassKind
 from losart.engine.kv_cache import PagedKVCache, chunk_positions
 from losart.engine.sampling import Proposals, propose
 from losart.errors import ConfigError, NumericalError
@@ -109,6 +109,7 @@ class CpuBackend:
         self.selectors = dict.fromkeys(CHOICES["planner"], Selector())
         self._frequencies, self._rope_factor = inverse_frequencies(config.rope, config.head_dim)
         self._rotation: tuple[Hashable, np.ndarray, np.ndarray, np.ndarray | None] | None = None
+        self._experts_used: list[int] = []  # in each layer of the pass that was begun last
 
     # -- weights, cache and stored results
 
@@ -161,12 +162,15 @@ class CpuBackend:
     # -- running
 
     def begin(self, batch: PassBatch, body: PassBody, observe: bool = False) -> Callable[[], PassOutput]:
+        self._experts_used = []
         proposals, reads = body.launch(batch)
+        used = [] if batch.kind is PassKind.PREFILL else self._experts_used
+        experts_used = sum(used) / len(used) if used else None
         counted = [
             _count_reads(group, of_group) for (group, _), of_group in zip(batch.groups(), reads, strict=False)
         ]
         positions, tokens = np.concatenate(counted, axis=1).tolist() if counted else ([], [])
-        output = PassOutput(proposals, positions, tokens, reads if observe else ())
+        output = PassOutput(proposals, positions, tokens, reads if observe else (), experts_used)
         return lambda: output
 
     def on_host(self, selection: Selection, batch: PassBatch) -> list[HostSelection]:
@@ -265,13 +269,15 @@ class CpuBackend:
     def gated_linear(self, x: np.ndarray, gate_up: Weight, prefill: bool) -> np.ndarray:
         return _gated((self.prefill_linear if prefill else self.linear)(x, gate_up))
 
-    def experts(self, x: np.ndarray, layer: ExpertWeights, prefill: bool) -> np.ndarray:
+    def experts(self, x: np.ndarray, layer: ExpertWeights, batch: PassBatch) -> np.ndarray:
+        prefill = batch.kind is PassKind.PREFILL
         # How many of its rows an expert has must not decide how they are summed.
         router, linear = (self.prefill_linear,) * 2 if prefill else (self.linear, self._few)
         chosen, weights = route(router(x, layer.router), layer.bias, layer.config)
         total = np.zeros_like(x)
         order = np.argsort(chosen, axis=None, kind="stable")
         used, starts = np.unique(chosen.reshape(-1)[order], return_index=True)
+        self._experts_used.append(len(used))
         for expert, places in zip(used, np.split(order, starts[1:]), strict=True):
             rows = places // layer.config.per_token
             y = linear(_gated(linear(x[rows], layer.gate_up[expert])), layer.down[expert])

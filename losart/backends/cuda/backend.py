@@ -24,6 +24,7 @@ from losart.backends.base import (
     StoredResults,
 )
 from losart.backends.cuda.batch import DeviceBatch
+from losart.backends.cuda.experts import ExpertStack, check_experts, experts
 from losart.backends.cuda.host_selector import HostSelector
 from losart.backends.cuda.kernels import Kernels
 from losart.backends.cuda.matmul import blas_matmul
@@ -56,7 +57,7 @@ from losart.backends.cuda.weights import WeightLoader
 from losart.config.model import ModelConfig
 from losart.config.precision import Format, Precision
 from losart.config.rope import rotated_channels
-from losart.engine.batch import PassBatch
+from losart.engine.batch import PassBatch, PassKind
 from losart.engine.kv_cache import PagedKVCache, chunk_positions
 from losart.errors import ConfigError
 from losart.kernels_cu import constants as cu
@@ -104,7 +105,7 @@ class CudaBackend:
                 f"head_dim must be {cu.LARGEST_HEAD_DIM} at most on CUDA, not {config.head_dim}"
             )
         if config.experts is not None:
-            raise ConfigError("mixtures of experts are not supported on CUDA")
+            check_experts(config.experts)
         if rotated_channels(config.rope, config.head_dim) % 8:
             raise ConfigError("partial_rotary_factor: rotated channels must be a multiple of 8 on CUDA")
         self.config = config
@@ -134,8 +135,9 @@ class CudaBackend:
         with self.memory.running("the weights"):
             return self._loader.matrix(*tensors)
 
-    def upload_experts(self, *experts: tuple[Any, ...]) -> Any:
-        raise NotImplementedError
+    def upload_experts(self, *experts: tuple[Any, ...]) -> ExpertStack:
+        with self.memory.running("the weights"):
+            return self._loader.experts(*experts)
 
     def held(self, *tensors: Any) -> dict[str, int]:
         format = self.precision.weights
@@ -323,8 +325,10 @@ class CudaBackend:
         self._launch_hopper(plan, x, gate_up, y)
         return y
 
-    def experts(self, x: Any, layer: ExpertWeights, prefill: bool) -> Matmul:
-        raise NotImplementedError
+    def experts(self, x: Any, layer: ExpertWeights, batch: DeviceBatch) -> Matmul:
+        prefill = batch.kind is PassKind.PREFILL
+        logits = (self.prefill_linear if prefill else self.linear)(x, layer.router)
+        return experts(self.kernels, x, logits, layer, prefill, batch.buffers.device.experts_used)
 
     def silu_gate(self, gate_up: Matmul) -> Any:
         """silu(gate) * up from the joined projections [tokens, 2 * ffn]."""

@@ -142,6 +142,7 @@ class BatchBuffers:
         riding : int32 [groups], caches whose commits ride.
         starts : int32 [caches + 1 of all groups], owners : int32 [parts of all groups], of dense prefix
         attention: every cache's first part, and every part's cache, -1 for none.
+        experts_used : int32 [1], by tokens of this pass, summed over layers.
         reads : int32 [sequences, 2], by sparse attention in this pass: positions, and tokens that read them,
         summed over layers.
     results : int32 [4, proposing rows]
@@ -182,12 +183,13 @@ class BatchBuffers:
             ("starts", np.int32, starts[-1]),
             ("owners", np.int32, owners[-1]),
             ("riding", np.int32, len(shapes)),
+            ("experts_used", np.int32, 1),
             ("reads", np.int32, 2 * sequences),
         )
         size = sum(count * np.dtype(dtype).itemsize for _, dtype, count in fields)
         memory = cupy.zeros(size + 16 * proposing, np.uint8)
-        # Reads are written from both sides: zeroed by the host, counted by the device.
-        self._from_host, to_host = memory[:size], memory[size - 8 * sequences :]
+        # These are written from both sides: zeroed by the host, counted by the device.
+        self._from_host, to_host = memory[:size], memory[size - 8 * sequences - 4 :]
         self._to_host = to_host.view(np.int32)
         self._words = np.zeros(size, np.uint8)
         self.device, self._host = _fields(self._from_host, fields), _fields(self._words, fields)
@@ -196,7 +198,7 @@ class BatchBuffers:
         self._inputs = PassInputs(*(getattr(self._host, name) for name in names))
         self._offsets = np.arange(proposing, dtype=np.int32)
         self.device.rotations = cupy.empty((rows, 2, rotated // 2), np.float32)
-        self.results = self._to_host[2 * sequences :].reshape(4, proposing)
+        self.results = self._to_host[1 + 2 * sequences :].reshape(4, proposing)
         self.view = BatchView(*(getattr(self.device, name).data.ptr for name, *_ in BatchView._fields_))
         self.views: dict[tuple[int, int], CachesView] = {}
         self.tables = {
@@ -282,10 +284,11 @@ class BatchBuffers:
         """Those rows among those of logits."""
         return self._host.logits[: self.proposed_count]
 
-    def fetch(self, stream: Any = None) -> tuple[np.ndarray, np.ndarray]:
-        """Reads and results, when the stream (None: the current one) has reached this point."""
+    def fetch(self, stream: Any = None) -> tuple[np.ndarray, np.ndarray, int]:
+        """Reads, results and used experts, when the stream (None: the current one) has reached this point."""
         words, reads = self._to_host.get(stream), self.device.reads
-        return words[: reads.size].reshape(reads.shape), words[reads.size :].reshape(self.results.shape)
+        results = words[1 + reads.size :].reshape(self.results.shape)
+        return words[1 : 1 + reads.size].reshape(reads.shape), results, int(words[0])
 
 
 def _fields(memory: Any, fields: Sequence[tuple[str, Any, int]]) -> SimpleNamespace:

@@ -192,13 +192,14 @@ class PassRunner:
 
     def _output(self, batch: DeviceBatch, launched: Launched) -> PassOutput:
         """Fetch what the pass gives."""
-        nothing = (0,) * len(batch.sequences)
-        if not launched.proposes and not launched.counts:
+        nothing, layers = (0,) * len(batch.sequences), self._config.expert_layers
+        if not (launched.proposes or launched.counts or layers):
             return PassOutput(None, nothing, nothing, launched.reads)
-        reads, results = batch.buffers.fetch(self._memory.stream)
+        reads, results, used = batch.buffers.fetch(self._memory.stream)
         positions, reading = reads[batch.placed].T.tolist()
+        experts_used = used / layers if layers else None
         if not launched.proposes:
-            return PassOutput(None, positions, reading, launched.reads)
+            return PassOutput(None, positions, reading, launched.reads, experts_used)
         ids, confidence, entropy, finite = results[:, : batch.buffers.proposed_count]
         fields = ids.astype(np.int64), confidence.view(np.float32), entropy.view(np.float32), finite != 0
-        return PassOutput(Proposals(*fields), positions, reading, launched.reads)
+        return PassOutput(Proposals(*fields), positions, reading, launched.reads, experts_used)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
+from losart.backends.cuda.expert_plans import FEW_TILES, ExpertShape, expert_plans
 from losart.backends.cuda.matmul_plans import (
     QUANTIZED_TILES,
     dequantize_plan,
@@ -47,6 +48,7 @@ CARDS = {
 }
 PLANNED = (
     "linear",
+    "experts_",
     "kv_quantize",
     "prefix_attention",
     "sparse_attention",
@@ -62,6 +64,7 @@ PLANNED = (
 TOKENS = (1, 4, 16, 20, 32, 33, 44, 52, 64)
 HEADS = ((8, 8), (16, 8), (32, 8), (8, 1))  # and kv heads
 HEAD_DIMS = (64, 80, 128)
+EXPERTS = (ExpertShape(257, 9, 512, 2048), ExpertShape(8, 2, 60, 2048))  # by tensor cores, and without
 FORMS = tuple(
     QuantizedForm(1024, 1024, dtype, group, zeros, wide)
     for dtype in CODES
@@ -77,6 +80,10 @@ def plans(card: Card, precision: Precision) -> Iterator[Plan]:
     sixteen, kv_bits = precision.weights.bits == 16, attention_bits(precision)
     for tokens, inner in itertools.product((*TOKENS, 2048), (1024, 1020)):
         yield matmul_plan(card, sixteen, tokens, 1024, inner)
+    for experts, many in itertools.product(EXPERTS, (False, True)):
+        for tokens in (8 * n for n in FEW_TILES):
+            of_tokens = expert_plans(card, sixteen, experts, tokens, many)
+            yield from (of_tokens.gate_up, of_tokens.down)
     for heads, kv_heads in HEADS:
         for head_dim in HEAD_DIMS:
             for tokens in TOKENS:

@@ -9,11 +9,12 @@ import cupy
 import numpy as np
 
 from losart.backends.cpu.convert import float32_rows, narrow, widen
+from losart.backends.cuda.experts import ExpertStack
 from losart.backends.cuda.kernels import Kernels
 from losart.backends.cuda.matmul_plans import pack_plan, quantize_plan
 from losart.backends.cuda.quantized import QuantizedForm, QuantizedWeight, quantized_form
 from losart.backends.cuda.results import Weight
-from losart.errors import TensorError
+from losart.errors import ConfigError, TensorError
 from losart.loaders.quantized.tensor import QuantizedTensor
 
 STAGING_BYTES = 32 << 20  # of pinned memory
@@ -43,11 +44,29 @@ class WeightLoader:
             return self._quantized(form, tensors)
         rows = sum(tensor.shape[0] for tensor in tensors)
         values = cupy.empty((rows, tensors[0].shape[1]), self._format.bits_array)
+        self._fill_rows(values, tensors)
+        return Weight(values)
+
+    def experts(self, *experts: tuple[Any, ...]) -> ExpertStack:
+        """Tensors [out_i, in] of each expert as one matrix [sum of out_i, in] of each."""
+        for tensors in experts:
+            if (form := quantized_form(tensors, self._format)) is not None:
+                raise ConfigError(
+                    f"experts in {form.dtype} are not supported on CUDA: load the model without weights=, or "
+                    "from a checkpoint whose experts are not quantized"
+                )
+        shape = sum(tensor.shape[0] for tensor in experts[0]), experts[0][0].shape[1]
+        values = cupy.empty((len(experts), *shape), self._format.bits_array)
+        for of_expert, tensors in zip(values, experts, strict=True):
+            self._fill_rows(of_expert, tensors)
+        return ExpertStack(values)
+
+    def _fill_rows(self, values: Any, tensors: Iterable[Any]) -> None:
+        """Copy tensors [out_i, in] one below the other."""
         first = 0
         for tensor in tensors:
             self._fill(values[first : first + tensor.shape[0]].reshape(-1), tensor)
             first += tensor.shape[0]
-        return Weight(values)
 
     def vector(self, *tensors: Any) -> Any:
         """Tensors one after the other, in float32."""
