@@ -33,6 +33,7 @@ try:
     from losart.api.engine import Engine
     from losart.api.model import Model, generate, load
     from losart.api.session import Session
+    from losart.measure.random_checkpoint import write_size as random_checkpoint
 except ModuleNotFoundError as error:
     explain_unbuilt(error)
     raise
@@ -67,5 +68,6 @@ __all__ = [
     "__version__",
     "generate",
     "load",
+    "random_checkpoint",
     "read_trace",
 ]

@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint = args.checkpoint or write_weights(Path(folder), SIZE, block_length=BLOCK)
+        checkpoint = args.checkpoint or write_weights(Path(folder), "sdar", SIZE, block_length=BLOCK)
         rows: list[dict[str, Any]] = []
         figures = {
             "device": cpu_name(),

@@ -10,7 +10,7 @@ from losart.attention import POLICIES
 from losart.config.options import CHOICES, OPTIONS
 from losart.config.precision import DTYPES, KV_FORMATS
 from losart.engine.sampling import STRATEGIES
-from losart.measure.random_checkpoint import SIZES
+from losart.measure.random_checkpoint import FAMILY_SIZES
 from losart.quantization import LOADED
 
 Group = argparse._ArgumentGroup
@@ -67,7 +67,11 @@ def add_model_or_size(command: argparse.ArgumentParser) -> None:
         "model", metavar="MODEL", nargs="?", help="checkpoint directory or hub id (random weights)"
     )
     command.add_argument(
-        "--size", choices=SIZES, default="0.6B", help="of the random weights, without MODEL (0.6B)"
+        "--family", choices=FAMILY_SIZES, default="sdar", help="of the random weights, without MODEL (sdar)"
+    )
+    sizes = "; ".join(f"{family}: {', '.join(sizes)}" for family, sizes in FAMILY_SIZES.items())
+    command.add_argument(
+        "--size", metavar="SIZE", help=f"of the random weights (sdar 0.6B, else tiny). {sizes}"
     )
 
 
@@ -96,6 +100,15 @@ def add_decoding(command: argparse.ArgumentParser, new_tokens: str = "128") -> G
     group.add_argument("--denoising-steps", type=int, metavar="N", help="passes per block (the block length)")
     group.add_argument("--remasking", choices=STRATEGIES, help="(low_confidence_dynamic)")
     group.add_argument("--confidence-threshold", type=float, metavar="P", help="(0.85)")
+    group.add_argument(
+        "--sub-block-length", type=int, metavar="N", help="tokens of which all are fixed before the next (no)"
+    )
+    group.add_argument(
+        "--editing-threshold", type=float, metavar="P", help="above it fixed tokens are changed (1: never)"
+    )
+    group.add_argument(
+        "--max-post-steps", type=int, metavar="N", help="passes that only change fixed tokens, at most (16)"
+    )
     group.add_argument("--eb-threshold", type=float, metavar="NATS", help="(0.35)")
     group.add_argument("--temperature", type=float, metavar="T", help="0 is greedy (0)")
     group.add_argument("--top-k", type=int, metavar="K", help="0 keeps all (0)")

@@ -55,7 +55,8 @@ def run(args: argparse.Namespace) -> None:
         name = args.model
         if name is None:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="losart-bench-"))
-            name = write_weights(Path(folder), args.size, block_length=RANDOM_BLOCK)
+            blocks = {"block_length": RANDOM_BLOCK} if args.family == "sdar" else {}
+            name = write_weights(Path(folder), args.family, args.size, **blocks)
         model = load_model(name, args.device, args.dtype, args.weights, args.kv)
         figures = _measure(model, Path(name).name, args)
     if args.json:

@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="losart-footprint-")))
         generation = None
         if not args.sizes_only:
-            checkpoint = open_checkpoint(args.model or write_weights(folder, args.size))
+            checkpoint = open_checkpoint(args.model or write_weights(folder, args.family, args.size))
             generation = generation_of(checkpoint, args.device, args.prompt_tokens, args.new_tokens)
         processes = 0 if args.sizes_only else args.repeats + 1
         steps = stack.enter_context(Steps(2 * (processes + (not args.installed))))

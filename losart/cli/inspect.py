@@ -51,6 +51,7 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, object]]:
         ("architecture", facts["architecture"]),
         ("layers", sizes["layers"]),
         ("hidden, FFN", f"{sizes['hidden']}, {sizes['ffn']}"),
+        *([("experts", _experts(sizes["experts"]))] if sizes["experts"] else []),
         ("heads", f"{sizes['heads']}, {sizes['kv_heads']} of keys and values, {sizes['head_dim']} wide"),
         ("vocabulary", f"{sizes['vocabulary']}{', tied embeddings' if sizes['tied_embeddings'] else ''}"),
         ("positions", f"{sizes['positions']}, rope {_rope(sizes['rope'])}"),
@@ -59,6 +60,7 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, object]]:
         ("weights", f"{size(facts['weight_bytes'])} in {', '.join(facts['held_in'])} on {facts['device']}"),
         ("fits", _fits(facts)),
         *((f"KV at {kv['context']}", f"{size(kv['bytes'])} in {facts['kv']}") for kv in facts["kv_cache"]),
+        ("decoding", "; ".join(facts["decoding"]) or "masked tokens of a block are fixed pass by pass"),
         ("block length", facts["block_length"] or "not said"),
         ("mask token", _token(facts["mask_token"]) if facts["mask_token"] else "not said"),
         ("end tokens", ", ".join(map(_token, ends)) or "none"),
@@ -66,6 +68,14 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, object]]:
         ("chat template", "yes" if facts["chat_template"] else "no"),
         ("options", no_options if options is None else ", ".join(f"{k}={v!r}" for k, v in options.items())),
     ]
+
+
+def _experts(experts: dict[str, Any]) -> str:
+    groups = f", of {experts['kept_groups']} of {experts['groups']} groups" if experts["groups"] > 1 else ""
+    shared = f", {experts['shared']} for all" if experts["shared"] else ""
+    dense = f", none in layers {experts['dense_layers']}" if experts["dense_layers"] else ""
+    width = f"{experts['intermediate_size']} wide, {experts['scores']} scores"
+    return f"{experts['count']} {width}, {experts['per_token']} per token{groups}{shared}{dense}"
 
 
 def _fits(facts: dict[str, Any]) -> str:

@@ -98,10 +98,12 @@ def load_model(
         return load(model, device, dtype, progress=progress, weights=weights, kv=kv)
 
 
-def write_weights(folder: Path, size: str, **options: Any) -> Path:
+def write_weights(folder: Path, family: str, size: str | None, **options: Any) -> Path:
     """Write random weights of a size into a new subfolder, with progress; options as `write_size`'s."""
-    with Progress(f"writing random weights of {size}", "MiB") as progress:
-        return write_size(folder / f"random-{size}", size, progress=progress, **options)
+    size = size or ("0.6B" if family == "sdar" else "tiny")
+    with Progress(f"writing random weights of {family} {size}", "MiB") as progress:
+        to = folder / f"random-{family}-{size}"
+        return write_size(to, size, family=family, progress=progress, **options)
 
 
 def _duration(seconds: float) -> str:

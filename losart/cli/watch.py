@@ -33,6 +33,8 @@ class Watch:
         fixed = " ".join(map(str, step.fixed)) or "-"
         active = " ".join(map(str, active_layers(step)))
         parts = [self.summary(step), f"fixed: {fixed}", f"active, of {len(step.layers)} layers: {active}"]
+        if step.edited:
+            parts.insert(2, f"changed: {' '.join(map(str, step.edited))}")
         if changes := largest_changes(step):
             parts.append(f"{self.of_changes()}: {' '.join(map(shown, changes))}")
         print("; ".join([*parts, f"block: {' '.join(self.words(step))}"]), flush=True)

@@ -13,10 +13,13 @@ from losart.loaders import Tokenizer
 from losart.observe.step import Step
 
 TEXT_LINES = 6  # of the text before the block
+FIXED, EDITED = "bold green", "bold magenta"
 LEGEND = (
     ("masked", "dim"),
     ", ",
-    ("fixed in this pass", "bold green"),
+    ("fixed in this pass", FIXED),
+    ", ",
+    ("changed in it", EDITED),
     "; below: in how many layers the token ",
     ("was active", "cyan"),
 )
@@ -47,7 +50,8 @@ class LiveWatch(Watch):
         cells = []
         rows = zip(step.block, self.words(step), active_layers(step), strict=True)
         for index, (token, word, active) in enumerate(rows):
-            style = "dim" if token is None else "bold green" if index in step.fixed else ""
+            style = "dim" if token is None else FIXED if index in step.fixed else ""
+            style = EDITED if index in step.edited else style
             count = (f"{active}/{layers}", "cyan" if active else "dim")
             change = f"\n{shown(changes[index])}" if changes else "\n"
             cells.append(Text.assemble((word, style), "\n", count, (change, "dim")))

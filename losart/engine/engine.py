@@ -154,7 +154,7 @@ class Run:
     @property
     def commits(self) -> bool:
         """Whether a commit by itself is next."""
-        return self.sequence.next_kind is PassKind.COMMIT and not self.sequence.commits_ride
+        return self.sequence.next_kind is PassKind.COMMIT and not self.sequence.rides_next
 
     @property
     def prefills(self) -> bool:

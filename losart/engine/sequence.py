@@ -109,6 +109,7 @@ class Sequence:
         self.commits_ride = commits_ride
         self.denoising_passes = 0
         self.commit_passes = 0
+        self._rode = 0  # commits
         self.queue_seconds = 0.0
         self.prefill_seconds = 0.0
         self.decode_seconds = 0.0
@@ -213,7 +214,7 @@ class Sequence:
         """Positions that the cache must have room for before the next pass."""
         if self.prefilling:
             return len(self.prefix)
-        next_block = self.options.block_length if self.commits_ride and not self._masked else 0
+        next_block = self.options.block_length if not self._masked and self._rides else 0
         return self.cache.length + len(self._block) + next_block
 
     @property
@@ -231,9 +232,17 @@ class Sequence:
         return PassKind.LATER if self._passes else PassKind.FIRST
 
     @property
+    def _rides(self) -> bool:
+        """Whether a commit that is next rides: blocks that do are equally long."""
+        after = self.cache.length + len(self._block)
+        return self.commits_ride and (
+            not self.decoding.ends_short or len(self._new_block(after, [])[0]) == len(self._block)
+        )
+
+    @property
     def rides_next(self) -> bool:
         """Whether the next pass is two: a commit, and the first pass over the next block."""
-        return self.commits_ride and self.next_kind is PassKind.COMMIT
+        return self.next_kind is PassKind.COMMIT and self._rides
 
     def next_pass(self) -> tuple[SequencePass, ...]:
         """The pass that the sequence wants next; `apply` takes its result.
@@ -255,7 +264,7 @@ class Sequence:
         if kind is not PassKind.COMMIT:
             return self._denoising(kind, self._block, self._masked, start, self._counts)
         where = start, self.options, self.cache
-        if not self.commits_ride:
+        if not self._rides:
             return (self._commit(),)
         after = start + len(self._block)
         block, masked, counts = self._new_block(after, [])
@@ -360,9 +369,10 @@ class Sequence:
             self.cache.advance(self._piece)
             self.prefilled += self._piece
         elif kind is PassKind.COMMIT and not edited:
+            rides = self._rides
             self._apply_commit(seed)
-            if not self.commits_ride:
-                block = None
+            self._rode += rides
+            block = block if rides else None
             kind, start = PassKind.FIRST, self.cache.length
         if block is not None and masked is not None:
             if kind is PassKind.COMMIT:
@@ -416,7 +426,6 @@ class Sequence:
         """What the finished sequence gave."""
         output, reads = self.output, self.reads
         assert output.finish_reason is not None
-        rides = self.commit_passes if self.commits_ride else 0
         stats = Stats(
             prompt_tokens=self._prompt_tokens,
             new_tokens=len(output.tokens),
@@ -429,10 +438,10 @@ class Sequence:
             active_fraction=reads.active_fraction,
             sparse_density=reads.sparse_density,
             density=reads.density,
-            rides=rides,
+            rides=self._rode,
             queue_seconds=self.queue_seconds,
             first_token_seconds=self.first_token_seconds,
-            mean_sequences=self.shared / (self.denoising_passes + self.commit_passes - rides),
+            mean_sequences=self.shared / (self.denoising_passes + self.commit_passes - self._rode),
             kv_bytes=self.cache.nbytes,
             kv_bytes_shared=self.cache.shared_bytes,
             experts_used=self.experts_used.value,

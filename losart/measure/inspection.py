@@ -86,6 +86,7 @@ def inspection(
         "free_bytes": free,
         "fitting_positions": None if free is None else _fitting(free - weight_bytes, kv_bytes, config),
         "kv_cache": [{"context": n, "bytes": kv_bytes(n)} for n in contexts],
+        "decoding": _decoding(config),
         "block_length": config.block_length,
         "mask_token": token(config.mask_token_id),
         "end_tokens": [token(number) for number in config.end_token_ids],
@@ -119,6 +120,20 @@ def _sizes(config: ModelConfig) -> dict[str, Any]:
         "o_bias": config.o_bias,
         "experts": None if config.experts is None else _experts(config.experts),
     }
+
+
+def _decoding(config: ModelConfig) -> list[str]:
+    """What is special about the family's decoding."""
+    decoding, defaults = config.decoding, dict(config.decoding.defaults)
+    said = {
+        "a row predicts the next token": decoding.shifted,
+        "the last row of the prompt and of each block gives the next token": decoding.seeds,
+        "the prompt and finished blocks are causal": decoding.causal,
+        "the last block is cut to the answer": decoding.ends_short,
+        "blocks are filled part by part": "sub_block_length" in defaults,
+        "fixed tokens may be changed": defaults.get("editing_threshold", 1.0) < 1,
+    }
+    return [text for text, holds in said.items() if holds]
 
 
 def _experts(experts: ExpertsConfig) -> dict[str, Any]:

@@ -73,6 +73,7 @@ class TraceWriter:
     def __call__(self, step: Step) -> None:
         """Write one pass."""
         values = {name: getattr(step, name) for name in PASS_FIELDS}
+        values |= {"edited": step.edited} if step.edited else {}
         self._write(values | {"layers": [_layer_line(layer) for layer in step.layers]})
 
     def finish(self, result: GenerationResult) -> None:
@@ -173,17 +174,19 @@ def _lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 def _pass(line: dict[str, Any], trace: Trace) -> Step:
     if len(line["layers"]) != trace.layers:
         raise ValueError(f"it has {len(line['layers'])} layers, the header says {trace.layers}")
-    layers = tuple(_layer(layer, line["block_start"], trace) for layer in line["layers"])
-    return Step(**{name: line[name] for name in PASS_FIELDS}, layers=layers)
+    where = line["block_start"], len(line["block"])
+    layers = tuple(_layer(layer, *where, trace) for layer in line["layers"])
+    fields = {name: line[name] for name in PASS_FIELDS}
+    return Step(**fields, layers=layers, edited=line.get("edited", []))
 
 
-def _layer(line: dict[str, Any], prefix_length: int, trace: Trace) -> ObservedLayer:
+def _layer(line: dict[str, Any], prefix_length: int, tokens: int, trace: Trace) -> ObservedLayer:
     pages = -(-prefix_length // trace.page_size)
     dense = line["pages"] == "all"
     lists = [range(pages)] * trace.kv_heads if dense else line["pages"]
     if len(lists) != trace.kv_heads:
         raise ValueError(f"pages of {len(lists)} kv heads, the header says {trace.kv_heads}")
-    active = range(trace.block_length) if dense else line["active"]
+    active = range(tokens) if dense else line["active"]
     arrays = tuple(np.asarray(ids, np.int64) for ids in lists)
     if any(ids.size and not 0 <= ids.min() <= ids.max() < pages for ids in arrays):
         raise ValueError(f"a page that is not among the {pages} of the prefix")

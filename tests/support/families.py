@@ -16,7 +16,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 METHODS: dict[str, dict[str, Any]] = {
     "dense": {},
     "losa": {"attention": "losa", "budget": 16},
-    "losa counted": {"attention": "losa", "budget": 16, "active": 2},
+    # Not a count between: masked tokens at different positions change by the same, but for rounding.
+    "losa none": {"attention": "losa", "budget": 16, "active": 0},
+    "losa all": {"attention": "losa", "budget": 16, "active": 1.0},
     "losa anchor": {"attention": "losa", "budget": 16, "selector": "anchor", "commit": "sparse"},
     "quest": {"attention": "quest", "budget": 16, "commit": "sparse"},
     "sparsed": {"attention": "sparsed", "budget": 16},

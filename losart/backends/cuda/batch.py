@@ -358,6 +358,10 @@ class DeviceBatch:
         return self._batch.rides
 
     @property
+    def causal(self) -> bool:
+        return self._batch.causal
+
+    @property
     def proposes(self) -> bool:
         return self._batch.proposes
 

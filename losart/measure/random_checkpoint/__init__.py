@@ -1,8 +1,9 @@
-"""Checkpoints with random weights in SDAR's format, for benchmarks and tests.
+"""Checkpoints with random weights, of every family, for benchmarks and tests.
 
 Of any size, and written with little memory.
 """
 
-from losart.measure.random_checkpoint.writer import SIZES, write_checkpoint, write_size
+from losart.measure.random_checkpoint.families import FAMILY_SIZES, SIZES
+from losart.measure.random_checkpoint.writer import write_checkpoint, write_size
 
-__all__ = ["SIZES", "write_checkpoint", "write_size"]
+__all__ = ["FAMILY_SIZES", "SIZES", "write_checkpoint", "write_size"]

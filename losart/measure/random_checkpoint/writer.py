@@ -11,70 +11,16 @@ from typing import Any
 
 from losart.config.model import ModelConfig
 from losart.config.precision import FORMATS
+from losart.errors import OptionError
 from losart.loaders.families import Family, family_of
 from losart.loaders.families.family import ConfigFiles
 from losart.loaders.json_files import JsonObject
 from losart.measure.random_checkpoint.byte_tokenizer import special_token_ids, write_tokenizer
+from losart.measure.random_checkpoint.families import FAMILY_KEYS, FAMILY_SIZES
 from losart.measure.random_checkpoint.tensors import RandomTensor, write_tensors
 from losart.observe.step import Progress
 
-QWEN3: dict[str, Any] = {"num_kv_heads": 8, "head_dim": 128, "vocab_size": 151936, "max_positions": 40960}
-SIZES: dict[str, dict[str, Any]] = {
-    "tiny": {},
-    "0.6B": QWEN3
-    | {"hidden_size": 1024, "intermediate_size": 3072, "num_layers": 28, "num_heads": 16, "tied": True},
-    "1.7B": QWEN3
-    | {"hidden_size": 2048, "intermediate_size": 6144, "num_layers": 28, "num_heads": 16, "tied": True},
-    "4B": QWEN3
-    | {"hidden_size": 2560, "intermediate_size": 9728, "num_layers": 36, "num_heads": 32, "tied": True},
-    "8B": QWEN3 | {"hidden_size": 4096, "intermediate_size": 12288, "num_layers": 36, "num_heads": 32},
-}
-SHARDS = {"4B": 3, "8B": 5}
-# What a family's config.json has beside the keys of all, with experts small enough for "tiny".
-FAMILY_KEYS: dict[str, dict[str, Any]] = {
-    "sdar": {"architectures": ["SDARForCausalLM"]},
-    "Fast_dLLM_Qwen": {"architectures": ["Fast_dLLM_QwenForCausalLM"]},
-    "llada2_moe": {
-        "architectures": ["LLaDA2MoeModelLM"],
-        "first_k_dense_replace": 1,
-        "moe_intermediate_size": 64,
-        "moe_router_enable_expert_bias": True,
-        "n_group": 4,
-        "norm_topk_prob": True,
-        "num_experts": 16,
-        "num_experts_per_tok": 4,
-        "num_shared_experts": 1,
-        "partial_rotary_factor": 0.5,
-        "routed_scaling_factor": 2.5,
-        "score_function": "sigmoid",
-        "topk_group": 2,
-        "use_qk_norm": True,
-    },
-    "nemotron_labs_diffusion": {
-        "architectures": ["NemotronLabsDiffusionModel"],
-        "rope_parameters": {
-            "rope_type": "yarn",
-            "rope_theta": 1e6,
-            "factor": 16.0,
-            "original_max_position_embeddings": 256,
-            "beta_fast": 32.0,
-            "beta_slow": 1.0,
-            "mscale": 1.0,
-            "mscale_all_dim": 1.0,
-            "llama_4_scaling_beta": 0.1,
-        },
-    },
-    "stable_diffcoder": {"architectures": ["StableDiffcoderForCausalLM"], "model_type": "llama"},
-    "sdar_moe": {
-        "architectures": ["SDARMoeForCausalLM"],
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
-        "moe_intermediate_size": 64,
-        "norm_topk_prob": True,
-        "num_experts": 8,
-        "num_experts_per_tok": 2,
-    },
-}
+GIB_PER_SHARD = 4
 
 
 def write_checkpoint(
@@ -92,7 +38,7 @@ def write_checkpoint(
     tied: bool = False,
     bias: bool = False,
     dtype: str = "float32",
-    shards: int = 1,
+    shards: int | None = 1,
     block_length: int | None = 4,
     rope_theta: float = 1e6,
     rope_scaling: dict[str, Any] | None = None,
@@ -109,13 +55,13 @@ def write_checkpoint(
     directory : path
         Created if need be; files in it are overwritten.
     family : str
-        A model type of `FAMILY_KEYS`.
+        A model type as losart knows it: a key of `FAMILY_KEYS`.
     tied, bias : bool
         Whether the output projection is the embedding; whether the attention has biases.
     dtype : {"float32", "bfloat16", "float16"}
         Of the saved weights.
-    shards : int
-        Number of safetensors files; with more than one, an index is written too.
+    shards : int or None
+        Number of safetensors files; with more than one, an index is written too. None: by their size.
     block_length : int or None
         None leaves it out of config.json.
     rope_scaling : dict or None
@@ -181,19 +127,40 @@ def write_checkpoint(
     of_family = family_of(family)
     model = ModelConfig(model_type=family, **of_family.config_values(files))
     tensors = list(_tensors(of_family, model, head_gain))
+    if shards is None:
+        total = sum(tensor.size for tensor in tensors) * FORMATS[dtype].itemsize
+        shards = 1 + total // (GIB_PER_SHARD << 30)
     write_tensors(directory, tensors, FORMATS[dtype], shards, seed, progress)
     return directory
 
 
 def write_size(
-    directory: str | os.PathLike[str], size: str, *, dtype: str | None = None, **options: Any
+    directory: str | os.PathLike[str],
+    size: str,
+    *,
+    family: str = "sdar",
+    dtype: str | None = None,
+    **options: Any,
 ) -> Path:
-    """Write a checkpoint of one of `SIZES`, with further options of `write_checkpoint`.
+    """Write a checkpoint of one of a family's sizes (`FAMILY_SIZES`), with options of `write_checkpoint`.
 
-    `dtype` None means that of released checkpoints, bfloat16, but float32 for "tiny".
+    `dtype` None means that of released checkpoints, bfloat16, but float32 for "tiny". Blocks are as long as
+    the family's are by default.
+
+    Raises
+    ------
+    OptionError
+        There is no such family, or no such size of it.
     """
+    if family not in FAMILY_SIZES:
+        raise OptionError(f"family must be one of {', '.join(FAMILY_SIZES)}, not {family!r}")
+    if size not in FAMILY_SIZES[family]:
+        raise OptionError(f"size of {family} must be one of {', '.join(FAMILY_SIZES[family])}, not {size!r}")
     dtype = dtype or ("float32" if size == "tiny" else "bfloat16")
-    return write_checkpoint(directory, **SIZES[size], dtype=dtype, shards=SHARDS.get(size, 1), **options)
+    defaults = {"block_length": 4 if family == "sdar" else None}
+    return write_checkpoint(
+        directory, family=family, dtype=dtype, shards=None, **defaults | FAMILY_SIZES[family][size] | options
+    )
 
 
 def _tensors(family: Family, model: ModelConfig, head_gain: float) -> Iterator[RandomTensor]:
