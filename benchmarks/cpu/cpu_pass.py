@@ -142,7 +142,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint = args.checkpoint or write_weights(Path(folder), "sdar", SIZE, dtype="float32", block_length=BLOCK)
+        checkpoint = args.checkpoint or write_weights(
+            Path(folder), "sdar", SIZE, dtype="float32", block_length=BLOCK
+        )
         figures = measure(checkpoint, args.repeats)
     print_table(figures)
     if args.json:

@@ -82,6 +82,8 @@ class Model:
     ) -> GenerationResult | list[GenerationResult]:
         """Generate from a prompt, or from each of a list of prompts.
 
+        A checkpoint's family may have other defaults than these, and names of its own for some.
+
         Prompts of a list go through the model together where the device can, which is faster; each has the
         result that it has alone, to rounding. With an observer they come one after another.
 
@@ -106,6 +108,14 @@ class Model:
             "entropy_bounded".
         confidence_threshold : float, default 0.85
             For "low_confidence_dynamic".
+        reaches_threshold : bool, default False
+            Whether a probability that is equal to the threshold suffices.
+        sub_block_length : int, optional
+            Tokens of a block all of which are fixed before those that follow. Default: all of it.
+        editing_threshold : float, default 1.0
+            Fixed tokens are changed where another is proposed with a probability above this; 1: never.
+        max_post_steps : int, default 16
+            Passes over a block without masks that may change tokens, at most.
         eb_threshold : float, default 0.35
             For "entropy_bounded", in nats.
         temperature : float, default 0.0

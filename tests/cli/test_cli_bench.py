@@ -51,7 +51,7 @@ def test_random_weights_and_a_table(capsys):
     assert main(["bench", "--size", "tiny", *TINY, "--attention", "dense,losa"]) == 0
     printed = capsys.readouterr()
     assert (
-        "random-tiny in float32, keys and values in float32, on " in printed.out
+        "random-sdar-tiny in float32, keys and values in float32, on " in printed.out
         and "blocks of 16, budget 32" in printed.out
     )
     head, *rows = printed.out.splitlines()[-5:]
