@@ -71,11 +71,12 @@ FLOAT8 = "common/float8.cuh"
 QUANTIZED = (*TENSOR_MATMUL, "common/codes.cuh", "matmul/quantized.cuh")
 PAGES = ("cache/pages.cuh",)
 CACHE = (*PAGES, FLOAT8, "cache/layout.cuh")
-TENSOR_CACHE = (*CACHE, "cache/operands.cuh", "common/tensor.cuh", "common/codes.cuh", "cache/codes.cuh")
+TENSOR = ("common/tensor.cuh", "common/codes.cuh", "cache/codes.cuh")
 PLAIN_ATTENTION = (*CACHE, "attention/rows.cuh", "attention/plain.cuh")
-FRAGMENTS = (*TENSOR_CACHE, "attention/rows.cuh", "attention/fragments.cuh")
-TENSOR_ATTENTION = (*FRAGMENTS, "attention/tensor.cuh")
-HOPPER_ATTENTION = (*FRAGMENTS, "common/hopper.cuh", "attention/hopper_stages.cuh", "attention/hopper.cuh")
+FRAGMENTS = (*TENSOR, "attention/rows.cuh", "attention/fragments.cuh")
+TENSOR_ATTENTION = (*CACHE, "cache/operands.cuh", *FRAGMENTS, "attention/tensor.cuh")
+HOPPER = ("common/hopper.cuh", "attention/hopper_stages.cuh", "attention/hopper.cuh")
+HOPPER_ATTENTION = (*CACHE, "attention/hopper_operands.cuh", *FRAGMENTS, *HOPPER)
 TOP_PAGES = (*PAGES, "selection/choose_top.cuh")
 FILES = {
     "embedding": KernelFile("matmul"),
