@@ -23,7 +23,7 @@ __device__ __forceinline__ void load_queries(FragmentRows &state, const Stages &
         store_shared_uint4(to, packed);
     }
     fence_async();
-    named_barrier<1, COMPUTE_THREADS>();
+    named_barrier<COMPUTE_THREADS>(1);
     int warp = threadIdx.x / WARP, g = threadIdx.x % WARP / 4;
     state.reset(rows.first + warp / 4 / KEY_GROUPS * HOPPER_ROWS + warp % 4 * 16 + g);
 }
@@ -72,9 +72,9 @@ __device__ __forceinline__ void attend(FragmentRows &state, const Stages &stages
 __device__ __forceinline__ void write_part(const FragmentRows &state, float *shared, const PartsView &parts, int part,
                                            const QueryRows &rows)
 {
-    named_barrier<1, COMPUTE_THREADS>();
+    named_barrier<COMPUTE_THREADS>(1);
     int thread = threadIdx.x % WARPGROUP;
     stage_part<HOPPER_ROWS>(state, shared, threadIdx.x / WARPGROUP, thread / WARP * 16 + thread % WARP / 4);
-    named_barrier<1, COMPUTE_THREADS>();
+    named_barrier<COMPUTE_THREADS>(1);
     write_part<HOPPER_ROWS, KEY_GROUPS, BLOCK_ROWS, COMPUTE_THREADS, 4>(shared, parts, part, rows);
 }

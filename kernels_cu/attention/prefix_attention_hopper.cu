@@ -1,9 +1,9 @@
 /* prefix_attention.cu by wgmma; one part per thread block.
  *
  * Compiled with COPY_THREADS = 32: registers are left for the thread blocks of the next kernel; over codes with TILE =
- * 64 and COPY_THREADS = 128. Grid: (kv_heads, parts, rows / BLOCK_ROWS). Since up to 128 rows of a kv head are in one
- * thread block, keys and values are read once: 2 * kv_heads * length * head_dim, of codes with their scales, which must
- * be read. */
+ * 64 and COPY_THREADS = 128, and for few rows WARPGROUP_ROWS = 16 or 32. Grid: (kv_heads, parts, rows / BLOCK_ROWS).
+ * Since up to 128 rows of a kv head are in one thread block, keys and values are read once: 2 * kv_heads * length *
+ * head_dim, of codes with their scales, which must be read. */
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     prefix_attention_hopper(const float *q, CachesView caches, PartsView parts, const int *owners, const int *rides,
                             int heads, int per_cache, int block_tokens)
@@ -31,7 +31,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         let_next_start();
         load_queries(stages, q, rows);
         CodedRows state = {};
-        int first_row = rows.first + threadIdx.x / WARPGROUP / KEY_GROUPS * HOPPER_ROWS;
+        int first_row = rows.first + threadIdx.x / WARPGROUP / KEY_GROUPS * WARPGROUP_ROWS;
         attend(state, stages, tiles.first, tiles.last, prefixes.first / TILE,
                [&](int row) { return prefixes.limit(first_row + row); });
         write_part(state, shared, stages, parts, blockIdx.y, rows);

@@ -11,9 +11,11 @@ __device__ __forceinline__ unsigned long long descriptor(unsigned shared, int gr
 }
 
 /* The accumulators d as asm operands: their numbers, and their constraints. */
+#define NUMBERS_8 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define NUMBERS_16 NUMBERS_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
 #define NUMBERS_32 \
-    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
-    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+    NUMBERS_16 ", " \
+               "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define NUMBERS_64 \
     NUMBERS_32 ", " \
                "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
@@ -26,10 +28,13 @@ __device__ __forceinline__ unsigned long long descriptor(unsigned shared, int gr
     NUMBERS_96 ", " \
                "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
                "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
-#define ACCUMULATORS_8(i) \
+#define ACCUMULATORS_8_FROM(i) \
     "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
         "+f"(d[i + 7])
-#define ACCUMULATORS_32_FROM(i) ACCUMULATORS_8(i), ACCUMULATORS_8(i + 8), ACCUMULATORS_8(i + 16), ACCUMULATORS_8(i + 24)
+#define ACCUMULATORS_16_FROM(i) ACCUMULATORS_8_FROM(i), ACCUMULATORS_8_FROM(i + 8)
+#define ACCUMULATORS_32_FROM(i) ACCUMULATORS_16_FROM(i), ACCUMULATORS_16_FROM(i + 16)
+#define ACCUMULATORS_8 ACCUMULATORS_8_FROM(0)
+#define ACCUMULATORS_16 ACCUMULATORS_16_FROM(0)
 #define ACCUMULATORS_32 ACCUMULATORS_32_FROM(0)
 #define ACCUMULATORS_64 ACCUMULATORS_32, ACCUMULATORS_32_FROM(32)
 #define ACCUMULATORS_96 ACCUMULATORS_64, ACCUMULATORS_32_FROM(64)
@@ -65,6 +70,8 @@ __device__ __forceinline__ unsigned long long descriptor(unsigned shared, int gr
             : ACCUMULATORS_##N \
             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)fresh)); \
     }
+DEFINE_WGMMA(16, 8, 9, 10, 11, 12, 13)
+DEFINE_WGMMA(32, 16, 17, 18, 19, 20, 21)
 DEFINE_WGMMA(64, 32, 33, 34, 35, 36, 37)
 DEFINE_WGMMA(128, 64, 65, 66, 67, 68, 69)
 DEFINE_WGMMA(192, 96, 97, 98, 99, 100, 101)
@@ -85,6 +92,15 @@ template <int COUNT> __device__ __forceinline__ void pin(float (&registers)[COUN
 template <int PENDING> __device__ __forceinline__ void wgmma_wait()
 {
     asm volatile("wgmma.wait_group.sync.aligned %0;" : : "n"(PENDING) : "memory");
+}
+
+/* Four 8x8 matrices, as load_matrices reads them. */
+__device__ __forceinline__ void store_matrices(unsigned address, unsigned a, unsigned b, unsigned c, unsigned d)
+{
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};"
+                 :
+                 : "r"(address), "r"(a), "r"(b), "r"(c), "r"(d)
+                 : "memory");
 }
 
 /* Makes what threads wrote to shared memory visible to wgmma and bulk copies. */
@@ -151,18 +167,18 @@ __device__ __forceinline__ void bulk_copy(unsigned shared, const void *global, i
 }
 
 /* A barrier of some whole warps of a thread block; id 0 is that of __syncthreads. */
-template <int ID, int THREADS> __device__ __forceinline__ void named_barrier()
+template <int THREADS> __device__ __forceinline__ void named_barrier(int id)
 {
-    asm volatile("bar.sync %0, %1;" : : "n"(ID), "n"(THREADS) : "memory");
+    asm volatile("bar.sync %0, %1;" : : "r"(id), "n"(THREADS) : "memory");
 }
 
 /* The same, which says whether it holds for any of the threads. */
-template <int ID, int THREADS> __device__ __forceinline__ bool named_barrier_any(bool holds)
+template <int THREADS> __device__ __forceinline__ bool named_barrier_any(int id, bool holds)
 {
     int any;
     asm volatile("{.reg .pred p, q; setp.ne.b32 p, %3, 0; bar.red.or.pred q, %1, %2, p; selp.b32 %0, 1, 0, q;}"
                  : "=r"(any)
-                 : "n"(ID), "n"(THREADS), "r"((int)holds)
+                 : "r"(id), "n"(THREADS), "r"((int)holds)
                  : "memory");
     return any;
 }

@@ -521,7 +521,7 @@ def test_block_causal_attention(dtype, shape, block_length, blocks_before, block
 
 
 @pytest.mark.parametrize("ends", [(0.1, 6), (6, 0.1), (1, 1)])
-@pytest.mark.parametrize(("tokens", "length"), [(16, 3000), (32, 1000), (3, 130), (16, 64), (1, 1)])
+@pytest.mark.parametrize(("tokens", "length"), [(16, 3000), (32, 1000), (8, 700), (3, 130), (16, 64), (1, 1)])
 @pytest.mark.parametrize("width", [64, 128])
 @pytest.mark.parametrize("kv", ["auto", "int8", "fp8"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -589,6 +589,24 @@ def code_values(codes, kv):
     exponent, eighths = codes >> 3 & 15, (codes & 7).astype(np.float64)
     normal = (1 + eighths / 8) * 2.0 ** (exponent.astype(np.float64) - 7)
     return np.where(codes >> 7, -1.0, 1.0) * np.where(exponent, normal, eighths / 512)
+
+
+@pytest.mark.parametrize("ends", [(1e-4, 10), (10, 1e-4)])
+@pytest.mark.parametrize("tokens", [4, 16, 32])
+@pytest.mark.parametrize("kv", ["int8", "fp8"])
+def test_values_that_rise_and_fall_along_the_prefix(kv, tokens, ends):
+    """In one part, so that sums so far are scaled again and again as scales of values grow."""
+    rng = np.random.default_rng(tokens)
+    backend = new_backend("bfloat16", {"sms": 1}, kv, kv_heads=2, group=4, width=128)
+    k, v = (rng.standard_normal((1000, 2, 128), np.float32) for _ in range(2))
+    v *= np.geomspace(*ends, 1000, dtype=np.float32)[:, None, None]
+    cache = filled_cache(backend, k, v, 16, random_pieces(rng, 1000))
+    q = rng.standard_normal((tokens, 8, 128), np.float32)
+    with backend.memory.stream:
+        parts = backend.prefix_attention(0, to_device(backend, q), place(backend, cache, tokens))
+        o, _ = backend.merge(parts)
+    expected, _ = ref.softmax_attention(q, held(k, kv), held(v, kv))
+    assert_close(on_host(backend, o), expected, TOLERANCE["bfloat16"])
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

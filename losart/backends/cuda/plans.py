@@ -18,6 +18,7 @@ from losart.kernels_cu import constants as cu
 from losart.kernels_cu.launch import OVERLAP_CAPABILITY
 
 TENSOR_HEAD_DIMS = (64, 128)
+CODED_ROWS = (16, 32)  # that a warpgroup may have over 8-bit codes in place of HOPPER_ROWS
 # Dense prefix attention of several caches: parts in all, beside one for each, over those of one cache by
 # itself. Where caches are many, they alone keep all SMs at work.
 SPLITS, FEW_SPLITS, FEW = 4, 2, 16
@@ -127,9 +128,13 @@ def prefix_plan(
     if card.hopper and _on_tensor_cores(kv_bits, head_dim):
         row_groups = 1 if rows <= cu.HOPPER_ROWS else 2
         blocks = ceil(rows / (cu.HOPPER_ROWS * row_groups))
+        fitting = (count for count in CODED_ROWS if rows <= count)
+        group_rows = next(fitting, cu.HOPPER_ROWS) if kv_bits == 8 else cu.HOPPER_ROWS
         parts = max(1, card.sms // (kv_heads * blocks))
         copy = cu.WARPGROUP if kv_bits == 8 else cu.WARP
-        defines, shared = _hopper_defines(card, kv_bits, head_dim, cu.TENSOR_TILE, row_groups, copy, 6)
+        defines, shared = _hopper_defines(
+            card, kv_bits, head_dim, cu.TENSOR_TILE, group_rows, row_groups, copy, 6
+        )
         grid, threads = (kv_heads, parts, blocks), cu.HOPPER_COMPUTE_THREADS + copy
         plan = Plan("prefix_attention_hopper", grid, threads, shared, defines)
     else:
@@ -276,7 +281,7 @@ def causal_plan(
         plan = Plan("causal_attention", grid, cu.PLAIN_THREADS, _plain_shared(head_dim))
     elif card.hopper and kv_bits == 16:
         threads = cu.HOPPER_COMPUTE_THREADS + cu.WARPGROUP
-        defines, shared = _hopper_defines(card, kv_bits, head_dim, 128, 2, cu.WARPGROUP, 3)
+        defines, shared = _hopper_defines(card, kv_bits, head_dim, 128, cu.HOPPER_ROWS, 2, cu.WARPGROUP, 3)
         grid = (ceil(rows / (2 * cu.HOPPER_ROWS)), kv_heads)
         plan = Plan("causal_attention_hopper", grid, threads, shared, defines)
     else:
@@ -328,16 +333,24 @@ def _position_bytes(kv_bits: int, head_dim: int) -> int:
 
 
 def _hopper_defines(
-    card: Card, kv_bits: int, head_dim: int, tile: int, row_groups: int, copy_threads: int, stages: int
+    card: Card,
+    kv_bits: int,
+    head_dim: int,
+    tile: int,
+    group_rows: int,
+    row_groups: int,
+    copy_threads: int,
+    stages: int,
 ) -> tuple[Defines, int]:
     stage = 2 * tile * _position_bytes(kv_bits, head_dim) + cu.BARRIER_BYTES
-    others = cu.HOPPER_ROWS * row_groups * head_dim * 2  # queries
+    others = group_rows * row_groups * head_dim * 2  # queries
     if kv_bits == 8:  # each warpgroup's weights and what its warps exchange, and tiles end at a multiple
-        others += 2 * (cu.HOPPER_ROWS * tile * 2 + 4 * cu.HOPPER_ROWS * 4) + cu.SHARED_ALIGNMENT
+        others += 2 * (cu.HOPPER_ROWS * tile * 2 + 4 * (cu.HOPPER_ROWS + 1) * 4) + cu.SHARED_ALIGNMENT
     stages = min(stages, (card.shared_per_block - others) // stage)
     defines = (
         ("HEAD_DIM", head_dim),
         ("TILE", tile),
+        ("WARPGROUP_ROWS", group_rows),
         ("ROW_GROUPS", row_groups),
         ("KEY_GROUPS", 2 // row_groups),
         ("COPY_THREADS", copy_threads),
