@@ -239,5 +239,5 @@ def test_sequences_of_16_bits_share_passes(make_checkpoint, dtype, deterministic
 
 def test_what_is_not_supported_is_said(make_checkpoint):
     path = make_checkpoint(family="sdar_moe", dtype="bfloat16", **SIZES)
-    with pytest.raises(ConfigError, match="experts in int8 are not supported on CUDA"):
+    with pytest.raises(ConfigError, match="weights: experts in int8 are not supported on CUDA"):
         losart.load(path, device="cuda", weights="int8")
