@@ -23,6 +23,7 @@ from benchmarks.cuda import (
     batches,
     dense_pass,
     end_to_end,
+    experts,
     first_token,
     later_pass,
     matmuls,
@@ -83,6 +84,24 @@ SECTIONS = {
         "Floor: weights, keys and values at that density, and what pages are selected by: bounds of all of "
         "them, or pages kept from the first pass.",
         lambda bandwidth, quick, _: later_pass.rows(bandwidth, quick),
+    ),
+    "experts": Section(
+        "Mixtures of experts: whole denoising pass, milliseconds",
+        "Dense attention, host and sampling included; ids and weights are noise, so that routing is nearly "
+        "random. used: experts that a layer's tokens go to, of so many. Floor: their weights and all others, "
+        "keys and values over the copy bandwidth.",
+        lambda bandwidth, quick, _: experts.pass_rows(bandwidth, quick),
+    ),
+    "experts-prefill": Section(
+        "Mixtures of experts: prefill",
+        "A prompt in pieces, nothing before it. active: parameters that a token is multiplied by, head and "
+        "embedding aside; rate: tokens a second times twice those, in TFLOP/s.",
+        lambda _, quick, __: experts.prefill_rows(quick),
+    ),
+    "experts-used": Section(
+        "Experts that a layer uses in a pass",
+        "By block length and sequences, as above after a short prefix; random: if each token went to any.",
+        lambda _, quick, __: experts.used_rows(quick),
     ),
     "planner": Section(
         "Selection in kernels and on the host: whole later pass, milliseconds",

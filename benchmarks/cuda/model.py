@@ -13,6 +13,7 @@ import numpy as np
 
 from benchmarks.cuda.noise import NoiseBackend, block_options, held_bytes, model_config, shapes
 from benchmarks.cuda.timing import run_microseconds
+from losart.config.model import ModelConfig
 from losart.config.options import AttentionConfig
 from losart.config.precision import Precision
 from losart.engine.batch import PassBatch, PassKind, PassResult
@@ -26,7 +27,7 @@ class NoiseModel:
 
     Parameters
     ----------
-    size : str
+    size : str or ModelConfig
         Of `random_checkpoint.SIZES`.
     transformer : type
         Transformer, or a class made of it.
@@ -40,21 +41,22 @@ class NoiseModel:
 
     def __init__(
         self,
-        size: str,
+        size: str | ModelConfig,
         transformer: type[Transformer] = Transformer,
         deterministic: bool = False,
         weights: str = "bfloat16",
         kv: str = "auto",
     ) -> None:
-        self.config = model_config(size)
+        self.config = model_config(size) if isinstance(size, str) else size
         self.backend = NoiseBackend(self.config, Precision.of("bfloat16", kv), deterministic, weights)
         self.transformer: Any = transformer(self.config, shapes(self.config), self.backend)
 
     @property
     def read_bytes(self) -> int:
         """Of the weights that a pass must read: all, but of the embedding only a few rows."""
-        layers = self.transformer.layers
-        matrices = [getattr(layer, name) for layer in layers for name in ("qkv", "o", "gate_up", "down")]
+        matrices = []
+        for layer in self.transformer.layers:
+            matrices += [layer.qkv, layer.o, layer.feed_forward.gate_up, layer.feed_forward.down]
         return sum(map(held_bytes, [*matrices, self.transformer.head]))
 
 

@@ -1,4 +1,4 @@
-"""Models of SDAR's sizes whose weights, keys and values are noise made on the device."""
+"""Models of released sizes whose weights, keys and values are noise made on the device."""
 
 from __future__ import annotations
 
@@ -13,13 +13,16 @@ import numpy as np
 from losart.backends.base import PassBody
 from losart.backends.cuda.backend import CudaBackend
 from losart.backends.cuda.batch import DeviceBatch
+from losart.backends.cuda.experts import ExpertStack
 from losart.backends.cuda.quantized import QuantizedForm, QuantizedWeight
 from losart.backends.cuda.results import Weight
 from losart.config.model import ModelConfig
 from losart.config.options import AttentionConfig, GenerationConfig, generation_config
 from losart.config.precision import KV_FLOAT8, KV_FORMATS, Format, Precision
 from losart.engine.batch import PassBatch, PassKind, SequencePass
-from losart.loaders.families.sdar import SDAR
+from losart.loaders.families.family import TensorPattern
+from losart.loaders.families.qwen import EXPERTS
+from losart.loaders.families.sdar_moe import SDAR_MOE
 from losart.measure.random_checkpoint import SIZES
 
 PIECE = 8192  # positions written at a time
@@ -27,6 +30,9 @@ BLOCK = 16
 CACHED_BYTES = 400_000_000  # well past what the device's cache holds
 BFLOAT16 = Precision.of("bfloat16")
 DENSE = AttentionConfig()
+SHARED = tuple(replace(pattern, part="shared") for pattern in EXPERTS if "{e}" in pattern.name)
+ROUTER_BIAS = TensorPattern("router_bias", "router_bias", ("experts",), "router_bias")
+EVERY_PART = replace(SDAR_MOE, layer=(*SDAR_MOE.layer, ROUTER_BIAS, *SHARED))
 
 noise = cupy.ElementwiseKernel(
     "float32 scale",
@@ -82,6 +88,14 @@ class NoiseBackend(CudaBackend):
             self._embedded = True
         return self.matrix(rows, inner, weights)
 
+    def upload_experts(self, *experts: tuple[Any, ...]) -> ExpertStack:
+        rows, inner = sum(rows for rows, _ in experts[0]), experts[0][0][1]
+        values = self.matrix(len(experts) * rows, inner, "bfloat16").values
+        return ExpertStack(values.reshape(-1, rows, inner))
+
+    def held(self, *shapes: Any) -> dict[str, int]:
+        return {"noise": 2 * sum(map(math.prod, shapes))}
+
     def matrix(self, rows: int, inner: int, weights: str) -> Any:
         """A matrix of noise held in some format."""
         with self.memory.stream:
@@ -105,7 +119,7 @@ class NoiseBackend(CudaBackend):
 def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Canonical tensor names to shapes, in place of a checkpoint's tensors; always with a head."""
     untied = replace(config, tie_embeddings=False)
-    return {tensor.name: tensor.shape for tensor in SDAR.expected_tensors(untied)}
+    return {tensor.name: tensor.shape for tensor in EVERY_PART.expected_tensors(untied)}
 
 
 def model_config(size: str, **changes: Any) -> ModelConfig:

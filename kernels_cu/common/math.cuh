@@ -11,6 +11,12 @@ __device__ __forceinline__ unsigned ascending_key(float x)
     return bits >> 31 ? ~bits : bits | 0x80000000u;
 }
 
+/* The float of an ascending key. */
+__device__ __forceinline__ float float_of_key(unsigned key)
+{
+    return __uint_as_float(key >> 31 ? key & 0x7fffffffu : ~key);
+}
+
 /* 1 / rms from a mean of squares; NaN where it overflowed, since zeros would hide it. */
 __device__ __forceinline__ float inverse_rms(float mean_square, float eps)
 {

@@ -5,8 +5,8 @@
 extern "C" __global__ void __launch_bounds__(EXPERT_ROWS_THREADS)
     expert_rows(const Activation *x, Activation *y, RoutingView routing, int inner)
 {
+    wait_for_previous(); /* before the next kernel starts, which reads the list at once */
     let_next_start();
-    wait_for_previous();
     struct __align__(16) Piece {
         Activation values[16 / sizeof(Activation)];
     };

@@ -1,28 +1,27 @@
-/* Each expert's matmul of its rows by wgmma, where an expert has many (experts/gated.cuh): x [places, inner] is in the
- * order of the list, from expert_rows or from this kernel with GATED, whose results are y [places, rows / 2] in that
- * order, too; else they are y planes [slots, tokens, rows]. inner is a multiple of 8, and results of a row are a
- * multiple of 2.
+/* Each expert's matmul of its rows by wgmma (experts/gated.cuh): x [places, inner] is in the order of the list, from
+ * expert_rows or from this kernel with GATED, whose results are y [places, rows / 2] in that order, too; else they are
+ * y planes [slots, tokens, rows]. inner is a multiple of 8, and results of a row are a multiple of 2.
  *
- * A thread block has tiles of an item, up to TILE_TOKENS places, by WIDTH rows of its weights, with GATED WIDTH / 2
- * gates and their ups; each of its two compute warpgroups has 64 of the places, or nothing to do. A thread of a third
- * warpgroup copies STEP_COLUMNS columns of both at a time, as in linear_hopper: boxes of 64 places, and of WIDTH / (1 +
- * GATED) rows. Places past the item's are the next ones'; their sums are not written.
+ * A thread block has tiles of an item, up to 64 places for each of its ROW_GROUPS compute warpgroups, by WIDTH rows of
+ * its weights, with GATED WIDTH / 2 gates and their ups. A thread of another warpgroup copies STEP_COLUMNS columns of
+ * both at a time, as in linear_hopper: boxes of `x_box` places, of which there are 64 or fewer in all, and of WIDTH /
+ * (1 + GATED) rows. Places past the item's are the next ones', or what was there before; their sums are not written.
+ * The list is not made by the kernel before this one, so that weights are copied while that still runs.
  *
- * Compiled with WIDTH, STAGES and GATED. Grid: at most one thread block per SM, which takes every gridDim.x-th tile,
- * those of an item one after the other: they share x. Must do 2 * places * rows * inner operations, and read the
- * weights of experts that have rows. */
-static_assert(TILE_TOKENS == 128 && LINEAR_HOPPER_THREADS == 3 * WARPGROUP, "two warpgroups of 64 places, one copies");
+ * Compiled with ROW_GROUPS, WIDTH, STAGES and GATED. Grid: at most one thread block per SM, which takes every
+ * gridDim.x-th tile, those of an item one after the other: they share x. Must read the weights of experts that have
+ * rows once, and do 2 * places * rows * inner operations. */
 static_assert(STEP_COLUMNS == 64, "a row is 128 bytes");
 #define ROW_BYTES (STEP_COLUMNS * 2)
-#define X_BOX_BYTES (HOPPER_ROWS * ROW_BYTES)
-#define X_BYTES (TILE_TOKENS * ROW_BYTES)
+#define X_GROUP_BYTES (HOPPER_ROWS * ROW_BYTES)
+#define X_BYTES (ROW_GROUPS * X_GROUP_BYTES)
 #define WEIGHT_BYTES (WIDTH * ROW_BYTES)
 #define STAGE_BYTES (X_BYTES + WEIGHT_BYTES)
 #define TILE_OUTPUTS (GATED ? WIDTH / 2 : WIDTH)
 
-extern "C" __global__ void __launch_bounds__(LINEAR_HOPPER_THREADS, 1)
+extern "C" __global__ void __launch_bounds__((ROW_GROUPS + 1) * WARPGROUP, 1)
     experts_hopper(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap weight, Output *y,
-                   RoutingView routing, int rows, int inner)
+                   RoutingView routing, int rows, int inner, int x_box)
 {
     extern __shared__ __align__(SHARED_ALIGNMENT) unsigned char shared_bytes[];
     unsigned shared = shared_address(shared_bytes); /* STAGES times x and weights, then the ring's barriers */
@@ -30,39 +29,52 @@ extern "C" __global__ void __launch_bounds__(LINEAR_HOPPER_THREADS, 1)
     auto x_of = [&](int stage) { return shared + stage * STAGE_BYTES; };
     auto weights_of = [&](int stage) { return x_of(stage) + X_BYTES; };
     if (threadIdx.x == 0) {
-        ring.initialize(2);
+        ring.initialize(ROW_GROUPS);
         fence_barrier_init();
         fence_async();
     }
     __syncthreads();
-    wait_for_previous();
-    let_next_start();
     int steps = (inner + STEP_COLUMNS - 1) / STEP_COLUMNS, outputs = outputs_of(rows);
     int across = (outputs + TILE_OUTPUTS - 1) / TILE_OUTPUTS, tiles = *routing.item_count * across;
 
-    if (threadIdx.x >= 2 * WARPGROUP) {
+    if (threadIdx.x >= ROW_GROUPS * WARPGROUP) {
+#if ROW_GROUPS == 2
         set_registers_down<40>();
-        if (threadIdx.x == 2 * WARPGROUP) {
+#endif
+        if (threadIdx.x == ROW_GROUPS * WARPGROUP) {
+            auto load_weights = [&](int stage, int step, int tile, const ExpertItem &item) {
+                unsigned full = ring.full(stage), to = weights_of(stage);
+                int column = step * STEP_COLUMNS, row = item.expert * rows + tile % across * TILE_OUTPUTS;
+                barrier_arrive_expecting(full, WEIGHT_BYTES + (item.count > HOPPER_ROWS ? 2 : 1) * x_box * ROW_BYTES);
+                copy_box(to, &weight, column, row, full);
+                if (GATED) copy_box(to + WEIGHT_BYTES / 2, &weight, column, row + outputs, full);
+            };
             prefetch_map(&x);
             prefetch_map(&weight);
-            for (int tile = blockIdx.x, i = 0; tile < tiles; tile += gridDim.x) {
+            int early = blockIdx.x < tiles ? min(STAGES, steps) : 0, i = 0;
+            if (early) {
+                ExpertItem item = routing.item(blockIdx.x / across);
+                for (int step = 0; step < early; step++) load_weights(step, step, blockIdx.x, item);
+            }
+            wait_for_previous();
+            for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
                 ExpertItem item = routing.item(tile / across);
-                int row = item.expert * rows + tile % across * TILE_OUTPUTS;
-                bool both = item.count > HOPPER_ROWS;
                 for (int step = 0; step < steps; step++, i++) {
                     int stage = i % STAGES, column = step * STEP_COLUMNS;
-                    unsigned full = ring.full(stage);
                     ring.wait_until_empty(i);
-                    barrier_arrive_expecting(full, WEIGHT_BYTES + (both ? X_BYTES : X_BOX_BYTES));
-                    copy_box(weights_of(stage), &weight, column, row, full);
-                    if (GATED) copy_box(weights_of(stage) + WEIGHT_BYTES / 2, &weight, column, row + outputs, full);
-                    copy_box(x_of(stage), &x, column, item.first, full);
-                    if (both) copy_box(x_of(stage) + X_BOX_BYTES, &x, column, item.first + HOPPER_ROWS, full);
+                    if (i >= early) load_weights(stage, step, tile, item);
+                    copy_box(x_of(stage), &x, column, item.first, ring.full(stage));
+                    if (item.count > HOPPER_ROWS)
+                        copy_box(x_of(stage) + X_GROUP_BYTES, &x, column, item.first + HOPPER_ROWS, ring.full(stage));
                 }
             }
         }
     } else {
+#if ROW_GROUPS == 2
         set_registers_up<232>();
+#endif
+        wait_for_previous();
+        let_next_start();
         int warpgroup = threadIdx.x / WARPGROUP, thread = threadIdx.x % WARPGROUP;
         int g = thread % WARP / 4, t = thread % 4;
         auto release = [&](int i) {
@@ -96,7 +108,7 @@ extern "C" __global__ void __launch_bounds__(LINEAR_HOPPER_THREADS, 1)
             for (int step = 0; step < steps; step++, i++) {
                 int stage = i % STAGES;
                 ring.wait_until_full(i);
-                unsigned xs = x_of(stage) + warpgroup * X_BOX_BYTES, weights = weights_of(stage);
+                unsigned xs = x_of(stage) + warpgroup * X_GROUP_BYTES, weights = weights_of(stage);
                 wgmma_fence();
 #pragma unroll
                 for (int k = 0; k < STEP_COLUMNS / 16; k++)

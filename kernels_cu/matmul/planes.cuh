@@ -5,7 +5,9 @@
  * 0, 1, ... of planes [planes, tokens, rows]. A result that is whole has one step and share 1.
  *
  * Kernels that read planes are short: without batches of loads in flight they would wait for memory several times. */
+#ifndef PLANE_BATCH
 #define PLANE_BATCH 8
+#endif
 
 __device__ __forceinline__ int MatmulView::panel_planes(int panel) const
 {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 import losart
@@ -146,3 +147,38 @@ def test_prefill_of_several_sequences(tiny_checkpoint):
     for sequence, prompt in zip(sequences, PROMPTS, strict=True):
         blocks = [step.block for step in engine.steps(sequence)]
         assert blocks == [step.block for step in engine.submit(prompt, config)]
+
+
+def test_passes_count_the_experts_that_they_use(make_checkpoint):
+    """Of all layers that have some, and of all sequences in a pass; prefill is not counted."""
+    experts = {"num_experts": 16, "num_experts_per_tok": 3, "mlp_only_layers": [1]}
+    path = make_checkpoint(family="sdar_moe", num_layers=3, extra_config=experts)
+    model = losart.load(path, "cpu")
+    backend, found, chosen = model._engine.runner.backend, [], []
+    original = backend.experts
+
+    def experts_of(x, layer, batch):
+        if batch.kind is not PassKind.PREFILL:
+            logits = (x @ np.asarray(layer.router.matrices[0]).T).astype(np.float64)
+            chosen.append(len(np.unique(np.argsort(-logits, axis=1)[:, :3])))
+        return original(x, layer, batch)
+
+    backend.experts = experts_of
+    options = {"max_new_tokens": 8, "stop_token_ids": [], "block_length": 4}
+    for prompt in PROMPTS[:2]:
+        found.append(model.generate(prompt, **options).stats)
+        assert len(chosen) == 2 * found[-1].forward_passes
+        assert found[-1].experts_used == pytest.approx(np.mean(chosen))
+        assert 3 <= found[-1].experts_used <= 12
+        chosen.clear()
+    engine = losart.Engine(model)
+    streams = [engine.submit(prompt, **options) for prompt in PROMPTS[:2]]
+    together = [stream.result().stats.experts_used for stream in streams]
+    assert engine.stats.experts_used == pytest.approx(np.mean(chosen))
+    assert max(together) > max(one.experts_used for one in found)
+
+
+def test_models_without_experts_count_none(tiny_checkpoint):
+    model = losart.load(tiny_checkpoint, "cpu")
+    assert model.generate(PROMPTS[0], max_new_tokens=4).stats.experts_used is None
+    assert losart.Engine(model).stats.experts_used is None

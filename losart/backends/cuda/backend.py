@@ -67,6 +67,7 @@ LOGIT_SLICES, MANY_LOGIT_SLICES = 64, 16  # of a row of logits, each a thread bl
 MANY_LOGITS = 64  # rows
 MOST_QUANTIZED_TOKENS = 256  # that are multiplied by quantized weights as they are, some at a time
 ALIKE_TOKENS = 32  # up to which matmuls of 16 bits divide their sums alike (matmul_plan)
+EXPERTS_PREFILL_TOKENS = 4096  # with fewer, reading all experts takes most of the time
 MANY_NORM_THREADS = 256  # of add_rms_norm where there are more tokens than SMs
 
 
@@ -106,6 +107,7 @@ class CudaBackend:
             )
         if config.experts is not None:
             check_experts(config.experts)
+            self.prefill_tokens = EXPERTS_PREFILL_TOKENS
         if rotated_channels(config.rope, config.head_dim) % 8:
             raise ConfigError("partial_rotary_factor: rotated channels must be a multiple of 8 on CUDA")
         self.config = config

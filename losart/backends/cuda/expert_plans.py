@@ -12,11 +12,13 @@ from losart.kernels_cu import Defines
 from losart.kernels_cu import constants as cu
 
 FEW_TILES = (1, 2, 4, 8)  # of 8 places, by experts_tensor
-BLOCKS_PER_SM, MOST_STAGES = 2, 8  # of experts_tensor
+BLOCKS_PER_SM, MOST_STAGES = 3, 6  # of experts_tensor
 UNITS_BYTES = 12 << 10  # of its shared memory at most, for the units of a thread block
-HOPPER_WIDTH = 256  # of experts_hopper
-MANY_PLACES = 32  # of a mean expert, from which on tiles are faster
+MANY_PLACES = 48  # of a mean expert, from which on tiles are faster, and on Hopper large ones
+FEW_WIDTH, MANY_WIDTH = 128, 256  # of experts_hopper, with one and two groups of rows
+FEW_HOPPER_STAGES, MOST_HOPPER_STAGES = 8, 8
 FEW_LISTED, FEW_THREADS = 2048, 256  # places that expert_lists goes through with so few threads
+ROUTER_PLANES = 32  # that route reads at a time
 
 
 @dataclass(frozen=True)
@@ -65,13 +67,17 @@ def expert_plans(
     """Plans for so many tokens; `tensor`: of 16-bit values.
 
     With `many` all experts' rows are multiplied in tiles, however few they are, or none; else as is fastest.
+    Hopper has one kernel, whose sums are the same for any number of rows.
     """
     if not tensor or shape.hidden % 8 or shape.width % 8:
         return _plans(card, shape, tokens, _linear_plan, cu.LINEAR_TOKENS)
+    if card.hopper:
+        groups = 1 + (tokens > cu.HOPPER_ROWS and tokens * shape.slots >= MANY_PLACES * shape.experts)
+        return _plans(card, shape, tokens, _hopper_plan, groups * cu.HOPPER_ROWS)
     if many is None:
         many = tokens * shape.slots >= MANY_PLACES * shape.experts
     if many:
-        return _plans(card, shape, tokens, _hopper_plan if card.hopper else _tiles_plan, cu.TILE_TOKENS)
+        return _plans(card, shape, tokens, _tiles_plan, cu.TILE_TOKENS)
     tiles = next((n for n in FEW_TILES if 8 * n >= tokens), FEW_TILES[-1])
     return _plans(card, shape, tokens, _tensor_plan, 8 * tiles)
 
@@ -111,13 +117,14 @@ def _tiles_plan(card: Card, items: int, tile: int, outputs: int, gated: bool) ->
 
 
 def _hopper_plan(card: Card, items: int, tile: int, outputs: int, gated: bool) -> Plan:
-    stage = (cu.TILE_TOKENS + HOPPER_WIDTH) * cu.STEP_COLUMNS * 2 + cu.BARRIER_BYTES
-    stages = min(8, card.shared_per_block // stage)
-    blocks = min(card.sms, items * ceil((1 + gated) * outputs / HOPPER_WIDTH))
-    defines = _defines(gated, WIDTH=HOPPER_WIDTH, STAGES=stages)
-    boxes = cu.HOPPER_ROWS, HOPPER_WIDTH // (1 + gated)
-    threads, shared = cu.LINEAR_HOPPER_THREADS, stages * stage
-    return Plan("experts_hopper", (blocks,), threads, shared, defines, boxes=boxes)
+    groups = tile // cu.HOPPER_ROWS
+    width, stages = (FEW_WIDTH, FEW_HOPPER_STAGES) if groups == 1 else (MANY_WIDTH, MOST_HOPPER_STAGES)
+    stage = (tile + width) * cu.STEP_COLUMNS * 2 + cu.BARRIER_BYTES
+    stages = min(stages, card.shared_per_block // stage)
+    blocks = min(card.sms, items * ceil((1 + gated) * outputs / width))
+    defines = _defines(gated, ROW_GROUPS=groups, WIDTH=width, STAGES=stages)
+    threads, boxes = (groups + 1) * cu.WARPGROUP, (cu.HOPPER_ROWS, width // (1 + gated))
+    return Plan("experts_hopper", (blocks,), threads, stages * stage, defines, boxes=boxes)
 
 
 def _defines(gated: bool, **others: int) -> Defines:
@@ -133,4 +140,4 @@ def lists_plan(shape: ExpertShape, tokens: int) -> Plan:
 def route_plan(experts: int, tokens: int) -> Plan:
     """The choice among so many experts that are not shared."""
     threads = ceil(experts / cu.WARP) * cu.WARP
-    return Plan("route", (tokens,), threads, 3 * 4 * threads)
+    return Plan("route", (tokens,), threads, 3 * 4 * threads, (("PLANE_BATCH", ROUTER_PLANES),))

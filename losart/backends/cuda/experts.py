@@ -130,8 +130,9 @@ def _multiply(kernels: Kernels, plan: Plan, x: Any, stack: ExpertStack, y: Any, 
         return
     experts, rows, inner = stack.values.shape
     of_x, of_weights = plan.boxes
+    of_x = min(of_x, -(-routing.tokens // 8) * 8)  # an expert has no more places than there are tokens
     maps = (
         tensor_map(x.data.ptr, *x.shape, of_x),
         tensor_map(stack.values.data.ptr, experts * rows, inner, of_weights),
     )
-    kernels.launch_plan(plan, *maps, y, routing, rows, inner)
+    kernels.launch_plan(plan, *maps, y, routing, rows, inner, of_x)

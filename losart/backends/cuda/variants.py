@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
-from losart.backends.cuda.expert_plans import FEW_TILES, ExpertShape, expert_plans
+from losart.backends.cuda.expert_plans import FEW_TILES, ExpertShape, expert_plans, route_plan
 from losart.backends.cuda.matmul_plans import (
     QUANTIZED_TILES,
     dequantize_plan,
@@ -49,6 +49,7 @@ CARDS = {
 PLANNED = (
     "linear",
     "experts_",
+    "route",
     "kv_quantize",
     "prefix_attention",
     "sparse_attention",
@@ -80,8 +81,9 @@ def plans(card: Card, precision: Precision) -> Iterator[Plan]:
     sixteen, kv_bits = precision.weights.bits == 16, attention_bits(precision)
     for tokens, inner in itertools.product((*TOKENS, 2048), (1024, 1020)):
         yield matmul_plan(card, sixteen, tokens, 1024, inner)
+    yield route_plan(128, 16)
     for experts, many in itertools.product(EXPERTS, (False, True)):
-        for tokens in (8 * n for n in FEW_TILES):
+        for tokens in (*(8 * n for n in FEW_TILES), 2048):
             of_tokens = expert_plans(card, sixteen, experts, tokens, many)
             yield from (of_tokens.gate_up, of_tokens.down)
     for heads, kv_heads in HEADS:

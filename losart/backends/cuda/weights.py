@@ -51,10 +51,8 @@ class WeightLoader:
         """Tensors [out_i, in] of each expert as one matrix [sum of out_i, in] of each."""
         for tensors in experts:
             if (form := quantized_form(tensors, self._format)) is not None:
-                raise ConfigError(
-                    f"experts in {form.dtype} are not supported on CUDA: load the model without weights=, or "
-                    "from a checkpoint whose experts are not quantized"
-                )
+                where = tensors[0].file if isinstance(tensors[0], QuantizedTensor) else "weights"
+                raise ConfigError(f"{where}: experts in {form.dtype} are not supported on CUDA")
         shape = sum(tensor.shape[0] for tensor in experts[0]), experts[0][0].shape[1]
         values = cupy.empty((len(experts), *shape), self._format.bits_array)
         for of_expert, tensors in zip(values, experts, strict=True):

@@ -1,0 +1,200 @@
+"""Mixtures of experts: passes over blocks and prefill, with noise for weights, against the memory's floor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from benchmarks.cuda.model import NoiseModel
+from benchmarks.cuda.noise import filled_cache, kv_bytes, model_config, weight_bytes
+from benchmarks.cuda.timing import run_microseconds
+from benchmarks.support.attempts import attempt, free_memory, ratio
+from losart.config.model import ExpertsConfig, ModelConfig
+from losart.config.options import generation_config
+from losart.engine.batch import PassBatch, PassKind, PassResult, SequencePass
+
+SDAR_EXPERTS = ExpertsConfig(128, per_token=8, intermediate_size=768)
+LLADA_EXPERTS = ExpertsConfig(
+    256,
+    per_token=8,
+    intermediate_size=512,
+    scores="sigmoid",
+    bias=True,
+    groups=8,
+    kept_groups=4,
+    scaling=2.5,
+    shared=1,
+    dense_layers=frozenset([0]),
+)
+SIZES: dict[str, dict[str, Any]] = {
+    "SDAR-30B-A3B": {"intermediate_size": 6144, "num_layers": 48, "num_heads": 32, "experts": SDAR_EXPERTS},
+    "LLaDA2.0-mini": {
+        "intermediate_size": 5120,
+        "num_layers": 20,
+        "num_heads": 16,
+        "vocab_size": 157184,
+        "experts": LLADA_EXPERTS,
+    },
+}
+BLOCKS = {"SDAR-30B-A3B": (4, 16), "LLaDA2.0-mini": (32,)}
+BATCHES = ((1, 8192), (1, 65536), (32, 8192))  # sequences, and the prefix of each
+PROMPT = 8192
+SHORT = 256  # prefix
+
+
+def config_of(name: str, **changes: Any) -> ModelConfig:
+    """A model's sizes."""
+    return model_config("1.7B", **({"num_kv_heads": 4, "tie_embeddings": False} | SIZES[name] | changes))
+
+
+class Blocks:
+    """Passes over a block of each of some sequences after prefixes of noise.
+
+    Attributes
+    ----------
+    used : float
+        Experts that a layer used in the last pass.
+    """
+
+    def __init__(self, model: NoiseModel, sequences: int, prefix: int, block: int) -> None:
+        self._model = model
+        self._options = generation_config(model.config, {"block_length": block})
+        self._caches = [filled_cache(model.backend, prefix, block) for _ in range(sequences)]
+        self._ids = np.random.default_rng(0).integers(model.config.vocab_size, size=(sequences, block))
+        self.used = 0.0
+
+    def run(self) -> None:
+        """Run a pass."""
+        masked = np.arange(self._options.block_length, dtype=np.int32)
+        passes = (
+            SequencePass(PassKind.LATER, ids, cache.length, self._options, cache, None, masked)
+            for ids, cache in zip(self._ids, self._caches, strict=True)
+        )
+        result: PassResult = self._model.transformer.forward(PassBatch(tuple(passes)))
+        self.used = result.experts_used or 0.0
+
+    def milliseconds(self) -> float:
+        """Median of a pass, after those that compile and capture it."""
+        return run_microseconds(self._model.backend.memory.stream, self.run) / 1e3
+
+
+def pass_rows(bandwidth: float, quick: bool = False) -> Iterator[dict[str, Any]]:
+    """One row per model, block, sequences and prefix."""
+    for name in SIZES:
+        model = attempt(NoiseModel, config_of(name))
+        for block in BLOCKS[name]:
+            for sequences, prefix in BATCHES[:1] if quick else BATCHES:
+                row = {"model": name, "block": block, "sequences": sequences, "prefix": prefix}
+                sizes = sequences, prefix, block
+                yield row | (
+                    {"losart": model} if isinstance(model, str) else measured(model, bandwidth, *sizes)
+                )
+                free_memory()
+        del model
+        free_memory()
+
+
+def measured(model: NoiseModel, bandwidth: float, sequences: int, prefix: int, block: int) -> dict[str, Any]:
+    """A pass's time and its floor, in milliseconds, or why it failed."""
+    blocks: Any = attempt(Blocks, model, sequences, prefix, block)
+    time = blocks if isinstance(blocks, str) else attempt(blocks.milliseconds)
+    if isinstance(time, str):
+        return {"losart": time}
+    config, experts = model.config, model.config.experts
+    assert experts is not None
+    floor = (pass_bytes(config, blocks.used) + sequences * kv_of(config, prefix)) / bandwidth * 1e3
+    figures = {"floor": floor, "losart": time, "losart/floor": ratio(time, floor)}
+    return {"used": blocks.used, "of": experts.count} | figures
+
+
+def pass_bytes(config: ModelConfig, used: float) -> float:
+    """Of the weights that a pass must read when its layers use so many experts."""
+    experts = config.experts
+    assert experts is not None
+    unused = config.expert_layers * (experts.count - used)
+    return weight_bytes(config) - 2 * unused * 3 * experts.intermediate_size * config.hidden_size
+
+
+def kv_of(config: ModelConfig, prefix: int) -> int:
+    """Bytes of a prefix's keys and values."""
+    return config.num_layers * kv_bytes(config, prefix)
+
+
+def prefill_rows(quick: bool = False) -> Iterator[dict[str, Any]]:
+    """One row per model; a dense one comes first."""
+    dense = None
+    for name in ("8B", *SIZES):
+        config = model_config(name) if name == "8B" else config_of(name)
+        model = attempt(NoiseModel, config)
+        seconds = model if isinstance(model, str) else attempt(prefill_seconds, model)
+        if isinstance(seconds, str):
+            yield {"model": name, "tokens a second": seconds}
+        else:
+            active, speed = active_parameters(config), PROMPT / seconds
+            rate = 2e-12 * active * speed
+            dense = rate if name == "8B" else dense
+            yield {
+                "model": name,
+                "active": f"{active / 1e9:.2f}B",
+                "tokens a second": speed,
+                "rate": rate,
+                "rate/8B's": ratio(rate, dense),
+            }
+        del model
+        free_memory()
+
+
+def prefill_seconds(model: NoiseModel) -> float:
+    """Of a prompt."""
+    options = generation_config(model.config, {"block_length": 16})
+    ids = np.random.default_rng(0).integers(model.config.vocab_size, size=PROMPT)
+    cache = filled_cache(model.backend, 0, PROMPT)
+    piece = model.transformer.prefill_tokens
+
+    def run() -> None:
+        cache.length = 0
+        for start in range(0, PROMPT, piece):
+            some = ids[start : start + piece]
+            one = SequencePass(PassKind.PREFILL, some, start, options, cache, None)
+            model.transformer.forward(PassBatch((one,)))
+            cache.advance(len(some))
+
+    return run_microseconds(model.backend.memory.stream, run, 2, 5) / 1e6
+
+
+def active_parameters(config: ModelConfig) -> int:
+    """That each token is multiplied by, but for head and embedding."""
+    every, experts = weight_bytes(config) // 2 - config.vocab_size * config.hidden_size, config.experts
+    if experts is None:
+        return every
+    unused = config.expert_layers * (experts.count - experts.per_token)
+    return every - unused * 3 * experts.intermediate_size * config.hidden_size
+
+
+def used_rows(quick: bool = False) -> Iterator[dict[str, Any]]:
+    """One row per model and block length: experts by the number of sequences."""
+    counts = (1, 4) if quick else (1, 4, 16, 32)
+    for name, size in SIZES.items():
+        experts: ExpertsConfig = size["experts"]
+        model = attempt(NoiseModel, config_of(name, num_layers=4))
+        for block in (4, 8, 16, 32):
+            row: dict[str, Any] = {"model": name, "block": block}
+            for sequences in counts:
+                row[f"{sequences}"] = (
+                    model if isinstance(model, str) else attempt(used, model, sequences, block)
+                )
+                tokens = sequences * block
+                missed = (1 - experts.per_token / experts.count) ** tokens
+                row[f"{sequences}, random"] = experts.count * (1 - missed)
+            yield row
+        del model
+        free_memory()
+
+
+def used(model: NoiseModel, sequences: int, block: int) -> float:
+    """Experts that a layer uses."""
+    blocks = Blocks(model, sequences, SHORT, block)
+    blocks.run()
+    return blocks.used
