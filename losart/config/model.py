@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from losart.config.checks import is_int, is_number
 from losart.config.decoding import Decoding
 from losart.config.precision import DTYPES
-from losart.config.rope import RopeConfig
+from losart.config.rope import RopeConfig, rotated_channels
 from losart.errors import ConfigError
 
 
@@ -139,6 +139,7 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ConfigError(f"head_dim must be even, not {self.head_dim}")
+        rotated_channels(self.rope, self.head_dim)
         if not is_number(self.rms_norm_eps) or not 0 < self.rms_norm_eps < 1:
             raise ConfigError(f"rms_norm_eps must be a number above 0 and below 1, not {self.rms_norm_eps!r}")
         if self.dtype not in (None, *DTYPES):

@@ -64,10 +64,10 @@ class RopeConfig:
         if not is_number(self.partial) or not 0 < self.partial <= 1:
             raise ConfigError(f"partial_rotary_factor must be above 0 and at most 1, not {self.partial!r}")
         if not is_number(self.query_beta) or self.query_beta < 0:
-            raise ConfigError(f"rope query_beta must be a number, 0 or more, not {self.query_beta!r}")
+            raise ConfigError(f"llama_4_scaling_beta must be a number, 0 or more, not {self.query_beta!r}")
         original = self.original_max_positions
         if self.query_beta and not original:
-            raise ConfigError("rope query_beta needs original_max_position_embeddings")
+            raise ConfigError("llama_4_scaling_beta needs original_max_position_embeddings")
         if self.kind in ("yarn", "llama3") and (original is None or not is_int(original) or original <= 0):
             raise ConfigError(
                 f"rope type {self.kind!r} needs original_max_position_embeddings, a positive integer, "

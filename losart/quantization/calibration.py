@@ -126,6 +126,8 @@ class Calibration:
     def __init__(self, checkpoint: Checkpoint, ids: list[int], format: WeightFormat, seed: int = 0) -> None:
         self._checkpoint, self._format = checkpoint, format
         config = checkpoint.config
+        if config.experts is not None:
+            raise OptionError("calibration: is not supported for mixtures of experts; round to nearest")
         self._options = generation_config(config, {})
         length = self._options.block_length
         size = min(max(SEQUENCE, length), len(ids), config.max_positions) // length * length
