@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -184,16 +185,20 @@ def _write_config(
     checkpoint: Checkpoint, destination: Path, weights: WeightFormat, head: WeightFormat | None
 ) -> None:
     config = read_json_object(checkpoint.path / "config.json").values
-    groups = {"group_0": _config_group(weights, ["Linear"])}
-    if head is not None:
-        groups["group_1"] = _config_group(head, ["re:.*lm_head"])
+    groups, kept = {"group_0": _config_group(weights, ["Linear"])}, list[str]()
+    for name, tensor in checkpoint.tensors.items():
+        module = tensor.name.removesuffix(".weight")
+        if name == "head" and head is not None:
+            groups["group_1"] = _config_group(head, [f"re:.*{re.escape(module)}"])
+        elif name == "head" or name.endswith(".router"):
+            kept.append(module)
     formats = {group["format"] for group in groups.values()}
     config["quantization_config"] = {
         "quant_method": "compressed-tensors",
         "quantization_status": "compressed",
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "config_groups": groups,
-        "ignore": [] if head is not None else ["lm_head"],
+        "ignore": kept or ([] if head is not None else ["lm_head"]),
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }
