@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from families import FAMILIES, METHODS, SMALL
+from safetensors.numpy import load_file, save_file
 
 import losart
 from losart.errors import OptionError, PromptError
@@ -73,8 +74,33 @@ def test_a_session_goes_on_after_what_it_holds(family):
     rest = {name: value for name, value in options.items() if not name.startswith("block")}
     prompt = prompts()[-1]
     first = session.generate(prompt, **rest).token_ids
-    after = prompt + first + prompts()[2]
-    assert session.generate(after, **rest).token_ids == model.generate(after, **options).token_ids
+    whole = (prompt + first)[:64]  # blocks, of all of which it has held keys and values
+    for after in (prompt + first + prompts()[2], whole, whole[:48], whole[:33]):
+        assert session.generate(after, **rest).token_ids == model.generate(after, **options).token_ids
+
+
+def test_prompts_in_common_are_shared(family):
+    model, options = family
+    common = (prompts()[5] + prompts()[4])[:64]
+    lists = [common, [*common, 9], common, common[:48], [*common[:48], 7, 8]]
+    alone = [model.generate(prompt, **options).token_ids for prompt in lists]
+    engine = losart.Engine(model, max_sequences=2)
+    streams = [engine.submit(prompt, **options) for prompt in lists]
+    assert [stream.result().token_ids for stream in streams] == alone
+    assert engine.stats.reused_tokens > 0
+
+
+def test_the_mask_is_never_proposed(tmp_path):
+    for key, (name, options) in FAMILIES.items():
+        path = write_checkpoint(tmp_path / key, family=name, **SMALL)
+        file = path / "model.safetensors"
+        tensors, mask = load_file(file), losart.load(path, "cpu").config.mask_token_id
+        head = next(tensor for tensor in tensors if tensor.endswith("head.weight"))
+        tensors[head][mask] = 9 * np.sign(tensors[head][mask])
+        save_file(tensors, file)
+        for prompt in prompts():
+            ids = losart.generate(path, prompt, device="cpu", max_new_tokens=9, stop_token_ids=[], **options)
+            assert len(ids.token_ids) == 9 and mask not in ids.token_ids
 
 
 def test_stop_tokens_end_it_where_they_come(family):
