@@ -12,7 +12,8 @@ from losart.kernels_cu import Defines
 from losart.kernels_cu import constants as cu
 
 FEW_TILES = (1, 2, 4, 8)  # of 8 places, by experts_tensor
-BLOCKS_PER_SM, MOST_STAGES = 3, 6  # of experts_tensor
+BLOCKS_PER_SM = (3, 2, 1)  # of experts_tensor: the most that leave each enough stages
+LEAST_STAGES, MOST_STAGES = 3, 6
 UNITS_BYTES = 12 << 10  # of its shared memory at most, for the units of a thread block
 MANY_PLACES = 48  # of a mean expert, from which on tiles are faster, and on Hopper large ones
 FEW_WIDTH, MANY_WIDTH = 128, 256  # of experts_hopper, with one and two groups of rows
@@ -97,12 +98,15 @@ def _linear_plan(card: Card, items: int, tile: int, outputs: int, gated: bool) -
 
 
 def _tensor_plan(card: Card, items: int, tile: int, outputs: int, gated: bool) -> Plan:
+    stage = (cu.EXPERT_PANEL + tile) * cu.STEP_COLUMNS * 2
+    for per_sm in BLOCKS_PER_SM:
+        room = min(card.shared_per_block, card.shared_per_sm // per_sm - 1024) - UNITS_BYTES
+        stages = min(MOST_STAGES, room // stage)
+        if stages >= LEAST_STAGES:
+            break
     units = items * ceil((1 + gated) * outputs / cu.EXPERT_PANEL)
     of_unit = cu.EXPERT_UNIT_BYTES + tile * (4 if gated else 8)
-    blocks = max(min(units, BLOCKS_PER_SM * card.sms), ceil(units / (UNITS_BYTES // of_unit)))
-    stage = (cu.EXPERT_PANEL + tile) * cu.STEP_COLUMNS * 2
-    room = card.shared_per_sm // BLOCKS_PER_SM - 1024 - UNITS_BYTES
-    stages = min(MOST_STAGES, room // stage)
+    blocks = max(min(units, per_sm * card.sms), ceil(units / (UNITS_BYTES // of_unit)))
     defines, shared = _defines(gated, LINEAR_TILES=tile // 8, STAGES=stages), stages * stage
     shared += ceil(units / blocks) * of_unit
     return Plan("experts_tensor", (blocks,), cu.EXPERT_THREADS, shared, defines)
