@@ -21,7 +21,7 @@ from losart.backends.cpu.kv_index import PageTable
 from losart.backends.cpu.selector import Selector
 from losart.config.model import ModelConfig
 from losart.config.options import CHOICES
-from losart.config.precision import Format, Precision
+from losart.config.precision import QUANTIZED, Format, Precision
 from losart.config.rope import inverse_frequencies
 from losart.engine.batch import PassBatch
 from losart.engine.kv_cache import PagedKVCache, chunk_positions
@@ -421,7 +421,7 @@ def available_bytes(file: Path, group: Path) -> int | None:
 
 def _quantized_form(tensor: Any) -> tuple[int, int, int, int, bool] | None:
     """What `QuantizedMatrix` takes; None where a matrix is held in the format of weights."""
-    if tensor.dtype not in ("int4", "int8") or not tensor.in_order:
+    if tensor.dtype not in QUANTIZED["cpu"] or not tensor.in_order:
         return None
     if quantized_linear.block_of(tensor.shape[1], tensor.group, bits_of(tensor.dtype)) is None:
         return None
