@@ -5,9 +5,9 @@ cdef extern from "simd.h" nogil:
     void slab_scores(const float *q, long rows, long dim, const float *k, float *s, long s_stride)
     void slabs_accumulate(const float *p, long p_stride, long rows, const float *const *v, long slabs,
                           long dim, float *o)
-    void row_products(const float *w, long rows, long dim, const float *x, long tokens, float *y, long y_stride)
-    void row_products_bfloat16(const uint16_t *w, long rows, long dim, const float *x, long tokens, float *y,
-                               long y_stride)
+    void slab_products(const void *w, int width, long rows, long dim, const float *x, float *s)
+    void row_products(const void *w, int width, long rows, long dim, const float *x, long tokens, float *y,
+                      long y_stride)
     float softmax_step(float *s, long slabs, float *top, float *total, float *slab_sums)
     void scale(float *x, long count, float factor)
     void widen_bfloat16(const uint16_t *source, float *to, long count)
