@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 import losart.backends.cpu.attention_kernels as kernels
+import losart.backends.cpu.layer_kernels as layer_kernels
 import losart.backends.cpu.plain_linear as plain_linear
 import losart.backends.cpu.quantized_linear as quantized_linear
 from losart.backends.base import HostSelection, PassBody, PassOutput, Selection, StoredResults
@@ -208,29 +209,14 @@ class CpuBackend:
     def add_rms_norm(
         self, x: np.ndarray, delta: np.ndarray | None, gain: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        if delta is not None:
-            x = x + delta
-        return x, self._rms_norm(x, gain)
-
-    def _rms_norm(self, x: np.ndarray, gain: np.ndarray) -> np.ndarray:
-        mean_square = np.einsum("...d,...d->...", x, x)[..., None] / np.float32(x.shape[-1])
-        mean_square[np.isinf(mean_square)] = np.nan  # or a row that overflows would come out as zeros
-        y = x * (1.0 / np.sqrt(mean_square + np.float32(self.config.rms_norm_eps)))
-        y *= gain
-        return y
+        return layer_kernels.add_rms_norm(x, delta, gain, self.config.rms_norm_eps)
 
     def split_heads(
         self, qkv: np.ndarray, q_norm: np.ndarray, k_norm: np.ndarray, batch: PassBatch
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         c = self.config
-        q, k, v = np.split(
-            qkv.reshape(len(qkv), -1, c.head_dim), [c.num_heads, c.num_heads + c.num_kv_heads], axis=1
-        )
-        cos, sin = self._rotation_of(batch)
-        return (
-            _rotate(self._rms_norm(q, q_norm), cos, sin),
-            _rotate(self._rms_norm(k, k_norm), cos, sin),
-            np.ascontiguousarray(v),
+        return layer_kernels.split_heads(
+            *(qkv, c.num_heads, c.num_kv_heads, q_norm, k_norm, c.rms_norm_eps), *self._rotation_of(batch)
         )
 
     def _rotation_of(self, batch: PassBatch) -> tuple[np.ndarray, np.ndarray]:
@@ -239,7 +225,7 @@ class CpuBackend:
         rotation = self._rotation
         if rotation is None or rotation[0] != key:
             positions = np.concatenate([np.arange(start, start + tokens) for start, tokens in key])
-            angles = positions[:, None, None] * self._frequencies
+            angles = positions[:, None] * self._frequencies
             cos = (self._rope_factor * np.cos(angles)).astype(np.float32)
             sin = (self._rope_factor * np.sin(angles)).astype(np.float32)
             rotation = self._rotation = (key, cos, sin)
@@ -247,14 +233,7 @@ class CpuBackend:
 
     def gated_linear(self, x: np.ndarray, gate_up: Weight, prefill: bool) -> np.ndarray:
         linear = self.prefill_linear if prefill else self.linear
-        gate, up = np.split(linear(x, gate_up), 2, axis=1)
-        # exp(-gate) = inf gives the right zero; what is not finite shows in the logits.
-        with np.errstate(over="ignore", invalid="ignore"):
-            y = np.exp(-gate)
-            y += 1.0
-            np.divide(gate, y, out=y)
-            y *= up
-        return y
+        return layer_kernels.gated(linear(x, gate_up))
 
     def write_kv(self, layer: int, k: np.ndarray, v: np.ndarray, batch: PassBatch) -> None:
         for sequence, rows in batch.rows():
@@ -339,13 +318,8 @@ class CpuBackend:
         for _, rows in batch.rows():
             kernels.attend_block(q[rows], k[rows], v[rows], o_block[rows], lse_block[rows])
         # The block is never empty, so its log-sum-exp is finite; the prefix's may be -inf.
-        top = np.maximum(lse_prefix, lse_block)
-        weight = np.exp(lse_prefix - top)
-        weight /= weight + np.exp(lse_block - top)
-        o = o_prefix - o_block
-        o *= weight[..., None]
-        o += o_block
-        return o
+        layer_kernels.join_parts(o_prefix, lse_prefix, o_block, lse_block)
+        return o_block
 
     # -- stored results
 
@@ -440,13 +414,6 @@ def _packed(tensor: Any, form: tuple[int, int, int, int, bool]) -> quantized_lin
         matrix.fill(start, codes, scales, of_groups if zeros else None)
     tensor.release()
     return matrix
-
-
-def _rotate(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
-    # Halves, not pairs: channel d turns with channel d + head_dim / 2.
-    first, second = np.split(x, 2, axis=-1)
-    with np.errstate(invalid="ignore"):  # what is not finite shows in the logits
-        return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
 def _new_result(q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -193,6 +193,28 @@ LOSART_INLINE float softmax_step(float *s, long slabs, float *top, float *total,
 
 LOSART_INLINE void scale(float *x, long count, float factor) { CHOOSE(scale, x, count, factor) }
 
+/* to = gain times the RMS norm of x, or of total = x + delta where delta is given; NaN where a square overflows. */
+LOSART_INLINE void norm(const float *x, const float *delta, const float *gain, long dim, float eps, float *total,
+                        float *to)
+{
+    CHOOSE(norm, x, delta, gain, dim, eps, total, to)
+}
+
+/* Turns x[d] with x[half + d] by the angle of these cosines and sines. */
+LOSART_INLINE void rotate(float *x, const float *cosines, const float *sines, long half)
+{
+    CHOOSE(rotate, x, cosines, sines, half)
+}
+
+/* to = silu(gates) * ups. */
+LOSART_INLINE void gate(const float *gates, const float *ups, long count, float *to)
+{
+    CHOOSE(gate, gates, ups, count, to)
+}
+
+/* y = share * x + (1 - share) * y. */
+LOSART_INLINE void mix(const float *x, float share, long count, float *y) { CHOOSE(mix, x, share, count, y) }
+
 LOSART_INLINE void widen_bfloat16(const uint16_t *from, float *to, long count)
 {
     CHOOSE(widen_bfloat16, from, to, count)

@@ -288,6 +288,66 @@ SIMD_TARGET static void SIMD(scale)(float *x, long count, float factor)
     for (long i = 0; i < count; i++) x[i] *= factor;
 }
 
+/* ---- between matmuls ---------------------------------------------------------------------------- */
+
+SIMD_TARGET static void SIMD(norm)(const float *restrict x, const float *restrict delta, const float *restrict gain,
+                                   long dim, float eps, float *restrict total, float *restrict to)
+{
+    vec squares = {0};
+    long d = 0;
+    for (; d + SIMD_WIDTH <= dim; d += SIMD_WIDTH) {
+        vec here = *(const vec *)(x + d);
+        if (delta) *(vec *)(total + d) = here += *(const vec *)(delta + d);
+        squares += here * here;
+    }
+    float sum = SIMD(horizontal_sum)(squares);
+    for (; d < dim; d++) {
+        float here = x[d];
+        if (delta) total[d] = here += delta[d];
+        sum += here * here;
+    }
+    if (isinf(sum)) sum = NAN; /* or what overflows would come out as zeros */
+    float factor = 1.0f / sqrtf(sum / dim + eps);
+    const float *from = delta ? total : x;
+    for (d = 0; d < dim; d++) to[d] = from[d] * factor * gain[d];
+}
+
+SIMD_TARGET static void SIMD(rotate)(float *restrict x, const float *restrict cosines, const float *restrict sines,
+                                     long half)
+{
+    for (long d = 0; d < half; d++) {
+        float first = x[d], second = x[half + d];
+        x[d] = first * cosines[d] - second * sines[d];
+        x[half + d] = second * cosines[d] + first * sines[d];
+    }
+}
+
+SIMD_TARGET static void SIMD(gate)(const float *gates, const float *ups, long count, float *to)
+{
+    for (long i = 0; i < count; i += SIMD_WIDTH) {
+        long some = count - i < SIMD_WIDTH ? count - i : SIMD_WIDTH;
+        vec g = {0}, up = {0};
+        if (some == SIMD_WIDTH) {
+            g = *(const vec *)(gates + i);
+            up = *(const vec *)(ups + i);
+        } else {
+            memcpy(&g, gates + i, 4 * some);
+            memcpy(&up, ups + i, 4 * some);
+        }
+        /* Of -|g|, so that nothing overflows. */
+        vec e = SIMD(exp_negative)((vec)((uvec)g | 0x80000000u));
+        ivec negative = g < 0.0f;
+        vec y = g * (vec)(((ivec)e & negative) | ((ivec)((vec){0} + 1.0f) & ~negative)) / (1.0f + e) * up;
+        if (some == SIMD_WIDTH) *(vec *)(to + i) = y;
+        else memcpy(to + i, &y, 4 * some);
+    }
+}
+
+SIMD_TARGET static void SIMD(mix)(const float *restrict x, float share, long count, float *restrict y)
+{
+    for (long i = 0; i < count; i++) y[i] += (x[i] - y[i]) * share;
+}
+
 /* ---- 16-bit floats ------------------------------------------------------------------------------ */
 
 SIMD_TARGET static void SIMD(widen_bfloat16)(const uint16_t *from, float *to, long count)
