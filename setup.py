@@ -14,6 +14,7 @@ MODULES = (
     "losart.backends.cpu.active_set",
     "losart.backends.cpu.kv_index",
     "losart.backends.cpu.attention_kernels",
+    "losart.backends.cpu.layer_kernels",
     "losart.backends.cpu.plain_linear",
     "losart.backends.cpu.quantized_linear",
     "losart.backends.cuda.pass_inputs",

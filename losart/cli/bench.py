@@ -14,7 +14,7 @@ from losart.api.model import Model
 from losart.attention import POLICIES
 from losart.cli.arguments import add_loading, add_model_or_size, listed, positive
 from losart.cli.progress import Steps, load_model, write_weights
-from losart.cli.tables import share
+from losart.cli.tables import formats, share, size
 from losart.config.options import AttentionConfig
 from losart.errors import OptionError
 from losart.measure.bench import NoiseBlocks, check_prefix
@@ -86,7 +86,12 @@ def _measure(model: Model, name: str, args: argparse.Namespace) -> dict[str, Any
                 times = blocks.pass_times(AttentionConfig(method, args.budget), args.repeats)
                 passes[method] = dataclasses.asdict(times)
             rows.append(
-                {"prefix": length, "prefill_tokens_per_second": blocks.prefill_rate, "passes": passes}
+                {
+                    "prefix": length,
+                    "kv_bytes": blocks.cache.nbytes,
+                    "prefill_tokens_per_second": blocks.prefill_rate,
+                    "passes": passes,
+                }
             )
     machine = environment()
     return {
@@ -97,8 +102,7 @@ def _measure(model: Model, name: str, args: argparse.Namespace) -> dict[str, Any
         "model": name,
         "device": model.device,
         "dtype": model.dtype,
-        "weights": list(model.weights),
-        "matrix_bytes": sum(model.matrix_bytes.values()),
+        "matrix_bytes": model.matrix_bytes,
         "kv": model.kv,
         "block_length": block_length,
         "budget": args.budget,
@@ -108,12 +112,14 @@ def _measure(model: Model, name: str, args: argparse.Namespace) -> dict[str, Any
 
 def _print(figures: dict[str, Any]) -> None:
     machine = figures["gpu"] or f"{figures['cpu']}, {figures['threads']} threads"
-    held = f"{', '.join(figures['weights'])}, keys and values in {figures['kv']},"
+    held = f"{formats(figures['matrix_bytes'])}, keys and values in {figures['kv']},"
     print(f"{figures['model']} in {held} on {machine}, losart {figures['losart']}")
     print(f"blocks of {figures['block_length']}, budget {figures['budget']}; milliseconds per pass\n")
-    print(f"{'prefix':>8}  {'prefill':>10}  {'attention':9}  {'first':>8}  {'later':>8}  density")
+    print(f"{'prefix':>8}  {'KV':>10}  {'prefill':>10}  {'attention':9}  {'first':>8}  {'later':>8}  density")
     for row in figures["lengths"]:
-        prefix = f"{row['prefix']:8}  {row['prefill_tokens_per_second']:6.0f} t/s"
+        prefix = (
+            f"{row['prefix']:8}  {size(row['kv_bytes']):>10}  {row['prefill_tokens_per_second']:6.0f} t/s"
+        )
         for method, times in row["passes"].items():
             first, later = (f"{1e3 * times[f'{kind}_seconds']:8.1f}" for kind in ("first", "later"))
             print(f"{prefix}  {method:9}  {first}  {later}  {share(times['density']):>7}")

@@ -9,9 +9,10 @@ from typing import Any
 from losart.cli.tables import print_rows, size
 from losart.measure.environment import environment
 
-HELP = "show versions, processor, GPU, prebuilt and cached kernels"
-DESCRIPTION = """Show versions, the processor, the GPU or why there is none, and which kernels are compiled
-already."""
+HELP = "show versions, processor, GPU, formats, prebuilt and cached kernels"
+DESCRIPTION = """Show versions, the processor, the GPU or why there is none, the formats in which each holds
+weights, keys and values, and which kernels are compiled already."""
+TITLES = {"cpu": "CPU", "cuda": "GPU"}
 EXAMPLE = "example: losart info --json"
 
 
@@ -36,10 +37,15 @@ def run(args: argparse.Namespace) -> None:
         *([("", f"not used: {problem}")] if problem else []),
         ("CuPy", facts["cupy"] or "none"),
         ("NVRTC", facts["nvrtc"] or "none"),
+        *((f"{TITLES[device]} holds", _formats(of)) for device, of in facts["formats"].items()),
         ("prebuilt kernels", _prebuilt(facts["prebuilt_kernels"])),
         ("kernel cache", _cache(cache) if cache else "none: there is no home directory"),
     ]
     print_rows(rows)
+
+
+def _formats(formats: dict[str, list[str]]) -> str:
+    return f"weights in {', '.join(formats['weights'])}; keys and values in {', '.join(formats['kv'])}"
 
 
 def _gpu(gpu: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 from losart.cli.arguments import add_model
-from losart.cli.tables import print_rows, size
+from losart.cli.tables import formats, print_rows, size
 from losart.loaders import open_checkpoint
 from losart.measure.inspection import inspection
 
@@ -57,7 +57,7 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, object]]:
         ("positions", f"{sizes['positions']}, rope {_rope(sizes['rope'])}"),
         ("parameters", f"{facts['parameters']:,}"),
         ("on disk", f"{size(facts['bytes_on_disk'])} in {', '.join(disk)}"),
-        ("weights", f"{size(facts['weight_bytes'])} in {', '.join(facts['held_in'])} on {facts['device']}"),
+        ("weights", f"{size(facts['weight_bytes'])} on {facts['device']}: {formats(facts['matrix_bytes'])}"),
         ("fits", _fits(facts)),
         *((f"KV at {kv['context']}", f"{size(kv['bytes'])} in {facts['kv']}") for kv in facts["kv_cache"]),
         ("decoding", "; ".join(facts["decoding"]) or "masked tokens of a block are fixed pass by pass"),

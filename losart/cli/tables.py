@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
 
@@ -27,6 +27,11 @@ def size(count: float) -> str:
             break
         count /= 1024
     return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
+
+
+def formats(sizes: Mapping[str, int]) -> str:
+    """Bytes by format: bfloat16 (1.1 GiB), int8 (148.5 MiB)."""
+    return ", ".join(f"{name} ({size(count)})" for name, count in sizes.items())
 
 
 def share(value: float | None) -> str:

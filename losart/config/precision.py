@@ -55,6 +55,8 @@ DTYPES = tuple(FORMATS)
 KV_INT8 = Format("int8", 8, 3, "uint8", "uint8", "U8", 3)
 KV_FLOAT8 = Format("fp8", 8, 4, "uint8", "uint8", "U8", 28)
 KV_FORMATS = {format.name: format for format in (KV_INT8, KV_FLOAT8)}
+# Codes of quantized matrices that each device multiplies by; others become numbers of the dtype.
+QUANTIZED = {"cpu": ("int4", "int8"), "cuda": ("int4", "int8", "float8")}
 
 GROUP_PAGES = 16  # pages of the KV cache whose bounds share a base and a step per channel
 

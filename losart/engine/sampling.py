@@ -102,7 +102,7 @@ def propose(
     if temperature > 0:
         with np.errstate(over="ignore"):  # -inf is right for what overflows
             logits /= float32_temperature(temperature)
-    weights = np.exp(logits)
+    weights = np.exp(logits, out=None if with_entropy else logits)
     total = weights.sum(axis=1)
     entropy = np.zeros(len(logits), np.float32)
     if with_entropy:

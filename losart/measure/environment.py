@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import losart.backends.cpu.attention_kernels as kernels
 import losart.backends.cpu.quantized_linear as quantized_linear
 from losart.backends import cuda_problem
+from losart.config.precision import DTYPES, KV_FORMATS, QUANTIZED
 from losart.kernels_cu.compiler import cache_folder, nvrtc_version
 from losart.kernels_cu.prebuilt import prebuilt_counts
 from losart.version import __version__
@@ -19,6 +20,7 @@ Fact = TypeVar("Fact")
 
 # By `vectors_in_use` and machine; "" is any other.
 PLAIN_VECTORS = {"x86_64": "SSE2", "aarch64": "NEON", "": "plain"}
+KV = [*DTYPES, *KV_FORMATS]
 VECTORS = {2: "AVX-512", 1: "AVX2"}
 
 
@@ -31,7 +33,7 @@ def _known(read: Callable[[], Fact]) -> Fact | None:
 
 
 def environment() -> dict[str, Any]:
-    """Versions, CPU, GPU or why there is none, prebuilt and cached kernels; JSON types alone."""
+    """Versions, CPU, GPU or why there is none, formats, prebuilt and cached kernels; JSON types alone."""
     try:
         problem = cuda_problem()
     except Exception as error:
@@ -45,6 +47,7 @@ def environment() -> dict[str, Any]:
         "cuda_problem": problem,
         "cupy": _known(_cupy_version),
         "nvrtc": _known(lambda: "{}.{}".format(*nvrtc_version())),
+        "formats": {device: {"weights": [*DTYPES, *codes], "kv": KV} for device, codes in QUANTIZED.items()},
         "prebuilt_kernels": prebuilt_counts(),
         "kernel_cache": _kernel_cache(),
     }

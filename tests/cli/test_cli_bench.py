@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,22 +11,25 @@ from passes import block_batch
 
 import losart
 from losart.cli import main
+from losart.cli.tables import size
 from losart.config.options import AttentionConfig
 from losart.engine.batch import PassKind
 from losart.measure.bench import NoiseBlocks
 
+SMALL = Path(losart.__file__).parent / "small_checkpoint"
 TINY = ["--device", "cpu", "--lengths", "64,320", "--repeats", "1", "--budget", "32"]
 
 
 def test_figures_of_a_checkpoint(tiny_checkpoint, capsys):
     assert main(["bench", str(tiny_checkpoint), *TINY, "--json"]) == 0
     figures = json.loads(capsys.readouterr().out)
-    assert (figures["weights"], figures["kv"]) == (["float32"], "float32")
+    model = losart.load(tiny_checkpoint, "cpu")
+    assert (figures["matrix_bytes"], figures["kv"]) == (model.matrix_bytes, "float32")
     assert (figures["model"], figures["device"], figures["dtype"]) == (tiny_checkpoint.name, "cpu", "float32")
     assert (figures["block_length"], figures["budget"]) == (4, 32)
     assert [row["prefix"] for row in figures["lengths"]] == [64, 320]
     for row in figures["lengths"]:
-        assert row["prefill_tokens_per_second"] > 0
+        assert row["prefill_tokens_per_second"] > 0 and row["kv_bytes"] > 0
         assert list(row["passes"]) == ["dense", "losa", "quest", "sparsed"]
         for method, times in row["passes"].items():
             assert times["first_seconds"] > 0 and times["later_seconds"] > 0
@@ -40,22 +44,24 @@ def test_keys_and_values_in_8_bits(tiny_checkpoint, capsys, kv):
     command = ["bench", str(tiny_checkpoint), *TINY, "--kv", kv]
     assert main([*command, "--json"]) == 0
     figures = json.loads(capsys.readouterr().out)
-    assert (figures["dtype"], figures["weights"], figures["kv"]) == ("float32", ["float32"], kv)
+    assert (figures["dtype"], list(figures["matrix_bytes"]), figures["kv"]) == ("float32", ["float32"], kv)
     for row in figures["lengths"]:
         assert all(0 < row["passes"][method]["density"] < 1 for method in ("losa", "quest", "sparsed"))
     assert main(command) == 0
-    assert f" in float32, keys and values in {kv}, on " in capsys.readouterr().out
+    held = f"float32 ({size(figures['matrix_bytes']['float32'])})"
+    assert f" in {held}, keys and values in {kv}, on " in capsys.readouterr().out
 
 
 def test_random_weights_and_a_table(capsys):
     assert main(["bench", "--size", "tiny", *TINY, "--attention", "dense,losa"]) == 0
     printed = capsys.readouterr()
     assert (
-        "random-sdar-tiny in float32, keys and values in float32, on " in printed.out
+        "random-sdar-tiny in float32 (" in printed.out
+        and "), keys and values in float32, on " in printed.out
         and "blocks of 16, budget 32" in printed.out
     )
     head, *rows = printed.out.splitlines()[-5:]
-    assert head.split() == ["prefix", "prefill", "attention", "first", "later", "density"]
+    assert head.split() == ["prefix", "KV", "prefill", "attention", "first", "later", "density"]
     assert [row.split()[0] for row in rows] == ["64", "losa", "320", "losa"]
     assert all(row.endswith("%") == ("losa" in row) for row in rows)
     lines = printed.err.splitlines()
@@ -65,6 +71,19 @@ def test_random_weights_and_a_table(capsys):
         "losa after 64",
     ]
     assert lines[-1].startswith("losa after 320: 5 of 6 steps, ")
+
+
+def test_what_quantized_weights_are_held_in(tmp_path, capsys):
+    assert main(["quantize", str(SMALL), str(tmp_path / "new"), "--weights", "int4"]) == 0
+    command = ["bench", str(tmp_path / "new"), *TINY, "--attention", "dense"]
+    capsys.readouterr()
+    assert main([*command, "--json"]) == 0
+    held = json.loads(capsys.readouterr().out)["matrix_bytes"]
+    assert held == losart.load(tmp_path / "new", "cpu").matrix_bytes
+    assert list(held) == ["bfloat16", "int4"]
+    assert main(command) == 0
+    sizes = ", ".join(f"{name} ({size(count)})" for name, count in held.items())
+    assert f"new in {sizes}, keys and values in bfloat16, on " in capsys.readouterr().out
 
 
 def test_passes_are_those_of_a_generation(tiny_checkpoint, monkeypatch):

@@ -56,6 +56,7 @@ def test_info(capsys, monkeypatch, tmp_path, without_nvrtc):
     assert info(capsys)["kernel_cache"]["bytes"] == 1000
     assert main(["info"]) == 0
     text = " ".join(capsys.readouterr().out.split())
+    assert "CPU holds weights in float32, bfloat16, float16, int4, int8; keys and values in float32," in text
     assert "2 files, 1000 bytes" in text and "GPU none not used: CuPy is not installed" in text
 
 
@@ -159,7 +160,7 @@ def test_inspect_counts_what_is_held(make_checkpoint, capsys, monkeypatch, dtype
 
         monkeypatch.setattr(CpuBackend, name, noting)
     model = losart.load(path, "cpu", dtype, kv=kv)
-    assert (facts["kv"], facts["held_in"]) == (model.kv, list(model.weights))
+    assert (facts["kv"], facts["matrix_bytes"]) == (model.kv, model.matrix_bytes)
     assert facts["weight_bytes"] == sum(array.nbytes for array in held)
 
     allocated = []
@@ -194,6 +195,19 @@ def test_inspect_with_keys_and_values_in_8_bits(make_checkpoint, capsys):
     text = " ".join(capsys.readouterr().out.split())
     (held,) = others[0]["kv_cache"]
     assert f"KV at {held['context']} {size(held['bytes'])} in int8" in text
+
+
+def test_inspect_says_how_quantized_weights_are_held(make_checkpoint, tmp_path, capsys):
+    path = make_checkpoint(dtype="bfloat16")
+    assert main(["quantize", str(path), str(tmp_path / "new"), "--weights", "int4", "--group", "16"]) == 0
+    capsys.readouterr()
+    facts = inspect(capsys, tmp_path / "new")
+    assert list(facts["matrix_bytes"]) == facts["dtype_on_disk"] == ["bfloat16", "int4"]
+    assert facts["matrix_bytes"] == losart.load(tmp_path / "new", "cpu").matrix_bytes
+    assert main(["inspect", str(tmp_path / "new"), "--device", "cpu"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    held = ", ".join(f"{name} ({size(count)})" for name, count in facts["matrix_bytes"].items())
+    assert f"weights {size(facts['weight_bytes'])} on cpu: {held} " in text
 
 
 def test_inspect_options_are_those_of_a_generation(make_checkpoint, capsys):

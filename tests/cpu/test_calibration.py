@@ -170,7 +170,7 @@ def test_layers_get_what_they_get_in_the_whole_model(checkpoint, tmp_path, forma
             )
         )
         backend = runner.backend
-        hidden = backend._rms_norm(again._noisy[number, rows][of_block], runner.final_norm)
+        _, hidden = backend.add_rms_norm(again._noisy[number, rows][of_block], None, runner.final_norm)
         expected = backend.linear(hidden, runner.head)
         expected[:, source.config.mask_token_id] = -np.inf
         np.testing.assert_allclose(runner.logits, expected, rtol=2e-2, atol=2e-2)

@@ -1,6 +1,8 @@
 """Generations are those of the version before the pass became an explicit object (commit a9b80a0), those by
 page bounds of the version that first held them in four bits, and those of sessions of the version that made
 these engines, which reuse whole pages; one page read by LoSA in bfloat16 is of the version without BLAS.
+Fourteen of random weights in bfloat16, and a session in blocks of 33 in each dtype, which rounding decides,
+are of the version that first had norms, rotation and gate in loops of its own.
 
 Of all methods, options and block lengths, and of sessions: tests/support/generations.py.
 """

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from losart.backends.cuda.matmul_plans import QUANTIZED_TILES, quantized_plan, quantized_tokens
-from losart.backends.cuda.quantized import quantized_form
+from losart.backends.cuda.quantized import CODES, quantized_form
 from losart.backends.cuda.variants import CARDS, FORMS
-from losart.config.precision import FORMATS
+from losart.config.precision import FORMATS, QUANTIZED
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,10 @@ def test_what_stays(matrices, group, zeros, wide):
 )
 def test_what_does_not(matrices):
     assert quantized_form(matrices, FORMATS["bfloat16"]) is None
+
+
+def test_codes_are_those_that_info_says():
+    assert tuple(CODES) == QUANTIZED["cuda"]
 
 
 def test_codes_that_are_not_read_count_as_valid():

@@ -68,7 +68,14 @@ def test_torch_is_only_needed_by_extras(package, extras):
 
 
 def test_compiled_modules_are_importable():
-    for name in ("active_set", "kv_index", "attention_kernels", "plain_linear", "quantized_linear"):
+    for name in (
+        "active_set",
+        "kv_index",
+        "attention_kernels",
+        "layer_kernels",
+        "plain_linear",
+        "quantized_linear",
+    ):
         assert importlib.util.find_spec(f"losart.backends.cpu.{name}") is not None
     for name in ("losart.backends.cuda.pass_inputs", "losart.engine.remasking"):
         assert importlib.util.find_spec(name) is not None

@@ -162,8 +162,8 @@ def test_a_generation_is_that_of_the_matrices(case, tmp_path):
     for layer in models[0]._engine.runner.layers:
         for weight in (layer.qkv, layer.o, layer.feed_forward.gate_up, layer.feed_forward.down):
             assert all(isinstance(matrix, QuantizedMatrix) == stays for matrix in weight.matrices)
-    held_in = inspection(open_checkpoint(directory), "cpu")["held_in"]
-    assert len(held_in) == 1 + stays and held_in[0] == "float32"
+    held = inspection(open_checkpoint(directory), "cpu")["matrix_bytes"]
+    assert len(held) == 1 + stays and next(iter(held)) == "float32"
     models = with_plain_weights(models[0]), models[1]
     found, expected = (model.generate(list(range(40)), **options).token_ids for model in models)
     assert found == expected

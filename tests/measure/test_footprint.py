@@ -32,6 +32,8 @@ def test_probe_reports_the_generation_and_what_it_took(tiny_checkpoint, prompt_t
     prompt = [(97 * i) % 251 for i in range(prompt_tokens)]
     expected = losart.generate(tiny_checkpoint, prompt, max_new_tokens=NEW, stop_token_ids=[], device="cpu")
     assert report["tokens"] == expected.token_ids
+    assert report["weights"] == losart.load(tiny_checkpoint, "cpu").matrix_bytes
+    assert report["kv"] == {"float32": expected.stats.kv_bytes}
     stages = ["python", "import", "context", "load", "first token", "generate"]
     assert list(report["seconds"]) == stages
     assert all(seconds >= 0 for seconds in report["seconds"].values())
@@ -50,6 +52,8 @@ def test_both_sides_generate_the_same(tiny_checkpoint, tmp_path, prompt_tokens):
     qwen3 = as_qwen3(tiny_checkpoint, tmp_path / "qwen3")
     theirs = probe(PYTHON, "probe_transformers", qwen3, request)
     assert ours["tokens"] == theirs["tokens"]
+    assert ours["weights"] == theirs["weights"]
+    assert theirs["kv"].keys() == {"float32"} and 0 < theirs["kv"]["float32"] <= ours["kv"]["float32"]
 
 
 def test_a_process_that_fails_says_why():
@@ -82,6 +86,7 @@ def side(scale: float) -> dict:
         "package_count": 3,
         "import_seconds": scale * 0.1,
         "imported_bytes": scale * 2**20,
+        "weights": {"bfloat16": scale * 2**20, "int4": scale * 2**21},
         "generated_bytes": scale * 2**20,
         "first_token_seconds": scale,
         "torch_cuda": None,
@@ -95,8 +100,8 @@ def made_figures(scale: float, **changes: object) -> dict:
         "gpu": None,
         "device": "cpu",
         "checkpoint": "tiny",
-        "dtype": "float32",
-        "weight_bytes": 2**20,
+        "dtype_on_disk": ["bfloat16", "int4"],
+        "bytes_on_disk": 2**20,
         "prompt_tokens": 8,
         "new_tokens": 4,
         "versions": {"losart": "1", "torch": "2", "transformers": "3"},
@@ -106,12 +111,14 @@ def made_figures(scale: float, **changes: object) -> dict:
 
 def test_the_table_says_what_is_met_and_what_is_missed():
     table = markdown(made_figures(8))
-    assert (
-        "A CPU, 2 threads; tiny in float32 (1 MiB), 8 prompt and 4 new tokens; losart 1, torch 2 (CPU build)"
-        in table
-    )
+    assert "A CPU, 2 threads; tiny in bfloat16, int4 (1 MiB), 8 prompt and 4 new tokens; " in table
+    assert "; losart 1, torch 2 (CPU build)" in table
     assert "| installed | 100 MiB | 800 MiB | 8.0x | 6x, met |" in table
     assert "| import | 0.10 s | 0.80 s | 8.0x | 10x, missed |" in table
+    assert (
+        "| weights | 1 MiB in bfloat16, 2 MiB in int4 | 8 MiB in bfloat16, 16 MiB in int4 | 8.0x |  |"
+        in table
+    )
     assert "| process start to first token | 1.00 s | 8.00 s | 8.0x |  |" in table
     assert "device memory" not in table
     assert table.endswith("\nTargets missed: import.\n")
@@ -162,6 +169,7 @@ def test_the_command_prints_table_and_json(without_rival, tmp_path, capsys):
     figures = json.loads(files["--json"].read_text())
     assert len(figures["losart"]["runs"]) == 2 and len(figures["losart"]["tokens"]) == 5
     assert figures["losart"]["tokens"] == figures["transformers"]["tokens"]
+    assert figures["losart"]["weights"].keys() == figures["losart"]["kv"].keys() == {"float32"}
     assert "| import |" in printed.out and "| packages | 1 | 2 | 2.0x |" in printed.out
     lines = printed.err.splitlines()
     assert [line.split(": ")[1].split(",")[0] for line in lines] == [f"{i} of 6 steps" for i in range(6)]

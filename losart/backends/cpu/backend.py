@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 import losart.backends.cpu.attention_kernels as kernels
+import losart.backends.cpu.layer_kernels as layer_kernels
 import losart.backends.cpu.plain_linear as plain_linear
 import losart.backends.cpu.quantized_linear as quantized_linear
 from losart.backends.base import (
@@ -29,7 +30,7 @@ from losart.backends.cpu.routing import route
 from losart.backends.cpu.selector import Selector
 from losart.config.model import ModelConfig
 from losart.config.options import CHOICES
-from losart.config.precision import Format, Precision
+from losart.config.precision import QUANTIZED, Format, Precision
 from losart.config.rope import inverse_frequencies, query_factors
 from losart.engine.batch import PassBatch, PassKind
 from losart.engine.kv_cache import PagedKVCache, chunk_positions
@@ -225,31 +226,16 @@ class CpuBackend:
     def add_rms_norm(
         self, x: np.ndarray, delta: np.ndarray | None, gain: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        if delta is not None:
-            x = x + delta
-        return x, self._rms_norm(x, gain)
-
-    def _rms_norm(self, x: np.ndarray, gain: np.ndarray) -> np.ndarray:
-        mean_square = np.einsum("...d,...d->...", x, x)[..., None] / np.float32(x.shape[-1])
-        mean_square[np.isinf(mean_square)] = np.nan  # or a row that overflows would come out as zeros
-        y = x * (1.0 / np.sqrt(mean_square + np.float32(self.config.rms_norm_eps)))
-        y *= gain
-        return y
+        return layer_kernels.add_rms_norm(x, delta, gain, self.config.rms_norm_eps)
 
     def split_heads(
         self, qkv: np.ndarray, q_norm: np.ndarray | None, k_norm: np.ndarray | None, batch: PassBatch
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         c = self.config
-        q, k, v = np.split(
-            qkv.reshape(len(qkv), -1, c.head_dim), [c.num_heads, c.num_heads + c.num_kv_heads], axis=1
+        return layer_kernels.split_heads(
+            *(qkv, c.num_heads, c.num_kv_heads, c.head_dim, q_norm, k_norm, c.rms_norm_eps),
+            *self._rotation_of(batch),
         )
-        cos, sin, factors = self._rotation_of(batch)
-        q = q if q_norm is None else self._rms_norm(q, q_norm)
-        k = k if k_norm is None else self._rms_norm(k, k_norm)
-        q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
-        if factors is not None:
-            q *= factors
-        return q, k, np.ascontiguousarray(v)
 
     def _rotation_of(self, batch: PassBatch) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         """Cosines and sines, and factors of queries, if there are any."""
@@ -258,16 +244,17 @@ class CpuBackend:
         rotation = self._rotation
         if rotation is None or rotation[0] != key:
             positions = np.concatenate([np.arange(start, start + tokens) for start, tokens in key])
-            angles = positions[:, None, None] * self._frequencies
+            angles = positions[:, None] * self._frequencies
             cos = (self._rope_factor * np.cos(angles)).astype(np.float32)
             sin = (self._rope_factor * np.sin(angles)).astype(np.float32)
             rope = self.config.rope
-            factors = query_factors(rope, positions)[:, None, None] if rope.query_beta else None
+            factors = query_factors(rope, positions) if rope.query_beta else None
             rotation = self._rotation = (key, cos, sin, factors)
         return rotation[1:]
 
     def gated_linear(self, x: np.ndarray, gate_up: Weight, prefill: bool) -> np.ndarray:
-        return _gated((self.prefill_linear if prefill else self.linear)(x, gate_up))
+        linear = self.prefill_linear if prefill else self.linear
+        return layer_kernels.gated(linear(x, gate_up))
 
     def experts(self, x: np.ndarray, layer: ExpertWeights, batch: PassBatch) -> np.ndarray:
         prefill = batch.kind is PassKind.PREFILL
@@ -280,10 +267,10 @@ class CpuBackend:
         self._experts_used.append(len(used))
         for expert, places in zip(used, np.split(order, starts[1:]), strict=True):
             rows = places // layer.config.per_token
-            y = linear(_gated(linear(x[rows], layer.gate_up[expert])), layer.down[expert])
+            y = linear(layer_kernels.gated(linear(x[rows], layer.gate_up[expert])), layer.down[expert])
             total[rows] += weights.reshape(-1)[places, None] * y
         for expert in range(layer.config.count, len(layer.gate_up)):
-            total += router(_gated(router(x, layer.gate_up[expert])), layer.down[expert])
+            total += router(layer_kernels.gated(router(x, layer.gate_up[expert])), layer.down[expert])
         return total
 
     def write_kv(self, layer: int, k: np.ndarray, v: np.ndarray, batch: PassBatch) -> None:
@@ -370,13 +357,8 @@ class CpuBackend:
         for _, rows in batch.rows():
             kernels.attend_block(q[rows], k[rows], v[rows], o_block[rows], lse_block[rows])
         # The block is never empty, so its log-sum-exp is finite; the prefix's may be -inf.
-        top = np.maximum(lse_prefix, lse_block)
-        weight = np.exp(lse_prefix - top)
-        weight /= weight + np.exp(lse_block - top)
-        o = o_prefix - o_block
-        o *= weight[..., None]
-        o += o_block
-        return o
+        layer_kernels.join_parts(o_prefix, lse_prefix, o_block, lse_block)
+        return o_block
 
     # -- stored results
 
@@ -452,7 +434,7 @@ def available_bytes(file: Path, group: Path) -> int | None:
 
 def _quantized_form(tensor: Any) -> tuple[int, int, int, int, bool] | None:
     """What `QuantizedMatrix` takes; None where a matrix is held in the format of weights."""
-    if tensor.dtype not in ("int4", "int8") or not tensor.in_order:
+    if tensor.dtype not in QUANTIZED["cpu"] or not tensor.in_order:
         return None
     if quantized_linear.block_of(tensor.shape[1], tensor.group, bits_of(tensor.dtype)) is None:
         return None
@@ -471,26 +453,6 @@ def _packed(tensor: Any, form: tuple[int, int, int, int, bool]) -> quantized_lin
         matrix.fill(start, codes, scales, of_groups if zeros else None)
     tensor.release()
     return matrix
-
-
-def _gated(joined: np.ndarray) -> np.ndarray:
-    """silu(gate) * up of [tokens, 2 * width]."""
-    gate, up = np.split(joined, 2, axis=1)
-    # exp(-gate) = inf gives the right zero; what is not finite shows in the logits.
-    with np.errstate(over="ignore", invalid="ignore"):
-        y = np.exp(-gate)
-        y += 1.0
-        np.divide(gate, y, out=y)
-        y *= up
-    return y
-
-
-def _rotate(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
-    # Halves, not pairs: channel d turns with channel d + rotated / 2. What follows those is not rotated.
-    half = cos.shape[-1]
-    first, second, rest = np.split(x, [half, 2 * half], axis=-1)
-    with np.errstate(invalid="ignore"):  # what is not finite shows in the logits
-        return np.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
 
 
 def _new_result(q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

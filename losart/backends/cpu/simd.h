@@ -29,6 +29,21 @@ LOSART_INLINE float bfloat16_value(uint16_t held)
     return value;
 }
 
+/* Exponent and mantissa move to their float32 places and are scaled by 2^112, which also makes subnormal numbers right;
+ * an exponent of all ones (infinity, NaN) is put back by hand. */
+LOSART_INLINE float float16_value(uint16_t held)
+{
+    uint32_t bits = (uint32_t)(held & 0x7fff) << 13;
+    uint32_t special = (held & 0x7c00) == 0x7c00 ? 0x7f800000u : 0u;
+    float value;
+    memcpy(&value, &bits, 4);
+    value *= 0x1p112f;
+    memcpy(&bits, &value, 4);
+    bits |= special | (uint32_t)(held & 0x8000) << 16;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
 /* Codes of 8 bits. Integers are held from 0 on for -128: with a scale of 0 zeroed memory is zeros. */
 #define LARGEST_INT8 127.0f
 #define LARGEST_FLOAT8 448.0f
@@ -141,18 +156,21 @@ LOSART_INLINE void slab_scores(const float *q, long rows, long dim, const float 
     CHOOSE(slab_scores, q, rows, dim, k, s, s_stride)
 }
 
-/* y[t][r] = w[r][:] . x[t][:]: w [rows][dim], x [tokens][dim], 8 tokens at most; y's rows y_stride floats apart. */
-LOSART_INLINE void row_products(const float *w, long rows, long dim, const float *x, long tokens, float *y,
-                                long y_stride)
+/* s[r][0..15] = w[r][:] . x[:][0..15]: w [rows][dim] of a format's code, x [dim][16], s [rows][16]. */
+LOSART_INLINE void slab_products(const void *w, int width, long rows, long dim, const float *x, float *s)
 {
-    CHOOSE(row_products, w, rows, dim, x, tokens, y, y_stride)
+    if (width == WIDTH_BFLOAT16) CHOOSE(slab_products_bfloat16, w, rows, dim, x, s)
+    else if (width == WIDTH_FLOAT16) CHOOSE(slab_products_float16, w, rows, dim, x, s)
+    else CHOOSE(slab_products, w, rows, dim, x, s)
 }
 
-/* The same with weights that are the bits of bfloat16. */
-LOSART_INLINE void row_products_bfloat16(const uint16_t *w, long rows, long dim, const float *x, long tokens,
-                                         float *y, long y_stride)
+/* y[t][r] = w[r][:] . x[t][:]: w the same, x [tokens][dim], 8 tokens at most; y's rows y_stride floats apart. */
+LOSART_INLINE void row_products(const void *w, int width, long rows, long dim, const float *x, long tokens, float *y,
+                                long y_stride)
 {
-    CHOOSE(row_products_bfloat16, w, rows, dim, x, tokens, y, y_stride)
+    if (width == WIDTH_BFLOAT16) CHOOSE(row_products_bfloat16, w, rows, dim, x, tokens, y, y_stride)
+    else if (width == WIDTH_FLOAT16) CHOOSE(row_products_float16, w, rows, dim, x, tokens, y, y_stride)
+    else CHOOSE(row_products, w, rows, dim, x, tokens, y, y_stride)
 }
 
 /* o += p v: p rows p_stride floats apart, v pointers to `slabs` slabs, o [rows][dim]; dim a
@@ -174,6 +192,28 @@ LOSART_INLINE float softmax_step(float *s, long slabs, float *top, float *total,
 }
 
 LOSART_INLINE void scale(float *x, long count, float factor) { CHOOSE(scale, x, count, factor) }
+
+/* to = gain times the RMS norm of x, or of total = x + delta where delta is given; NaN where a square overflows. */
+LOSART_INLINE void norm(const float *x, const float *delta, const float *gain, long dim, float eps, float *total,
+                        float *to)
+{
+    CHOOSE(norm, x, delta, gain, dim, eps, total, to)
+}
+
+/* Turns x[d] with x[half + d] by the angle of these cosines and sines. */
+LOSART_INLINE void rotate(float *x, const float *cosines, const float *sines, long half)
+{
+    CHOOSE(rotate, x, cosines, sines, half)
+}
+
+/* to = silu(gates) * ups. */
+LOSART_INLINE void gate(const float *gates, const float *ups, long count, float *to)
+{
+    CHOOSE(gate, gates, ups, count, to)
+}
+
+/* y = share * x + (1 - share) * y. */
+LOSART_INLINE void mix(const float *x, float share, long count, float *y) { CHOOSE(mix, x, share, count, y) }
 
 LOSART_INLINE void widen_bfloat16(const uint16_t *from, float *to, long count)
 {

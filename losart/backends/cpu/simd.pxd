@@ -5,10 +5,14 @@ cdef extern from "simd.h" nogil:
     void slab_scores(const float *q, long rows, long dim, const float *k, float *s, long s_stride)
     void slabs_accumulate(const float *p, long p_stride, long rows, const float *const *v, long slabs,
                           long dim, float *o)
-    void row_products(const float *w, long rows, long dim, const float *x, long tokens, float *y, long y_stride)
-    void row_products_bfloat16(const uint16_t *w, long rows, long dim, const float *x, long tokens, float *y,
-                               long y_stride)
+    void slab_products(const void *w, int width, long rows, long dim, const float *x, float *s)
+    void row_products(const void *w, int width, long rows, long dim, const float *x, long tokens, float *y,
+                      long y_stride)
     float softmax_step(float *s, long slabs, float *top, float *total, float *slab_sums)
+    void norm(const float *x, const float *delta, const float *gain, long dim, float eps, float *total, float *to)
+    void rotate(float *x, const float *cosines, const float *sines, long half)
+    void gate(const float *gates, const float *ups, long count, float *to)
+    void mix(const float *x, float share, long count, float *y)
     void scale(float *x, long count, float factor)
     void widen_bfloat16(const uint16_t *source, float *to, long count)
     void widen_float16(const uint16_t *source, float *to, long count)

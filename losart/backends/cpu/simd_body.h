@@ -54,6 +54,74 @@ SIMD_TARGET static void SIMD(slab_scores)(const float *q, long rows, long dim, c
     }
 }
 
+/* ---- products of a slab of tokens: s[r][0..15] = sum over d of w[r][d] * x[d][0..15] ------------ */
+
+#define WIDE(p) (*(const vec *)(p))
+#define WIDENED(p) ((vec)(__builtin_convertvector(*(const hvec *)(p), uvec) << 16))
+#define WIDENED_HALF(p) SIMD(widened_half)(*(const hvec *)(p))
+
+/* As float16_value. */
+SIMD_TARGET LOSART_INLINE vec SIMD(widened_half)(hvec held)
+{
+    uvec bits = __builtin_convertvector(held, uvec);
+    uvec special = (uvec)((bits & 0x7c00) == 0x7c00) & 0x7f800000;
+    vec magnitude = (vec)((bits & 0x7fff) << 13) * 0x1p112f;
+    return (vec)((uvec)magnitude | special | (bits & 0x8000) << 16);
+}
+
+/* Weights are widened just before they are multiplied, SLAB channels of each row at a time, while the products of the
+ * SLAB before still run: done for whole rows in advance it waits for memory while nothing is multiplied. Memory is
+ * asked for AHEAD channels earlier, at the end of these rows for the next ones. */
+#define AHEAD 256
+#define WIDEN_SLAB(ROWS, LOAD, to, d)                                                             \
+    UNROLL for (int r = 0; r < ROWS; r++)                                                         \
+        UNROLL for (int i = 0; i < PARTS; i++)                                                    \
+            ((vec *)(to + r * SLAB))[i] = LOAD(w + r * dim + (d) + i * SIMD_WIDTH);
+
+#define PRODUCTS(ROWS, HELD, LOAD, ONE)                                                           \
+    {                                                                                             \
+        float wide[2][ROWS * SLAB] __attribute__((aligned(64)));                                  \
+        vec sum[ROWS][PARTS];                                                                     \
+        UNROLL for (int r = 0; r < ROWS; r++)                                                     \
+            UNROLL for (int i = 0; i < PARTS; i++) sum[r][i] = (vec){0};                          \
+        long whole = dim / SLAB * SLAB;                                                           \
+        if (whole) WIDEN_SLAB(ROWS, LOAD, wide[0], 0)                                             \
+        for (long d = 0; d < whole; d += SLAB) {                                                  \
+            const float *weight = wide[d / SLAB % 2];                                             \
+            float *next = wide[(d / SLAB + 1) % 2];                                               \
+            if (d * sizeof(HELD) % 64 == 0) {                                                     \
+                const HELD *soon = w + d + AHEAD + (d + AHEAD < dim ? 0 : (ROWS - 1) * dim);      \
+                UNROLL for (int r = 0; r < ROWS; r++) __builtin_prefetch(soon + r * dim);         \
+            }                                                                                     \
+            if (d + SLAB < whole) WIDEN_SLAB(ROWS, LOAD, next, d + SLAB)                          \
+            UNROLL for (int e = 0; e < SLAB; e++) {                                               \
+                vec token[PARTS];                                                                 \
+                UNROLL for (int i = 0; i < PARTS; i++) token[i] =                                 \
+                    ((const vec *)(x + (d + e) * SLAB))[i];                                       \
+                UNROLL for (int r = 0; r < ROWS; r++)                                             \
+                    UNROLL for (int i = 0; i < PARTS; i++) sum[r][i] += weight[r * SLAB + e] * token[i]; \
+            }                                                                                     \
+        }                                                                                         \
+        for (long d = whole; d < dim; d++)                                                        \
+            UNROLL for (int r = 0; r < ROWS; r++)                                                 \
+                UNROLL for (int i = 0; i < PARTS; i++) sum[r][i] +=                               \
+                    ONE(w[r * dim + d]) * ((const vec *)(x + d * SLAB))[i];                       \
+        UNROLL for (int r = 0; r < ROWS; r++)                                                     \
+            UNROLL for (int i = 0; i < PARTS; i++) ((vec *)(s + r * SLAB))[i] = sum[r][i];        \
+    }
+
+#define SLAB_PRODUCTS(name, HELD, LOAD, ONE)                                                      \
+    SIMD_TARGET static void SIMD(name)(const HELD *w, long rows, long dim, const float *x, float *s) \
+    {                                                                                             \
+        for (; rows >= SIMD_ROWS; rows -= SIMD_ROWS, w += SIMD_ROWS * dim, s += SIMD_ROWS * SLAB) \
+            PRODUCTS(SIMD_ROWS, HELD, LOAD, ONE)                                                  \
+        for (; rows; rows--, w += dim, s += SLAB) PRODUCTS(1, HELD, LOAD, ONE)                    \
+    }
+
+SLAB_PRODUCTS(slab_products, float, WIDE, )
+SLAB_PRODUCTS(slab_products_bfloat16, uint16_t, WIDENED, bfloat16_value)
+SLAB_PRODUCTS(slab_products_float16, uint16_t, WIDENED_HALF, float16_value)
+
 /* ---- values: o[r][c] += sum over slabs and their positions j of p[r][j] * v[j][c] --------------- */
 
 #define ACCUMULATE(ROWS)                                                                          \
@@ -106,9 +174,6 @@ SIMD_TARGET LOSART_INLINE float SIMD(horizontal_sum)(vec x)
 
 /* A row of weights is read once for all tokens, its own channels being the lanes. The next rows are asked for
  * ahead: rows are too short for the machine to see by itself that all of them are read. */
-#define WIDE(p) (*(const vec *)(p))
-#define WIDENED(p) ((vec)(__builtin_convertvector(*(const hvec *)(p), uvec) << 16))
-
 #define DOTS(TOKENS, ROWS, HELD, LOAD, ONE)                                                       \
     for (; rows >= ROWS; rows -= ROWS, w += ROWS * dim, y += ROWS) {                              \
         vec sum[ROWS][TOKENS];                                                                    \
@@ -158,6 +223,7 @@ SIMD_TARGET LOSART_INLINE float SIMD(horizontal_sum)(vec x)
 
 ROW_PRODUCTS(row_products, float, WIDE, )
 ROW_PRODUCTS(row_products_bfloat16, uint16_t, WIDENED, bfloat16_value)
+ROW_PRODUCTS(row_products_float16, uint16_t, WIDENED_HALF, float16_value)
 
 /* ---- online softmax ----------------------------------------------------------------------------- */
 
@@ -222,30 +288,76 @@ SIMD_TARGET static void SIMD(scale)(float *x, long count, float factor)
     for (long i = 0; i < count; i++) x[i] *= factor;
 }
 
+/* ---- between matmuls ---------------------------------------------------------------------------- */
+
+SIMD_TARGET static void SIMD(norm)(const float *restrict x, const float *restrict delta, const float *restrict gain,
+                                   long dim, float eps, float *restrict total, float *restrict to)
+{
+    vec squares = {0};
+    long d = 0;
+    for (; d + SIMD_WIDTH <= dim; d += SIMD_WIDTH) {
+        vec here = *(const vec *)(x + d);
+        if (delta) *(vec *)(total + d) = here += *(const vec *)(delta + d);
+        squares += here * here;
+    }
+    float sum = SIMD(horizontal_sum)(squares);
+    for (; d < dim; d++) {
+        float here = x[d];
+        if (delta) total[d] = here += delta[d];
+        sum += here * here;
+    }
+    if (isinf(sum)) sum = NAN; /* or what overflows would come out as zeros */
+    float factor = 1.0f / sqrtf(sum / dim + eps);
+    const float *from = delta ? total : x;
+    for (d = 0; d < dim; d++) to[d] = from[d] * factor * gain[d];
+}
+
+SIMD_TARGET static void SIMD(rotate)(float *restrict x, const float *restrict cosines, const float *restrict sines,
+                                     long half)
+{
+    for (long d = 0; d < half; d++) {
+        float first = x[d], second = x[half + d];
+        x[d] = first * cosines[d] - second * sines[d];
+        x[half + d] = second * cosines[d] + first * sines[d];
+    }
+}
+
+SIMD_TARGET static void SIMD(gate)(const float *gates, const float *ups, long count, float *to)
+{
+    for (long i = 0; i < count; i += SIMD_WIDTH) {
+        long some = count - i < SIMD_WIDTH ? count - i : SIMD_WIDTH;
+        vec g = {0}, up = {0};
+        if (some == SIMD_WIDTH) {
+            g = *(const vec *)(gates + i);
+            up = *(const vec *)(ups + i);
+        } else {
+            memcpy(&g, gates + i, 4 * some);
+            memcpy(&up, ups + i, 4 * some);
+        }
+        /* Of -|g|, so that nothing overflows. */
+        vec e = SIMD(exp_negative)((vec)((uvec)g | 0x80000000u));
+        ivec negative = g < 0.0f;
+        vec y = g * (vec)(((ivec)e & negative) | ((ivec)((vec){0} + 1.0f) & ~negative)) / (1.0f + e) * up;
+        if (some == SIMD_WIDTH) *(vec *)(to + i) = y;
+        else memcpy(to + i, &y, 4 * some);
+    }
+}
+
+SIMD_TARGET static void SIMD(mix)(const float *restrict x, float share, long count, float *restrict y)
+{
+    for (long i = 0; i < count; i++) y[i] += (x[i] - y[i]) * share;
+}
+
 /* ---- 16-bit floats ------------------------------------------------------------------------------ */
 
 SIMD_TARGET static void SIMD(widen_bfloat16)(const uint16_t *from, float *to, long count)
 {
-    for (long i = 0; i < count; i++) {
-        uint32_t bits = (uint32_t)from[i] << 16;
-        memcpy(to + i, &bits, 4);
-    }
+    for (long i = 0; i < count; i++) to[i] = bfloat16_value(from[i]);
 }
 
-/* Exponent and mantissa move to their float32 places and are scaled by 2^112, which also makes
- * subnormal numbers right; an exponent of all ones (infinity, NaN) is put back by hand. */
 SIMD_TARGET static void SIMD(widen_float16)(const uint16_t *from, float *to, long count)
 {
-    for (long i = 0; i < count; i++) {
-        uint32_t bits = (uint32_t)(from[i] & 0x7fff) << 13;
-        uint32_t special = (from[i] & 0x7c00) == 0x7c00 ? 0x7f800000u : 0u;
-        float magnitude;
-        memcpy(&magnitude, &bits, 4);
-        magnitude *= 5.192296858534828e33f;
-        memcpy(&bits, &magnitude, 4);
-        bits |= special | (uint32_t)(from[i] & 0x8000) << 16;
-        memcpy(to + i, &bits, 4);
-    }
+    for (long i = 0; i < count; i++) to[i] = float16_value(from[i]);
 }
 
 /* ---- codes of 8 bits ---------------------------------------------------------------------------- */
@@ -361,6 +473,11 @@ SIMD_TARGET static void SIMD(decode_bounds)(const uint64_t *codes, const float *
 #undef ACCUMULATE
 #undef WIDE
 #undef WIDENED
+#undef WIDENED_HALF
+#undef AHEAD
+#undef WIDEN_SLAB
+#undef PRODUCTS
+#undef SLAB_PRODUCTS
 #undef DOTS
 #undef FEW_TOKENS
 #undef ROW_PRODUCTS

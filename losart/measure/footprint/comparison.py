@@ -24,11 +24,10 @@ PROBES = {"losart": "probe_losart", "transformers": "probe_transformers"}
 
 @dataclass(frozen=True)
 class Generation:
-    """A generation that both sides do, and the weights, keys and values that any runtime must hold for it."""
+    """A generation that both sides do, and the bytes of its keys and values in the checkpoint's format."""
 
     checkpoint: Checkpoint
     request: Request
-    weight_bytes: int
     kv_bytes: int
 
 
@@ -49,9 +48,9 @@ def generation_of(
         raise ConfigError(f"{checkpoint.path}: config.json says no mask_token_id")
     block_length = config.block_length or DEFAULT_BLOCK_LENGTH
     request = Request(device, prompt_tokens, new_tokens, block_length, config.mask_token_id)
-    facts = inspection(checkpoint, "cpu", "auto", [prompt_tokens + new_tokens])
+    inspection(checkpoint, "cpu", "auto", [prompt_tokens + new_tokens])  # raises where it has no room
     row = 2 * config.num_layers * config.num_kv_heads * config.head_dim * FORMATS[checkpoint.dtype].itemsize
-    return Generation(checkpoint, request, facts["weight_bytes"], row * (prompt_tokens + new_tokens))
+    return Generation(checkpoint, request, row * (prompt_tokens + new_tokens))
 
 
 def compare(
@@ -101,8 +100,8 @@ def compare(
         checkpoint, request = generation.checkpoint, generation.request
         figures |= {
             "checkpoint": checkpoint.path.name,
-            "dtype": checkpoint.dtype,
-            "weight_bytes": generation.weight_bytes,
+            "dtype_on_disk": sorted({tensor.dtype for tensor in checkpoint.tensors.values()}),
+            "bytes_on_disk": sum(tensor.nbytes for tensor in checkpoint.tensors.values()),
             "kv_bytes": generation.kv_bytes,
             "block_length": request.block_length,
             "prompt_tokens": request.prompt_tokens,
@@ -117,7 +116,9 @@ def compare(
                 if number:  # the first compiles Python files and kernels, and brings files into memory
                     runs.append(_run_figures(report, generation))
             medians = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
-            measured[side] = {**medians, "runs": runs, "tokens": report["tokens"]}
+            measured[side] = (
+                medians | {key: report[key] for key in ("weights", "kv", "tokens")} | {"runs": runs}
+            )
     for name in sides:
         figures[name] = sides[name].sizes | {"package_count": len(packages[name])} | measured[name]
     return figures
@@ -126,7 +127,7 @@ def compare(
 def _run_figures(report: dict[str, Any], generation: Generation) -> dict[str, float]:
     """Seconds and bytes of one process by their keys in `losart.measure.footprint.table.ROWS`."""
     seconds, memory = report["seconds"], report["bytes"]
-    imported, end, weights = memory["import"], memory["generate"], generation.weight_bytes
+    imported, end, weights = memory["import"], memory["generate"], sum(report["weights"].values())
     figures = {
         "import_seconds": seconds["import"],
         "imported_bytes": imported["VmRSS"],

@@ -96,8 +96,9 @@ def probe(
     Returns
     -------
     dict
-        `tokens`: the new token ids. `seconds` of the stages python (from the start of the process),
-        import, context, load, first token and generate. `bytes` by stage, at its end: the fields of
+        `tokens`: the new token ids. `weights`, `kv`: bytes of matrices, and of keys and values in the
+        end, by the formats that they are held in. `seconds` of the stages python (from the start of the
+        process), import, context, load, first token and generate. `bytes` by stage, at its end: the fields of
         /proc/self/status, and `device`: minus the free memory of the device, whichever process uses it.
 
     Raises

@@ -27,6 +27,14 @@ def _mebibytes(count: float) -> str:
     return f"{count / 2**20:,.0f} MiB"
 
 
+def _held(sizes: dict[str, int]) -> str:
+    return ", ".join(f"{_mebibytes(count)} in {name}" for name, count in sizes.items())
+
+
+def _total(figure: Any) -> float:
+    return sum(figure.values()) if isinstance(figure, dict) else figure
+
+
 def _seconds(seconds: float) -> str:
     return f"{seconds:.2f} s"
 
@@ -36,6 +44,8 @@ ROWS = (
     Row("packages", "package_count", str),
     Row("import", "import_seconds", _seconds, cpu=1 / 10),
     Row("resident after import", "imported_bytes", _mebibytes),
+    Row("weights", "weights", _held),
+    Row("keys and values", "kv", _held),
     Row("resident after generating, beyond the weights", "generated_bytes", _mebibytes, cpu=1 / 2),
     Row("resident after generating, without mapped files", "generated_anonymous_bytes", _mebibytes),
     Row("peak, beyond the weights", "peak_bytes", _mebibytes),
@@ -60,7 +70,7 @@ def markdown(figures: dict[str, Any]) -> str:
     for row in ROWS:
         if row.key not in ours or row.key not in theirs:
             continue
-        one, other = ours[row.key], theirs[row.key]
+        one, other = _total(ours[row.key]), _total(theirs[row.key])
         target = row.cuda if figures["device"] == "cuda" else row.cpu
         if other_build and row.key == "installed_bytes":
             target = None
@@ -69,7 +79,9 @@ def markdown(figures: dict[str, Any]) -> str:
         ratio = f"{other / one:.1f}x" if one > 0 and other > 0 else ""
         verdict = "missed" if row.title in missed else "met"
         goal = "" if target is None else f"{1 / target:.0f}x, {verdict}"
-        lines.append(f"| {row.title} | {row.write(one)} | {row.write(other)} | {ratio} | {goal} |")
+        lines.append(
+            f"| {row.title} | {row.write(ours[row.key])} | {row.write(theirs[row.key])} | {ratio} | {goal} |"
+        )
     notes = [f"Targets missed: {', '.join(missed)}."] if missed else []
     if other_build:
         notes.append("torch's CPU build was not found: what is installed is its CUDA build, without target.")
@@ -98,6 +110,7 @@ def description(figures: dict[str, Any]) -> str:
     machine = [figures["cpu"], f"{figures['threads']} threads", *filter(None, [figures["gpu"]])]
     return (
         f"{', '.join(machine)}; "
-        f"{figures['checkpoint']} in {figures['dtype']} ({figures['weight_bytes'] / 2**20:,.0f} MiB), "
+        f"{figures['checkpoint']} in {', '.join(figures['dtype_on_disk'])} "
+        f"({_mebibytes(figures['bytes_on_disk'])}), "
         f"{figures['prompt_tokens']} prompt and {figures['new_tokens']} new tokens; {packages}"
     )

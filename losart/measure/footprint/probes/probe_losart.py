@@ -33,4 +33,4 @@ def main() -> None:
     stages.end("generate")
     result = steps[-1].result
     assert result is not None
-    stages.report(result.token_ids)
+    stages.report(result.token_ids, model.matrix_bytes, {model.kv: result.stats.kv_bytes})

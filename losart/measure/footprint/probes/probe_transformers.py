@@ -7,7 +7,8 @@ logits of the prompt.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from process_stages import Stages
@@ -16,7 +17,7 @@ from process_stages import Stages
 def main() -> None:
     stages = Stages()
     import torch
-    from transformers import Qwen3ForCausalLM
+    from transformers import DynamicCache, Qwen3ForCausalLM
 
     stages.end("import")
     if stages.device == "cuda":
@@ -27,25 +28,35 @@ def main() -> None:
     model = model.to(stages.device).eval()
     stages.end("load")
     tokens: list[int] = []
+    cache = DynamicCache()
     with torch.inference_mode():
-        passes = generate(model, stages.prompt(), stages.request, tokens.extend)
+        passes = generate(model, stages.prompt(), stages.request, cache, tokens.extend)
         next(passes)
         stages.end("first token")
         for _ in passes:
             pass
     stages.end("generate")
-    stages.report(tokens[: stages.request["new_tokens"]])
+    tensors = (*model.parameters(), *model.buffers())
+    weights = held(tensor for tensor in tensors if tensor.dim() > 1)
+    kv = held(tensor for layer in cache.layers for tensor in (layer.keys, layer.values))
+    stages.report(tokens[: stages.request["new_tokens"]], weights, kv)
+
+
+def held(tensors: Iterable[Any]) -> dict[str, int]:
+    """Bytes by format."""
+    sizes = Counter[str]()
+    for tensor in tensors:
+        sizes[str(tensor.dtype).removeprefix("torch.")] += tensor.nbytes
+    return sizes
 
 
 def generate(
-    model: Any, prompt: list[int], request: dict[str, Any], take: Callable[[list[int]], None]
+    model: Any, prompt: list[int], request: dict[str, Any], cache: Any, take: Callable[[list[int]], None]
 ) -> Iterator[None]:
     """Decode block by block; stops after each denoising pass, and hands over finished blocks."""
     import torch
-    from transformers import DynamicCache
 
     length, mask_id = request["block_length"], request["mask_token_id"]
-    cache = DynamicCache()
 
     def forward(ids: Any, start: int, mask: Any, **options: Any) -> Any:
         positions = torch.arange(start, start + len(ids), device=model.device)

@@ -49,9 +49,14 @@ class Stages:
         self._memory[stage] = memory
         self._last = time.monotonic()
 
-    def report(self, tokens: list[int]) -> None:
-        """Print all of it as JSON. `tokens` are what the process was started for."""
-        print(json.dumps({"tokens": tokens, "seconds": self._seconds, "bytes": self._memory}))
+    def report(self, tokens: list[int], weights: dict[str, int], kv: dict[str, int]) -> None:
+        """Print all of it as JSON.
+
+        `tokens` are what the process was started for, `weights` and `kv` the bytes of matrices, and of keys
+        and values in the end, by the formats that they are held in.
+        """
+        held = {"weights": weights, "kv": kv}
+        print(json.dumps({"tokens": tokens, **held, "seconds": self._seconds, "bytes": self._memory}))
 
 
 class MemoryWatch(threading.Thread):
