@@ -95,8 +95,8 @@ def mixture(backend: CpuBackend, config: ExpertsConfig, x: np.ndarray, repeats: 
         chosen, _ = route(backend.linear(rows, layers[turn % LAYERS].router), None, config)
         turns.append(rows)
         used.append(len(np.unique(chosen)) + config.shared)
-    rows = iter(turns)
-    seconds = median(lambda layer: backend.experts(next(rows), layers[layer], PASS), repeats)
+    left = iter(turns)
+    seconds = median(lambda layer: backend.experts(next(left), layers[layer], PASS), repeats)
     experts = float(np.median(used[1:]))
     return Timing(seconds, 2 * 3 * width * HIDDEN * experts, experts)
 

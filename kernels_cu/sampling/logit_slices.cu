@@ -1,10 +1,10 @@
-/* What sample.cu needs to know of each slice of the proposing rows' logits, and for temperatures above 0 the logits as one
- * array.
+/* What sample.cu needs to know of each slice of the proposing rows' logits, and for temperatures above 0 the logits as
+ * one array.
  *
  * slices [tokens, slices] of Row; kept [tokens, vocab] or null. The mask token never counts.
  *
- * Grid: (slices, tokens); thread block (s, i) takes a slice of the logits of proposing row i, if i < *proposed_count. Must
- * read *proposed_count * vocab logits once. */
+ * Grid: (slices, tokens); thread block (s, i) takes a slice of the logits of proposing row i, if i < *proposed_count.
+ * Must read *proposed_count * vocab logits once. */
 extern "C" __global__ void __launch_bounds__(SLICE_THREADS)
     logit_slices(MatmulView logits, BatchView batch, Row *slices, float *kept)
 {

@@ -6,8 +6,8 @@
  * first token whose cumulative weight is above uniform * total. `finite` is 0 where the row has a NaN, or its maximum
  * is not finite.
  *
- * Grid: tokens; thread block i takes proposing row i, if i < *proposed_count; the others write zeros. Greedy rows read only
- * their slices; the others read their logits twice, 4 times more for top_k, and 5 times more for top_p. */
+ * Grid: tokens; thread block i takes proposing row i, if i < *proposed_count; the others write zeros. Greedy rows read
+ * only their slices; the others read their logits twice, 4 times more for top_k, and 5 times more for top_p. */
 #define THREADS SAMPLE_THREADS
 
 /* The largest key such that it and the keys above it measure at least `goal` together, or 0; by 8-bit digits from the
