@@ -35,20 +35,30 @@ def check_norm(rng: np.random.Generator) -> None:
 
 
 def check_heads(rng: np.random.Generator) -> None:
-    for heads, kv_heads, dim in ((1, 1, 16), (4, 2, 48), (6, 3, 128)):
+    for heads, kv_heads, dim, rotated, norms in (
+        (1, 1, 16, 16, True),
+        (4, 2, 48, 48, False),
+        (6, 3, 128, 64, True),
+        (2, 1, 32, 8, False),
+    ):
         qkv = rng.standard_normal((3, heads + 2 * kv_heads, dim))
-        gains, angles = rng.standard_normal((2, dim)), rng.uniform(0, 6, (3, dim // 2))
+        gains, angles = rng.standard_normal((2, dim)), rng.uniform(0, 6, (3, rotated // 2))
         turns = [turn(angles).astype(np.float32) for turn in (np.cos, np.sin)]
-        held = qkv.reshape(3, -1).astype(np.float32), heads, kv_heads, *gains.astype(np.float32)
-        q, k, v = split_heads(*held, EPS, *turns)
-        np.testing.assert_array_equal(v, qkv[:, heads + kv_heads :].astype(np.float32))
-        for found, x, gain in (
-            (q, qkv[:, :heads], gains[0]),
-            (k, qkv[:, heads : heads + kv_heads], gains[1]),
-        ):
-            first, second = np.split(normed(x, gain), 2, axis=-1)
-            pairs = (first + 1j * second) * np.exp(1j * angles)[:, None]
-            np.testing.assert_allclose(found, np.concatenate([pairs.real, pairs.imag], -1), **EXACT)
+        factors = rng.uniform(1, 2, 3).astype(np.float32)
+        sizes, held = (heads, kv_heads, dim), list(gains.astype(np.float32)) if norms else [None, None]
+        for scale in (None, factors):
+            q, k, v = split_heads(qkv.reshape(3, -1).astype(np.float32), *sizes, *held, EPS, *turns, scale)
+            np.testing.assert_array_equal(v, qkv[:, heads + kv_heads :].astype(np.float32))
+            of_queries = 1 if scale is None else scale[:, None, None]
+            for found, x, gain, factor in (
+                (q, qkv[:, :heads], gains[0], of_queries),
+                (k, qkv[:, heads : heads + kv_heads], gains[1], 1),
+            ):
+                x = normed(x, gain) if norms else x
+                first, second, rest = np.split(x, [rotated // 2, rotated], axis=-1)
+                pairs = (first + 1j * second) * np.exp(1j * angles)[:, None]
+                expected = factor * np.concatenate([pairs.real, pairs.imag, rest], -1)
+                np.testing.assert_allclose(found, expected, **EXACT)
 
 
 def check_gate(rng: np.random.Generator) -> None:
@@ -92,8 +102,11 @@ def test_what_does_not_fit():
     for call in (
         lambda: add_rms_norm(x, None, row, EPS),
         lambda: add_rms_norm(x, x[:1], np.zeros(64, np.float32), EPS),
-        lambda: split_heads(x, 2, 2, row, row, EPS, x[:, :8].copy(), x[:, :8].copy()),
-        lambda: split_heads(x, 2, 1, row, row, EPS, x[:, :7].copy(), x[:, :7].copy()),
+        lambda: split_heads(x, 2, 2, 16, row, row, EPS, x[:, :8].copy(), x[:, :8].copy()),
+        lambda: split_heads(x, 2, 1, 16, row, row, EPS, x[:, :7].copy(), x[:, :8].copy()),
+        lambda: split_heads(x, 2, 1, 16, row[:8], row, EPS, x[:, :8].copy(), x[:, :8].copy()),
+        lambda: split_heads(x, 2, 1, 16, None, None, EPS, x[:, :8].copy(), x[:, :8].copy(), row[:1]),
+        lambda: split_heads(x, 2, 1, 16, None, None, EPS, x[:, :9].copy(), x[:, :9].copy()),
         lambda: join_parts(x[None], x[:1, :3].copy(), x[None].copy(), x[:1, :2].copy()),
     ):
         with pytest.raises(ValueError, match=r"fit|heads|expected"):

@@ -315,8 +315,8 @@ def test_what_names_no_checkpoint(path):
 
 
 def test_an_unsupported_model_lists_the_supported(make_checkpoint):
-    path = make_checkpoint(extra_config={"model_type": "llama"})
-    with pytest.raises(ConfigError, match=r"llama.*sdar"):
+    path = make_checkpoint(extra_config={"model_type": "qwen3"})
+    with pytest.raises(ConfigError, match=r"qwen3.*sdar"):
         losart.load(path)
 
 
