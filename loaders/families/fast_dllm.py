@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from losart.config.decoding import Decoding
-from losart.loaders.families.family import ConfigFiles, Family
-from losart.loaders.families.qwen import ATTENTION, FEED_FORWARD, HEAD, MODEL, NORMS
+from losart.loaders.families.family import ConfigFiles
+from losart.loaders.families.qwen import qwen_family
 
 BLOCK_LENGTH, SUB_BLOCK_LENGTH = 32, 8
 MASK_TOKEN, MASK_TOKEN_ID = "|<MASK>|", 151665  # not what the tokenizer calls its mask token
@@ -41,12 +41,4 @@ def _config_values(files: ConfigFiles) -> dict[str, Any]:
     }
 
 
-FAST_DLLM = Family(
-    config_values=_config_values,
-    model=MODEL,
-    head=HEAD,
-    layer_prefix="model.layers.{i}.",
-    layer=(*NORMS, *ATTENTION, *FEED_FORWARD),
-    harmless=("*.rotary_emb.inv_freq",),
-    architectures=("Fast_dLLM_QwenForCausalLM",),
-)
+FAST_DLLM = qwen_family(_config_values, "Fast_dLLM_QwenForCausalLM")

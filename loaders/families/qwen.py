@@ -1,6 +1,9 @@
-"""Names of tensors that Llama, Qwen, and most of their descendants have in common."""
+"""What Llama, Qwen, and most of their descendants have in common: names of tensors."""
 
-from losart.loaders.families.family import TensorPattern
+from collections.abc import Callable
+from typing import Any
+
+from losart.loaders.families.family import ConfigFiles, Family, TensorPattern
 
 MODEL = (
     TensorPattern("embed", "model.embed_tokens.weight", ("vocab", "hidden")),
@@ -38,3 +41,20 @@ EXPERTS = (
         "experts.{e}.down", "mlp.experts.{e}.down_proj.weight", ("hidden", "expert_ffn"), "experts"
     ),
 )
+
+
+def qwen_family(
+    config_values: Callable[[ConfigFiles], dict[str, Any]],
+    architecture: str,
+    more: tuple[TensorPattern, ...] = (),
+) -> Family:
+    """A family whose files have these names, and in layers perhaps `more`."""
+    return Family(
+        config_values=config_values,
+        model=MODEL,
+        head=HEAD,
+        layer_prefix="model.layers.{i}.",
+        layer=(*NORMS, *ATTENTION, *FEED_FORWARD, *more),
+        harmless=("*.rotary_emb.inv_freq",),
+        architectures=(architecture,),
+    )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from losart.loaders.families.family import ConfigFiles, Family
-from losart.loaders.families.qwen import ATTENTION, FEED_FORWARD, HEAD, MODEL, NORMS
+from losart.loaders.families.family import ConfigFiles
+from losart.loaders.families.qwen import qwen_family
 
 MASK_TOKEN_ID = 151669  # of the released checkpoints
 
@@ -22,12 +22,4 @@ def _config_values(files: ConfigFiles) -> dict[str, Any]:
     }
 
 
-SDAR = Family(
-    config_values=_config_values,
-    model=MODEL,
-    head=HEAD,
-    layer_prefix="model.layers.{i}.",
-    layer=(*NORMS, *ATTENTION, *FEED_FORWARD),
-    harmless=("*.rotary_emb.inv_freq",),
-    architectures=("SDARForCausalLM",),
-)
+SDAR = qwen_family(_config_values, "SDARForCausalLM")

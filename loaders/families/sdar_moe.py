@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from losart.config.model import ExpertsConfig
-from losart.loaders.families.family import ConfigFiles, Family
-from losart.loaders.families.qwen import ATTENTION, EXPERTS, FEED_FORWARD, HEAD, MODEL, NORMS
+from losart.loaders.families.family import ConfigFiles
+from losart.loaders.families.qwen import EXPERTS, qwen_family
 from losart.loaders.families.sdar import SDAR
 from losart.loaders.json_files import errors_naming
 
@@ -33,12 +33,4 @@ def _experts(files: ConfigFiles) -> ExpertsConfig:
         )
 
 
-SDAR_MOE = Family(
-    config_values=_config_values,
-    model=MODEL,
-    head=HEAD,
-    layer_prefix="model.layers.{i}.",
-    layer=(*NORMS, *ATTENTION, *FEED_FORWARD, *EXPERTS),
-    harmless=SDAR.harmless,
-    architectures=("SDARMoeForCausalLM",),
-)
+SDAR_MOE = qwen_family(_config_values, "SDARMoeForCausalLM", EXPERTS)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from losart.config.decoding import Decoding
-from losart.loaders.families.family import ConfigFiles, Family
-from losart.loaders.families.qwen import ATTENTION, FEED_FORWARD, HEAD, MODEL, NORMS
+from losart.loaders.families.family import ConfigFiles
+from losart.loaders.families.qwen import qwen_family
 
 BLOCK_LENGTH = 4
 MASK_TOKEN_ID, END_TOKEN_ID = 5, 2
@@ -32,12 +32,4 @@ def _config_values(files: ConfigFiles) -> dict[str, Any]:
     }
 
 
-STABLE_DIFFCODER = Family(
-    config_values=_config_values,
-    model=MODEL,
-    head=HEAD,
-    layer_prefix="model.layers.{i}.",
-    layer=(*NORMS, *ATTENTION, *FEED_FORWARD),
-    harmless=("*.rotary_emb.inv_freq",),
-    architectures=("StableDiffcoderForCausalLM",),
-)
+STABLE_DIFFCODER = qwen_family(_config_values, "StableDiffcoderForCausalLM")
