@@ -25,14 +25,13 @@
 #define X_BYTES (STEPS * X_STEP_BYTES)
 #define X_CHUNKS (X_BYTES / (WARP * 16))      /* that a warp copies at a time: 4 tokens, STEP_COLUMNS columns */
 #define X_BATCH (X_CHUNKS < 8 ? X_CHUNKS : 8) /* of a lane in flight */
-#define X_STAGES (TOKENS > 32 && STAGES > 3 ? 3 : STAGES) /* the first ones, of which all warps bring x */
 #define TILE_BYTES (CODE_ROWS * STEP_COLUMNS * CODE_BITS / 8)
 #define CODES_BYTES (STEPS * TILES * TILE_BYTES)
 #define SCALES_BYTES (GROUPS * QUANTIZED_PANEL * (int)sizeof(Scale))
 #define ZEROS_BYTES (ZEROS * GROUPS * QUANTIZED_PANEL * 2)
 #define STAGE_BYTES ((X_BYTES + CODES_BYTES + SCALES_BYTES + ZEROS_BYTES + 1023) / 1024 * 1024)
 static_assert(WARPS == 2 * TILES && STEP_COLUMNS == 64, "a warp has half of a tile's rows");
-static_assert(COPY_WARPS <= STAGES, "a warp must not wait for a buffer that is filled twice until then");
+static_assert(STAGES % COPY_WARPS == 0, "a buffer is always filled by the same warp");
 
 /* 16 bytes of x that a lane copies with a chunk of a stage. Rows past the last token are some token's. */
 __device__ __forceinline__ uint4 load_x(const Activation *x, int chunk, int column, int inner, int tokens)
@@ -155,7 +154,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
         fence_async();
         for (int i = 0; i < early; i++) load_weights(i);
     }
-    constexpr int EARLY = (X_STAGES * X_CHUNKS + WARPS - 1) / WARPS; /* chunks of a warp */
+    constexpr int EARLY = (STAGES * X_CHUNKS + WARPS - 1) / WARPS; /* chunks of a warp */
     int columns[EARLY];
 #pragma unroll
     for (int j = 0; j < EARLY; j++) columns[j] = column_of((j * WARPS + warp) / X_CHUNKS);
@@ -169,7 +168,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 #pragma unroll
         for (int j = 0; j < EARLY; j++) {
             int chunk = j * WARPS + warp;
-            if (chunk < X_STAGES * X_CHUNKS) store_x(x_of(chunk / X_CHUNKS), chunk % X_CHUNKS, pieces[j]);
+            if (chunk < STAGES * X_CHUNKS) store_x(x_of(chunk / X_CHUNKS), chunk % X_CHUNKS, pieces[j]);
         }
         fence_async();
     }
@@ -177,9 +176,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 
     if (warp >= WARPS) {
         if (threadIdx.x == WARPS * WARP)
-            for (int i = 0; i < min(X_STAGES, count); i++) barrier_arrive(ring.full(i));
+            for (int i = 0; i < early; i++) barrier_arrive(ring.full(i));
 #pragma unroll 1
-        for (int i = X_STAGES + warp - WARPS; i < count; i += COPY_WARPS) {
+        for (int i = STAGES + warp - WARPS; i < count; i += COPY_WARPS) {
             int column = column_of(i);
 #pragma unroll 1
             for (int chunk = 0; chunk < X_CHUNKS; chunk += X_BATCH) {
@@ -188,7 +187,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
                 for (int j = 0; j < X_BATCH; j++) pieces[j] = load_x(x, chunk + j, column, inner, tokens);
                 if (chunk == 0) {
                     ring.wait_until_empty(i);
-                    if (lane == 0 && i >= early) load_weights(i);
+                    if (lane == 0) load_weights(i);
                 }
 #pragma unroll
                 for (int j = 0; j < X_BATCH; j++) store_x(x_of(i % STAGES), chunk + j, pieces[j]);
@@ -220,11 +219,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 #pragma unroll
             for (int k = 0; k < BLOCKS; k++) wgmma(part, a[k], further(xs, at + k * 32), k == 0);
             wgmma_commit();
-            float scales[2];
-            load_scales(scales, codes_of(stage), tile, m, piece);
             if (piece + 1 < PIECES) codes.load(codes_of(stage), tile, m, piece + 1);
             wgmma_wait<0>();
             pin(part);
+            float scales[2];
+            load_scales(scales, codes_of(stage), tile, m, piece);
 #pragma unroll
             for (int e = 0; e < TOKENS / 2; e++) sum[e] += scales[e / 2 % 2] * part[e];
         }

@@ -24,7 +24,7 @@ SILU_CLOCKS = 4000  # of a launch of silu_gate, but for what it reads and writes
 MIDDLING_TOKENS = 256
 MOST_SKINNY_ON_HOPPER = 32  # by single matmuls on an H200; of up to 32 tokens linear_tensor sums alike
 QUANTIZED_TILES = (2, 4, 8)  # of 8 tokens, by linear_quantized
-HOPPER_QUANTIZED_STAGES = 6  # of linear_quantized_hopper
+HOPPER_QUANTIZED_STAGES = 4  # of linear_quantized_hopper, each with a warp that fills it
 QUANTIZED_STAGES = 3  # of linear_quantized: more would leave no room for other kernels on the SM
 MIN_SHARE = 16  # units per block of linear_tensor with one block per SM: adding up planes costs time too
 
@@ -102,7 +102,7 @@ def _hopper_quantized(card: Card, form: QuantizedForm, tiles: int) -> tuple[int,
     resident = 2 if tiles == 2 else 1
     room = min(card.shared_per_block, card.shared_per_sm // resident - 1024)
     stages = min(HOPPER_QUANTIZED_STAGES, room // stage)
-    copy_warps = min(2 if tiles == 2 else 4, stages)
+    copy_warps = 2 if tiles == 2 and stages % 2 == 0 else stages
     own = ("COPY_WARPS", copy_warps), ("STAGES", stages), ("GROUPS", groups), ("RESIDENT", resident)
     return (cu.QUANTIZED_PANEL // 16 + copy_warps) * cu.WARP, stages * stage, own
 
