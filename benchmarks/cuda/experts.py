@@ -10,7 +10,9 @@ import numpy as np
 from benchmarks.cuda.model import NoiseModel
 from benchmarks.cuda.noise import filled_cache, kv_bytes, model_config, weight_bytes
 from benchmarks.cuda.timing import run_microseconds
+from benchmarks.cuda.torch_attention import run_microseconds as torch_microseconds
 from benchmarks.support.attempts import attempt, free_memory, ratio
+from benchmarks.support.transformers_pass import TransformersPass
 from losart.config.model import ExpertsConfig, ModelConfig
 from losart.config.options import generation_config
 from losart.engine.batch import PassBatch, PassKind, PassResult, SequencePass
@@ -81,19 +83,48 @@ class Blocks:
 
 
 def pass_rows(bandwidth: float, quick: bool = False) -> Iterator[dict[str, Any]]:
-    """One row per model, block, sequences and prefix."""
+    """One row per model, block, sequences and prefix; transformers has SDAR-MoE's sizes."""
+    batches = BATCHES[:1] if quick else BATCHES
+    theirs = transformers_milliseconds("SDAR-30B-A3B", "30B-A3B", batches)
     for name in SIZES:
         model = attempt(NoiseModel, config_of(name))
         for block in BLOCKS[name]:
-            for sequences, prefix in BATCHES[:1] if quick else BATCHES:
-                row = {"model": name, "block": block, "sequences": sequences, "prefix": prefix}
+            for sequences, prefix in batches:
                 sizes = sequences, prefix, block
-                yield row | (
-                    {"losart": model} if isinstance(model, str) else measured(model, bandwidth, *sizes)
-                )
+                row = {"model": name, "block": block, "sequences": sequences, "prefix": prefix}
+                row |= {"losart": model} if isinstance(model, str) else measured(model, bandwidth, *sizes)
+                row["transformers"] = theirs.get((name, *sizes))
+                yield row | {"transformers/losart": ratio(row["transformers"], row["losart"])}
                 free_memory()
         del model
         free_memory()
+
+
+def transformers_milliseconds(
+    name: str, size: str, batches: tuple[tuple[int, int], ...]
+) -> dict[tuple[str, int, int, int], Any]:
+    """Median of a pass by name, sequences, prefix and block, its default way through the experts."""
+    model = attempt(TransformersPass, size)
+    times: dict[tuple[str, int, int, int], Any] = {}
+    for block in BLOCKS[name]:
+        for sequences, prefix in batches:
+            time = model
+            if not isinstance(model, str):
+                time = attempt(transformers_pass_milliseconds, model, sequences, prefix, block)
+            times[name, sequences, prefix, block] = time
+    del model, time
+    free_memory()
+    return times
+
+
+def transformers_pass_milliseconds(model: TransformersPass, sequences: int, prefix: int, block: int) -> float:
+    """Median of one of transformers' passes."""
+    return torch_microseconds(model.after(prefix, block, sequences)) / 1e3
+
+
+def milliseconds(model: NoiseModel, sequences: int, prefix: int, block: int) -> float:
+    """Of a pass over a block of each sequence."""
+    return Blocks(model, sequences, prefix, block).milliseconds()
 
 
 def measured(model: NoiseModel, bandwidth: float, sequences: int, prefix: int, block: int) -> dict[str, Any]:
