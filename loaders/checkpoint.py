@@ -11,11 +11,12 @@ from pathlib import Path
 from losart.config.model import ModelConfig
 from losart.config.precision import DTYPES
 from losart.errors import TensorError
+from losart.loaders.adapters import Adapter, Change, read_adapter
 from losart.loaders.chat_template import ChatTemplate, read_chat_template
-from losart.loaders.families import family_of
+from losart.loaders.families import Family
 from losart.loaders.hub import checkpoint_directory
 from losart.loaders.json_files import read_json_object
-from losart.loaders.model_config import read_model_config
+from losart.loaders.model_config import read_family
 from losart.loaders.quantized import Quantization, QuantizedTensor, read_quantization
 from losart.loaders.safetensors_files import MappedTensor, map_tensors
 from losart.loaders.tokenizer import Tokenizer, read_tokenizer
@@ -38,6 +39,9 @@ class Checkpoint:
         None where the checkpoint has none.
     chat_template : ChatTemplate or None
         None where the checkpoint has none.
+    adapter : Adapter or None
+    changes : dict of str to Change
+        What the adapter changes, by canonical name. `tensors` are the base's.
     """
 
     path: Path
@@ -45,6 +49,8 @@ class Checkpoint:
     tensors: dict[str, MappedTensor | QuantizedTensor] = field(repr=False)
     tokenizer: Tokenizer | None
     chat_template: ChatTemplate | None
+    adapter: Adapter | None = None
+    changes: dict[str, Change] = field(default_factory=dict, repr=False)
 
     @property
     def dtype(self) -> str:
@@ -52,13 +58,17 @@ class Checkpoint:
         return self.config.dtype or self.tensors["embed"].dtype
 
 
-def open_checkpoint(model: str | os.PathLike[str] | None = None) -> Checkpoint:
-    """Open a checkpoint without reading its weights.
+def open_checkpoint(
+    model: str | os.PathLike[str] | None = None, adapter: str | os.PathLike[str] | None = None
+) -> Checkpoint:
+    """Open a checkpoint, and perhaps an adapter, without reading their weights.
 
     Parameters
     ----------
     model : str or path, optional
         A directory, or a hub id ("org/name"); by default, the small checkpoint that comes with losart.
+    adapter : str or path, optional
+        A directory, or a hub id, of a LoRA as PEFT writes it.
 
     Raises
     ------
@@ -70,23 +80,25 @@ def open_checkpoint(model: str | os.PathLike[str] | None = None) -> Checkpoint:
         If a tensor is missing, unknown, or of the wrong shape or dtype.
     """
     directory = checkpoint_directory(model)
+    lora = None if adapter is None else read_adapter(adapter)
     tokenizer = read_tokenizer(directory)
-    config = read_model_config(directory, tokenizer)
+    config, family = read_family(directory, tokenizer, None if lora is None else lora.conversion)
     quantization = read_quantization(read_json_object(directory / "config.json"))
-    tensors = _canonical_tensors(directory, config, map_tensors(directory), quantization)
-    refined = family_of(config.model_type).refined
-    config = config if refined is None else refined(config, tensors)
+    tensors = _canonical_tensors(directory, config, family, map_tensors(directory), quantization)
+    config = config if family.refined is None else family.refined(config, tensors)
+    changes = {} if lora is None else lora.changes(family.named(config), config.tie_embeddings)
     special_tokens = {} if tokenizer is None else tokenizer.special_tokens
-    return Checkpoint(directory, config, tensors, tokenizer, read_chat_template(directory, special_tokens))
+    template = read_chat_template(directory, special_tokens)
+    return Checkpoint(directory, config, tensors, tokenizer, template, lora, changes)
 
 
 def _canonical_tensors(
     directory: Path,
     config: ModelConfig,
+    family: Family,
     saved: Mapping[str, MappedTensor],
     quantization: Quantization | None,
 ) -> dict[str, MappedTensor | QuantizedTensor]:
-    family = family_of(config.model_type)
     tensors: dict[str, MappedTensor | QuantizedTensor] = {}
     used: set[str] = set()
     missing: list[str] = []

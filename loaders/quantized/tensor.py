@@ -61,6 +61,14 @@ class QuantizedTensor(ABC):
         """Whether some zeros may be others than 0."""
         return "weight_zero_point" in self.parts or "qzeros" in self.parts
 
+    @cached_property
+    def uses_zeros(self) -> bool:
+        """Whether some are: symmetric GPTQ has zeros that are all 0."""
+        if not self.has_zeros:
+            return False
+        zeros = self.zeros(0, self.shape[0])
+        return zeros is not None and bool(zeros.any())
+
     @property
     def scale_dtype(self) -> str:
         """In which the files have scales."""

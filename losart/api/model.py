@@ -41,6 +41,8 @@ class Model:
         In which formats matrices are held: `dtype`, "int4", "int8" and "float8", those that there are.
     matrix_bytes : dict of str to int
         What the matrices of each format take.
+    adapter : Path or None
+        The adapter that is merged into them.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class Model:
         self.config: ModelConfig = checkpoint.config
         self.tokenizer: Tokenizer | None = checkpoint.tokenizer
         self.chat_template: ChatTemplate | None = checkpoint.chat_template
+        self.adapter = None if checkpoint.adapter is None else checkpoint.adapter.path
         self.dtype = precision.weights.name
         self.kv = precision.kv.name
         backend = make_backend(device, self.config, precision, deterministic)
@@ -220,6 +223,7 @@ def load(
     deterministic: bool = False,
     weights: str = "auto",
     kv: str = "auto",
+    adapter: str | os.PathLike[str] | None = None,
 ) -> Model:
     """Load a checkpoint.
 
@@ -250,6 +254,10 @@ def load(
         without, and page bounds are bounds of what is held. "int8" rounds a channel by at most 1/254 of the
         largest one of its key or value, "fp8" (e4m3) by up to 1/16 of itself, or more where it is small:
         "int8" is usually the more accurate. "auto" holds them in `dtype`.
+    adapter : str or path, optional
+        A LoRA as PEFT writes it: a directory, or a hub id. It is merged while the weights are loaded, in
+        float32, and each sum is rounded once, to what its matrix is held in. A quantized matrix is rounded
+        to its own format again, in its own groups. Matrices that it leaves as they are stay mapped.
 
     Raises
     ------
@@ -261,7 +269,8 @@ def load(
     DeviceError
         The device is missing.
     """
-    return Model(open_checkpoint(model), device, dtype, progress, deterministic, weights, kv)
+    checkpoint = open_checkpoint(model, adapter)
+    return Model(checkpoint, device, dtype, progress, deterministic, weights, kv)
 
 
 def generate(
@@ -272,6 +281,7 @@ def generate(
     dtype: str = "auto",
     weights: str = "auto",
     kv: str = "auto",
+    adapter: str | os.PathLike[str] | None = None,
     **options: Any,
 ) -> GenerationResult | list[GenerationResult]:
     """Load a checkpoint and generate from it: `load` and `Model.generate` in one.
@@ -280,5 +290,7 @@ def generate(
 
     To generate more than once, load the model once and call its `generate`.
     """
-    loaded = model if isinstance(model, Model) else load(model, device, dtype, weights=weights, kv=kv)
+    if isinstance(model, Model):
+        return model.generate(prompt, **options)
+    loaded = load(model, device, dtype, weights=weights, kv=kv, adapter=adapter)
     return loaded.generate(prompt, **options)

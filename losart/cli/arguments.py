@@ -59,6 +59,9 @@ def add_loading(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--kv", choices=["auto", *KV_FORMATS], default="auto", help="hold keys and values in 8 bits (no)"
     )
+    command.add_argument(
+        "--adapter", metavar="PATH", help="a LoRA as PEFT writes it, which is merged into the weights (none)"
+    )
 
 
 def add_model_or_size(command: argparse.ArgumentParser) -> None:

@@ -91,11 +91,16 @@ class Steps(Progress):
 
 
 def load_model(
-    model: str | Path | None, device: str, dtype: str, weights: str = "auto", kv: str = "auto"
+    model: str | Path | None,
+    device: str,
+    dtype: str,
+    weights: str = "auto",
+    kv: str = "auto",
+    adapter: str | None = None,
 ) -> Model:
     """Load a checkpoint, with progress."""
     with Progress("loading the weights", "layers") as progress:
-        return load(model, device, dtype, progress=progress, weights=weights, kv=kv)
+        return load(model, device, dtype, progress=progress, weights=weights, kv=kv, adapter=adapter)
 
 
 def write_weights(folder: Path, family: str, size: str | None, **options: Any) -> Path:

@@ -16,7 +16,7 @@ from losart.config.precision import FLOAT32, Precision
 from losart.errors import OptionError
 from losart.loaders import Checkpoint
 from losart.models.transformer import Transformer
-from losart.quantization import loaded_tensors
+from losart.quantization import is_merged, loaded_tensors
 
 CONTEXTS = (4096, 32768)  # and all of the model's positions
 
@@ -69,11 +69,18 @@ def inspection(
         text = tokenizer.decode([number], skip_special=False) if tokenizer and number is not None else None
         return None if number is None else {"id": number, "text": text}
 
+    merged_in = {
+        format
+        for matrix in Transformer.matrices(config, loaded)
+        if any(map(is_merged, matrix))
+        for format in backend.held(*matrix)
+    }
     weight_bytes = sum(held.values()) + sum(v.shape[0] * FLOAT32.itemsize for v in vectors)
     free = backend.free_bytes()
     return {
         "path": str(checkpoint.path),
         "architecture": config.model_type,
+        "adapter": _adapter(checkpoint, sorted(merged_in)),
         "sizes": _sizes(config),
         "parameters": sum(math.prod(tensor.shape) for tensor in tensors),
         "dtype_on_disk": sorted({tensor.dtype for tensor in tensors}),
@@ -101,6 +108,22 @@ def _fitting(room: int, kv_bytes: Callable[[int], int], config: ModelConfig) -> 
     if room < 0:
         return None
     return bisect_right(range(1, config.max_positions + 1), room, key=kv_bytes)
+
+
+def _adapter(checkpoint: Checkpoint, merged_in: list[str]) -> dict[str, Any] | None:
+    """What an adapter changes, and in which formats the matrices are held that it is merged into."""
+    if checkpoint.adapter is None:
+        return None
+    changes = checkpoint.changes.values()
+    products = [change.product for change in changes if change.product is not None]
+    return {
+        "path": str(checkpoint.adapter.path),
+        "products": len(products),
+        "ranks": sorted({product.rank for product in products}),
+        "replaced": sum(change.whole is not None for change in changes),
+        "rows": sum(len(change.rows.indices) for change in changes if change.rows is not None),
+        "merged_in": merged_in,
+    }
 
 
 def _sizes(config: ModelConfig) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from losart.quantization.checkpoint import quantize_checkpoint
 from losart.quantization.loading import LOADED, loaded_tensors
+from losart.quantization.merging import is_merged
 from losart.quantization.rounding import WEIGHTS, RoundedTensor, WeightFormat, rounded_tensors
 
 __all__ = [
@@ -9,6 +10,7 @@ __all__ = [
     "WEIGHTS",
     "RoundedTensor",
     "WeightFormat",
+    "is_merged",
     "loaded_tensors",
     "quantize_checkpoint",
     "rounded_tensors",

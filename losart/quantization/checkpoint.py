@@ -97,7 +97,7 @@ def quantize_checkpoint(
     destination = Path(destination)
     if os.path.lexists(destination):
         raise CheckpointError(f"{destination}: exists")
-    chosen: dict[str, Any] = dict(rounded_tensors(checkpoint, weights, head))
+    chosen: dict[str, Any] = rounded_tensors(checkpoint, checkpoint.tensors, weights, head)
     if calibration is not None:
         ids = calibration_ids(checkpoint, Path(calibration))
         chosen |= Calibration(checkpoint, ids, weights).tensors()

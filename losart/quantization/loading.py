@@ -6,13 +6,14 @@ from typing import Any
 
 from losart.errors import OptionError
 from losart.loaders import Checkpoint
+from losart.quantization.merging import merged_tensors
 from losart.quantization.rounding import WEIGHTS, RoundedTensor, WeightFormat, rounded_tensors
 
 LOADED = ("auto", *WEIGHTS)
 
 
 def loaded_tensors(checkpoint: Checkpoint, weights: str, device: str) -> dict[str, Any]:
-    """A checkpoint's tensors as a backend takes them.
+    """A checkpoint's tensors as a backend takes them, with its adapter's changes.
 
     Parameters
     ----------
@@ -30,11 +31,12 @@ def loaded_tensors(checkpoint: Checkpoint, weights: str, device: str) -> dict[st
     """
     if weights not in LOADED:
         raise OptionError(f"weights must be one of {', '.join(LOADED)}, not {weights!r}")
+    merged = merged_tensors(checkpoint)
     if weights == "auto":
-        return dict(checkpoint.tensors)
-    tied, head = checkpoint.config.tie_embeddings, WeightFormat("int8")
-    tensors: dict[str, Any] = {}
-    tensors |= rounded_tensors(checkpoint, WeightFormat.by_default(weights), None if tied else head)
+        return merged
+    tied, head = "head" not in merged, WeightFormat("int8")
+    by_default = WeightFormat.by_default(weights)
+    tensors = rounded_tensors(checkpoint, merged, by_default, None if tied else head)
     if device != "cpu":
         tensors["embed"] = RoundedTensor(tensors["embed"], head)
     elif tied:

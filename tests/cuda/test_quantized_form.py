@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
-import numpy as np
 import pytest
 
 from losart.backends.cuda.matmul_plans import QUANTIZED_TILES, quantized_plan, quantized_tokens
@@ -27,11 +25,8 @@ class Matrix:
     has_invalid_codes: bool = False
 
     @property
-    def has_zeros(self) -> bool:
-        return self.zero is not None
-
-    def zeros(self, start: int, stop: int) -> Any:
-        return np.full((stop - start, 2), self.zero)
+    def uses_zeros(self) -> bool:
+        return bool(self.zero)
 
 
 INT4 = Matrix()
