@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from losart.config.model import ModelConfig
 from losart.config.precision import DTYPES
@@ -14,7 +15,8 @@ from losart.errors import TensorError
 from losart.loaders.adapters import Adapter, Change, read_adapter
 from losart.loaders.chat_template import ChatTemplate, read_chat_template
 from losart.loaders.families import Family
-from losart.loaders.hub import checkpoint_directory
+from losart.loaders.gguf import open_gguf
+from losart.loaders.hub import checkpoint_directory, gguf_file
 from losart.loaders.json_files import read_json_object
 from losart.loaders.model_config import read_family
 from losart.loaders.quantized import Quantization, QuantizedTensor, read_quantization
@@ -31,9 +33,9 @@ class Checkpoint:
     Attributes
     ----------
     path : Path
-        Its directory.
+        Its directory, or its GGUF file.
     config : ModelConfig
-    tensors : dict of str to MappedTensor or QuantizedTensor
+    tensors : dict of str to MappedTensor, QuantizedTensor or WideTensor
         By canonical name (see `losart.loaders.families`); mapped, not read.
     tokenizer : Tokenizer or None
         None where the checkpoint has none.
@@ -46,7 +48,7 @@ class Checkpoint:
 
     path: Path
     config: ModelConfig
-    tensors: dict[str, MappedTensor | QuantizedTensor] = field(repr=False)
+    tensors: dict[str, Any] = field(repr=False)
     tokenizer: Tokenizer | None
     chat_template: ChatTemplate | None
     adapter: Adapter | None = None
@@ -66,7 +68,8 @@ def open_checkpoint(
     Parameters
     ----------
     model : str or path, optional
-        A directory, or a hub id ("org/name"); by default, the small checkpoint that comes with losart.
+        A directory, a GGUF file, or a hub id ("org/name"); by default, the small checkpoint that comes with
+        losart.
     adapter : str or path, optional
         A directory, or a hub id, of a LoRA as PEFT writes it.
 
@@ -79,17 +82,26 @@ def open_checkpoint(
     TensorError
         If a tensor is missing, unknown, or of the wrong shape or dtype.
     """
-    directory = checkpoint_directory(model)
     lora = None if adapter is None else read_adapter(adapter)
+    conversion = None if lora is None else lora.conversion
+    file = gguf_file(model)
+    if file is not None:
+        config, family, held, tokenizer, template = open_gguf(file, conversion)
+        return Checkpoint(file, config, held, tokenizer, template, lora, _changes(lora, family, config))
+    directory = checkpoint_directory(model)
     tokenizer = read_tokenizer(directory)
-    config, family = read_family(directory, tokenizer, None if lora is None else lora.conversion)
+    config, family = read_family(directory, tokenizer, conversion)
     quantization = read_quantization(read_json_object(directory / "config.json"))
     tensors = _canonical_tensors(directory, config, family, map_tensors(directory), quantization)
     config = config if family.refined is None else family.refined(config, tensors)
-    changes = {} if lora is None else lora.changes(family.named(config), config.tie_embeddings)
     special_tokens = {} if tokenizer is None else tokenizer.special_tokens
     template = read_chat_template(directory, special_tokens)
+    changes = _changes(lora, family, config)
     return Checkpoint(directory, config, tensors, tokenizer, template, lora, changes)
+
+
+def _changes(lora: Adapter | None, family: Family, config: ModelConfig) -> dict[str, Change]:
+    return {} if lora is None else lora.changes(family.named(config), config.tie_embeddings)
 
 
 def _canonical_tensors(

@@ -43,6 +43,14 @@ def checkpoint_directory(model: str | os.PathLike[str] | None) -> Path:
     return directory_of(model, "a checkpoint", _FILES)
 
 
+def gguf_file(model: str | os.PathLike[str] | None) -> Path | None:
+    """The file, where a checkpoint is named by one that ends in ".gguf"."""
+    if not isinstance(model, (str, os.PathLike)) or not isinstance(os.fspath(model), str):
+        return None
+    path = Path(model)
+    return path if path.suffix.lower() == ".gguf" and not path.is_dir() else None
+
+
 def directory_of(path: str | os.PathLike[str], what: str, files: Sequence[str]) -> Path:
     """The directory of something that consists of `files`, which are fetched if `path` is a hub id.
 

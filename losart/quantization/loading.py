@@ -6,7 +6,8 @@ from typing import Any
 
 from losart.errors import OptionError
 from losart.loaders import Checkpoint
-from losart.quantization.merging import merged_tensors
+from losart.loaders.gguf import WideTensor
+from losart.quantization.merging import MergedQuantized, merged_tensors
 from losart.quantization.rounding import WEIGHTS, RoundedTensor, WeightFormat, rounded_tensors
 
 LOADED = ("auto", *WEIGHTS)
@@ -33,7 +34,7 @@ def loaded_tensors(checkpoint: Checkpoint, weights: str, device: str) -> dict[st
         raise OptionError(f"weights must be one of {', '.join(LOADED)}, not {weights!r}")
     merged = merged_tensors(checkpoint)
     if weights == "auto":
-        return merged
+        return merged | (_head_as_codes(checkpoint) if device == "cpu" else {})
     tied, head = "head" not in merged, WeightFormat("int8")
     by_default = WeightFormat.by_default(weights)
     tensors = rounded_tensors(checkpoint, merged, by_default, None if tied else head)
@@ -42,3 +43,16 @@ def loaded_tensors(checkpoint: Checkpoint, weights: str, device: str) -> dict[st
     elif tied:
         tensors["head"] = RoundedTensor(tensors["embed"], head)
     return tensors
+
+
+def _head_as_codes(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The head, where it is an embedding that a GGUF file has as codes, and that is not replaced.
+
+    The embedding's numbers are held beside it, to be looked up. A GPU has kernels for none of these codes.
+    """
+    embed, changes = checkpoint.tensors["embed"], checkpoint.changes
+    codes = embed.codes if isinstance(embed, WideTensor) and checkpoint.config.tie_embeddings else None
+    change = changes.get("embed")
+    if codes is None or "head" in changes or (change is not None and change.whole is not None):
+        return {}
+    return {"head": codes if change is None else MergedQuantized(codes, change)}

@@ -106,6 +106,11 @@ class MergedQuantized(MergedTensor):
         return self.source.uses_zeros
 
     @property
+    def whole_zeros(self) -> bool:
+        """Whether those are integers."""
+        return self.source.whole_zeros
+
+    @property
     def scale_dtype(self) -> str:
         """Whose numbers scales are."""
         return self.source.scale_dtype

@@ -13,6 +13,7 @@ from losart.config.checks import is_int
 from losart.config.precision import FORMATS, Format
 from losart.errors import OptionError, TensorError
 from losart.loaders import Checkpoint, MappedTensor, QuantizedTensor
+from losart.loaders.gguf.tensors import scales_and_zeros
 from losart.loaders.quantized.float8 import FLOAT8_VALUES
 
 WEIGHTS = ("int8", "int4", "fp8")
@@ -178,7 +179,7 @@ def requantized(
     scales : float32 [rows, groups]
         Numbers of the dtype of the other's.
     zeros : [rows, groups] or None
-        int32, where groups of the other have zeros.
+        Where groups of the other have zeros: int32, or float32 as the other's.
     """
     rows, columns = values.shape
     padded = np.pad(values, ((0, 0), (0, -columns % like.group)))  # 0 is a number of every group
@@ -188,6 +189,14 @@ def requantized(
         scales, zeros = outermost_scales(groups, name, held), None
         with np.errstate(over="ignore"):
             codes = nearest_codes(groups / scales[:, :, None], name)
+    elif not like.whole_zeros:
+        low = groups.min(axis=2)
+        steps = widen(narrow((groups.max(axis=2) - low) / np.float32(15), held))
+        minima = widen(narrow(low, held))
+        with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+            scaled = np.rint((groups - minima[:, :, None]) / steps[:, :, None])
+        codes = np.where(steps[:, :, None] == 0, 0, np.clip(scaled, 0, 15) - 8).astype(np.int8)
+        scales, zeros = scales_and_zeros(steps, minima)
     else:
         half = 1 << (like.bits - 1)
         low, high = np.minimum(groups.min(axis=2), 0), np.maximum(groups.max(axis=2), 0)
