@@ -15,6 +15,7 @@ from losart.errors import TensorError
 from losart.loaders.adapters import Adapter, Change, read_adapter
 from losart.loaders.chat_template import ChatTemplate, read_chat_template
 from losart.loaders.families import Family
+from losart.loaders.families.ordinary import ORDINARY
 from losart.loaders.gguf import open_gguf
 from losart.loaders.hub import checkpoint_directory, gguf_file
 from losart.loaders.json_files import read_json_object
@@ -44,6 +45,8 @@ class Checkpoint:
     adapter : Adapter or None
     changes : dict of str to Change
         What the adapter changes, by canonical name. `tensors` are the base's.
+    base : str or None
+        The ordinary architecture, as transformers calls it, of which a family was made.
     """
 
     path: Path
@@ -53,6 +56,7 @@ class Checkpoint:
     chat_template: ChatTemplate | None
     adapter: Adapter | None = None
     changes: dict[str, Change] = field(default_factory=dict, repr=False)
+    base: str | None = None
 
     @property
     def dtype(self) -> str:
@@ -87,7 +91,8 @@ def open_checkpoint(
     file = gguf_file(model)
     if file is not None:
         config, family, held, tokenizer, template = open_gguf(file, conversion)
-        return Checkpoint(file, config, held, tokenizer, template, lora, _changes(lora, family, config))
+        changes = _changes(lora, family, config)
+        return Checkpoint(file, config, held, tokenizer, template, lora, changes, _base(family))
     directory = checkpoint_directory(model)
     tokenizer = read_tokenizer(directory)
     config, family = read_family(directory, tokenizer, conversion)
@@ -97,7 +102,11 @@ def open_checkpoint(
     special_tokens = {} if tokenizer is None else tokenizer.special_tokens
     template = read_chat_template(directory, special_tokens)
     changes = _changes(lora, family, config)
-    return Checkpoint(directory, config, tensors, tokenizer, template, lora, changes)
+    return Checkpoint(directory, config, tensors, tokenizer, template, lora, changes, _base(family))
+
+
+def _base(family: Family) -> str | None:
+    return next((name for name, ordinary in ORDINARY.items() if ordinary is family), None)
 
 
 def _changes(lora: Adapter | None, family: Family, config: ModelConfig) -> dict[str, Change]:

@@ -14,7 +14,7 @@ from losart.loaders.chat_template import ChatTemplate
 from losart.loaders.conversion import Conversion
 from losart.loaders.families.family import Family
 from losart.loaders.families.ordinary import ORDINARY
-from losart.loaders.gguf.config import gguf_family, read_config
+from losart.loaders.gguf.config import FREQUENCIES, gguf_family, read_config
 from losart.loaders.gguf.reader import read_gguf
 from losart.loaders.gguf.tensors import BlockTensor, WideTensor, tensor_of
 from losart.loaders.gguf.tokenizer import read_chat_template, read_tokenizer
@@ -58,6 +58,7 @@ def _tensors(
     """By canonical name; `permuted`: whether the channels of queries and keys are in pairs."""
     tensors: dict[str, Any] = {}
     left, missing = dict(saved), list[str]()
+    left.pop(FREQUENCIES, None)
     for expected in family.expected_tensors(config):
         raw = left.pop(expected.source, None)
         if raw is None:

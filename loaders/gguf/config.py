@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
+
 from losart.config.model import ModelConfig
-from losart.config.rope import RopeConfig
+from losart.config.rope import RopeConfig, inverse_frequencies
 from losart.errors import ConfigError
 from losart.loaders.conversion import Conversion
 from losart.loaders.families import FAMILIES
@@ -19,6 +21,8 @@ from losart.loaders.safetensors_files import MappedTensor
 FAMILY, BLOCK_LENGTH = "losart.family", "losart.block_length"
 MASK_TOKEN, SHIFTED = "tokenizer.ggml.mask_token_id", "diffusion.shift_logits"  # llama.cpp's
 EMBED, HEAD = "token_embd.weight", "output.weight"
+FREQUENCIES = "rope_freqs.weight"  # read with the configuration
+LLAMA3_POSITIONS = 8192  # that all of its models were trained on first
 _NAMES = {
     "embed": EMBED,
     "final_norm": "output_norm.weight",
@@ -141,7 +145,7 @@ def read_config(
             head_dim=head_dim,
             max_positions=positions,
             rms_norm_eps=eps,
-            rope=_rope(metadata, architecture, positions, tensors),
+            rope=_rope(metadata, architecture, positions, head_dim, tensors),
             head_norms=architecture == "qwen3",
             qkv_bias="blk.0.attn_q.bias" in tensors,
             o_bias="blk.0.attn_output.bias" in tensors,
@@ -153,16 +157,25 @@ def read_config(
 
 
 def _rope(
-    metadata: Metadata, architecture: str, positions: int, tensors: Mapping[str, MappedTensor]
+    metadata: Metadata,
+    architecture: str,
+    positions: int,
+    head_dim: int,
+    tensors: Mapping[str, MappedTensor],
 ) -> RopeConfig:
     prefix = f"{architecture}.rope."
-    for name in ("rope_freqs.weight", "rope_factors_long.weight"):
-        if name in tensors:
-            raise ConfigError(f"{metadata.file}: tensor {name!r}: rotation of its own is not supported")
+    for name in ("attn_factor", "yarn_log_multiplier", "yarn_ext_factor", "yarn_attn_factor"):
+        if metadata.optional_number(f"{prefix}scaling.{name}") is not None:
+            raise ConfigError(f"{metadata.file}: {prefix}scaling.{name} is not supported")
     kind = metadata.optional_text(f"{prefix}scaling.type") or "none"
     if kind not in ("none", "linear", "yarn"):
         raise metadata.error(f"{prefix}scaling.type", "'none', 'linear' or 'yarn'")
-    theta = metadata.optional_number(f"{prefix}freq_base") or DEFAULT_THETA
+    theta = metadata.optional_number(f"{prefix}freq_base")
+    theta = DEFAULT_THETA if theta is None else theta
+    if theta <= 1:
+        raise metadata.error(f"{prefix}freq_base", "larger than 1")
+    if FREQUENCIES in tensors:
+        return _llama3(tensors[FREQUENCIES], theta, head_dim)
     if kind == "none":
         return RopeConfig(theta=theta)
     factor = metadata.optional_number(f"{prefix}scaling.factor")
@@ -172,6 +185,19 @@ def _rope(
         return RopeConfig(theta=theta, kind="linear", factor=factor)
     original = metadata.optional_integer(f"{prefix}scaling.original_context_length", 1) or positions
     return RopeConfig(theta=theta, kind="yarn", factor=factor, original_max_positions=original)
+
+
+def _llama3(tensor: MappedTensor, theta: float, head_dim: int) -> RopeConfig:
+    """Llama 3's scaling, of which llama.cpp writes what each frequency is divided by."""
+    where = f"{tensor.file}: tensor {tensor.name!r}"
+    if tensor.dtype != "float32" or tensor.shape != (head_dim // 2,) or head_dim % 2:
+        raise ConfigError(f"{where} must be {head_dim // 2} numbers in float32")
+    divisors = tensor.array()
+    rope = RopeConfig(theta, "llama3", float(divisors[-1]), original_max_positions=LLAMA3_POSITIONS)
+    plain, scaled = (inverse_frequencies(one, head_dim)[0] for one in (RopeConfig(theta), rope))
+    if not np.allclose(plain / scaled, divisors, rtol=1e-4):
+        raise ConfigError(f"{where}: is not Llama 3's scaling, and others are not supported")
+    return rope
 
 
 def _end_tokens(metadata: Metadata, vocab_size: int) -> tuple[int, ...]:

@@ -230,8 +230,8 @@ def load(
     Parameters
     ----------
     model : str or path, optional
-        A checkpoint directory, or a hub id ("org/name"; works offline from the hub's cache). Without
-        one, the small checkpoint that comes with losart; its README.md says what it can do.
+        A checkpoint directory, a GGUF file, or a hub id ("org/name"; works offline from the hub's cache).
+        Without one, the small checkpoint that comes with losart; its README.md says what it can do.
     device : {"auto", "cpu", "cuda"}
         "auto" takes CUDA where it works, else the CPU.
     dtype : {"auto", "float32", "bfloat16", "float16"}

@@ -33,7 +33,7 @@ def add_model(command: argparse.ArgumentParser, required: bool = False) -> None:
         "model",
         metavar="MODEL",
         nargs=None if required else "?",
-        help="checkpoint directory or hub id"
+        help="checkpoint directory, hub id or GGUF file"
         + ("" if required else " (the small one that comes with losart)"),
     )
     add_loading(command)
@@ -44,7 +44,7 @@ def add_model_option(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--model",
         metavar="MODEL",
-        help="checkpoint directory or hub id (the small one that comes with losart)",
+        help="checkpoint directory, hub id or GGUF file (the small one that comes with losart)",
     )
     add_loading(command)
 
@@ -67,7 +67,7 @@ def add_loading(command: argparse.ArgumentParser) -> None:
 def add_model_or_size(command: argparse.ArgumentParser) -> None:
     """Which checkpoint, or random weights of which size."""
     command.add_argument(
-        "model", metavar="MODEL", nargs="?", help="checkpoint directory or hub id (random weights)"
+        "model", metavar="MODEL", nargs="?", help="checkpoint directory, hub id or GGUF file (random weights)"
     )
     command.add_argument(
         "--family", choices=FAMILY_SIZES, default="sdar", help="of the random weights, without MODEL (sdar)"

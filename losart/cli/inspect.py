@@ -48,7 +48,7 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, object]]:
     no_options = "the mask token must be given: mask_token_id"
     return [
         ("checkpoint", facts["path"]),
-        ("architecture", facts["architecture"]),
+        ("architecture", _architecture(facts)),
         *([("adapter", _adapter(facts["adapter"]))] if facts["adapter"] else []),
         ("layers", sizes["layers"]),
         ("hidden, FFN", f"{sizes['hidden']}, {sizes['ffn']}"),
@@ -69,6 +69,11 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, object]]:
         ("chat template", "yes" if facts["chat_template"] else "no"),
         ("options", no_options if options is None else ", ".join(f"{k}={v!r}" for k, v in options.items())),
     ]
+
+
+def _architecture(facts: dict[str, Any]) -> str:
+    family, base = facts["architecture"], facts["base"]
+    return family if base is None else f"{base}, which fills in blocks as {family}"
 
 
 def _adapter(adapter: dict[str, Any]) -> str:

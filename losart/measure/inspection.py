@@ -80,6 +80,7 @@ def inspection(
     return {
         "path": str(checkpoint.path),
         "architecture": config.model_type,
+        "base": checkpoint.base,
         "adapter": _adapter(checkpoint, sorted(merged_in)),
         "sizes": _sizes(config),
         "parameters": sum(math.prod(tensor.shape) for tensor in tensors),

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 import losart
 from losart.backends.cpu.convert import float32_of
+from losart.config.rope import RopeConfig, inverse_frequencies
 from losart.errors import CheckpointError, ConfigError, LosartError, OptionError, TensorError
 from losart.loaders import QuantizedTensor, open_checkpoint
 from losart.loaders.gguf.reader import read_gguf
@@ -200,6 +201,7 @@ def test_all_types_of_values(tmp_path: Path) -> None:
     assert metadata.values == expected | {"yes": True, "text": "ü", "no": [False, True]} and not tensors
 
 
+FLAT = np.full(8, 3, "<f4").tobytes()
 KEYS = {"general.architecture": "llama", "x": "y"}
 ONE = {"a": (0, (2, 4), bytes(32)), "b": (1, (4,), bytes(8))}
 
@@ -329,6 +331,8 @@ def test_a_flipped_byte_is_an_error_of_ours_or_none(small: Path, data: st.DataOb
         ({"llama.rope.dimension_count": 8}, "dimension_count must be the width of a head, 16, not 8"),
         ({"llama.rope.freq_base": float("nan")}, "freq_base must be a finite number"),
         ({"llama.rope.scaling.type": "longrope"}, "scaling.type must be 'none', 'linear' or 'yarn'"),
+        ({"llama.rope.scaling.attn_factor": 2.0}, "llama.rope.scaling.attn_factor is not supported"),
+        ({"llama.rope.freq_base": 0.5}, "llama.rope.freq_base must be larger than 1, not 0.5"),
         ({"llama.rope.scaling.type": "linear"}, "missing key 'llama.rope.scaling.factor'"),
         ({"llama.expert_count": 8}, "llama.expert_count is not supported"),
         ({"llama.attention.sliding_window": 4096}, "llama.attention.sliding_window is not supported"),
@@ -366,7 +370,12 @@ def test_metadata_that_is_refused(small: Path, tmp_path: Path, changes: Any, say
             r"'blk\.0\.ffn_up\.weight' has the sh",
         ),
         ({"output_norm.weight": (8, (32,), bytes(34))}, "'output_norm.weight' is a vector in q8_0"),
-        ({"rope_freqs.weight": (0, (8,), bytes(32))}, "'rope_freqs.weight': rotation of its own"),
+        (
+            {"rope_freqs.weight": (0, (8,), bytes(32))},
+            "factor must|is not Llama 3's scaling",
+        ),
+        ({"rope_freqs.weight": (0, (8,), FLAT)}, "'rope_freqs.weight': is not Llama 3's scaling"),
+        ({"rope_freqs.weight": (0, (4,), bytes(16))}, "'rope_freqs.weight' must be 8 numbers in float32"),
     ],
 )
 def test_tensors_that_are_refused(small: Path, tmp_path: Path, changes: Any, says: str) -> None:
@@ -393,6 +402,42 @@ def test_scales_that_are_not_finite_are_refused(tmp_path: Path, kind: str) -> No
     tensors["blk.0.ffn_up.weight"] = number, shape, data
     with pytest.raises(TensorError, match=r"'blk\.0\.ffn_up\.weight' has scales that are not finite"):
         losart.load(write_gguf(tmp_path / "x.gguf", metadata, tensors), "cpu")
+
+
+ROPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "linear": (
+        {"rope_type": "linear", "factor": 2.0},
+        {"scaling.type": "linear", "scaling.factor": 2.0},
+    ),
+    "yarn": (
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024},
+        {"scaling.type": "yarn", "scaling.factor": 4.0, "scaling.original_context_length": 1024},
+    ),
+    "llama3": (
+        {
+            "rope_type": "llama3",
+            "factor": 32.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", list(ROPES))
+def test_scaled_rotation(tmp_path: Path, kind: str) -> None:
+    scaling, keys = ROPES[kind]
+    sizes: dict[str, Any] = SMALL | {"rope_scaling": scaling, "head_dim": 64}
+    base = write_checkpoint(tmp_path / "base", **sizes, family="stable_diffcoder")
+    metadata, tensors = parts_of(base, "stable_diffcoder")
+    metadata |= {f"llama.rope.{key}": value for key, value in keys.items()}
+    expected = open_checkpoint(base).config.rope
+    if kind == "llama3":
+        plain, scaled = (inverse_frequencies(one, 64)[0] for one in (RopeConfig(expected.theta), expected))
+        tensors["rope_freqs.weight"] = 0, (32,), (plain / scaled).astype("<f4").tobytes()
+    assert open_checkpoint(write_gguf(tmp_path / "x.gguf", metadata, tensors)).config.rope == expected
 
 
 def test_a_family_that_the_adapter_contradicts(small: Path, tmp_path: Path) -> None:
