@@ -24,7 +24,9 @@ from losart.loaders.safetensors_files import MappedTensor
 MAGIC, VERSIONS = b"GGUF", (2, 3)
 ALIGNMENT = 32  # unless the metadata say otherwise
 LARGEST_ALIGNMENT = 1 << 16
-LARGEST_ARRAY = 1 << 22  # elements of one that is not of numbers; vocabularies have 2^18
+LARGEST_ARRAY = 1 << 22  # elements; vocabularies have 2^18
+LARGEST_STRING = 1 << 24  # bytes
+MOST_ENTRIES = 1 << 16  # keys, and tensors
 MOST_DIMENSIONS = 4
 STRING, ARRAY, BOOLEAN = 8, 9, 7
 NUMBERS = {
@@ -177,16 +179,18 @@ class _Cursor:
     def integer(self, format: str) -> int:
         return struct.unpack(format, self.take(struct.calcsize(format)))[0]
 
-    def count(self, least: int) -> int:
-        """A number of things that take so many bytes at least."""
+    def count(self, least: int, most: int) -> int:
+        """A number of things, at most so many, that take so many bytes at least."""
         number = self.integer("<Q")
         if number * least > len(self.data) - self.at:
             raise self.error(f"the file has no room for {number} of them")
+        if number > most:
+            raise self.error(f"{number} of them are more than {most}")
         return number
 
     def text(self) -> str:
         try:
-            return self.take(self.count(1)).decode("utf-8")
+            return self.take(self.count(1, LARGEST_STRING)).decode("utf-8")
         except UnicodeDecodeError as error:
             raise self.error(f"not UTF-8 text: {error}") from None
 
@@ -204,12 +208,11 @@ class _Cursor:
     def array(self) -> Any:
         kind = self.integer("<I")
         if kind in NUMBERS:
-            return self.numbers(NUMBERS[kind], self.count(np.dtype(NUMBERS[kind]).itemsize))
+            size = np.dtype(NUMBERS[kind]).itemsize
+            return self.numbers(NUMBERS[kind], self.count(size, LARGEST_ARRAY))
         if kind not in (BOOLEAN, STRING):
             raise self.error(f"arrays of type {kind} are not supported")
-        number = self.count(1 if kind == BOOLEAN else 8)
-        if number > LARGEST_ARRAY:
-            raise self.error(f"{number} elements are more than {LARGEST_ARRAY}")
+        number = self.count(1 if kind == BOOLEAN else 8, LARGEST_ARRAY)
         if kind == STRING:
             return [self.text() for _ in range(number)]
         return [self.boolean(byte) for byte in self.take(number)]
@@ -250,7 +253,7 @@ def read_gguf(file: Path) -> tuple[Metadata, dict[str, MappedTensor]]:
     version = cursor.integer("<I")
     if version not in VERSIONS:
         raise CheckpointError(f"{file}: GGUF version {version} is not supported; supported: 2, 3")
-    tensors, keys = cursor.count(24), cursor.count(13)
+    tensors, keys = cursor.count(24, MOST_ENTRIES), cursor.count(13, MOST_ENTRIES)
     metadata = Metadata(file, dict(_read_keys(cursor, keys)))
     if (parts := metadata.optional_integer("split.count") or 1) > 1:
         raise CheckpointError(f"{file}: is one of {parts} files that make up a model, which is not supported")

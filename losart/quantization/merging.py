@@ -56,6 +56,12 @@ class MergedTensor:
         """The matrix's."""
         return self.source.dtype
 
+    @property
+    def parameters(self) -> str:
+        """What distinguishes it beside the values that it is made of."""
+        product, rows = self.change.product, self.change.rows
+        return f"{None if product is None else product.scale} {None if rows is None else rows.indices} "
+
     def float32(self, start: int, stop: int) -> np.ndarray:
         """Some rows.
 

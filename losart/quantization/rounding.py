@@ -103,6 +103,11 @@ class RoundedTensor:
         return self.format.group or self.shape[1]
 
     @property
+    def parameters(self) -> str:
+        """Those of the matrix, if it is merged."""
+        return getattr(self.source, "parameters", "")
+
+    @property
     def scale_dtype(self) -> str:
         """Whose numbers scales are."""
         return self.source.dtype

@@ -434,6 +434,17 @@ def test_a_base_of_another_family_than_the_adapters(base: Path, tmp_path: Path) 
     assert open_checkpoint(base, adapter).config.block_length == 8
 
 
+@pytest.mark.parametrize("weights", ["auto", "int8"])
+def test_models_are_told_apart_by_what_is_merged(base: Path, tmp_path: Path, weights: str) -> None:
+    tensors = products(base, {"0.self_attn.q_proj": 4})
+    adapters = [
+        write_adapter(tmp_path / str(alpha), tensors, target_modules=[Q], lora_alpha=alpha)
+        for alpha in (4, 8)
+    ]
+    models = [losart.load(base, "cpu", weights=weights, adapter=adapter) for adapter in (None, *adapters)]
+    assert len({model.fingerprint for model in models}) == 3
+
+
 def test_inspect_says_what_is_merged(base: Path, tmp_path: Path) -> None:
     adapter = write_adapter(tmp_path, products(base, {"q_proj": 4, "up_proj": 4}))
     facts = inspection(open_checkpoint(base, adapter), "cpu")

@@ -244,6 +244,19 @@ def test_headers_that_are_refused(tmp_path: Path, changes: dict[str, Any], says:
         read_gguf(file)
 
 
+def test_a_large_file_of_nothing(tmp_path: Path) -> None:
+    """Lengths that the file has room for, but nobody needs."""
+    file = tmp_path / "x.gguf"
+    for at, number in ((8, 1 << 20), (16, 1 << 20), (24, 1 << 30)):
+        head = bytearray(b"GGUF" + struct.pack("<IQQQ", 3, 1, 1, 0))
+        head[at : at + 8] = struct.pack("<Q", number)
+        with file.open("wb") as stream:
+            stream.write(head)
+            stream.truncate(1 << 31)
+        with pytest.raises(CheckpointError, match=r"x\.gguf: .*more than"):
+            read_gguf(file)
+
+
 def test_names_that_are_there_twice(tmp_path: Path) -> None:
     file = write_gguf(tmp_path / "x.gguf", {"aa": 1, "ab": 2}, {"ta": ONE["a"], "tb": ONE["b"]})
     content = file.read_bytes()
