@@ -54,6 +54,7 @@ class Model:
         deterministic: bool = False,
         weights: str = "auto",
         kv: str = "auto",
+        merge: str = "dtype",
     ) -> None:
         precision = Precision.chosen(dtype, kv, checkpoint.dtype)
         self.config: ModelConfig = checkpoint.config
@@ -64,7 +65,7 @@ class Model:
         self.kv = precision.kv.name
         backend = make_backend(device, self.config, precision, deterministic)
         self.device = backend.name
-        self._tensors = loaded_tensors(checkpoint, weights, backend.name)
+        self._tensors = loaded_tensors(checkpoint, weights, backend.name, merge)
         runner = Transformer(self.config, self._tensors, backend, progress)
         self.matrix_bytes = runner.matrix_bytes
         self.weights = tuple(self.matrix_bytes)
@@ -224,6 +225,7 @@ def load(
     weights: str = "auto",
     kv: str = "auto",
     adapter: str | os.PathLike[str] | None = None,
+    merge: str = "dtype",
 ) -> Model:
     """Load a checkpoint.
 
@@ -256,8 +258,11 @@ def load(
         "int8" is usually the more accurate. "auto" holds them in `dtype`.
     adapter : str or path, optional
         A LoRA as PEFT writes it: a directory, or a hub id. It is merged while the weights are loaded, in
-        float32, and each sum is rounded once, to what its matrix is held in. A quantized matrix is rounded
-        to its own format again, in its own groups. Matrices that it leaves as they are stay mapped.
+        float32, and each sum is rounded once, to what its matrix is held in. Matrices that it leaves as they
+        are stay mapped.
+    merge : {"dtype", "codes"}
+        What becomes of a quantized matrix that is adapted: it is held in the format of `dtype`, or has new
+        codes in its own format and groups, which loses what of the adapter is less than half a step.
 
     Raises
     ------
@@ -270,7 +275,7 @@ def load(
         The device is missing.
     """
     checkpoint = open_checkpoint(model, adapter)
-    return Model(checkpoint, device, dtype, progress, deterministic, weights, kv)
+    return Model(checkpoint, device, dtype, progress, deterministic, weights, kv, merge)
 
 
 def generate(

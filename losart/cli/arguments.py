@@ -11,7 +11,7 @@ from losart.config.options import CHOICES, OPTIONS
 from losart.config.precision import DTYPES, KV_FORMATS
 from losart.engine.sampling import STRATEGIES
 from losart.measure.random_checkpoint import FAMILY_SIZES
-from losart.quantization import LOADED
+from losart.quantization import LOADED, MERGED
 
 Group = argparse._ArgumentGroup
 ATTENTION_DETAILS = {
@@ -61,6 +61,9 @@ def add_loading(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument(
         "--adapter", metavar="PATH", help="a LoRA as PEFT writes it, which is merged into the weights (none)"
+    )
+    command.add_argument(
+        "--merge", choices=MERGED, default="dtype", help="what quantized matrices become by it (dtype)"
     )
 
 

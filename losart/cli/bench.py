@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="losart-bench-"))
             blocks = {"block_length": RANDOM_BLOCK} if args.family == "sdar" else {}
             name = write_weights(Path(folder), args.family, args.size, **blocks)
-        model = load_model(name, args.device, args.dtype, args.weights, args.kv, args.adapter)
+        model = load_model(name, args.device, args.dtype, args.weights, args.kv, args.adapter, args.merge)
         figures = _measure(model, Path(name).name, args)
     if args.json:
         print(json.dumps(figures, indent=2))

@@ -35,7 +35,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Print the facts."""
     checkpoint = open_checkpoint(args.model, args.adapter)
-    facts = inspection(checkpoint, args.device, args.dtype, args.context, args.weights, args.kv)
+    facts = inspection(checkpoint, args.device, args.dtype, args.context, args.weights, args.kv, args.merge)
     if args.json:
         print(json.dumps(facts, indent=2))
     else:

@@ -97,10 +97,12 @@ def load_model(
     weights: str = "auto",
     kv: str = "auto",
     adapter: str | None = None,
+    merge: str = "dtype",
 ) -> Model:
     """Load a checkpoint, with progress."""
     with Progress("loading the weights", "layers") as progress:
-        return load(model, device, dtype, progress=progress, weights=weights, kv=kv, adapter=adapter)
+        held: dict[str, Any] = {"weights": weights, "kv": kv, "adapter": adapter, "merge": merge}
+        return load(model, device, dtype, progress=progress, **held)
 
 
 def write_weights(folder: Path, family: str, size: str | None, **options: Any) -> Path:

@@ -28,13 +28,14 @@ def inspection(
     contexts: Sequence[int] = (),
     weights: str = "auto",
     kv: str = "auto",
+    merge: str = "dtype",
 ) -> dict[str, Any]:
     """Facts about a checkpoint as `load` would hold it; JSON types alone.
 
     Parameters
     ----------
     checkpoint : Checkpoint
-    device, dtype, weights, kv : str
+    device, dtype, weights, kv, merge : str
         As :func:`losart.load`'s.
     contexts : sequence of int
         Lengths to compute the size of the KV cache for. Default: those of `CONTEXTS` that the model
@@ -58,7 +59,7 @@ def inspection(
         fitting = [context for context in CONTEXTS if context < config.max_positions]
         contexts = [*fitting, config.max_positions]
     backend = make_backend(device, config, precision)
-    tensors, loaded = checkpoint.tensors.values(), loaded_tensors(checkpoint, weights, backend.name)
+    tensors, loaded = checkpoint.tensors.values(), loaded_tensors(checkpoint, weights, backend.name, merge)
     held = Transformer.bytes_of_matrices(config, loaded, backend)
     vectors = [tensor for tensor in loaded.values() if len(tensor.shape) == 1]  # in float32
 
@@ -69,12 +70,11 @@ def inspection(
         text = tokenizer.decode([number], skip_special=False) if tokenizer and number is not None else None
         return None if number is None else {"id": number, "text": text}
 
-    merged_in = {
-        format
-        for matrix in Transformer.matrices(config, loaded)
-        if any(map(is_merged, matrix))
-        for format in backend.held(*matrix)
-    }
+    merged_in = set[str]()
+    for matrix in Transformer.matrices(config, loaded):
+        joined = backend.held(*matrix)  # in one format, or each part in its own
+        for tensor in filter(is_merged, matrix):
+            merged_in.update(joined if len(joined) == 1 else backend.held(tensor))
     weight_bytes = sum(held.values()) + sum(v.shape[0] * FLOAT32.itemsize for v in vectors)
     free = backend.free_bytes()
     return {

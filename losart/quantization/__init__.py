@@ -1,12 +1,13 @@
 """Weights as codes and scales: rounding to them as they are loaded, and checkpoints that hold them."""
 
 from losart.quantization.checkpoint import quantize_checkpoint
-from losart.quantization.loading import LOADED, loaded_tensors
+from losart.quantization.loading import LOADED, MERGED, loaded_tensors
 from losart.quantization.merging import is_merged
 from losart.quantization.rounding import WEIGHTS, RoundedTensor, WeightFormat, rounded_tensors
 
 __all__ = [
     "LOADED",
+    "MERGED",
     "WEIGHTS",
     "RoundedTensor",
     "WeightFormat",

@@ -11,9 +11,10 @@ from losart.quantization.merging import MergedQuantized, merged_tensors
 from losart.quantization.rounding import WEIGHTS, RoundedTensor, WeightFormat, rounded_tensors
 
 LOADED = ("auto", *WEIGHTS)
+MERGED = ("dtype", "codes")
 
 
-def loaded_tensors(checkpoint: Checkpoint, weights: str, device: str) -> dict[str, Any]:
+def loaded_tensors(checkpoint: Checkpoint, weights: str, device: str, merge: str = "dtype") -> dict[str, Any]:
     """A checkpoint's tensors as a backend takes them, with its adapter's changes.
 
     Parameters
@@ -24,15 +25,19 @@ def loaded_tensors(checkpoint: Checkpoint, weights: str, device: str) -> dict[st
     device : str
         The backend's name. The CPU has the embedding mapped from its file, beside the head where they are
         one; elsewhere it is rounded to int8 too.
+    merge : {"dtype", "codes"}
+        What a matrix of codes becomes that an adapter's product is added to: numbers, or codes again.
 
     Raises
     ------
     OptionError
-        There is no such format, or the checkpoint is quantized.
+        There is no such format, or the checkpoint is quantized, but for what an adapter is merged into.
     """
     if weights not in LOADED:
         raise OptionError(f"weights must be one of {', '.join(LOADED)}, not {weights!r}")
-    merged = merged_tensors(checkpoint)
+    if merge not in MERGED:
+        raise OptionError(f"merge must be one of {', '.join(MERGED)}, not {merge!r}")
+    merged = merged_tensors(checkpoint, merge)
     if weights == "auto":
         return merged | (_head_as_codes(checkpoint) if device == "cpu" else {})
     tied, head = "head" not in merged, WeightFormat("int8")

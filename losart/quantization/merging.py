@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from losart.backends.cpu.convert import float32_of
+from losart.config.precision import FLOAT32, FORMATS
 from losart.loaders import Checkpoint, MappedTensor, QuantizedTensor
 from losart.loaders.adapters import Change
 from losart.quantization.rounding import requantized
@@ -53,8 +54,8 @@ class MergedTensor:
 
     @property
     def dtype(self) -> str:
-        """The matrix's."""
-        return self.source.dtype
+        """The matrix's; float32 where that is of codes."""
+        return self.source.dtype if self.source.dtype in FORMATS else FLOAT32.name
 
     @property
     def parameters(self) -> str:
@@ -93,8 +94,14 @@ class MergedTensor:
 class MergedQuantized(MergedTensor):
     """The same of a matrix of codes: they are chosen anew, with the format and the groups that it had.
 
-    `float32` has the entries before that, for backends that hold others than codes.
+    What of a product is less than half a step is lost so. Rows that are only replaced leave the others' codes
+    as they are. `float32` has the entries before that, for backends that hold others than codes.
     """
+
+    @property
+    def dtype(self) -> str:
+        """Of the codes."""
+        return self.source.dtype
 
     @property
     def group(self) -> int:
@@ -128,7 +135,18 @@ class MergedQuantized(MergedTensor):
 
     def rows(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         """Codes, scales and zeros of some rows; errors are those of `float32`."""
-        return requantized(self.float32(start, stop), self.source)
+        if self.change.product is not None:
+            return requantized(self.float32(start, stop), self.source)
+        held = [None if part is None else np.array(part) for part in self.source.rows(start, stop)]
+        for index in () if self.change.rows is None else self.change.rows.indices:
+            if start <= index < stop:
+                row = requantized(self.float32(index, index + 1), self.source)
+                for part, of_row in zip(held, row, strict=True):
+                    if part is not None and of_row is not None:
+                        part[index - start] = of_row[0]
+        codes, scales, zeros = held
+        assert codes is not None and scales is not None
+        return codes, scales, zeros
 
 
 def is_merged(tensor: Any) -> bool:
@@ -136,8 +154,11 @@ def is_merged(tensor: Any) -> bool:
     return isinstance(tensor, MergedTensor) or isinstance(getattr(tensor, "source", None), MergedTensor)
 
 
-def merged_tensors(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The tensors of a checkpoint, with its adapter's changes."""
+def merged_tensors(checkpoint: Checkpoint, merge: str) -> dict[str, Any]:
+    """The tensors of a checkpoint, with its adapter's changes.
+
+    `merge` says what becomes of codes that a product is added to: "dtype": numbers; "codes": other codes.
+    """
     tensors: dict[str, Any] = dict(checkpoint.tensors)
     changes = checkpoint.changes
     replaced = "embed" in changes and changes["embed"].whole is not None
@@ -147,7 +168,7 @@ def merged_tensors(checkpoint: Checkpoint) -> dict[str, Any]:
         source = change.whole if change.whole is not None else tensors.get(name, tensors["embed"])
         if not change.adds:
             tensors[name] = source
-        elif isinstance(source, QuantizedTensor):
+        elif isinstance(source, QuantizedTensor) and (merge == "codes" or change.product is None):
             tensors[name] = MergedQuantized(source, change)
         else:
             tensors[name] = MergedTensor(source, change)

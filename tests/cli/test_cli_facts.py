@@ -133,7 +133,7 @@ def test_inspect_says_what_an_adapter_and_a_gguf_file_are(make_checkpoint, tmp_p
     assert main(["inspect", str(file), "--device", "cpu", "--adapter", str(adapter)]) == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "architecture llama, which fills in blocks as Fast_dLLM_Qwen" in text
-    assert f"adapter {adapter}: 7 matrices by products of rank 4, merged in int4" in text
+    assert f"adapter {adapter}: 7 matrices by products of rank 4, merged in float16" in text
     command = ["generate", str(file), "--device", "cpu", "--adapter", str(adapter), "--max-new-tokens", "8"]
     assert main([*command, "--prompt", "Why?"]) == 0
 

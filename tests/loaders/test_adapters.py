@@ -19,7 +19,7 @@ from test_quantized import CASES, SIZES
 
 import losart
 from losart.backends.cpu.convert import float32_of
-from losart.errors import CheckpointError, ConfigError, LosartError, TensorError
+from losart.errors import CheckpointError, ConfigError, LosartError, OptionError, TensorError
 from losart.loaders import MappedTensor, open_checkpoint
 from losart.measure.inspection import inspection
 from losart.measure.random_checkpoint import write_checkpoint
@@ -36,8 +36,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("base"), **SMALL)
 
 
-def loaded(base: Path, adapter: Path, weights: str = "auto") -> dict[str, Any]:
-    return loaded_tensors(open_checkpoint(base, adapter), weights, "cpu")
+def loaded(base: Path, adapter: Path, weights: str = "auto", merge: str = "dtype") -> dict[str, Any]:
+    return loaded_tensors(open_checkpoint(base, adapter), weights, "cpu", merge)
 
 
 def values_of(tensor: Any) -> np.ndarray:
@@ -171,12 +171,15 @@ def test_quantized_matrices_keep_their_format_and_groups(tmp_path: Path, case: s
     plain, base = (write_checkpoint(tmp_path / name, **SIZES | {"num_layers": 1}) for name in ("one", "two"))
     quantize_checkpoint(base, *CASES[case])
     adapter = write_adapter(tmp_path / "adapter", products(plain, {"up_proj": 4, "q_proj": 4}, std=0.05))
-    before, after = open_checkpoint(base).tensors, loaded(base, adapter)
+    before, after = open_checkpoint(base).tensors, loaded(base, adapter, merge="codes")
+    widened = loaded(base, adapter)
     for name in ("layers.0.q", "layers.0.up"):
         was, now = before[name], after[name]
         assert isinstance(now, MergedQuantized) and not isinstance(was, MappedTensor)
         assert (now.dtype, now.group, now.in_order) == (was.dtype, was.group, was.in_order)
         exact = now.float32(0, was.shape[0])
+        assert type(widened[name]) is MergedTensor and widened[name].dtype == "float32"
+        np.testing.assert_array_equal(widened[name].float32(0, was.shape[0]), exact)
         assert not np.array_equal(exact, was.float32(0, was.shape[0]))
         if not now.in_order:
             continue  # held in the model's dtype
@@ -195,9 +198,12 @@ def test_quantized_matrices_keep_their_format_and_groups(tmp_path: Path, case: s
     # The others' codes are those of the files.
     assert after["layers.0.k"] is not None and not isinstance(after["layers.0.k"], MergedTensor)
     if case in ("packed 4, groups, zeros", "float 8, channels"):
-        model = losart.load(base, "cpu", adapter=adapter)
+        model = losart.load(base, "cpu", adapter=adapter, merge="codes")
         assert model.weights == losart.load(base, "cpu").weights
         model.generate("Why?", max_new_tokens=4)
+        losart.load(base, "cpu", adapter=adapter).generate("Why?", max_new_tokens=4)
+    with pytest.raises(OptionError, match="merge must be one of dtype, codes, not 'int4'"):
+        loaded(base, adapter, merge="int4")
 
 
 def test_modules_and_rows_that_are_replaced(base: Path, tmp_path: Path) -> None:

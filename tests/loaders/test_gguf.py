@@ -121,7 +121,8 @@ def test_codes_after_a_merge_have_the_files_form(tmp_path: Path) -> None:
     for kind in ("Q8_0", "Q4_0", "Q4_1", "Q6_K"):
         file = write(base, tmp_path / f"{kind}.gguf", "stable_diffcoder", kind)
         checkpoint = open_checkpoint(file, adapter)
-        for name, tensor in loaded_tensors(checkpoint, "auto", "cpu").items():
+        widened = loaded_tensors(checkpoint, "auto", "cpu")
+        for name, tensor in loaded_tensors(checkpoint, "auto", "cpu", "codes").items():
             if name not in checkpoint.changes:
                 assert tensor is checkpoint.tensors[name]
                 continue
@@ -129,15 +130,32 @@ def test_codes_after_a_merge_have_the_files_form(tmp_path: Path) -> None:
             exact = tensor.float32(0, tensor.shape[0])
             delta = checkpoint.changes[name].product.delta(0, tensor.shape[0])
             np.testing.assert_array_equal(exact, plain + delta)
+            np.testing.assert_array_equal(exact, widened[name].float32(0, tensor.shape[0]))
             if kind != "Q6_K":
                 codes, scales, zeros = tensor.rows(0, tensor.shape[0])
                 wide, offset = np.repeat(scales, 32, 1), 0 if zeros is None else np.repeat(zeros, 32, 1)
                 # Half a step; symmetric int4 has none for what is opposite to the outermost.
                 steps = {"Q8_0": 0.51, "Q4_0": 1.01, "Q4_1": 0.52}[kind]
                 assert np.all(np.abs((codes - offset) * wide - exact) <= np.abs(wide) * steps)
-        merged = inspection(checkpoint, "cpu")["adapter"]["merged_in"]
+        assert inspection(checkpoint, "cpu")["adapter"]["merged_in"] == ["float16"]
+        merged = inspection(checkpoint, "cpu", merge="codes")["adapter"]["merged_in"]
         assert merged == [{"Q8_0": "int8", "Q6_K": "float16"}.get(kind, "int4")]
-        losart.generate(file, [5, 6], device="cpu", adapter=adapter, max_new_tokens=4)
+        for merge in ("dtype", "codes"):
+            losart.load(file, "cpu", adapter=adapter, merge=merge).generate([5, 6], max_new_tokens=4)
+
+
+def test_rows_that_are_replaced_leave_the_heads_other_codes_alone(bases: Any, tmp_path: Path) -> None:
+    file = write(bases["sdar"], tmp_path / "x.gguf", "sdar", "Q8_0")
+    name = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
+    row = np.random.default_rng(0).normal(0, 1, (1, 64)).astype(np.float32)
+    adapter = write_adapter(tmp_path / "a", {name: row}, target_modules=[], trainable_token_indices=[315])
+    checkpoint = open_checkpoint(file, adapter)
+    tensors = loaded_tensors(checkpoint, "auto", "cpu")
+    np.testing.assert_array_equal(float32_of(tensors["embed"], 315, 316), row)
+    before, after = (head.rows(300, 320) for head in (checkpoint.tensors["embed"].codes, tensors["head"]))
+    for one, other in zip(before[:2], after[:2], strict=True):
+        np.testing.assert_array_equal(np.delete(one, 15, 0), np.delete(other, 15, 0))
+    assert np.abs(after[0][15] * np.repeat(after[1][15], 32) - row[0]).max() <= np.abs(row).max() / 250
 
 
 def test_an_ordinary_file_that_an_adapter_was_trained_to_fill_in_blocks(bases: Any, tmp_path: Path) -> None:
