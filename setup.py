@@ -74,7 +74,9 @@ setup(
     packages=[
         *find_packages(include=["losart", "losart.*"]),
         "losart.loaders",
+        "losart.loaders.adapters",
         "losart.loaders.families",
+        "losart.loaders.gguf",
         "losart.loaders.quantized",
         "losart.kernels_cu",
     ],

@@ -138,12 +138,12 @@ class Transformer:
     ) -> dict[str, int]:
         """What matrices take on a backend, by the formats that they are held in."""
         held = Counter[str]()
-        for matrix in Transformer._matrices(config, tensors):
+        for matrix in Transformer.matrices(config, tensors):
             held.update(backend.held(*matrix))
         return dict(sorted(held.items()))
 
     @staticmethod
-    def _matrices(config: ModelConfig, tensors: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
+    def matrices(config: ModelConfig, tensors: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
         """The tensors of each matrix that a backend is given, as `upload` takes them."""
         for name in ("embed", "head"):
             if name in tensors:

@@ -37,6 +37,7 @@ from losart.engine.kv_cache import PagedKVCache, chunk_positions
 from losart.engine.sampling import Proposals, propose
 from losart.errors import ConfigError, NumericalError
 from losart.loaders.quantized.tensor import bits_of
+from losart.loaders.safetensors_files import MappedTensor
 
 BATCH_ROWS = 64  # of a pass over blocks: more gain nothing, since 16 rows and more are bound by arithmetic
 UPLOADED_AT_ONCE = 1 << 20  # weights that are widened or packed
@@ -136,7 +137,7 @@ class CpuBackend:
         format = self.precision.weights
         if (form := _quantized_form(tensor)) is not None:
             return _packed(tensor, form)
-        if tensor.dtype == format.name:
+        if isinstance(tensor, MappedTensor) and tensor.dtype == format.name:
             return tensor.array()
         held, row = np.empty(tensor.shape, format.array), 0
         for values in float32_rows(tensor, UPLOADED_AT_ONCE):
@@ -438,9 +439,7 @@ def _quantized_form(tensor: Any) -> tuple[int, int, int, int, bool] | None:
         return None
     if quantized_linear.block_of(tensor.shape[1], tensor.group, bits_of(tensor.dtype)) is None:
         return None
-    # Of symmetric GPTQ there are zeros, which are 0.
-    zeros = tensor.has_zeros and bool(tensor.zeros(0, tensor.shape[0]).any())
-    return *tensor.shape, bits_of(tensor.dtype), tensor.group, zeros
+    return *tensor.shape, bits_of(tensor.dtype), tensor.group, tensor.uses_zeros
 
 
 def _packed(tensor: Any, form: tuple[int, int, int, int, bool]) -> quantized_linear.QuantizedMatrix:
