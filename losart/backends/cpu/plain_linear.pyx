@@ -1,7 +1,7 @@
 """Products of activations with a weight matrix, every weight read once for a block's.
 
-Not BLAS, because NumPy's brings its own threads: they go on spinning after each matmul, on the cores that the attention
-kernels' OpenMP threads want next. It also reads 16-bit weights as they are, and is no faster.
+Not BLAS, because NumPy's brings its own threads: they go on spinning after each matmul, on the cores that the other
+kernels' threads want next. It also reads 16-bit weights as they are, and is no faster.
 
 Up to FEW tokens each have a sum for a row of weights, whose inputs are the lanes (row_products, simd.h).
 More are the lanes themselves, sixteen of them: the activations are laid out [in, 16] for slab_products; a token's
@@ -10,8 +10,8 @@ sums do not depend on how many there are. The matmul must read N * K weights; al
 
 import numpy as np
 
-from cython.parallel cimport prange
 from losart.backends.cpu.kv_index cimport FLOAT32
+from losart.backends.cpu.pool cimport parallel_for
 from losart.backends.cpu.simd cimport row_products, slab_products
 
 cdef enum:
@@ -41,17 +41,27 @@ cdef void multiply_slabs(const char *weight, int width, Py_ssize_t rows, Py_ssiz
         row += count
 
 
-cdef void multiply_panel(const char *weight, int width, Py_ssize_t rows, Py_ssize_t inner, const float *x,
-                         Py_ssize_t tokens, float *out, Py_ssize_t out_stride) noexcept nogil:
-    # weight [rows, inner] times x, as it was prepared.
-    cdef Py_ssize_t some, first
-    if tokens <= FEW:
-        row_products(weight, width, rows, inner, x, tokens, out, out_stride)
+cdef struct Product:
+    const char *weight          # [rows, inner]
+    int width
+    Py_ssize_t rows, inner
+    const float *x              # as it was prepared
+    Py_ssize_t tokens
+    float *out                  # [tokens, out_stride]
+    Py_ssize_t out_stride
+
+
+cdef void multiply_panel(void *state, Py_ssize_t item) noexcept nogil:
+    cdef const Product *p = <const Product *>state
+    cdef Py_ssize_t row = item * PANEL, rows = min(PANEL, p.rows - row), some, first
+    cdef const char *weight = p.weight + row * p.inner * (4 if p.width == FLOAT32 else 2)
+    if p.tokens <= FEW:
+        row_products(weight, p.width, rows, p.inner, p.x, p.tokens, p.out + row, p.out_stride)
         return
-    for some in range((tokens + MOST - 1) // MOST):
+    for some in range((p.tokens + MOST - 1) // MOST):
         first = some * MOST
-        multiply_slabs(weight, width, rows, inner, x + first * inner, min(MOST, tokens - first),
-                       out + first * out_stride, out_stride)
+        multiply_slabs(weight, p.width, rows, p.inner, p.x + first * p.inner, min(MOST, p.tokens - first),
+                       p.out + first * p.out_stride + row, p.out_stride)
 
 
 def prepared(x):
@@ -81,8 +91,7 @@ def multiply(const float[:, :, ::1] x, weight, int width, float[:, ::1] out, Py_
         Columns column, ..., column + rows - 1 are written.
     column : int
     """
-    cdef Py_ssize_t rows = weight.shape[0], inner = weight.shape[1], tokens = out.shape[0], item
-    cdef Py_ssize_t itemsize = weight.dtype.itemsize
+    cdef Py_ssize_t rows = weight.shape[0], inner = weight.shape[1], tokens = out.shape[0]
     cdef bint few = tokens <= FEW
     if few:
         fits = x.shape[0] == 1 and x.shape[1] == tokens and x.shape[2] == inner
@@ -95,9 +104,8 @@ def multiply(const float[:, :, ::1] x, weight, int width, float[:, ::1] out, Py_
     if rows == 0 or tokens == 0:
         return
     cdef const unsigned char[::1] weight_bytes = weight.reshape(-1).view(np.uint8)
-    cdef const char *source = <const char *>&weight_bytes[0]
-    cdef Py_ssize_t items = (rows + PANEL - 1) // PANEL
-    cdef bint threads = rows * inner * (tokens if few else LANES * x.shape[0]) > WORTH_THREADS
-    for item in prange(items, nogil=True, schedule="static", use_threads_if=threads):
-        multiply_panel(source + item * PANEL * inner * itemsize, width, min(PANEL, rows - item * PANEL), inner,
-                       &x[0, 0, 0], tokens, &out[0, column + item * PANEL], out.shape[1])
+    cdef Product product = Product(<const char *>&weight_bytes[0], width, rows, inner, &x[0, 0, 0], tokens,
+                                   &out[0, column], out.shape[1])
+    with nogil:
+        parallel_for(multiply_panel, &product, (rows + PANEL - 1) // PANEL,
+                     rows * inner * (tokens if few else LANES * x.shape[0]) > WORTH_THREADS)

@@ -8,10 +8,10 @@ other tokens there are. A matmul must read the codes, rows * in * bits / 8, and 
 
 import numpy as np
 
-from cython.parallel cimport prange
 from libc.math cimport INFINITY, NAN
 from libc.stdint cimport int8_t, int16_t, uint8_t
 
+from losart.backends.cpu.pool cimport parallel_for
 from losart.backends.cpu.simd cimport largest_magnitude, round_int8, round_int16
 
 cdef extern from "integer_dots.h" nogil:
@@ -231,7 +231,7 @@ def multiply(x, matrix, float[:, ::1] out, Py_ssize_t column):
     cdef const float[:, :, ::1] scales = matrix.scales, zeros = matrix.zeros
     cdef Py_ssize_t rows = matrix.rows, block = matrix.block, blocks = matrix.blocks, bits = matrix.bits
     cdef Py_ssize_t group_blocks = matrix.group // block if matrix.group < matrix.columns else blocks
-    cdef Py_ssize_t tokens = out.shape[0], panels = codes.shape[0], panel
+    cdef Py_ssize_t tokens = out.shape[0], panels = codes.shape[0]
     if values.shape[0] != blocks or values.shape[1] != tokens or x[0].shape[2] != block or tokens > MOST_TOKENS:
         raise ValueError(f"activations of {blocks} blocks of {block} and {tokens} tokens were expected")
     if column < 0 or column + rows > out.shape[1]:
@@ -239,26 +239,34 @@ def multiply(x, matrix, float[:, ::1] out, Py_ssize_t column):
     if rows == 0 or tokens == 0 or blocks == 0:
         np.asarray(out)[:, column : column + rows] = 0
         return
-    cdef bint threads = rows * blocks * block * tokens > WORTH_THREADS
     cdef bint own_zeros = zeros.shape[1] > 1
     cdef Panel first = Panel(&codes[0, 0], &scales[0, 0, 0], &zeros[0, 0, 0], bits, blocks, block, group_blocks,
                              PANEL_ROWS if own_zeros else 0)
     cdef Activations activations = Activations(&values[0, 0, 0], &x_scales[0, 0], &x_sums[0, 0], tokens)
-    for panel in prange(panels, nogil=True, schedule="static", use_threads_if=threads):
-        multiply_panel(first, panel * codes.shape[1], panel * scales.shape[1] * PANEL_ROWS,
-                       panel * zeros.shape[1] * PANEL_ROWS, activations, &out[0, column + panel * PANEL_ROWS],
-                       out.shape[1], min(PANEL_ROWS, rows - panel * PANEL_ROWS))
+    cdef Product product = Product(first, codes.shape[1], scales.shape[1] * PANEL_ROWS, zeros.shape[1] * PANEL_ROWS,
+                                   rows, activations, &out[0, column], out.shape[1])
+    with nogil:
+        parallel_for(multiply_panel, &product, panels, rows * blocks * block * tokens > WORTH_THREADS)
 
 
-cdef void multiply_panel(Panel panel, Py_ssize_t codes, Py_ssize_t scales, Py_ssize_t zeros, Activations x, float *out,
-                         Py_ssize_t out_stride, Py_ssize_t rows) noexcept nogil:
-    # The panel so many codes, scales and zeros after this one.
+cdef struct Product:
+    Panel first
+    Py_ssize_t codes, scales, zeros   # from one panel to the next
+    Py_ssize_t rows
+    Activations x
+    float *out                        # [tokens, out_stride]
+    Py_ssize_t out_stride
+
+
+cdef void multiply_panel(void *state, Py_ssize_t item) noexcept nogil:
+    cdef const Product *p = <const Product *>state
     cdef float y[MOST_TOKENS * PANEL_ROWS]
-    cdef Py_ssize_t t, r
-    panel.codes += codes
-    panel.scales += scales
-    panel.zeros += zeros
-    panel_product(panel, x, y)
-    for t in range(x.tokens):
-        for r in range(rows):
-            out[t * out_stride + r] = y[t * PANEL_ROWS + r]
+    cdef Panel panel = p.first
+    cdef Py_ssize_t row = item * PANEL_ROWS, t, r
+    panel.codes += item * p.codes
+    panel.scales += item * p.scales
+    panel.zeros += item * p.zeros
+    panel_product(panel, p.x, y)
+    for t in range(p.x.tokens):
+        for r in range(min(PANEL_ROWS, p.rows - row)):
+            p.out[t * p.out_stride + row + r] = y[t * PANEL_ROWS + r]
