@@ -21,8 +21,8 @@ import numpy as np
 from benchmarks.support.environment import commit
 from benchmarks.support.markdown_table import markdown_table
 from losart.backends.base import ExpertWeights
-from losart.backends.cpu.attention_kernels import threads_in_use
 from losart.backends.cpu.backend import CpuBackend, Weight
+from losart.backends.cpu.pool import threads_in_use
 from losart.backends.cpu.routing import route
 from losart.cli.arguments import listed
 from losart.config.model import ExpertsConfig, ModelConfig
