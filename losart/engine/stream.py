@@ -1,4 +1,4 @@
-"""A generation on its way, as whoever asked for it sees it."""
+"""A generation on its way, as an iterator over its steps."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ def write_adapter(
     family : Family
     block_length, mask_id : int
     base_name : str
-        What the base is called, for whoever reads the file.
+        The base, as adapter_config.json names it.
     """
     shape = base.shape
     if any((weights[kind] != original[kind]).any() for kind in BIASES if shape.qkv_bias):
