@@ -24,7 +24,7 @@ import losart
 from benchmarks.support.environment import command, commit
 from benchmarks.support.markdown_table import markdown_table
 from losart.backends.cpu.pool import threads_in_use
-from losart.cli.arguments import listed
+from losart.cli.arguments import listed, positive
 from losart.cli.progress import write_weights
 from losart.config.options import AttentionConfig
 from losart.engine.batch import PassKind
@@ -75,7 +75,7 @@ def measure(model: losart.Model, tokens: int, prefix: int, args: argparse.Namesp
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--busy", type=int, default=1, help="processes that keep a core busy (1)")
+    parser.add_argument("--busy", type=positive, default=1, help="processes that keep a core busy (1)")
     parser.add_argument("--weights", type=listed(str), default=("bfloat16", "int8", "int4"))
     parser.add_argument("--repeats", type=int, default=4, help="counted passes of a round (4)")
     parser.add_argument("--rounds", type=int, default=6)
