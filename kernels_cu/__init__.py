@@ -72,6 +72,7 @@ TILES = (*SWIZZLED_MATMUL, "matmul/tiles.cuh")
 TENSOR_MAPS = ("common/hopper.cuh", "common/tensor_map.cuh")
 FLOAT8 = "common/float8.cuh"
 QUANTIZED = (*TENSOR_MATMUL, "common/codes.cuh", "matmul/quantized.cuh")
+QUANTIZED_PANELS = (*QUANTIZED, "matmul/quantized_panels.cuh")
 PAGES = ("cache/pages.cuh",)
 CACHE = (*PAGES, FLOAT8, "cache/layout.cuh")
 TENSOR = ("common/tensor.cuh", "common/codes.cuh", "cache/codes.cuh")
@@ -89,7 +90,7 @@ FILES = {
     "linear_tensor": KernelFile("matmul", SWIZZLED_MATMUL),
     "linear_tiles": KernelFile("matmul", TILES),
     "linear_hopper": KernelFile("matmul", (*TENSOR_MATMUL, *TENSOR_MAPS)),
-    "linear_quantized": KernelFile("matmul", QUANTIZED),
+    "linear_quantized": KernelFile("matmul", QUANTIZED_PANELS),
     "embedding_quantized": KernelFile("matmul", QUANTIZED),
     "pack_quantized": KernelFile("matmul", QUANTIZED),
     "dequantize": KernelFile("matmul", QUANTIZED),
