@@ -102,6 +102,7 @@ FILES = {
     "experts_linear": KernelFile("experts", EXPERTS),
     "experts_tensor": KernelFile("experts", (*SWIZZLED_MATMUL, *EXPERTS)),
     "experts_tiles": KernelFile("experts", (*TILES, *EXPERTS)),
+    "experts_quantized": KernelFile("experts", (*QUANTIZED_PANELS, *ROUTING)),
     "experts_hopper": KernelFile("experts", (*TENSOR_MATMUL, *TENSOR_MAPS, *EXPERTS)),
     "add_rms_norm": KernelFile("norm", PLANES),
     "rotations": KernelFile("norm"),

@@ -22,6 +22,7 @@ from losart.backends.base import (
     PassBody,
     PassOutput,
     Selection,
+    Stack,
     StoredResults,
 )
 from losart.backends.cpu.convert import float32_rows, narrow, widen
@@ -120,8 +121,9 @@ class CpuBackend:
     def upload(self, *tensors: Any) -> Weight:
         return Weight(tuple(self._upload(tensor) for tensor in tensors), self.precision.weights)
 
-    def upload_experts(self, *experts: tuple[Any, ...]) -> tuple[Weight, ...]:
-        return tuple(self.upload(*tensors) for tensors in experts)
+    def upload_experts(self, gate_up: Stack, down: Stack) -> tuple[tuple[Weight, ...], tuple[Weight, ...]]:
+        first, second = (tuple(self.upload(*tensors) for tensors in stack) for stack in (gate_up, down))
+        return first, second
 
     def held(self, *tensors: Any) -> dict[str, int]:
         sizes, format = Counter[str](), self.precision.weights
@@ -131,6 +133,9 @@ class CpuBackend:
             else:
                 sizes[format.name] += math.prod(tensor.shape) * format.itemsize
         return sizes
+
+    def held_experts(self, gate_up: Stack, down: Stack) -> dict[str, int]:
+        return self.held(*(tensor for tensors in (*gate_up, *down) for tensor in tensors))
 
     def _upload(self, tensor: Any) -> Any:
         format = self.precision.weights
