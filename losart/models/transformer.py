@@ -101,7 +101,7 @@ class Transformer:
 
     def _load_layer(self, tensors: Mapping[str, Any], index: int) -> LayerWeights:
         backend, prefix = self.backend, f"layers.{index}."
-        parts = _attention_parts(tensors, prefix) | FEED_FORWARD
+        parts = attention_parts(tensors, prefix) | FEED_FORWARD
 
         def weight(name: str) -> Weight:
             return backend.upload(*(tensors[prefix + part] for part in parts[name]))
@@ -153,7 +153,7 @@ class Transformer:
                 yield (tensors[name],)
         for index in range(config.num_layers):
             prefix, experts = f"layers.{index}.", config.experts_of(index)
-            attention = _attention_parts(tensors, prefix)
+            attention = attention_parts(tensors, prefix)
             for parts in (attention if experts else attention | FEED_FORWARD).values():
                 yield tuple(tensors[prefix + part] for part in parts)
             if experts is not None:
@@ -319,7 +319,7 @@ class Transformer:
         return found
 
 
-def _attention_parts(tensors: Mapping[str, Any], prefix: str) -> dict[str, tuple[str, ...]]:
+def attention_parts(tensors: Mapping[str, Any], prefix: str) -> dict[str, tuple[str, ...]]:
     """`ATTENTION`; some checkpoints have q, k and v in one tensor."""
     return ATTENTION | ({"qkv": ("qkv",)} if f"{prefix}qkv" in tensors else {})
 

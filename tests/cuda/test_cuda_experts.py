@@ -248,7 +248,8 @@ def test_experts_of_codes(dtype, form, config, tokens, hidden_eighths, width_eig
     hidden, width = (columns_of(form, eighths) for eighths in (hidden_eighths, width_eighths))
     config = replace(config, intermediate_size=width, count=min(config.count, 16), groups=1, kept_groups=1)
     layer = CodedLayer(backend, dtype, config, hidden, form, rng)
-    assert set(layer.held) == {form[0]} and layer.weights.down.shape == (hidden, width)
+    stacks = layer.weights.gate_up, layer.weights.down
+    assert layer.held == {form[0]: sum(stack.nbytes for stack in stacks)}
     x = rng.standard_normal((tokens, hidden), np.float32)
     logits = logits_of(kind, tokens, config.count, rng)
     result, used = multiplied(backend, layer, x, dtype, logits, None, rng)
