@@ -91,6 +91,7 @@ FILES = {
     "linear_tiles": KernelFile("matmul", TILES),
     "linear_hopper": KernelFile("matmul", (*TENSOR_MATMUL, *TENSOR_MAPS)),
     "linear_quantized": KernelFile("matmul", QUANTIZED_PANELS),
+    "linear_quantized_hopper": KernelFile("matmul", (*QUANTIZED, "common/hopper.cuh")),
     "embedding_quantized": KernelFile("matmul", QUANTIZED),
     "pack_quantized": KernelFile("matmul", QUANTIZED),
     "dequantize": KernelFile("matmul", QUANTIZED),

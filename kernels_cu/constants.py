@@ -27,6 +27,7 @@ STEP_COLUMNS = 64  # columns of x and weights that linear_{tensor,tiles,hopper} 
 INT4, INT8, FLOAT8 = range(3)  # what matrices of codes have
 CODE_ROWS = 32  # of a tile of codes
 QUANTIZED_PANEL, QUANTIZED_UNIT = 256, 128  # rows and columns that linear_quantized takes at a time
+QUANTIZED_STAGE_BITS = 512  # of a row's codes that linear_quantized_hopper copies at a time
 QUANTIZED_THREADS = 256
 SKINNY_TOKENS = 64  # linear_tensor takes no more
 LINEAR_TOKENS = 16  # per thread block

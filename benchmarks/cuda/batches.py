@@ -19,7 +19,8 @@ from losart.backends.cuda.matmul import blas_matmul
 from losart.config.options import generation_config
 from losart.config.precision import BFLOAT16
 from losart.engine.batch import PassKind
-from losart.engine.engine import Engine, Run
+from losart.engine.engine import Engine
+from losart.engine.run import Run
 
 NEW_TOKENS = 256
 LONG_PROMPT = 32768

@@ -24,6 +24,7 @@ from benchmarks.cuda import (
     dense_pass,
     end_to_end,
     experts,
+    families,
     first_token,
     later_pass,
     matmuls,
@@ -89,7 +90,8 @@ SECTIONS = {
         "Mixtures of experts: whole denoising pass, milliseconds",
         "Dense attention, host and sampling included; ids and weights are noise, so that routing is nearly "
         "random. used: experts that a layer's tokens go to, of so many. Floor: their weights and all others, "
-        "keys and values over the copy bandwidth.",
+        "keys and values over the copy bandwidth. transformers: its Qwen3-MoE, without sampling, SDPA with "
+        "neither mask nor is_causal, its default way through the experts.",
         lambda bandwidth, quick, _: experts.pass_rows(bandwidth, quick),
     ),
     "experts-layer": Section(
@@ -98,6 +100,13 @@ SECTIONS = {
         "used: experts that tokens go to, shared ones aside. Floor: codes and scales of these and of shared "
         "ones over the copy bandwidth. Medians of graph replays, weights not in the L2 cache.",
         lambda bandwidth, quick, _: experts.layer_rows(bandwidth, quick),
+    ),
+    "families": Section(
+        "Dense families: whole denoising pass, milliseconds",
+        "Block 16, dense attention, host and sampling included; keys and values are noise. Floor: bytes of "
+        "weights, keys and values over the copy bandwidth plus the matmuls' operations over cuBLAS's rate of "
+        "8,192 rows; by SDAR's: losart/floor over that of SDAR-8B.",
+        lambda bandwidth, quick, _: families.rows(bandwidth, quick),
     ),
     "experts-prefill": Section(
         "Mixtures of experts: prefill",

@@ -21,7 +21,9 @@ from benchmarks.cuda.noise import (
     weight_bytes,
 )
 from benchmarks.cuda.timing import graph_microseconds, run_microseconds
+from benchmarks.cuda.torch_attention import run_microseconds as torch_microseconds
 from benchmarks.support.attempts import attempt, free_memory, ratio
+from benchmarks.support.transformers_pass import TransformersPass
 from losart.backends.base import ExpertWeights
 from losart.backends.cuda.experts import experts
 from losart.backends.cuda.results import Matmul
@@ -98,20 +100,49 @@ class Blocks:
 
 
 def pass_rows(bandwidth: float, quick: bool = False) -> Iterator[dict[str, Any]]:
-    """One row per model, format of weights, block, sequences and prefix."""
+    """One row per model, format, block, sequences and prefix; transformers: SDAR-MoE's sizes, bfloat16."""
+    batches = BATCHES[:1] if quick else BATCHES
+    theirs = transformers_milliseconds("SDAR-30B-A3B", "30B-A3B", batches)
     for name, weights in itertools.product(SIZES, WEIGHTS):
         model = attempt(lambda name=name, weights=weights: NoiseModel(config_of(name), weights=weights))
         for block in BLOCKS[name]:
-            for sequences, prefix in BATCHES[:1] if quick else BATCHES:
+            for sequences, prefix in batches:
+                sizes = sequences, prefix, block
                 row = {"model": name, "weights": weights, "block": block}
                 row |= {"sequences": sequences, "prefix": prefix}
-                sizes = sequences, prefix, block
-                yield row | (
-                    {"losart": model} if isinstance(model, str) else measured(model, bandwidth, *sizes)
-                )
+                row |= {"losart": model} if isinstance(model, str) else measured(model, bandwidth, *sizes)
+                row["transformers"] = theirs.get((name, *sizes)) if weights == "bfloat16" else None
+                yield row | {"transformers/losart": ratio(row["transformers"], row["losart"])}
                 free_memory()
         del model
         free_memory()
+
+
+def transformers_milliseconds(
+    name: str, size: str, batches: tuple[tuple[int, int], ...]
+) -> dict[tuple[str, int, int, int], Any]:
+    """Median of a pass by name, sequences, prefix and block, its default way through the experts."""
+    model = attempt(TransformersPass, size)
+    times: dict[tuple[str, int, int, int], Any] = {}
+    for block in BLOCKS[name]:
+        for sequences, prefix in batches:
+            time = model
+            if not isinstance(model, str):
+                time = attempt(transformers_pass_milliseconds, model, sequences, prefix, block)
+            times[name, sequences, prefix, block] = time
+    del model, time
+    free_memory()
+    return times
+
+
+def transformers_pass_milliseconds(model: TransformersPass, sequences: int, prefix: int, block: int) -> float:
+    """Median of one of transformers' passes."""
+    return torch_microseconds(model.after(prefix, block, sequences)) / 1e3
+
+
+def milliseconds(model: NoiseModel, sequences: int, prefix: int, block: int) -> float:
+    """Of a pass over a block of each sequence."""
+    return Blocks(model, sequences, prefix, block).milliseconds()
 
 
 def measured(model: NoiseModel, bandwidth: float, sequences: int, prefix: int, block: int) -> dict[str, Any]:

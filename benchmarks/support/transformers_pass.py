@@ -1,20 +1,22 @@
-"""A denoising pass by transformers' Qwen3, with SDPA as it comes, eager."""
+"""A denoising pass by transformers' Qwen3 or Qwen3-MoE, with SDPA as it comes, eager."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
+from unittest.mock import patch
 
-from losart.measure.random_checkpoint import SIZES
+from losart.measure.random_checkpoint import FAMILY_SIZES
 
 
 class TransformersPass:
-    """A model of SDAR's sizes with random weights, made on the device.
+    """A model of SDAR's or SDAR-MoE's sizes with random weights, made on the device.
 
     Parameters
     ----------
     size : str
-        Of `random_checkpoint.SIZES`.
+        Of `random_checkpoint.FAMILY_SIZES`.
     device : {"cuda", "cpu"}
     dtype : str
         Of torch's.
@@ -22,10 +24,15 @@ class TransformersPass:
 
     def __init__(self, size: str, device: str = "cuda", dtype: str = "bfloat16") -> None:
         import torch
-        from transformers import Qwen3Config, Qwen3ForCausalLM
+        from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-        s = SIZES[size]
-        self.config = Qwen3Config(
+        dense = size in FAMILY_SIZES["sdar"]
+        s = FAMILY_SIZES["sdar" if dense else "sdar_moe"][size]
+        kinds: tuple[Any, Any] = (
+            (Qwen3Config, Qwen3ForCausalLM) if dense else (Qwen3MoeConfig, Qwen3MoeForCausalLM)
+        )
+        of_experts = {} if dense else s["extra_config"] | {"norm_topk_prob": True}
+        self.config = kinds[0](
             vocab_size=s["vocab_size"],
             hidden_size=s["hidden_size"],
             intermediate_size=s["intermediate_size"],
@@ -36,13 +43,14 @@ class TransformersPass:
             max_position_embeddings=262144,
             tie_word_embeddings=s.get("tied", False),
             attn_implementation="sdpa",
+            **of_experts,
         )
         self.device, self.dtype = device, getattr(torch, dtype)
         usual = torch.get_default_dtype()
         torch.set_default_dtype(self.dtype)
         try:
             with torch.device(device):
-                self.model = Qwen3ForCausalLM(self.config).eval()
+                self.model = kinds[1](self.config).eval()
         finally:
             torch.set_default_dtype(usual)
         # The block's tokens see each other and the prefix. Without a mask SDPA may take flash
@@ -53,6 +61,7 @@ class TransformersPass:
     def after(self, prefix: int, block: int, sequences: int = 1) -> Callable[[], None]:
         """A forward over a block of each sequence after a cache of noise."""
         import torch
+        import transformers
 
         cache = self.filled_cache(prefix, sequences)
         ids = torch.arange(block, device=self.device).expand(sequences, block)
@@ -60,9 +69,15 @@ class TransformersPass:
         # On the CPU a mask of zeros, as the committed figures have it: it costs transformers a few percent.
         shape = (1, 1, block, prefix + block)
         mask = torch.zeros(shape) if self.device == "cpu" else {"full_attention": None}
+        unmasked: Any = nullcontext()
+        if not isinstance(self.model, transformers.Qwen3ForCausalLM):  # which would make a mask of None
+            mask, unmasked = (
+                None,
+                patch(f"{type(self.model).__module__}.create_causal_mask", return_value=None),
+            )
 
         def run() -> None:
-            with torch.inference_mode():
+            with torch.inference_mode(), unmasked:
                 self.model(
                     ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
                 )

@@ -10,6 +10,12 @@ __device__ __forceinline__ unsigned long long descriptor(unsigned shared, int gr
            (unsigned long long)(group >> 4) << 32 | 1ull << 62;
 }
 
+/* That of a matrix which begins some bytes further. */
+__device__ __forceinline__ unsigned long long further(unsigned long long descriptor, int bytes)
+{
+    return descriptor >> 32 << 32 | (unsigned)descriptor + bytes / 16;
+}
+
 /* The accumulators d as asm operands: their numbers, and their constraints. */
 #define NUMBERS_8 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define NUMBERS_16 NUMBERS_8 ", %8, %9, %10, %11, %12, %13, %14, %15"

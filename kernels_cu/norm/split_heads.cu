@@ -3,12 +3,11 @@
  * to the token's position, by rotations.cu. Of the first `rotated` channels d and d + rotated / 2 form a pair. With
  * query_beta, q at position p is scaled by 1 + query_beta * ln(1 + floor(p / original_positions)).
  *
- * One warp per head of a token; a lane holds 4 channels, or 8 where head_dim is above 128. head_dim and rotated are
- * multiples of 8, LARGEST_HEAD_DIM at most.
+ * One warp per head of a token; a lane holds PIECES of 4 channels: head_dim / 128. head_dim and rotated are multiples
+ * of 8, LARGEST_HEAD_DIM at most.
  *
+ * Compiled with PIECES, PLANE_BATCH, planes that are read at a time, and BLOCKS_PER_SM.
  * Grid: (tokens, (heads + 2 * kv_heads) / WARP_ROWS). Must read qkv and write q, k and v once. */
-#define PIECES (LARGEST_HEAD_DIM / (4 * WARP)) /* per lane */
-
 /* Piece number `index` of those that a warp's lanes hold; the index differs by lane. */
 __device__ __forceinline__ float4 piece_of_warp(const float4 (&x)[PIECES], int index)
 {
@@ -22,7 +21,7 @@ __device__ __forceinline__ float4 piece_of_warp(const float4 (&x)[PIECES], int i
     return result;
 }
 
-extern "C" __global__ void __launch_bounds__(WARP_ROWS_THREADS)
+extern "C" __global__ void __launch_bounds__(WARP_ROWS_THREADS, BLOCKS_PER_SM)
     split_heads(MatmulView qkv, const float *q_gain, const float *k_gain, BatchView batch, float *q, float *k, float *v,
                 int heads, int kv_heads, int head_dim, int rotated, float eps, float query_beta,
                 float original_positions)

@@ -14,6 +14,7 @@ MASK_TOKEN_ID, END_TOKEN_ID = 100, 11
 DECODING = Decoding(
     causal=True,
     seeds=True,
+    spreads_masked=True,
     defaults=(
         ("remasking", "low_confidence_dynamic"),
         ("confidence_threshold", 0.9),

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from losart.api.model import Model
-from losart.engine.engine import Stream
+from losart.engine.stream import Stream
 from losart.errors import PromptError
 from losart.observe.step import GenerationResult, Observer, Progress, Step
 

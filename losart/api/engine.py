@@ -11,9 +11,10 @@ from losart.api.model import Model
 from losart.config.checks import is_int
 from losart.config.options import generation_config
 from losart.engine import engine
-from losart.engine.engine import HELD_PREFIXES, Stream
+from losart.engine.engine import HELD_PREFIXES
 from losart.engine.kv_pool import KVPool
 from losart.engine.saved_prefix import open_prefix, save_prefix
+from losart.engine.stream import Stream
 from losart.errors import OptionError, PromptError
 from losart.loaders.tokenizer import Prompt, prompt_ids
 from losart.observe.engine_stats import EngineStats

@@ -12,8 +12,9 @@ from losart.backends import make_backend
 from losart.config.model import ModelConfig
 from losart.config.options import generation_config
 from losart.config.precision import Precision
-from losart.engine.engine import HELD_PREFIXES, Engine, Stream
+from losart.engine.engine import HELD_PREFIXES, Engine
 from losart.engine.kv_pool import KVPool
+from losart.engine.stream import Stream
 from losart.errors import PromptError
 from losart.loaders import ChatTemplate, Checkpoint, Tokenizer, open_checkpoint
 from losart.loaders.tokenizer import Prompt, is_batch, prompt_ids

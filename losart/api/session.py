@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from losart.config.options import GenerationConfig, generation_config
-from losart.engine.engine import Engine, Stream
+from losart.engine.engine import Engine
 from losart.engine.kv_pool import KVPool
 from losart.engine.runner import Runner
+from losart.engine.stream import Stream
 from losart.errors import OptionError, PromptError
 from losart.loaders.chat_template import ChatTemplate
 from losart.loaders.tokenizer import Prompt, Tokenizer, prompt_ids

@@ -7,7 +7,7 @@ import json
 import sys
 
 from losart.cli.tables import share
-from losart.engine.engine import Stream
+from losart.engine.stream import Stream
 from losart.observe.step import GenerationResult, Stats
 
 

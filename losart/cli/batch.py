@@ -18,7 +18,7 @@ from losart.cli.engines import add_engine, open_engine
 from losart.cli.progress import Progress, load_model
 from losart.cli.prompts import message
 from losart.config.options import OPTIONS
-from losart.engine.engine import Stream
+from losart.engine.stream import Stream
 from losart.errors import DataError, LosartError, OptionError, PromptError
 from losart.observe.step import GenerationResult
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from losart.config.options import AttentionConfig
-from losart.engine.engine import Stream
+from losart.engine.stream import Stream
 from losart.loaders import Tokenizer
 from losart.observe.step import GenerationResult, Step
 

@@ -7,12 +7,12 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from collections.abc import Sequence as Ids
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from itertools import chain
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -20,7 +20,6 @@ from losart.config.options import GenerationConfig
 from losart.engine.batch import (
     PassBatch,
     PassKind,
-    PassReads,
     PassResult,
     SequencePass,
     operations_key,
@@ -29,160 +28,21 @@ from losart.engine.kv_cache import PagedKVCache
 from losart.engine.kv_pool import KVPool, Prefix
 from losart.engine.output import Decode, Output
 from losart.engine.remasking import remask
+from losart.engine.run import Done, Run
 from losart.engine.runner import Runner
 from losart.engine.sampling import NOT_FINITE, check_remasking
 from losart.engine.sequence import Mean, Sequence
+from losart.engine.stream import Stream
 from losart.engine.totals import Totals
 from losart.errors import LosartError, NumericalError, OptionError, OutOfMemoryError, PromptError
 from losart.observe.engine_stats import EngineStats
-from losart.observe.step import GenerationResult, ObservedLayer, Observer, Progress, Step
+from losart.observe.step import ObservedLayer, Observer, Progress, Step
 
 HELD_PREFIXES = 16  # for nobody, where nothing else limits them
 LEAST_SHARE = 4  # a piece with others' is at least a quarter of one by itself: few rows take almost as long
 LONG_PREFIX = 16384  # positions over which a token's attention takes about as long as its matmuls
 Room = TypeVar("Room")  # whatever takes memory
 Fixed = tuple[Any, ...]  # what `remask` gives of a sequence
-
-
-class Stream:
-    """A generation on its way: an iterator over its steps, one per denoising pass.
-
-    It may be left before its end.
-
-    Parameters
-    ----------
-    steps : iterator of Step
-        The last one has the result.
-    start : callable, optional
-        Lets the generation take part in passes that other streams ask for, from now on and not from the
-        first step on that is asked for.
-    close : callable, optional
-        Frees what `start` holds.
-    """
-
-    def __init__(
-        self,
-        steps: Iterator[Step],
-        start: Callable[[], None] | None = None,
-        close: Callable[[], None] | None = None,
-    ) -> None:
-        self._steps = steps
-        self._start = start
-        self._close = None if close is None else weakref.finalize(self, close)
-        self._last: Step | None = None
-
-    def __iter__(self) -> Iterator[Step]:
-        return self
-
-    def __next__(self) -> Step:
-        self._last = next(self._steps)
-        return self._last
-
-    def start(self) -> None:
-        """Take part in passes that other streams of the engine ask for."""
-        if self._start is not None:
-            self._start()
-
-    def result(self) -> GenerationResult:
-        """Run what is left to the end; may be called again.
-
-        Raises
-        ------
-        LosartError
-            It was closed before its end.
-        """
-        for _ in self:
-            pass
-        if self._last is None or self._last.result is None:
-            raise LosartError("the stream was closed before its end")
-        return self._last.result
-
-    def close(self) -> None:
-        """Leave it, from any thread; memory that it holds is free for others."""
-        self._steps = iter(())
-        if self._close is not None:
-            self._close()
-
-    def cancel(self) -> None:
-        """The same as `close`."""
-        self.close()
-
-
-@dataclass(eq=False)
-class Run:
-    """A sequence in the engine.
-
-    Attributes
-    ----------
-    sequence : Sequence
-    observer, progress : callable, optional
-    each_step : bool
-        Whether its stream gives a step per denoising pass, and not the last one alone.
-    steps : deque of Step
-        That nobody has asked for yet.
-    error : Exception or None
-        Which ended it.
-    left : bool
-        Whether its stream was closed.
-    last_pass : int
-        Number of its last pass; 0 before the first.
-    joined : float
-        When it was queued, by `time.perf_counter`.
-    kept : list of Prefix, optional
-        Takes what is held of it when it has ended.
-    spoilt : bool
-        Whether a pass that failed may have changed what it found stored.
-    """
-
-    sequence: Sequence
-    observer: Observer | None = None
-    progress: Progress | None = None
-    each_step: bool = True
-    steps: deque[Step] = field(default_factory=deque)
-    error: Exception | None = None
-    left: bool = False
-    last_pass: int = 0
-    joined: float = 0.0
-    kept: list[Prefix] | None = None
-    spoilt: bool = False
-
-    @property
-    def ended(self) -> bool:
-        """Whether no pass follows."""
-        return self.left or self.error is not None or self.sequence.finished
-
-    @property
-    def commits(self) -> bool:
-        """Whether a commit by itself is next."""
-        return self.sequence.next_kind is PassKind.COMMIT and not self.sequence.rides_next
-
-    @property
-    def prefills(self) -> bool:
-        """Whether a piece of the prompt is next."""
-        return self.sequence.prefilling
-
-
-class Done(NamedTuple):
-    """A pass that has been run.
-
-    Attributes
-    ----------
-    reads : sequence of PassReads
-        Of all its sequences.
-    sequences : int
-        That shared it, commits that ride aside.
-    seconds : float
-    ended : float
-        By `time.perf_counter`.
-    experts_used : float or None
-        As of `PassResult`.
-    """
-
-    reads: Ids[PassReads]
-    sequences: int
-    seconds: float
-    ended: float
-    experts_used: float | None
 
 
 class Engine:

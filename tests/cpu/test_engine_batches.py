@@ -17,7 +17,7 @@ from scarce_memory import PLACES, ScarceMemory, fail_at
 import losart
 from losart import OutOfMemoryError
 from losart.engine.batch import PassKind
-from losart.engine.engine import Stream
+from losart.engine.stream import Stream
 
 OPTIONS: list[dict[str, Any]] = [
     {},

@@ -18,9 +18,9 @@ from scarce_memory import ScarceMemory
 
 import losart
 from losart import OutOfMemoryError
-from losart.engine.engine import Stream
 from losart.engine.kv_cache import PagedKVCache
 from losart.engine.sequence import Sequence
+from losart.engine.stream import Stream
 from losart.measure.random_checkpoint import write_checkpoint
 
 REQUESTS = int(os.environ.get("LOSART_SOAK_REQUESTS", 400))

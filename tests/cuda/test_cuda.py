@@ -252,7 +252,7 @@ def test_a_growing_prefix_needs_no_new_capture(tiny_checkpoint):
     model.generate(PROMPT[:20], **options)
     captured = dict(passes)
     # Passes over a block alone, and with the commit of the block before it.
-    found = {(kind, shape.rows) for (_, (kind, _)), _, buffers in captured for shape in buffers.shapes}
+    found = {(kind, shape.rows) for (*_, (kind, _)), _, buffers in captured for shape in buffers.shapes}
     assert found == {(PassKind.FIRST, 8), (PassKind.FIRST, 16)} and all(captured.values())
     model.generate(PROMPT * 4, **options)
     assert passes == captured

@@ -31,7 +31,7 @@ import losart
 from losart.backends.base import ActiveRule, StoredResults
 from losart.config.options import AttentionConfig
 from losart.engine.batch import PassBatch, PassKind
-from losart.engine.engine import Stream
+from losart.engine.stream import Stream
 from losart.eval.questions import make_questions
 from losart.eval.tasks import TASKS
 

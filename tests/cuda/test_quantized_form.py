@@ -92,12 +92,16 @@ def test_codes_that_are_not_read_count_as_valid():
 
 @pytest.mark.parametrize("architecture", CARDS)
 @pytest.mark.parametrize("same_sums", [False, True])
-def test_all_threads_copy_as_much_of_x(architecture, same_sums):
+def test_plans_are_what_the_kernels_take(architecture, same_sums):
     card = CARDS[architecture]
     for form in FORMS:
         for tokens in (8 * n for n in QUANTIZED_TILES if 8 * n <= quantized_tokens(card, form)):
             plan = quantized_plan(card, form, tokens, same_sums)
-            defines = dict(plan.defines)
-            assert defines["X_UNITS"] * defines["LINEAR_TILES"] * 8 * 16 % plan.threads == 0
-            assert (defines["X_STAGES"] - 1) * defines["X_UNITS"] >= defines["STAGES"] - 1 >= 1
             assert plan.shared <= card.shared_per_block and plan.grid[0] <= card.sms
+            defines = dict(plan.defines)
+            if plan.kernel == "linear_quantized_hopper":
+                assert plan.shared * defines["RESIDENT"] <= card.shared_per_sm
+                assert 1 < defines["COPY_WARPS"] <= defines["STAGES"]
+            else:
+                assert defines["X_UNITS"] * defines["LINEAR_TILES"] * 8 * 16 % plan.threads == 0
+                assert (defines["X_STAGES"] - 1) * defines["X_UNITS"] >= defines["STAGES"] - 1 >= 1

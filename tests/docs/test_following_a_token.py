@@ -12,12 +12,14 @@ import losart
 
 MOST = 12
 PACKAGE = Path(losart.__file__).parent
-# Is this a number, float32 from bfloat16, and whose turn it is: the page names them as helpers.
+# Is this a number, float32 from bfloat16, whose turn it is, streams and runs: the page names them as helpers.
 HELPERS = {
     "losart/config/checks.py",
     "losart/config/precision.py",
     "losart/backends/cpu/convert.py",
     "losart/engine/turns.py",
+    "losart/engine/run.py",
+    "losart/engine/stream.py",
 }
 
 

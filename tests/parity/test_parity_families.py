@@ -70,9 +70,11 @@ def llada2_1(block: int, threshold: float, editing: float, post: int = 16) -> An
     return of_family("llada2_1", {"block_length": block} | same, block=block, **same)
 
 
-def nemotron(block: int, threshold: float) -> Any:
-    options = {"block_length": block, "threshold": threshold}
-    return of_family("nemotron", options, block=block, threshold=threshold)
+def nemotron(block: int, threshold: float | None, steps: int = 1) -> Any:
+    options: dict[str, Any] = {"block_length": block, "threshold": threshold}
+    if threshold is None:
+        options = {"block_length": block, "steps": steps, "remasking": "low_confidence_static"}
+    return of_family("nemotron", options, block=block, threshold=threshold, steps=steps)
 
 
 EXPERTS = [
@@ -113,6 +115,7 @@ CASES |= {
     "nemotron 4": ("nemotron_labs_diffusion", {"seed": 2}, *nemotron(4, 0.5)),
     "nemotron 32": ("nemotron_labs_diffusion", {"num_heads": 6, "num_kv_heads": 2}, *nemotron(32, 0.2)),
     "nemotron all": ("nemotron_labs_diffusion", {"seed": 4}, *nemotron(7, 0.0)),
+    "nemotron even": ("nemotron_labs_diffusion", {"seed": 3}, *nemotron(8, None, 3)),
 }
 PROMPTS = [(1, 9), (3, 24), (4, 8), (8, 16), (16, 17), (17, 31), (31, 12)]  # tokens, and new ones
 LONG = [(300, 20)]  # past the positions at which queries are scaled

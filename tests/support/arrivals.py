@@ -9,7 +9,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 import losart
-from losart.engine.engine import Stream
+from losart.engine.stream import Stream
 
 Request = tuple[int, int, int, int, int | None]
 

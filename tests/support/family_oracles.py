@@ -138,6 +138,11 @@ def _fixed(confidence: NDArray[np.float64], threshold: float, reaches: bool) -> 
     return fixed
 
 
+def _evenly(confidence: NDArray[np.float64], count: int) -> NDArray[np.bool_]:
+    """The most confident ones."""
+    return np.isin(np.arange(len(confidence)), np.argsort(-confidence, kind="stable")[:count])
+
+
 def _cut(tokens: list[int], new: int, stops: Sequence[int]) -> list[int]:
     tokens = tokens[:new]
     found = [i for i, token in enumerate(tokens) if token in stops]
@@ -207,11 +212,11 @@ def stable_diffcoder(
                 break
             logits = forward(x[:end], block_causal_mask(end, block))
             ids, confidence, _ = propose(logits[open_], mask_id)
-            if threshold is None:
-                best = np.argsort(-confidence, kind="stable")[: base + (step < more)]
-                fixed = np.isin(np.arange(len(open_)), best)
-            else:
-                fixed = _fixed(confidence, threshold, True)
+            fixed = (
+                _evenly(confidence, base + (step < more))
+                if threshold is None
+                else (_fixed(confidence, threshold, True))
+            )
             for i, take, token in zip(open_, fixed, ids, strict=True):
                 if take:
                     x[i] = int(token)
@@ -269,11 +274,12 @@ def nemotron(
     new: int,
     *,
     block: int,
-    threshold: float,
+    threshold: float | None,
     mask_id: int,
+    steps: int = 1,
     stops: Sequence[int] = (),
 ) -> list[int]:
-    """Nemotron-Labs-Diffusion's procedure."""
+    """Nemotron-Labs-Diffusion's procedure; `steps` are those of a block, without a threshold."""
     x, length = list(prompt), len(prompt)
     while True:
         x.append(_first(forward(x, causal_mask(len(x), len(x)))[-1], mask_id))
@@ -282,9 +288,15 @@ def nemotron(
         start = len(x) - 1
         x += [mask_id] * (block - 1)
         masked = list(range(start + 1, start + block))
+        base, more, step = *divmod(block - 1, steps), 0
         while masked:
             ids, confidence, _ = propose(forward(x, causal_mask(len(x), start))[masked], mask_id)
-            fixed = [i for i, take in zip(masked, _fixed(confidence, threshold, True), strict=True) if take]
+            taken = (
+                _evenly(confidence, base + (step < more))
+                if threshold is None
+                else (_fixed(confidence, threshold, True))
+            )
+            fixed, step = [i for i, take in zip(masked, taken, strict=True) if take], step + 1
             for i, token in zip(list(masked), ids, strict=True):
                 if i in fixed:
                     x[i] = int(token)

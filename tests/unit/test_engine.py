@@ -17,8 +17,9 @@ from scripted import Cache, Scripted
 
 from losart.config.options import generation_config
 from losart.engine.batch import PassBatch, PassKind, PassReads, PassResult
-from losart.engine.engine import Engine, Stream
+from losart.engine.engine import Engine
 from losart.engine.sampling import Proposals
+from losart.engine.stream import Stream
 from losart.errors import LosartError, NumericalError, OutOfMemoryError
 
 BLOCK = 4

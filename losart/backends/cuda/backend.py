@@ -49,6 +49,7 @@ from losart.backends.cuda.plans import (
     masses_plan,
     prefix_plan,
     sparse_plan,
+    split_heads_plan,
 )
 from losart.backends.cuda.quantized import QuantizedWeight, expert_forms, quantized_form
 from losart.backends.cuda.results import NO_MATMUL, NOTHING_STORED, Matmul, PrefixParts, Weight
@@ -69,7 +70,7 @@ LOGIT_SLICES, MANY_LOGIT_SLICES = 64, 16  # of a row of logits, each a thread bl
 MANY_LOGITS = 64  # rows
 MOST_QUANTIZED_TOKENS = 256  # that are multiplied by quantized weights as they are, some at a time
 ALIKE_TOKENS = 32  # up to which matmuls of 16 bits divide their sums alike (matmul_plan)
-EXPERTS_PREFILL_TOKENS = 4096  # with fewer, reading all experts takes most of the time
+EXPERTS_PREFILL_TOKENS = 8192  # with fewer, reading all experts takes most of the time
 MANY_NORM_THREADS = 256  # of add_rms_norm where there are more tokens than SMs
 
 
@@ -315,10 +316,9 @@ class CudaBackend:
         q = cupy.empty((tokens, c.num_heads, c.head_dim), np.float32)
         k = cupy.empty((tokens, c.num_kv_heads, c.head_dim), np.float32)
         v = cupy.empty_like(k)
-        self.kernels.launch_rows(
-            "split_heads",
-            tokens,
-            c.num_heads + 2 * c.num_kv_heads,
+        heads = c.num_heads + 2 * c.num_kv_heads
+        self.kernels.launch_plan(
+            split_heads_plan(tokens, heads, c.head_dim, len(qkv.planes) == 1),
             *(qkv.view, q_norm, k_norm, batch.view),
             *(q, k, v, c.num_heads, c.num_kv_heads, c.head_dim, rotated_channels(c.rope, c.head_dim)),
             *(c.rms_norm_eps, c.rope.query_beta, float(c.rope.original_max_positions or 1)),

@@ -10,6 +10,7 @@ from operator import itemgetter
 
 from losart.backends.cuda.plans import Card, Plan
 from losart.backends.cuda.quantized import QuantizedForm
+from losart.kernels_cu import Defines
 from losart.kernels_cu import constants as cu
 
 TILE_WIDTHS = (256, 192, 128, 64)  # rows of a tile of linear_hopper
@@ -24,6 +25,7 @@ SILU_CLOCKS = 4000  # of a launch of silu_gate, but for what it reads and writes
 MIDDLING_TOKENS = 256
 MOST_SKINNY_ON_HOPPER = 32  # by single matmuls on an H200; of up to 32 tokens linear_tensor sums alike
 QUANTIZED_TILES = (2, 4, 8)  # of 8 tokens, by linear_quantized
+HOPPER_QUANTIZED_STAGES = 4  # of linear_quantized_hopper, each with a warp that fills it
 QUANTIZED_STAGES = 3  # of linear_quantized: more would leave no room for other kernels on the SM
 MIN_SHARE = 16  # units per block of linear_tensor with one block per SM: adding up planes costs time too
 
@@ -78,34 +80,57 @@ def quantized_plan(card: Card, form: QuantizedForm, tokens: int, same_sums: bool
     With `same_sums` sums are divided alike for any number of tokens.
     """
     tiles = next(n for n in QUANTIZED_TILES if 8 * n >= tokens)
+    panel_units = ceil(form.inner / cu.QUANTIZED_UNIT)
+    units = form.padded_rows // cu.QUANTIZED_PANEL * panel_units
+    share = ceil(units / card.sms)
+    defines = *form.defines, ("ZEROS", int(form.zeros)), ("LINEAR_TILES", tiles)
+    if card.hopper and (tiles > 2 or same_sums):  # mma is as fast for few tokens
+        kernel, (threads, shared, own) = "linear_quantized_hopper", _hopper_quantized(card, form, tiles)
+    else:
+        kernel, (threads, shared, own) = "linear_quantized", _mma_quantized(card, form, tiles, same_sums)
+    grid, parts = (ceil(units / share),), (panel_units - 1) // share + 2
+    return Plan(kernel, grid, threads, shared, (*defines, *own), parts=parts, share=share)
+
+
+def _hopper_quantized(card: Card, form: QuantizedForm, tiles: int) -> tuple[int, int, Defines]:
+    """Threads, shared memory and constants of linear_quantized_hopper."""
+    columns = cu.QUANTIZED_STAGE_BITS // form.bits
+    groups = max(1, columns // form.group)
+    of_row = cu.QUANTIZED_STAGE_BITS // 8 + groups * form.scale_bytes
+    x = tiles * 8 * columns * 2
+    stage = ceil((x + cu.QUANTIZED_PANEL * of_row) / 1024) * 1024 + cu.BARRIER_BYTES
+    # Registers of few tokens' sums leave room for a thread block of the next matmul, which copies meanwhile.
+    resident = 2 if tiles == 2 else 1
+    room = min(card.shared_per_block, card.shared_per_sm // resident - 1024)
+    stages = min(HOPPER_QUANTIZED_STAGES, room // stage)
+    copy_warps = 2 if tiles == 2 and stages % 2 == 0 else stages
+    own = ("COPY_WARPS", copy_warps), ("STAGES", stages), ("GROUPS", groups), ("RESIDENT", resident)
+    return (cu.QUANTIZED_PANEL // 16 + copy_warps) * cu.WARP, stages * stage, own
+
+
+def _mma_quantized(card: Card, form: QuantizedForm, tiles: int, same_sums: bool) -> tuple[int, int, Defines]:
+    """Threads, shared memory and constants of linear_quantized."""
     # Twice as many threads have half as many registers each.
-    few_registers = tiles == 2 or (tiles == 4 and card.hopper and not form.zeros and form.unit_groups < 4)
-    k_groups = 2 if few_registers and not same_sums else 1
+    k_groups = 2 if tiles == 2 and not same_sums else 1
     buffers = _code_buffers(card, form, tiles, k_groups)
     if buffers is None:
         buffers, k_groups = _code_buffers(card, form, tiles, 1), 1
     assert buffers is not None, "quantized_tokens says how many tokens there may be"
     stages, x_units, x_stages, shared = buffers
-    panel_units = ceil(form.inner / cu.QUANTIZED_UNIT)
-    units = form.padded_rows // cu.QUANTIZED_PANEL * panel_units
-    share = ceil(units / card.sms)
-    defines = (
-        *form.defines,
-        ("ZEROS", int(form.zeros)),
+    own = (
         ("GROUPS", form.unit_groups),
-        ("LINEAR_TILES", tiles),
         ("K_GROUPS", k_groups),
         ("STAGES", stages),
         ("X_UNITS", x_units),
         ("X_STAGES", x_stages),
     )
-    threads = cu.QUANTIZED_PANEL // cu.CODE_ROWS * k_groups * cu.WARP
-    grid, parts = (ceil(units / share),), (panel_units - 1) // share + 2
-    return Plan("linear_quantized", grid, threads, shared, defines, parts=parts, share=share)
+    return cu.QUANTIZED_PANEL // cu.CODE_ROWS * k_groups * cu.WARP, shared, own
 
 
 def quantized_tokens(card: Card, form: QuantizedForm) -> int:
     """Tokens that `quantized_plan` takes at most."""
+    if card.hopper:
+        return 8 * QUANTIZED_TILES[-1]
     return 8 * max(n for n in QUANTIZED_TILES if _code_buffers(card, form, n, 1))
 
 
@@ -114,7 +139,7 @@ def _code_buffers(
 ) -> tuple[int, int, int, int] | None:
     """STAGES, X_UNITS, X_STAGES and shared memory of linear_quantized; None: there is too little of it."""
     steps = cu.QUANTIZED_UNIT // cu.STEP_COLUMNS  # each of which has its scales
-    of_row = max(steps, form.unit_groups) * ((4 if form.wide_scales else 2) + 2 * form.zeros)
+    of_row = max(steps, form.unit_groups) * form.scale_bytes
     unit = cu.QUANTIZED_PANEL * (form.bits * cu.QUANTIZED_UNIT // 8 + of_row)
     x = tiles * 8 * (cu.QUANTIZED_UNIT * 2 + 64)
     sums = (k_groups - 1) * tiles * 8 * cu.QUANTIZED_PANEL * 4

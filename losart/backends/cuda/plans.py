@@ -24,7 +24,8 @@ CODED_ROWS = (16, 32)  # that a warpgroup may have over 8-bit codes in place of 
 SPLITS, FEW_SPLITS, FEW = 4, 2, 16
 LEAST_PART_TILES = 4
 MOST_CAUSAL_PARTS, LEAST_CAUSAL_PART = 8, 1024  # of a piece of the prompt; positions
-PART_COST = 0.02  # of the time that a wave takes for the whole prefix
+PART_COST = 0.02  # of the time that a wave takes for the whole prefix,
+PART_POSITIONS = 2  # and that of so many positions for each thread block, whose sums are written and read
 MOST_BLOCKS = 65535  # in a grid's second dimension
 FEW_BLOCKS, MANY_BLOCKS = 4, 8  # of block_attention per SM
 
@@ -171,6 +172,15 @@ def divide_prefixes(lengths: np.ndarray, plan: Plan) -> tuple[np.ndarray, np.nda
     return starts, owners
 
 
+def split_heads_plan(tokens: int, heads: int, head_dim: int, whole: bool) -> Plan:
+    """Queries, keys and values, `heads` in all, of a matmul that is `whole`, or in planes to be added up."""
+    pieces = ceil(head_dim / (4 * cu.WARP))
+    # As many as registers do: of a prompt's tokens each waits for memory once.
+    blocks = 4 if pieces > 1 else 10 if whole else 8
+    defines = (("PIECES", pieces), ("PLANE_BATCH", 1 if whole else 8), ("BLOCKS_PER_SM", blocks))
+    return Plan("split_heads", (tokens, ceil(heads / cu.WARP_ROWS)), cu.WARP_ROWS_THREADS, 0, defines)
+
+
 def block_plan(card: Card, tokens: int, heads: int, block_tokens: int, same_sums: bool) -> Plan:
     """Attention of so many tokens in all over their blocks."""
     grid = (tokens, ceil(heads / cu.WARP_ROWS))
@@ -293,7 +303,8 @@ def causal_plan(
     blocks = grid[0] * grid[1]
     most = min(MOST_CAUSAL_PARTS, max(1, seen // LEAST_CAUSAL_PART))
     # By waves of thread blocks, each as long as its part of the prefix; parts are written and read again.
-    parts = min(range(1, most + 1), key=lambda n: ceil(blocks * n / card.sms) / n + PART_COST * n)
+    cost = PART_COST + PART_POSITIONS * blocks / max(1, seen)
+    parts = min(range(1, most + 1), key=lambda n: ceil(blocks * n / card.sms) / n + cost * n * (n > 1))
     return replace(plan, grid=(*grid, parts), parts=parts)
 
 

@@ -65,10 +65,14 @@ class QuantizedForm:
         return self.padded_rows * _up(self.inner, cu.QUANTIZED_UNIT) * self.bits // 8
 
     @property
+    def scale_bytes(self) -> int:
+        """Of a group of a row, its zero included."""
+        return (4 if self.wide_scales else 2) + 2 * self.zeros
+
+    @property
     def nbytes(self) -> int:
         """That it takes."""
-        scale = (4 if self.wide_scales else 2) + 2 * self.zeros
-        return self.code_bytes + self.padded_rows * self.groups * scale
+        return self.code_bytes + self.padded_rows * self.groups * self.scale_bytes
 
     @property
     def defines(self) -> Defines:

@@ -28,6 +28,7 @@ from losart.backends.cuda.plans import (
     prefix_plan,
     scores_plan,
     sparse_plan,
+    split_heads_plan,
 )
 from losart.backends.cuda.quantized import CODES, QuantizedForm, is_compiled
 from losart.config.precision import Precision
@@ -58,6 +59,7 @@ PLANNED = (
     "page_scores",
     "page_masses",
     "block_attention",
+    "split_heads",
     "embedding_quantized",
     "pack_quantized",
     "dequantize",
@@ -82,6 +84,8 @@ def plans(card: Card, precision: Precision) -> Iterator[Plan]:
     sixteen, kv_bits = precision.weights.bits == 16, attention_bits(precision)
     for tokens, inner in itertools.product((*TOKENS, 2048), (1024, 1020)):
         yield matmul_plan(card, sixteen, tokens, 1024, inner)
+    for head_dim, whole in itertools.product((128, 256), (False, True)):
+        yield split_heads_plan(16, 48, head_dim, whole)
     yield route_plan(128, 16)
     for experts, many in itertools.product(EXPERTS, (False, True)):
         for tokens in (*(8 * n for n in FEW_TILES), 2048):
