@@ -1,10 +1,11 @@
-"""The directory of a checkpoint, downloaded from the Hugging Face hub if need be."""
+"""The directory of a checkpoint or an adapter, downloaded from the Hugging Face hub if need be."""
 
 from __future__ import annotations
 
 import os
 import re
-from importlib.resources import files
+from collections.abc import Sequence
+from importlib.resources import files as package_files
 from pathlib import Path
 
 from losart.errors import CheckpointError
@@ -38,19 +39,38 @@ def checkpoint_directory(model: str | os.PathLike[str] | None) -> Path:
         If there is no such directory, or the hub has no such model or cannot be reached.
     """
     if model is None:
-        return Path(str(files("losart") / "small_checkpoint"))
+        return Path(str(package_files("losart") / "small_checkpoint"))
+    return directory_of(model, "a checkpoint", _FILES)
+
+
+def gguf_file(model: str | os.PathLike[str] | None) -> Path | None:
+    """The file, where a checkpoint is named by one that ends in ".gguf"."""
     if not isinstance(model, (str, os.PathLike)) or not isinstance(os.fspath(model), str):
-        raise CheckpointError(f"a checkpoint is named by a string or a path, not {model!r}")
-    if os.path.isdir(model):
-        return Path(model)
-    if os.path.exists(model):
-        raise CheckpointError(f"{model}: a checkpoint is a directory, and this is a file")
-    if not isinstance(model, str) or not _HUB_ID.fullmatch(model):
-        raise CheckpointError(f"{model}: no such directory")
-    return _fetch(model)
+        return None
+    path = Path(model)
+    return path if path.suffix.lower() == ".gguf" and not path.is_dir() else None
 
 
-def _fetch(hub_id: str) -> Path:
+def directory_of(path: str | os.PathLike[str], what: str, files: Sequence[str]) -> Path:
+    """The directory of something that consists of `files`, which are fetched if `path` is a hub id.
+
+    Raises
+    ------
+    CheckpointError
+        As of `checkpoint_directory`.
+    """
+    if not isinstance(path, (str, os.PathLike)) or not isinstance(os.fspath(path), str):
+        raise CheckpointError(f"{what} is named by a string or a path, not {path!r}")
+    if os.path.isdir(path):
+        return Path(path)
+    if os.path.exists(path):
+        raise CheckpointError(f"{path}: {what} is a directory, and this is a file")
+    if not isinstance(path, str) or not _HUB_ID.fullmatch(path):
+        raise CheckpointError(f"{path}: no such directory")
+    return _fetch(path, files)
+
+
+def _fetch(hub_id: str, files: Sequence[str]) -> Path:
     try:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import RepositoryNotFoundError
@@ -60,7 +80,7 @@ def _fetch(hub_id: str) -> Path:
         ) from error
 
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=_FILES))
+        return Path(snapshot_download(hub_id, allow_patterns=list(files)))
     except RepositoryNotFoundError as error:
         raise CheckpointError(
             f"{hub_id}: no such directory, and no such model on the hub (or no access to it): {error}"
@@ -68,7 +88,7 @@ def _fetch(hub_id: str) -> Path:
     except Exception as error:  # network errors have no common base class
         reason = error
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=_FILES, local_files_only=True))
+        return Path(snapshot_download(hub_id, allow_patterns=list(files), local_files_only=True))
     except Exception:
         raise CheckpointError(
             f"{hub_id}: no such directory, and it cannot be fetched from the hub: {reason}"

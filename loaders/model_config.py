@@ -5,14 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 
 from losart.config.model import ModelConfig
-from losart.loaders.families import family_of, known_as
+from losart.errors import ConfigError
+from losart.loaders.conversion import Conversion
+from losart.loaders.families import FAMILIES, Family, family_of, known_as, ordinary
 from losart.loaders.families.family import ConfigFiles
 from losart.loaders.json_files import errors_naming, read_json_object, read_optional_json_object
 from losart.loaders.tokenizer import Tokenizer
 
 
 def read_model_config(directory: Path, tokenizer: Tokenizer | None = None) -> ModelConfig:
-    """The configuration of the checkpoint in `directory`, as its family reads it.
+    """The configuration of the checkpoint in `directory`: `read_family` without the family."""
+    return read_family(directory, tokenizer)[0]
+
+
+def read_family(
+    directory: Path, tokenizer: Tokenizer | None = None, conversion: Conversion | None = None
+) -> tuple[ModelConfig, Family]:
+    """The configuration of the checkpoint in `directory`, and the family that reads its files.
 
     Parameters
     ----------
@@ -20,6 +29,8 @@ def read_model_config(directory: Path, tokenizer: Tokenizer | None = None) -> Mo
         Holds config.json and perhaps generation_config.json.
     tokenizer : Tokenizer or None
         Its mask and end tokens are used where the files specify none.
+    conversion : Conversion or None
+        Says how the model decodes, which else must be one of a block-diffusion family.
 
     Raises
     ------
@@ -36,9 +47,19 @@ def read_model_config(directory: Path, tokenizer: Tokenizer | None = None) -> Mo
     architectures = config.get("architectures") or []
     if not (isinstance(architectures, list) and all(isinstance(name, str) for name in architectures)):
         raise config.error("architectures", architectures, "a list of names")
-    with errors_naming(config.file):
-        model_type = known_as(model_type, architectures)
+    files = ConfigFiles(config, generation, tokenizer)
+    family = None if conversion is None else ordinary(model_type, architectures)
+    if family is None:
+        with errors_naming(config.file):
+            model_type = known_as(model_type, architectures)
         family = family_of(model_type)
-    values = family.config_values(ConfigFiles(config, generation, tokenizer))
+    values = {"model_type": model_type, "decoding": family.decoding} | family.config_values(files)
     with errors_naming(config.file):
-        return ModelConfig(model_type=model_type, **values)
+        base = ModelConfig(**values)
+    if conversion is None:
+        return base, family
+    if model_type in FAMILIES and model_type != conversion.family:
+        raise ConfigError(
+            f"{conversion.file}: family is {conversion.family!r}, and that of {config.file} is {model_type!r}"
+        )
+    return conversion.applied(base), family

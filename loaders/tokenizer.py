@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import codecs
 import ctypes
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -160,8 +160,15 @@ def _parse(file: Path) -> tokenizers.Tokenizer:
     import tokenizers
 
     text = read_text(file)
+    with errors_of_tokenizers(file):
+        return tokenizers.Tokenizer.from_str(text)
+
+
+@contextmanager
+def errors_of_tokenizers(file: Path) -> Iterator[None]:
+    """Make an error of the library, while a tokenizer is built, a CheckpointError that names the file."""
     try:
-        backend = tokenizers.Tokenizer.from_str(text)
+        yield
     except BaseException as error:
         # A panic inside the library is not an Exception; a KeyboardInterrupt must pass.
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":
@@ -170,7 +177,6 @@ def _parse(file: Path) -> tokenizers.Tokenizer:
     # What parsing has freed glibc keeps, 116 MB of it for 150,000 merges.
     with suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
-    return backend
 
 
 def _add_numbered_tokens(backend: tokenizers.Tokenizer, config: JsonObject) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 
 import losart
 from benchmarks.support.environment import command, commit
-from losart.backends.cpu.attention_kernels import threads_in_use
+from losart.backends.cpu.pool import threads_in_use
 from losart.cli.progress import write_weights
 from losart.measure.environment import cpu_name
 

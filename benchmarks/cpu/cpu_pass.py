@@ -25,7 +25,7 @@ import losart
 from benchmarks.support.environment import command, commit
 from benchmarks.support.queries import LISTENING, queries_of
 from benchmarks.support.transformers_pass import TransformersPass
-from losart.backends.cpu.attention_kernels import threads_in_use
+from losart.backends.cpu.pool import threads_in_use
 from losart.cli.progress import Steps, write_weights
 from losart.config.options import AttentionConfig
 from losart.engine.batch import PassKind

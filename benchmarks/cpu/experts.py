@@ -2,14 +2,15 @@
 
 python -m benchmarks.cpu.experts [--tokens 4,16,32] [--repeats 7]
 
-Released sizes, bfloat16, random weights in memory, so random routing: SDAR-30B-A3B (128 experts of width
-768) and LLaDA2.0-mini (256 of width 512, and a shared one), beside a feed-forward of width 6,144; hidden
-2,048. Layers take turns, so that weights are not in the cache.
+Released sizes, bfloat16, random weights mapped from files, as a checkpoint's are, so random routing:
+SDAR-30B-A3B (128 experts of width 768) and LLaDA2.0-mini (256 of width 512, and a shared one), beside a
+feed-forward of width 6,144; hidden 2,048. Layers take turns, so that weights are not in the CPU's cache.
 """
 
 from __future__ import annotations
 
 import argparse
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,8 +22,8 @@ import numpy as np
 from benchmarks.support.environment import commit
 from benchmarks.support.markdown_table import markdown_table
 from losart.backends.base import ExpertWeights
-from losart.backends.cpu.attention_kernels import threads_in_use
 from losart.backends.cpu.backend import CpuBackend, Weight
+from losart.backends.cpu.pool import threads_in_use
 from losart.backends.cpu.routing import route
 from losart.cli.arguments import listed
 from losart.config.model import ExpertsConfig, ModelConfig
@@ -55,7 +56,12 @@ def noise(rows: int, inner: int) -> Weight:
     bits = np.random.default_rng(rows).integers(0, 1 << 16, rows * inner, np.uint16)
     exponent = 127 - int(np.log2(inner)) // 2
     values = (bits & 0x807F) | np.uint16(exponent << 7)
-    return Weight((values.reshape(rows, inner),), BFLOAT16.weights)
+    with tempfile.TemporaryFile() as file:
+        values.tofile(file)
+        file.flush()
+        mapped = np.memmap(file, np.uint16, "r", shape=(rows, inner))
+    mapped[:, 0].max()  # its pages come into memory
+    return Weight((mapped,), BFLOAT16.weights)
 
 
 def median(run: Callable[[int], Any], repeats: int) -> float:

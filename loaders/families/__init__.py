@@ -7,6 +7,7 @@ from losart.loaders.families.family import Family
 from losart.loaders.families.fast_dllm import FAST_DLLM
 from losart.loaders.families.llada2 import LLADA2
 from losart.loaders.families.nemotron import NEMOTRON
+from losart.loaders.families.ordinary import ORDINARY
 from losart.loaders.families.sdar import SDAR
 from losart.loaders.families.sdar_moe import SDAR_MOE
 from losart.loaders.families.stable_diffcoder import STABLE_DIFFCODER
@@ -23,6 +24,7 @@ FAMILIES = {
 SUPPORTED_MODEL_TYPES = tuple(sorted(FAMILIES))
 # A model type of other models, and the family whose checkpoints have it too.
 BORROWED = {"llama": "stable_diffcoder"}
+_UNLESS = "unless an adapter's losart.json says that it was trained to"
 
 
 def family_of(model_type: str) -> Family:
@@ -40,6 +42,12 @@ def family_of(model_type: str) -> Family:
     return FAMILIES[model_type]
 
 
+def ordinary(model_type: str, architectures: Sequence[str]) -> Family | None:
+    """The family of a checkpoint that predicts the next token; None if it is another's, or not known."""
+    named = {name for family in FAMILIES.values() for name in family.architectures}
+    return None if named & set(architectures) else ORDINARY.get(model_type)
+
+
 def known_as(model_type: str, architectures: Sequence[str]) -> str:
     """The registry's name of checkpoints with such keys in config.json.
 
@@ -52,11 +60,17 @@ def known_as(model_type: str, architectures: Sequence[str]) -> str:
     named = {owners[name]: name for name in architectures if name in owners}
     if model_type in BORROWED:
         if BORROWED[model_type] not in named:
+            supported = ", ".join(FAMILIES[BORROWED[model_type]].architectures)
             raise ConfigError(
                 f"model_type {model_type!r} predicts the next token, and does not fill in blocks: of such "
-                f"models only {', '.join(FAMILIES[BORROWED[model_type]].architectures)} is supported"
+                f"models only {supported} is supported, {_UNLESS}"
             )
         return BORROWED[model_type]
+    if model_type in ORDINARY:
+        raise ConfigError(
+            f"model_type {model_type!r} is not supported; supported: {', '.join(SUPPORTED_MODEL_TYPES)}; it "
+            f"predicts the next token, and does not fill in blocks, {_UNLESS}"
+        )
     family_of(model_type)
     for owner, name in named.items():
         if owner != model_type:
@@ -64,4 +78,4 @@ def known_as(model_type: str, architectures: Sequence[str]) -> str:
     return model_type
 
 
-__all__ = ["FAMILIES", "SUPPORTED_MODEL_TYPES", "Family", "family_of", "known_as"]
+__all__ = ["FAMILIES", "SUPPORTED_MODEL_TYPES", "Family", "family_of", "known_as", "ordinary"]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
+from losart.config.decoding import Decoding
 from losart.config.model import ModelConfig
 from losart.errors import ConfigError
 from losart.loaders.families.rope import rope_config
@@ -161,8 +162,8 @@ class Family:
     Attributes
     ----------
     config_values : callable
-        Reads the arguments of ModelConfig, except `model_type`, from ConfigFiles; raises ConfigError for
-        what is not supported.
+        Reads the arguments of ModelConfig, except `model_type` and `decoding`, from ConfigFiles; raises
+        ConfigError for what is not supported.
     model : tuple of TensorPattern
         Tensors outside the layers.
     head : TensorPattern
@@ -175,6 +176,8 @@ class Family:
         Patterns (as in `fnmatch`) of names in the files that are ignored.
     architectures : tuple of str
         What config.json may name as its own.
+    decoding : Decoding
+        Of its checkpoints, unless `refined` says otherwise.
     refined : callable, optional
         From a configuration and the checkpoint's tensors to one that says what only the tensors tell.
     """
@@ -186,6 +189,7 @@ class Family:
     layer: tuple[TensorPattern, ...]
     harmless: tuple[str, ...] = ()
     architectures: tuple[str, ...] = ()
+    decoding: Decoding = field(default_factory=Decoding)
     refined: Callable[[ModelConfig, Mapping[str, Any]], ModelConfig] | None = None
 
     def expected_tensors(self, config: ModelConfig) -> Iterator[ExpectedTensor]:
@@ -219,6 +223,17 @@ class Family:
                 if pattern.part in parts:
                     for expert in parts[pattern.part] if "{e}" in pattern.name else range(1):
                         yield expected(pattern, *prefixes, expert)
+
+    def named(self, config: ModelConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Canonical names and shapes of a checkpoint's tensors by their names in the files.
+
+        The output projection is among them with tied embeddings, too.
+        """
+        expected = list(self.expected_tensors(config))
+        named = {tensor.source: (tensor.name, tensor.shape) for tensor in expected}
+        if config.tie_embeddings:
+            named[self.head.source] = self.head.name, (config.vocab_size, config.hidden_size)
+        return named
 
     def is_harmless(self, source: str, config: ModelConfig) -> bool:
         """Whether a tensor of the files that is not expected may be ignored."""

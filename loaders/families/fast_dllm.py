@@ -34,11 +34,10 @@ def _config_values(files: ConfigFiles) -> dict[str, Any]:
     return files.common_values() | {
         "head_norms": False,
         "qkv_bias": True,
-        "decoding": DECODING,
         "block_length": files.block_length("bd_size", "block_size") or BLOCK_LENGTH,
         "mask_token_id": files.mask_token_id(default=MASK_TOKEN_ID, token=MASK_TOKEN),
         "end_token_ids": files.end_token_ids(default=(END_TOKEN_ID,), listed=False),
     }
 
 
-FAST_DLLM = qwen_family(_config_values, "Fast_dLLM_QwenForCausalLM")
+FAST_DLLM = qwen_family(_config_values, "Fast_dLLM_QwenForCausalLM", decoding=DECODING)

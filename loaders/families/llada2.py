@@ -40,7 +40,6 @@ def _config_values(files: ConfigFiles) -> dict[str, Any]:
     return values | {
         "head_norms": config.boolean("use_qk_norm", True),
         "experts": _experts(files),
-        "decoding": LLADA2_0,
         "block_length": files.block_length("block_length", "block_size") or BLOCK_LENGTH,
         "mask_token_id": files.mask_token_id(default=MASK_TOKEN_ID),
         "end_token_ids": files.end_token_ids(default=(END_TOKEN_ID,)),
@@ -110,5 +109,6 @@ LLADA2 = Family(
     ),
     harmless=("*.rotary_emb.inv_freq",),
     architectures=("LLaDA2MoeModelLM",),
+    decoding=LLADA2_0,
     refined=_refined,
 )

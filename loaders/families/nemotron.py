@@ -32,7 +32,6 @@ def _config_values(files: ConfigFiles) -> dict[str, Any]:
             raise ConfigError(f"{config.file}: {key} is not supported")
     return files.common_values() | {
         "head_norms": False,
-        "decoding": DECODING,
         "block_length": files.block_length("block_length", "block_size") or BLOCK_LENGTH,
         "mask_token_id": files.mask_token_id(default=MASK_TOKEN_ID),
         "end_token_ids": files.end_token_ids(default=(END_TOKEN_ID,)),
@@ -49,4 +48,5 @@ NEMOTRON = Family(
     layer_prefix="encoder.layers.{i}.",
     layer=(*NORMS, *ATTENTION, *FEED_FORWARD),
     harmless=("*.rotary_emb.inv_freq",),
+    decoding=DECODING,
 )

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from losart.config.decoding import Decoding
 from losart.loaders.families.family import ConfigFiles, Family, TensorPattern
 
 MODEL = (
@@ -47,6 +48,7 @@ def qwen_family(
     config_values: Callable[[ConfigFiles], dict[str, Any]],
     architecture: str,
     more: tuple[TensorPattern, ...] = (),
+    decoding: Decoding | None = None,
 ) -> Family:
     """A family whose files have these names, and in layers perhaps `more`."""
     return Family(
@@ -57,4 +59,5 @@ def qwen_family(
         layer=(*NORMS, *ATTENTION, *FEED_FORWARD, *more),
         harmless=("*.rotary_emb.inv_freq",),
         architectures=(architecture,),
+        decoding=decoding or Decoding(),
     )

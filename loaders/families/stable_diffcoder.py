@@ -25,11 +25,10 @@ def _config_values(files: ConfigFiles) -> dict[str, Any]:
         "head_norms": False,
         "qkv_bias": bias,
         "o_bias": bias,
-        "decoding": DECODING,
         "block_length": files.block_length("block_length", "block_size") or BLOCK_LENGTH,
         "mask_token_id": files.mask_token_id(default=MASK_TOKEN_ID),
         "end_token_ids": files.end_token_ids(default=(END_TOKEN_ID,)),
     }
 
 
-STABLE_DIFFCODER = qwen_family(_config_values, "StableDiffcoderForCausalLM")
+STABLE_DIFFCODER = qwen_family(_config_values, "StableDiffcoderForCausalLM", decoding=DECODING)

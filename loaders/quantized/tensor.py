@@ -43,6 +43,7 @@ class QuantizedTensor(ABC):
     dtype: str
     group: int
     parts: dict[str, MappedTensor]
+    whole_zeros: ClassVar[bool] = True  # whether zeros are integers
 
     @abstractmethod
     def codes(self, start: int, stop: int) -> np.ndarray:
@@ -53,13 +54,21 @@ class QuantizedTensor(ABC):
         """Scales of some rows, float32 [stop - start, groups]."""
 
     def zeros(self, start: int, stop: int) -> np.ndarray | None:
-        """Zeros of some rows, int32 [stop - start, groups]; None where all are 0."""
+        """Zeros of some rows, [stop - start, groups]: int32, without `whole_zeros` float32; None: all 0."""
         return None
 
     @property
     def has_zeros(self) -> bool:
         """Whether some zeros may be others than 0."""
         return "weight_zero_point" in self.parts or "qzeros" in self.parts
+
+    @property
+    def uses_zeros(self) -> bool:
+        """Whether some are: symmetric GPTQ has zeros that are all 0."""
+        if not self.has_zeros:
+            return False
+        zeros = self.zeros(0, self.shape[0])
+        return zeros is not None and bool(zeros.any())
 
     @property
     def scale_dtype(self) -> str:

@@ -42,6 +42,8 @@ class Model:
         In which formats matrices are held: `dtype`, "int4", "int8" and "float8", those that there are.
     matrix_bytes : dict of str to int
         What the matrices of each format take.
+    adapter : Path or None
+        The adapter that is merged into them.
     """
 
     def __init__(
@@ -53,16 +55,18 @@ class Model:
         deterministic: bool = False,
         weights: str = "auto",
         kv: str = "auto",
+        merge: str = "dtype",
     ) -> None:
         precision = Precision.chosen(dtype, kv, checkpoint.dtype)
         self.config: ModelConfig = checkpoint.config
         self.tokenizer: Tokenizer | None = checkpoint.tokenizer
         self.chat_template: ChatTemplate | None = checkpoint.chat_template
+        self.adapter = None if checkpoint.adapter is None else checkpoint.adapter.path
         self.dtype = precision.weights.name
         self.kv = precision.kv.name
         backend = make_backend(device, self.config, precision, deterministic)
         self.device = backend.name
-        self._tensors = loaded_tensors(checkpoint, weights, backend.name)
+        self._tensors = loaded_tensors(checkpoint, weights, backend.name, merge)
         runner = Transformer(self.config, self._tensors, backend, progress)
         self.matrix_bytes = runner.matrix_bytes
         self.weights = tuple(self.matrix_bytes)
@@ -221,14 +225,16 @@ def load(
     deterministic: bool = False,
     weights: str = "auto",
     kv: str = "auto",
+    adapter: str | os.PathLike[str] | None = None,
+    merge: str = "dtype",
 ) -> Model:
     """Load a checkpoint.
 
     Parameters
     ----------
     model : str or path, optional
-        A checkpoint directory, or a hub id ("org/name"; works offline from the hub's cache). Without
-        one, the small checkpoint that comes with losart; its README.md says what it can do.
+        A checkpoint directory, a GGUF file, or a hub id ("org/name"; works offline from the hub's cache).
+        Without one, the small checkpoint that comes with losart; its README.md says what it can do.
     device : {"auto", "cpu", "cuda"}
         "auto" takes CUDA where it works, else the CPU.
     dtype : {"auto", "float32", "bfloat16", "float16"}
@@ -251,6 +257,13 @@ def load(
         without, and page bounds are bounds of what is held. "int8" rounds a channel by at most 1/254 of the
         largest one of its key or value, "fp8" (e4m3) by up to 1/16 of itself, or more where it is small:
         "int8" is usually the more accurate. "auto" holds them in `dtype`.
+    adapter : str or path, optional
+        A LoRA as PEFT writes it: a directory, or a hub id. It is merged while the weights are loaded, in
+        float32, and each sum is rounded once, to what its matrix is held in. Matrices that it leaves as they
+        are stay mapped.
+    merge : {"dtype", "codes"}
+        What becomes of a quantized matrix that is adapted: it is held in the format of `dtype`, or has new
+        codes in its own format and groups, which loses what of the adapter is less than half a step.
 
     Raises
     ------
@@ -262,7 +275,8 @@ def load(
     DeviceError
         The device is missing.
     """
-    return Model(open_checkpoint(model), device, dtype, progress, deterministic, weights, kv)
+    checkpoint = open_checkpoint(model, adapter)
+    return Model(checkpoint, device, dtype, progress, deterministic, weights, kv, merge)
 
 
 def generate(
@@ -273,6 +287,7 @@ def generate(
     dtype: str = "auto",
     weights: str = "auto",
     kv: str = "auto",
+    adapter: str | os.PathLike[str] | None = None,
     **options: Any,
 ) -> GenerationResult | list[GenerationResult]:
     """Load a checkpoint and generate from it: `load` and `Model.generate` in one.
@@ -281,5 +296,7 @@ def generate(
 
     To generate more than once, load the model once and call its `generate`.
     """
-    loaded = model if isinstance(model, Model) else load(model, device, dtype, weights=weights, kv=kv)
+    if isinstance(model, Model):
+        return model.generate(prompt, **options)
+    loaded = load(model, device, dtype, weights=weights, kv=kv, adapter=adapter)
     return loaded.generate(prompt, **options)

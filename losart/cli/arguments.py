@@ -11,7 +11,7 @@ from losart.config.options import CHOICES, OPTIONS
 from losart.config.precision import DTYPES, KV_FORMATS
 from losart.engine.sampling import STRATEGIES
 from losart.measure.random_checkpoint import FAMILY_SIZES
-from losart.quantization import LOADED
+from losart.quantization import LOADED, MERGED
 
 Group = argparse._ArgumentGroup
 ATTENTION_DETAILS = {
@@ -33,7 +33,7 @@ def add_model(command: argparse.ArgumentParser, required: bool = False) -> None:
         "model",
         metavar="MODEL",
         nargs=None if required else "?",
-        help="checkpoint directory or hub id"
+        help="checkpoint directory, hub id or GGUF file"
         + ("" if required else " (the small one that comes with losart)"),
     )
     add_loading(command)
@@ -44,7 +44,7 @@ def add_model_option(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--model",
         metavar="MODEL",
-        help="checkpoint directory or hub id (the small one that comes with losart)",
+        help="checkpoint directory, hub id or GGUF file (the small one that comes with losart)",
     )
     add_loading(command)
 
@@ -59,12 +59,18 @@ def add_loading(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--kv", choices=["auto", *KV_FORMATS], default="auto", help="hold keys and values in 8 bits (no)"
     )
+    command.add_argument(
+        "--adapter", metavar="PATH", help="a LoRA as PEFT writes it, which is merged into the weights (none)"
+    )
+    command.add_argument(
+        "--merge", choices=MERGED, default="dtype", help="what quantized matrices become by it (dtype)"
+    )
 
 
 def add_model_or_size(command: argparse.ArgumentParser) -> None:
     """Which checkpoint, or random weights of which size."""
     command.add_argument(
-        "model", metavar="MODEL", nargs="?", help="checkpoint directory or hub id (random weights)"
+        "model", metavar="MODEL", nargs="?", help="checkpoint directory, hub id or GGUF file (random weights)"
     )
     command.add_argument(
         "--family", choices=FAMILY_SIZES, default="sdar", help="of the random weights, without MODEL (sdar)"

@@ -55,7 +55,9 @@ def run(args: argparse.Namespace) -> None:
         if args.input.samefile(args.output):
             raise DataError(f"{args.output}: the answers need a file of their own")
         answered, end = _answered(answers)
-        model = load_model(args.model, args.device, args.dtype, args.weights, args.kv)
+        model = load_model(
+            args.model, args.device, args.dtype, args.weights, args.kv, args.adapter, args.merge
+        )
         engine = open_engine(model, args)
         defaults = generation_options(args)
         model.session(**defaults)  # which refuses options that are wrong for every line

@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="losart-bench-"))
             blocks = {"block_length": RANDOM_BLOCK} if args.family == "sdar" else {}
             name = write_weights(Path(folder), args.family, args.size, **blocks)
-        model = load_model(name, args.device, args.dtype, args.weights, args.kv)
+        model = load_model(name, args.device, args.dtype, args.weights, args.kv, args.adapter, args.merge)
         figures = _measure(model, Path(name).name, args)
     if args.json:
         print(json.dumps(figures, indent=2))
@@ -100,6 +100,7 @@ def _measure(model: Model, name: str, args: argparse.Namespace) -> dict[str, Any
         "threads": machine["cpu"]["threads"],
         "gpu": machine["gpu"]["name"] if model.device == "cuda" else None,
         "model": name,
+        "adapter": args.adapter,
         "device": model.device,
         "dtype": model.dtype,
         "matrix_bytes": model.matrix_bytes,

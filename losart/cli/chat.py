@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
     the command.
     """
     terminal = sys.stdin.isatty()
-    model = load_model(args.model, args.device, args.dtype, args.weights, args.kv)
+    model = load_model(args.model, args.device, args.dtype, args.weights, args.kv, args.adapter, args.merge)
     chat = Chat(model, args.system, **generation_options(args))
     if terminal:
         print(COMMANDS, file=sys.stderr)

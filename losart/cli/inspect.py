@@ -34,8 +34,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print the facts."""
-    checkpoint = open_checkpoint(args.model)
-    facts = inspection(checkpoint, args.device, args.dtype, args.context, args.weights, args.kv)
+    checkpoint = open_checkpoint(args.model, args.adapter)
+    facts = inspection(checkpoint, args.device, args.dtype, args.context, args.weights, args.kv, args.merge)
     if args.json:
         print(json.dumps(facts, indent=2))
     else:
@@ -48,7 +48,8 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, object]]:
     no_options = "the mask token must be given: mask_token_id"
     return [
         ("checkpoint", facts["path"]),
-        ("architecture", facts["architecture"]),
+        ("architecture", _architecture(facts)),
+        *([("adapter", _adapter(facts["adapter"]))] if facts["adapter"] else []),
         ("layers", sizes["layers"]),
         ("hidden, FFN", f"{sizes['hidden']}, {sizes['ffn']}"),
         *([("experts", _experts(sizes["experts"]))] if sizes["experts"] else []),
@@ -68,6 +69,22 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, object]]:
         ("chat template", "yes" if facts["chat_template"] else "no"),
         ("options", no_options if options is None else ", ".join(f"{k}={v!r}" for k, v in options.items())),
     ]
+
+
+def _architecture(facts: dict[str, Any]) -> str:
+    family, base = facts["architecture"], facts["base"]
+    return family if base is None else f"{base}, which fills in blocks as {family}"
+
+
+def _adapter(adapter: dict[str, Any]) -> str:
+    ranks = " to ".join(str(rank) for rank in sorted({min(adapter["ranks"]), max(adapter["ranks"])}))
+    parts = [
+        f"{adapter['products']} matrices by products of rank {ranks}" if adapter["products"] else "",
+        f"{adapter['replaced']} tensors replaced" if adapter["replaced"] else "",
+        f"{adapter['rows']} rows of embeddings replaced" if adapter["rows"] else "",
+    ]
+    merged = f", merged in {', '.join(adapter['merged_in'])}" if adapter["merged_in"] else ""
+    return f"{adapter['path']}: {', '.join(filter(None, parts))}{merged}"
 
 
 def _experts(experts: dict[str, Any]) -> str:

@@ -91,11 +91,18 @@ class Steps(Progress):
 
 
 def load_model(
-    model: str | Path | None, device: str, dtype: str, weights: str = "auto", kv: str = "auto"
+    model: str | Path | None,
+    device: str,
+    dtype: str,
+    weights: str = "auto",
+    kv: str = "auto",
+    adapter: str | None = None,
+    merge: str = "dtype",
 ) -> Model:
     """Load a checkpoint, with progress."""
     with Progress("loading the weights", "layers") as progress:
-        return load(model, device, dtype, progress=progress, weights=weights, kv=kv)
+        held: dict[str, Any] = {"weights": weights, "kv": kv, "adapter": adapter, "merge": merge}
+        return load(model, device, dtype, progress=progress, **held)
 
 
 def write_weights(folder: Path, family: str, size: str | None, **options: Any) -> Path:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import losart.backends.cpu.attention_kernels as kernels
 import losart.backends.cpu.quantized_linear as quantized_linear
 from losart.backends import cuda_problem
+from losart.backends.cpu.pool import threads_in_use
 from losart.config.precision import DTYPES, KV_FORMATS, QUANTIZED
 from losart.kernels_cu.compiler import cache_folder, nvrtc_version
 from losart.kernels_cu.prebuilt import prebuilt_counts
@@ -42,7 +43,7 @@ def environment() -> dict[str, Any]:
         "losart": __version__,
         "python": platform.python_version(),
         "system": platform.platform(),
-        "cpu": {"name": cpu_name(), "threads": kernels.threads_in_use(), "vectors": _vectors()},
+        "cpu": {"name": cpu_name(), "threads": threads_in_use(), "vectors": _vectors()},
         "gpu": _known(_gpu),
         "cuda_problem": problem,
         "cupy": _known(_cupy_version),

@@ -16,7 +16,7 @@ from losart.config.precision import FLOAT32, Precision
 from losart.errors import OptionError
 from losart.loaders import Checkpoint
 from losart.models.transformer import Transformer
-from losart.quantization import loaded_tensors
+from losart.quantization import is_merged, loaded_tensors
 
 CONTEXTS = (4096, 32768)  # and all of the model's positions
 
@@ -28,13 +28,14 @@ def inspection(
     contexts: Sequence[int] = (),
     weights: str = "auto",
     kv: str = "auto",
+    merge: str = "dtype",
 ) -> dict[str, Any]:
     """Facts about a checkpoint as `load` would hold it; JSON types alone.
 
     Parameters
     ----------
     checkpoint : Checkpoint
-    device, dtype, weights, kv : str
+    device, dtype, weights, kv, merge : str
         As :func:`losart.load`'s.
     contexts : sequence of int
         Lengths to compute the size of the KV cache for. Default: those of `CONTEXTS` that the model
@@ -58,7 +59,7 @@ def inspection(
         fitting = [context for context in CONTEXTS if context < config.max_positions]
         contexts = [*fitting, config.max_positions]
     backend = make_backend(device, config, precision)
-    tensors, loaded = checkpoint.tensors.values(), loaded_tensors(checkpoint, weights, backend.name)
+    tensors, loaded = checkpoint.tensors.values(), loaded_tensors(checkpoint, weights, backend.name, merge)
     held = Transformer.bytes_of_matrices(config, loaded, backend)
     vectors = [tensor for tensor in loaded.values() if len(tensor.shape) == 1]  # in float32
 
@@ -69,11 +70,18 @@ def inspection(
         text = tokenizer.decode([number], skip_special=False) if tokenizer and number is not None else None
         return None if number is None else {"id": number, "text": text}
 
+    merged_in = set[str]()
+    for matrix in Transformer.matrices(config, loaded):
+        joined = backend.held(*matrix)  # in one format, or each part in its own
+        for tensor in filter(is_merged, matrix):
+            merged_in.update(joined if len(joined) == 1 else backend.held(tensor))
     weight_bytes = sum(held.values()) + sum(v.shape[0] * FLOAT32.itemsize for v in vectors)
     free = backend.free_bytes()
     return {
         "path": str(checkpoint.path),
         "architecture": config.model_type,
+        "base": checkpoint.base,
+        "adapter": _adapter(checkpoint, sorted(merged_in)),
         "sizes": _sizes(config),
         "parameters": sum(math.prod(tensor.shape) for tensor in tensors),
         "dtype_on_disk": sorted({tensor.dtype for tensor in tensors}),
@@ -101,6 +109,22 @@ def _fitting(room: int, kv_bytes: Callable[[int], int], config: ModelConfig) -> 
     if room < 0:
         return None
     return bisect_right(range(1, config.max_positions + 1), room, key=kv_bytes)
+
+
+def _adapter(checkpoint: Checkpoint, merged_in: list[str]) -> dict[str, Any] | None:
+    """What an adapter changes, and in which formats the matrices are held that it is merged into."""
+    if checkpoint.adapter is None:
+        return None
+    changes = checkpoint.changes.values()
+    products = [change.product for change in changes if change.product is not None]
+    return {
+        "path": str(checkpoint.adapter.path),
+        "products": len(products),
+        "ranks": sorted({product.rank for product in products}),
+        "replaced": sum(change.whole is not None for change in changes),
+        "rows": sum(len(change.rows.indices) for change in changes if change.rows is not None),
+        "merged_in": merged_in,
+    }
 
 
 def _sizes(config: ModelConfig) -> dict[str, Any]:

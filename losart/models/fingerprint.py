@@ -25,7 +25,8 @@ def model_fingerprint(config: ModelConfig, tensors: Mapping[str, Any]) -> str:
     digest.update(json.dumps(dataclasses.asdict(config), sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name]
-        digest.update(f"{name} {tensor.shape} {tensor.dtype} ".encode())
+        merged = getattr(tensor, "parameters", "")  # what an adapter's configuration says
+        digest.update(f"{name} {tensor.shape} {tensor.dtype} {merged}".encode())
         for values in (stored.bytes() for stored in tensor.stored()):
             for start in np.linspace(0, max(0, len(values) - STRETCH_BYTES), STRETCHES).astype(int):
                 digest.update(values[start : start + STRETCH_BYTES])

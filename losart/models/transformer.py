@@ -138,7 +138,7 @@ class Transformer:
     ) -> dict[str, int]:
         """What matrices take on a backend, by the formats that they are held in."""
         held = Counter[str]()
-        for matrix in Transformer._matrices(config, tensors):
+        for matrix in Transformer.matrices(config, tensors):
             held.update(backend.held(*matrix))
         for index in range(config.num_layers):
             if (experts := config.experts_of(index)) is not None:
@@ -146,7 +146,7 @@ class Transformer:
         return dict(sorted(held.items()))
 
     @staticmethod
-    def _matrices(config: ModelConfig, tensors: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
+    def matrices(config: ModelConfig, tensors: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
         """The tensors of each matrix that a backend is given, as `upload` takes them; not of experts."""
         for name in ("embed", "head"):
             if name in tensors:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -113,10 +113,11 @@ class Recorder(CpuBackend):
     def propose(self, hidden: Any, head: Any, batch: PassBatch) -> Any:
         return None
 
-    def _multiply(self, x: np.ndarray, weight: Any, bias: np.ndarray | None) -> np.ndarray:
-        if id(weight) in self.inputs:
-            self.inputs[id(weight)].add(x)
-        return super()._multiply(x, weight, bias)
+    def _products(self, parts: Sequence[tuple[np.ndarray, Any]], few: bool | None) -> np.ndarray:
+        for x, weight in parts:
+            if id(weight) in self.inputs:
+                self.inputs[id(weight)].add(x)
+        return super()._products(parts, few)
 
 
 class Calibration:

@@ -19,7 +19,7 @@ import numpy as np
 
 from losart.backends.cpu.convert import narrow
 from losart.config.precision import FORMATS
-from losart.errors import CheckpointError
+from losart.errors import CheckpointError, OptionError
 from losart.loaders import Checkpoint, MappedTensor
 from losart.loaders.json_files import read_json_object
 from losart.loaders.quantized.tensor import WORD_BITS, bits_of
@@ -98,9 +98,11 @@ def quantize_checkpoint(
         The text is none, or too short.
     """
     destination = Path(destination)
+    if not checkpoint.path.is_dir():
+        raise OptionError(f"{checkpoint.path}: is a GGUF file; quantize the checkpoint that it was made of")
     if os.path.lexists(destination):
         raise CheckpointError(f"{destination}: exists")
-    chosen: dict[str, Any] = dict(rounded_tensors(checkpoint, weights, head))
+    chosen: dict[str, Any] = rounded_tensors(checkpoint, checkpoint.tensors, weights, head)
     calibrated = None
     if calibration is not None:
         calibrated = Calibration(checkpoint, calibration_ids(checkpoint, Path(calibration)), weights)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from losart.backends.cpu.convert import narrow, widen, widen_into
+from losart.backends.cpu.convert import float32_of, narrow, widen
 from losart.config.checks import is_int
 from losart.config.precision import FORMATS, Format
 from losart.errors import OptionError, TensorError
 from losart.loaders import Checkpoint, MappedTensor, QuantizedTensor
+from losart.loaders.gguf.tensors import scales_and_zeros
 from losart.loaders.quantized.float8 import FLOAT8_VALUES
 
 WEIGHTS = ("int8", "int4", "fp8")
@@ -60,7 +63,7 @@ class RoundedTensor:
 
     Attributes
     ----------
-    source : MappedTensor
+    source : MappedTensor or MergedTensor
     format : WeightFormat
 
     Raises
@@ -69,7 +72,7 @@ class RoundedTensor:
         The groups do not divide its columns.
     """
 
-    source: MappedTensor
+    source: Any
     format: WeightFormat
 
     def __post_init__(self) -> None:
@@ -100,11 +103,16 @@ class RoundedTensor:
         return self.format.group or self.shape[1]
 
     @property
+    def parameters(self) -> str:
+        """Those of the matrix, if it is merged."""
+        return getattr(self.source, "parameters", "")
+
+    @property
     def scale_dtype(self) -> str:
         """Whose numbers scales are."""
         return self.source.dtype
 
-    has_zeros = False
+    uses_zeros = False
     has_invalid_codes = False
     in_order = True  # groups are of consecutive columns
 
@@ -118,12 +126,7 @@ class RoundedTensor:
         TensorError
             A value is not finite.
         """
-        held = self.source.array(start, stop)
-        values = np.empty(held.shape, np.float32)
-        if held.dtype == np.float32:
-            values[:] = held
-        else:
-            widen_into(held, values, threads=False)  # the caller may be one of several
+        values = float32_of(self.source, start, stop, threads=False)  # the caller may be one of several
         if not np.isfinite(values).all():
             raise TensorError(f"{self.source.file}: tensor {self.name!r} has values that are not finite")
         groups = values.reshape(len(values), -1, self.group)
@@ -138,9 +141,9 @@ class RoundedTensor:
         values = decoded(codes, self.format.name)
         return (values.reshape(*scales.shape, -1) * scales[:, :, None]).reshape(codes.shape)
 
-    def stored(self) -> tuple[MappedTensor, ...]:
+    def stored(self) -> Iterable[MappedTensor]:
         """What it is made of."""
-        return (self.source,)
+        return self.source.stored()
 
     def release(self) -> None:
         """Return the matrix's pages to the operating system."""
@@ -148,26 +151,67 @@ class RoundedTensor:
 
 
 def rounded_tensors(
-    checkpoint: Checkpoint, weights: WeightFormat, head: WeightFormat | None
-) -> dict[str, MappedTensor | RoundedTensor]:
-    """A checkpoint's tensors, with the matrices of its layers rounded, and perhaps its head.
+    checkpoint: Checkpoint, tensors: Mapping[str, Any], weights: WeightFormat, head: WeightFormat | None
+) -> dict[str, Any]:
+    """A checkpoint's tensors, merged or not, with the matrices of its layers rounded, and perhaps its head.
 
     Raises
     ------
     OptionError
         The checkpoint is quantized, its head is its embedding, or groups do not divide a matrix.
     """
-    if head is not None and checkpoint.config.tie_embeddings:
+    if head is not None and "head" not in tensors:
         raise OptionError("the head is the embedding (tie_word_embeddings), which is not quantized")
-    tensors: dict[str, MappedTensor | RoundedTensor] = {}
-    for name, tensor in checkpoint.tensors.items():
-        if isinstance(tensor, QuantizedTensor):
+    rounded: dict[str, Any] = {}
+    for name, tensor in tensors.items():
+        if tensor.dtype not in FORMATS:
             raise OptionError(f"{checkpoint.path}: is quantized; quantize the checkpoint that it was made of")
         matrix = name.startswith("layers.") and not name.endswith(".router")
         format = head if name == "head" else weights if matrix else None
         rounds = format is not None and len(tensor.shape) == 2
-        tensors[name] = RoundedTensor(tensor, format) if rounds and format is not None else tensor
-    return tensors
+        rounded[name] = RoundedTensor(tensor, format) if rounds and format is not None else tensor
+    return rounded
+
+
+def requantized(
+    values: np.ndarray, like: QuantizedTensor
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Rows of a matrix, float32, rounded to the format and in the groups of another.
+
+    Returns
+    -------
+    codes : int8 [rows, in], or float8's bits, uint8
+    scales : float32 [rows, groups]
+        Numbers of the dtype of the other's.
+    zeros : [rows, groups] or None
+        Where groups of the other have zeros: int32, or float32 as the other's.
+    """
+    rows, columns = values.shape
+    padded = np.pad(values, ((0, 0), (0, -columns % like.group)))  # 0 is a number of every group
+    groups, held = padded.reshape(rows, -1, like.group), FORMATS[like.scale_dtype]
+    name = "fp8" if like.dtype == "float8" else like.dtype
+    if not like.uses_zeros:
+        scales, zeros = outermost_scales(groups, name, held), None
+        with np.errstate(over="ignore"):
+            codes = nearest_codes(groups / scales[:, :, None], name)
+    elif not like.whole_zeros:
+        low = groups.min(axis=2)
+        steps = widen(narrow((groups.max(axis=2) - low) / np.float32(15), held))
+        minima = widen(narrow(low, held))
+        with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+            scaled = np.rint((groups - minima[:, :, None]) / steps[:, :, None])
+        codes = np.where(steps[:, :, None] == 0, 0, np.clip(scaled, 0, 15) - 8).astype(np.int8)
+        scales, zeros = scales_and_zeros(steps, minima)
+    else:
+        half = 1 << (like.bits - 1)
+        low, high = np.minimum(groups.min(axis=2), 0), np.maximum(groups.max(axis=2), 0)
+        scales = widen(narrow((high - low) / np.float32(2 * half - 1), held))
+        scales[scales == 0] = 1
+        zeros = np.clip(np.rint(-low / scales), 0, 2 * half - 1).astype(np.int32) - half
+        with np.errstate(over="ignore"):
+            scaled = np.rint(groups / scales[:, :, None]) + zeros[:, :, None]
+        codes = np.clip(scaled, -half, half - 1).astype(np.int8)
+    return codes.reshape(rows, -1)[:, :columns], scales, zeros
 
 
 def outermost_scales(groups: np.ndarray, name: str, held: Format) -> np.ndarray:

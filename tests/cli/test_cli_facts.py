@@ -9,6 +9,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from adapters import products, write_adapter
+from gguf_files import parts_of, write_gguf
 from safetensors.numpy import load_file
 from test_device import CUDARuntimeError, no_nvrtc
 
@@ -116,6 +118,24 @@ def test_info_without_a_home_directory(capsys, monkeypatch):
 def inspect(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict:
     assert main(["inspect", *map(str, arguments), "--device", "cpu", "--json"]) == 0
     return json.loads(capsys.readouterr().out)
+
+
+def test_inspect_says_what_an_adapter_and_a_gguf_file_are(make_checkpoint, tmp_path, capsys):
+    base = make_checkpoint(family="stable_diffcoder", hidden_size=64, intermediate_size=64)
+    more = {"losart.family": ..., "losart.block_length": ...}
+    file = write_gguf(tmp_path / "model.gguf", *parts_of(base, "stable_diffcoder", "Q4_1", **more))
+    adapter = write_adapter(tmp_path / "adapter", products(base, {"_proj": 4}))
+    (adapter / "losart.json").write_text(
+        json.dumps({"family": "Fast_dLLM_Qwen", "block_length": 8, "mask_token_id": 315})
+    )
+    assert main(["inspect", str(file), "--device", "cpu"]) == 1
+    assert "model.gguf: general.architecture 'llama' predicts the next token" in capsys.readouterr().err
+    assert main(["inspect", str(file), "--device", "cpu", "--adapter", str(adapter)]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "architecture llama, which fills in blocks as Fast_dLLM_Qwen" in text
+    assert f"adapter {adapter}: 7 matrices by products of rank 4, merged in float16" in text
+    command = ["generate", str(file), "--device", "cpu", "--adapter", str(adapter), "--max-new-tokens", "8"]
+    assert main([*command, "--prompt", "Why?"]) == 0
 
 
 def test_inspect_reads_no_weights(tiny_checkpoint, capsys, monkeypatch):

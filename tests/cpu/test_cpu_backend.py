@@ -4,14 +4,21 @@ import itertools
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from kv import held, model_config, narrow
 
 import losart
+from losart.backends.base import ExpertWeights
+from losart.backends.cpu import layer_kernels
 from losart.backends.cpu.backend import CpuBackend, Weight
+from losart.backends.cpu.quantized_linear import QuantizedMatrix
+from losart.backends.cpu.routing import route
+from losart.config.model import ExpertsConfig
 from losart.config.precision import FORMATS, KV_FORMATS, Precision
+from losart.engine.batch import PassKind
 
 
 def largest_error() -> float:
@@ -105,3 +112,45 @@ def test_logits_with_codes_are_those_of_the_numbers_that_they_stand_for(tiny_che
     for one, other in zip(coded.seen, holding.seen, strict=True):
         np.testing.assert_array_equal(one, other)
     assert (coded.seen[0] != plain.seen[0]).any()
+
+
+def random_weight(rng, rows: int, inner: int, form: str) -> Weight:
+    """Two matrices, joined; of 4 or 8 bits, or one of them."""
+    parts = []
+    for quantized in (form.startswith("int"), form == "int8"):
+        if quantized:
+            matrix = QuantizedMatrix(rows // 2, inner, int(form[3:]), 32, False)
+            codes = rng.integers(-8, 8, (rows // 2, inner))
+            matrix.fill(0, codes, rng.uniform(0.01, 0.02, (rows // 2, -(-inner // 32))).astype(np.float32))
+            parts.append(matrix)
+        else:
+            parts.append(narrow(rng.standard_normal((rows // 2, inner), np.float32) / 8, "bfloat16"))
+    return Weight(tuple(parts), FORMATS["bfloat16"])
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("kind", [PassKind.LATER, PassKind.PREFILL])
+@pytest.mark.parametrize("form", ["bfloat16", "int4", "int8"])
+def test_experts_give_what_each_gives_by_itself(form, kind, deterministic):
+    rng, hidden, width = np.random.default_rng(3), 96, 64
+    mixture = ExpertsConfig(12, per_token=3, intermediate_size=width, shared=1)
+    config, precision = model_config(1, 1, 16), Precision.of("bfloat16")
+    backend, few = CpuBackend(config, precision, deterministic), CpuBackend(config, precision, True).linear
+    gate_up, down = (
+        tuple(random_weight(rng, rows, inner, form) for _ in range(13))
+        for rows, inner in ((2 * width, hidden), (hidden, width))
+    )
+    layer = ExpertWeights(mixture, random_weight(rng, 12, hidden, "bfloat16"), None, gate_up, down)
+    prefill = kind is PassKind.PREFILL
+    of_all, of_expert = (backend.prefill_linear,) * 2 if prefill else (backend.linear, few)
+    for tokens in (1, 4, 9, 40):
+        x = rng.standard_normal((tokens, hidden), np.float32)
+        chosen, weights = route(of_all(x, layer.router), None, mixture)
+        expected = np.zeros_like(x)
+        for expert in range(13):
+            linear = of_all if expert == 12 else of_expert
+            rows, place = (np.arange(tokens), None) if expert == 12 else np.nonzero(chosen == expert)
+            if len(rows):
+                y = linear(layer_kernels.gated(linear(x[rows], gate_up[expert])), down[expert])
+                expected[rows] += y if place is None else weights[rows, place, None] * y
+        np.testing.assert_array_equal(backend.experts(x, layer, SimpleNamespace(kind=kind)), expected)

@@ -42,7 +42,7 @@ def packed(rng: Any, rows: int, columns: int, bits: int, group: int, zeros: bool
 
 def product(x: np.ndarray, matrix: Any) -> np.ndarray:
     out = np.full((len(x), len(matrix) + 3), 7, np.float32)
-    multiply_all(x, matrix, out, 2)
+    multiply_all([(x, matrix, out, 2)])
     assert (out[:, :2] == 7).all() and (out[:, -1] == 7).all()
     return out[:, 2:-1]
 
@@ -142,10 +142,9 @@ def test_what_does_not_fit_is_refused():
     x = rounded(np.zeros((3, 64), np.float32), 32, np.int8)
     for out, column in ((np.zeros((3, 39), np.float32), 0), (np.zeros((3, 40), np.float32), 1)):
         with pytest.raises(ValueError, match="do not fit into out"):
-            multiply(x, matrix, out, column)
+            multiply([(x, matrix, out, column)])
     with pytest.raises(ValueError, match="were expected"):
-        multiply(x, matrix, np.zeros((2, 40), np.float32), 0)
+        multiply([(x, matrix, np.zeros((2, 40), np.float32), 0)])
     with pytest.raises(ValueError, match="of int8 were expected"):
-        multiply(
-            rounded(np.zeros((3, 64), np.float32), 32, np.int16), matrix, np.zeros((3, 40), np.float32), 0
-        )
+        x = rounded(np.zeros((3, 64), np.float32), 32, np.int16)
+        multiply([(x, matrix, np.zeros((3, 40), np.float32), 0)])

@@ -84,14 +84,14 @@ for bits, group, zeros in ((4, 32, False), (4, 48, True), (4, 8, False), (8, 64,
     for tokens in (1, 4, 7, 8, 21):
         x = rng.standard_normal((tokens, 192), np.float32)
         products.append(np.empty((tokens, 40), np.float32))
-        multiply_all(x, matrix, products[-1], 0)
+        multiply_all([(x, matrix, products[-1], 0)])
 # The largest sums that there can be.
 for bits, code in ((4, 7), (4, -8), (8, 127), (8, -128)):
     matrix = QuantizedMatrix(16, 64, bits, 64, False)
     matrix.fill(0, np.full((16, 64), code), np.full((16, 1), 2.0**-7, np.float32))
     for sign in (-1, 1):
         out = np.empty((5, 16), np.float32)
-        multiply_all(np.full((5, 64), sign, np.float32), matrix, out, 0)
+        multiply_all([(np.full((5, 64), sign, np.float32), matrix, out, 0)])
         np.testing.assert_allclose(out, code * sign / 2, rtol=1e-6)
 np.save(sys.argv[1], np.concatenate(products))
 """

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
-import numpy as np
 import pytest
 
 from losart.backends.cuda.matmul_plans import QUANTIZED_TILES, quantized_plan, quantized_tokens
@@ -25,13 +23,11 @@ class Matrix:
     in_order: bool = True
     zero: int | None = None
     has_invalid_codes: bool = False
+    whole_zeros: bool = True
 
     @property
-    def has_zeros(self) -> bool:
-        return self.zero is not None
-
-    def zeros(self, start: int, stop: int) -> Any:
-        return np.full((stop - start, 2), self.zero)
+    def uses_zeros(self) -> bool:
+        return bool(self.zero)
 
 
 INT4 = Matrix()
@@ -48,6 +44,7 @@ INT4 = Matrix()
         ((replace(INT4, shape=(8, 200), group=500),), 256, False, False),
         ((replace(INT4, zero=0),), 64, False, False),
         ((replace(INT4, zero=3), INT4), 64, True, False),
+        ((replace(INT4, whole_zeros=False),), 64, False, False),
         ((Matrix("int8", group=256, scale_dtype="float16"),), 256, False, True),
         ((Matrix("float8", group=256),), 256, False, False),
     ],
@@ -73,6 +70,7 @@ def test_what_stays(matrices, group, zeros, wide):
         (replace(INT4, group=32, scale_dtype="float16"),),
         (replace(INT4, zero=1, scale_dtype="float16"),),
         (replace(INT4, zero=1, shape=(8, 192)),),
+        (replace(INT4, zero=1, whole_zeros=False),),
         (Matrix("int8", group=32),),
         (Matrix("float8", group=256, has_invalid_codes=True),),
     ],

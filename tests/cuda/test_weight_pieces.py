@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from adapters import products, write_adapter
+from gguf_files import parts_of, write_gguf
 from quantized import compressed, gptq, quantize_checkpoint
 
 pytest.importorskip("cupy", reason="the CUDA backend needs CuPy")
 
-from losart.backends.cpu.convert import narrow, widen
+from losart.backends.cpu.convert import float32_of, narrow, widen
 from losart.backends.cuda.quantized import quantized_form
 from losart.backends.cuda.weights import WeightLoader, rows_to_pack
 from losart.config.precision import DTYPES, FORMATS
 from losart.loaders import QuantizedTensor, open_checkpoint
 from losart.measure.random_checkpoint import write_checkpoint
+from losart.quantization import loaded_tensors
 
 
 @pytest.mark.parametrize("held", DTYPES)
@@ -41,6 +44,27 @@ def test_pieces_are_the_matrix_as_it_is_held(tmp_path, saved, held, size):
         pieces = list(loader._pieces(tensor, max(size, tensor.shape[1])))
         assert all(piece.ndim == 1 and piece.size <= max(size, tensor.shape[1]) for piece in pieces)
         np.testing.assert_array_equal(np.concatenate(pieces), narrow(values, FORMATS[held]).reshape(-1))
+
+
+@pytest.mark.parametrize("held", DTYPES)
+@pytest.mark.parametrize("kind", ["F16", "Q4_1", "Q6_K"])
+@pytest.mark.parametrize("merge", ["dtype", "codes"])
+def test_pieces_of_a_gguf_file_with_an_adapter(tmp_path, kind, merge, held):
+    """Each number is rounded once."""
+    sizes = {"hidden_size": 256, "intermediate_size": 256, "num_layers": 1, "head_dim": 64}
+    base = write_checkpoint(tmp_path / "base", **sizes, family="stable_diffcoder")
+    file = write_gguf(tmp_path / "x.gguf", *parts_of(base, "stable_diffcoder", kind))
+    adapter = write_adapter(tmp_path / "adapter", products(base, {"q_proj": 4, "down_proj": 4}, std=0.02))
+    tensors = loaded_tensors(open_checkpoint(file, adapter), "auto", "cuda", merge)
+    loader = WeightLoader.__new__(WeightLoader)
+    loader._format = FORMATS[held]
+    for name in ("embed", "layers.0.q", "layers.0.k", "layers.0.down"):
+        tensor = tensors[name]
+        values = narrow(float32_of(tensor, 0, tensor.shape[0]), FORMATS[held]).reshape(-1)
+        pieces = list(loader._pieces(tensor, 1000))
+        np.testing.assert_array_equal(np.concatenate(pieces), values)
+        # Zeros that are no integers would be rounded on a GPU.
+        assert quantized_form((tensor,), FORMATS["float16"]) is None
 
 
 @pytest.mark.parametrize("symmetric", [False, True])

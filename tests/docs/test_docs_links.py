@@ -14,6 +14,7 @@ SOURCES = {file.name for folder in FOLDERS for file in (ROOT / folder).rglob("*.
 # Files of a checkpoint, and those that a page has its reader write.
 ELSEWHERE = {
     *("config.json", "generation_config.json", "tokenizer.json", "training.json"),
+    *("adapter_config.json", "losart.json"),
     *("dataset2prompt.json", "dataset2maxlen.json"),  # LongBench's
     *("losart/attention/window.py", "kernels_cu/FOLDER/NAME.cu", "benchmarks/cuda/NAME.py"),
 }

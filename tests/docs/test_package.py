@@ -69,6 +69,7 @@ def test_torch_is_only_needed_by_extras(package, extras):
 
 def test_compiled_modules_are_importable():
     for name in (
+        "pool",
         "active_set",
         "kv_index",
         "attention_kernels",

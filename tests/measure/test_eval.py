@@ -14,7 +14,7 @@ import symbol_solver
 import losart
 from losart.errors import OptionError
 from losart.eval import TASKS, EvalConfig, evaluate
-from losart.eval.english import make_text, numbers
+from losart.eval.english import Facts, make_text, numbers
 from losart.eval.evaluation import measure, wilson_interval
 from losart.eval.questions import find_style, make_questions
 from losart.eval.vocabulary import write_tokenizer
@@ -59,6 +59,15 @@ def test_a_reader_of_english_finds_the_answer(task):
         )
         assert english_solver.solve(text) == answer
         assert len(answer.split(", ")) == TASKS[task].keys * TASKS[task].values
+
+
+def test_facts_say_what_tells_an_answer():
+    rng = np.random.default_rng(0)
+    facts = Facts(rng, 20)
+    for task in TASKS.values():
+        question, answer, told = facts.ask(rng, task)
+        assert question.startswith("What") and numbers(" ".join(told)) == numbers(answer)
+        assert set(told) <= set(facts.sentences)
 
 
 @pytest.mark.parametrize("length", [2048, 3500])

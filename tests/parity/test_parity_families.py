@@ -139,26 +139,6 @@ def test_logits_are_the_oracles(tmp_path, case):
     family, written, options, _ = CASES[case]
     path = write_checkpoint(tmp_path, family=family, **SMALL, **written)
     model, forward = losart.load(path, "cpu"), family_oracles.forward_of(family_oracles.load(path))
-    runner, seen = model._engine.runner, []
-    original = runner._propose
-
-    def propose(hidden: Any, batch: Any) -> Any:
-        one = batch.sequences[-1]  # a commit may ride before it
-        logits = runner.backend.logits(hidden, runner.head, batch)
-        seen.append((one.prefix_length, list(one.ids), list(one.proposed), one.kind, logits.copy()))
-        return original(hidden, batch)
-
-    runner._propose = propose
-    rng, block = np.random.default_rng(7), next(options[n] for n in options if n.startswith("block"))
-    for length in (9, 3 * block, 300 if family.startswith("nemotron") else 40):
-        prompt = rng.integers(6, 250, length).tolist()
-        seen.clear()
-        tokens = prompt + model.generate(prompt, max_new_tokens=40, stop_token_ids=[], **options).token_ids
-        for start, ids, proposed, kind, logits in seen:
-            x = tokens[:start] + ids
-            mask = oracle.block_causal_mask(len(x), block)
-            if model.config.decoding.causal:
-                mask = family_oracles.causal_mask(len(x), start if kind.denoises else len(x))
-            expected = forward(x, mask)[start:][proposed]
-            expected[:, model.config.mask_token_id] = -np.inf
-            np.testing.assert_allclose(logits, expected, atol=2e-4, rtol=1e-4)
+    block = next(options[n] for n in options if n.startswith("block"))
+    lengths = (9, 3 * block, 300 if family.startswith("nemotron") else 40)
+    family_oracles.check_logits(model, forward, lengths, block, **options)

@@ -304,3 +304,31 @@ def nemotron(
         if len(x) - length >= new or set(stops) & set(x[length:]):
             break
     return _cut(x[length:], new, stops)
+
+
+def check_logits(model: Any, forward: Forward, lengths: Sequence[int], block: int, **options: Any) -> None:
+    """See that the logits of every pass of some generations are those of full forwards under the mask."""
+    runner, seen = model._engine.runner, []
+    original = runner._propose
+
+    def propose_and_note(hidden: Any, batch: Any) -> Any:
+        one = batch.sequences[-1]  # a commit may ride before it
+        logits = runner.backend.logits(hidden, runner.head, batch)
+        seen.append((one.prefix_length, list(one.ids), list(one.proposed), one.kind, logits.copy()))
+        return original(hidden, batch)
+
+    runner._propose = propose_and_note
+    rng = np.random.default_rng(7)
+    for length in lengths:
+        prompt = rng.integers(6, 250, length).tolist()
+        seen.clear()
+        tokens = prompt + model.generate(prompt, max_new_tokens=40, stop_token_ids=[], **options).token_ids
+        assert seen
+        for start, ids, proposed, kind, logits in seen:
+            x = tokens[:start] + ids
+            mask = block_causal_mask(len(x), block)
+            if model.config.decoding.causal:
+                mask = causal_mask(len(x), start if kind.denoises else len(x))
+            expected = forward(x, mask)[start:][proposed]
+            expected[:, model.config.mask_token_id] = -np.inf
+            np.testing.assert_allclose(logits, expected, atol=2e-4, rtol=1e-4)

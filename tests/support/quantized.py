@@ -225,7 +225,7 @@ def with_plain_weights(model: Any) -> Any:
         for matrix in weight.matrices:
             if not isinstance(matrix, np.ndarray):
                 transposed = np.empty((matrix.columns, matrix.rows), np.float32)
-                multiply_all(np.eye(matrix.columns, dtype=np.float32), matrix, transposed, 0)
+                multiply_all([(np.eye(matrix.columns, dtype=np.float32), matrix, transposed, 0)])
                 matrix = np.ascontiguousarray(transposed.T)
             matrices.append(widen(matrix))
         return replace(weight, matrices=tuple(matrices), format=FORMATS["float32"])

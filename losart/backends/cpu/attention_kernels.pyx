@@ -8,13 +8,13 @@ size does not depend on the number of threads, so results do not either.
 
 import numpy as np
 
-from cython.parallel cimport prange
 from libc.math cimport INFINITY, log, sqrt
 from libc.stdint cimport int32_t, uint8_t, uint16_t, uint64_t, uintptr_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
 from losart.backends.cpu.kv_index cimport BFLOAT16, FLOAT32, INT8, PageBounds, PageTable, SlabSource, as_held
+from losart.backends.cpu.pool cimport parallel_for
 from losart.backends.cpu.simd cimport (
     decode_bounds,
     scale,
@@ -30,26 +30,14 @@ from losart.backends.cpu.simd cimport (
 cdef extern from "math.h" nogil:
     float expf(float x)
 
-cdef extern from *:
-    """
-    #ifdef _OPENMP
-    #include <omp.h>
-    static int most_threads(void) { return omp_get_max_threads(); }
-    #else
-    static int most_threads(void) { return 1; }
-    #endif
-    """
-    int most_threads()
-
 cdef enum:
     LANES = 16
     TILE = 8             # slabs of a tile
     PART = 64            # slabs of a part, whole tiles
     CAUSAL_ROWS = 64     # query rows of a prefill work item, about
     BOUND_GROUPS = 8     # groups of 16 pages of a work item
-    # Multiply-adds from which a second thread pays, about 20 us: waking one costs a few, and far
-    # more on a machine that is busy with other things.
-    WORTH_THREADS = 1 << 20
+    WIDENED = 16384      # numbers of a work item
+    WORTH_THREADS = 1 << 20   # multiply-adds, about 20 us
 
 SLAB_POSITIONS = LANES
 TILE_POSITIONS = TILE * LANES
@@ -60,14 +48,9 @@ def vectors_in_use():
     return simd_level()
 
 
-def threads_in_use():
-    """Threads that the kernels may run on."""
-    return most_threads()
-
-
 cdef struct Work:
-    # What attend_part needs; arrays by kv head.
-    Py_ssize_t rows, dim, parts
+    # What attend_part and merge_row need; arrays by kv head.
+    Py_ssize_t kv_heads, group, rows, dim, parts
     const float *q              # [kv_heads, rows, dim], scaled
     const int32_t *limits       # [kv_heads, rows]
     const SlabSource *sources   # [kv_heads]
@@ -78,6 +61,10 @@ cdef struct Work:
     float *slab_sums            # [kv_heads, rows, sums_stride] or NULL
     float *tile_tops            # [kv_heads, rows, tops_stride] or NULL
     Py_ssize_t sums_stride, tops_stride
+    const int32_t *tokens       # [rows / group]
+    float *out                  # [any tokens, heads, dim]
+    float *lse                  # [any tokens, heads]
+    bint failed                 # some part had no memory
 
 
 cdef inline void widen(const void *source, float *to, Py_ssize_t count, int width) noexcept nogil:
@@ -153,9 +140,10 @@ cdef int attend_slabs(
     return 0
 
 
-cdef int attend_part(const Work *work, Py_ssize_t item) noexcept nogil:
+cdef void attend_part(void *state, Py_ssize_t item) noexcept nogil:
+    cdef Work *work = <Work *>state
     cdef Py_ssize_t head = item // work.parts, part = item % work.parts, rows = work.rows
-    return attend_slabs(
+    if attend_slabs(
         work.q + head * rows * work.dim, work.limits + head * rows, rows, work.dim,
         work.sources + head, part * PART, min((part + 1) * PART, work.slabs[head]),
         work.o + item * rows * work.dim, work.tops + item * rows, work.totals + item * rows,
@@ -163,7 +151,8 @@ cdef int attend_part(const Work *work, Py_ssize_t item) noexcept nogil:
         work.sums_stride,
         work.tile_tops + head * rows * work.tops_stride if work.tile_tops != NULL else NULL,
         work.tops_stride,
-    )
+    ):
+        work.failed = True
 
 
 cdef void finish_row(const float *o, float top, float total, Py_ssize_t dim,
@@ -176,8 +165,11 @@ cdef void finish_row(const float *o, float top, float total, Py_ssize_t dim,
     lse[0] = <float>-INFINITY if total == 0.0 else top + <float>log(total)
 
 
-cdef void merge_parts(const Work *work, Py_ssize_t head, Py_ssize_t row, float *out, float *lse) noexcept nogil:
+cdef void merge_row(void *state, Py_ssize_t item) noexcept nogil:
     # One row's parts into its output. The first part's o is used up.
+    cdef const Work *work = <const Work *>state
+    cdef Py_ssize_t head = item // work.rows, row = item % work.rows, group = work.group
+    cdef Py_ssize_t to = (work.tokens[row // group] * work.kv_heads + head) * group + row % group
     cdef Py_ssize_t part, d, first = head * work.parts * work.rows + row, at
     cdef float top = -INFINITY, total = 0.0, factor
     cdef float *into = work.o + first * work.dim
@@ -195,7 +187,7 @@ cdef void merge_parts(const Work *work, Py_ssize_t head, Py_ssize_t row, float *
             other = work.o + at * work.dim
             for d in range(work.dim):
                 into[d] = into[d] + other[d] * factor
-    finish_row(into, top, total, work.dim, out, lse)
+    finish_row(into, top, total, work.dim, work.out + to * work.dim, work.lse + to)
 
 
 def _gather_queries(const float[:, :, ::1] q, const int32_t[::1] tokens, Py_ssize_t kv_heads, bint scaled=True):
@@ -217,7 +209,7 @@ cdef int attend_sources(const SlabSource *sources, const Py_ssize_t[::1] positio
                         float[:, :, ::1] slab_sums=None, float[:, :, ::1] tile_tops=None) except -1:
     # Queries of some tokens over so many positions of each kv head's source: all parts, then every row's merge.
     cdef Py_ssize_t kv_heads = positions.shape[0], group = o.shape[1] // kv_heads, dim = o.shape[2]
-    cdef Py_ssize_t rows = tokens.shape[0] * group, item, head, row, failed = 0
+    cdef Py_ssize_t rows = tokens.shape[0] * group
     slabs = -(-np.asarray(positions) // LANES)
     cdef const Py_ssize_t[::1] slab_view = slabs
     cdef const int32_t[:, ::1] limits = np.repeat(np.asarray(positions, np.int32), rows).reshape(kv_heads, rows)
@@ -225,7 +217,8 @@ cdef int attend_sources(const SlabSource *sources, const Py_ssize_t[::1] positio
     cdef bint threads = 2 * rows * dim * LANES * slabs.sum() > WORTH_THREADS
     cdef Work work
     memset(&work, 0, sizeof(work))
-    work.rows, work.dim, work.parts = rows, dim, max(1, -(-slabs.max() // PART))
+    work.kv_heads, work.group, work.rows, work.dim = kv_heads, group, rows, dim
+    work.parts = max(1, -(-slabs.max() // PART))
     work.q, work.limits, work.sources, work.slabs = &queries[0, 0, 0], &limits[0, 0], sources, &slab_view[0]
     if slab_sums is not None:
         work.slab_sums, work.sums_stride = &slab_sums[0, 0, 0], slab_sums.shape[2]
@@ -234,15 +227,13 @@ cdef int attend_sources(const SlabSource *sources, const Py_ssize_t[::1] positio
     work.o = &buffer[0]
     work.tops = work.o + kv_heads * work.parts * rows * dim
     work.totals = work.tops + kv_heads * work.parts * rows
-    for item in prange(kv_heads * work.parts, nogil=True, schedule="dynamic", use_threads_if=threads):
-        failed += attend_part(&work, item)
-    if failed:
+    work.tokens, work.out, work.lse = &tokens[0], &o[0, 0, 0], &lse[0, 0]
+    with nogil:
+        parallel_for(attend_part, &work, kv_heads * work.parts, threads)
+        if not work.failed:
+            parallel_for(merge_row, &work, kv_heads * rows, threads and work.parts > 1)
+    if work.failed:
         raise MemoryError
-    for item in prange(kv_heads * rows, nogil=True, schedule="static", use_threads_if=threads and work.parts > 1):
-        head = item // rows
-        row = item % rows
-        merge_parts(&work, head, row, &o[tokens[row // group], head * group + row % group, 0],
-                    &lse[tokens[row // group], head * group + row % group])
     return 0
 
 
@@ -346,30 +337,43 @@ def attend_block(const float[:, :, ::1] q, const float[:, :, ::1] k, const float
     attend_sources(sources, np.full(kv_heads, count, np.intp), q.base, tokens, o, lse)
 
 
-cdef int attend_causal_item(PageTable table, Py_ssize_t layer, Py_ssize_t head, const float *q, Py_ssize_t rows,
-                            Py_ssize_t group, Py_ssize_t start, Py_ssize_t block_length,
-                            float *o, Py_ssize_t heads) noexcept nogil:
-    # Tokens start.. of one kv head: q [rows, dim] in, o [tokens, heads, dim] at this head out.
-    cdef Py_ssize_t dim = table.head_dim, r, position
-    cdef SlabSource source = table.source(layer, head, NULL)
+cdef struct CausalWork:
+    void *table                 # PageTable
+    Py_ssize_t layer, kv_heads, group, dim
+    Py_ssize_t count, start, block_length   # tokens
+    Py_ssize_t step, pieces     # tokens of a piece
+    const float *q              # [kv_heads, rows, dim], scaled
+    float *o                    # [tokens, heads, dim]
+    bint failed
+
+
+cdef void attend_causal_piece(void *state, Py_ssize_t item) noexcept nogil:
+    # Later pieces see more: they come first, so that none is left over at the end.
+    cdef CausalWork *work = <CausalWork *>state
+    cdef Py_ssize_t head = item % work.kv_heads, first = (work.pieces - 1 - item // work.kv_heads) * work.step
+    cdef Py_ssize_t group = work.group, dim = work.dim, rows = min(work.step, work.count - first) * group
+    cdef const float *q = work.q + (head * work.count + first) * group * dim
+    cdef Py_ssize_t r, position
+    cdef SlabSource source = (<PageTable>work.table).source(work.layer, head, NULL)
     cdef float lse
     cdef float *sums = <float *>malloc(sizeof(float) * rows * (dim + 2) + sizeof(int32_t) * rows)
     if sums == NULL:
-        return 1
+        work.failed = True
+        return
     cdef float *tops = sums + rows * dim
     cdef float *totals = tops + rows
     cdef int32_t *limits = <int32_t *>(totals + rows)
     for r in range(rows):
-        position = start + r // group
-        limits[r] = <int32_t>((position // block_length + 1) * block_length)
-    cdef int failed = attend_slabs(q, limits, rows, dim, &source, 0, (limits[rows - 1] + LANES - 1) // LANES,
-                                   sums, tops, totals, NULL, 0, NULL, 0)
-    if not failed:
+        position = work.start + first + r // group
+        limits[r] = <int32_t>((position // work.block_length + 1) * work.block_length)
+    if attend_slabs(q, limits, rows, dim, &source, 0, (limits[rows - 1] + LANES - 1) // LANES,
+                    sums, tops, totals, NULL, 0, NULL, 0):
+        work.failed = True
+    else:
         for r in range(rows):
             finish_row(sums + r * dim, tops[r], totals[r], dim,
-                       o + (r // group * heads + head * group + r % group) * dim, &lse)
+                       work.o + (((first + r // group) * work.kv_heads + head) * group + r % group) * dim, &lse)
     free(sums)
-    return failed
 
 
 def attend_causal_blocks(PageTable table, Py_ssize_t layer, q, Py_ssize_t start, Py_ssize_t block_length, o):
@@ -387,8 +391,7 @@ def attend_causal_blocks(PageTable table, Py_ssize_t layer, q, Py_ssize_t start,
         Written.
     """
     cdef Py_ssize_t kv_heads = table.kv_heads, dim = table.head_dim, heads = q.shape[1], group = heads // kv_heads
-    cdef Py_ssize_t count = q.shape[0], step = max(1, CAUSAL_ROWS // group), pieces, item, head, first, failed = 0
-    cdef bint threads
+    cdef Py_ssize_t count = q.shape[0], step = max(1, CAUSAL_ROWS // group)
     tokens = np.arange(count, dtype=np.int32)
     _check(q, o, np.broadcast_to(np.float32(0), q.shape[:2]), tokens, kv_heads, dim)
     if count == 0:
@@ -397,38 +400,46 @@ def attend_causal_blocks(PageTable table, Py_ssize_t layer, q, Py_ssize_t start,
         raise ValueError("a piece of the prompt must be whole blocks within the cache")
     cdef float[:, :, ::1] queries = _gather_queries(q, tokens, kv_heads)
     cdef float[:, :, ::1] out = o
-    pieces = (count + step - 1) // step
-    # Later pieces see more: they come first, so that none is left over at the end.
-    threads = 2 * heads * count * dim * (start + count) > WORTH_THREADS
-    for item in prange(pieces * kv_heads, nogil=True, schedule="dynamic", use_threads_if=threads):
-        head = item % kv_heads
-        first = (pieces - 1 - item // kv_heads) * step
-        failed += attend_causal_item(table, layer, head, &queries[head, first * group, 0],
-                                     min(step, count - first) * group, group, start + first, block_length,
-                                     &out[first, 0, 0], heads)
-    if failed:
+    cdef CausalWork work = CausalWork(<void *>table, layer, kv_heads, group, dim, count, start, block_length, step,
+                                      (count + step - 1) // step, &queries[0, 0, 0], &out[0, 0, 0], False)
+    with nogil:
+        parallel_for(attend_causal_piece, &work, work.pieces * kv_heads,
+                     2 * heads * count * dim * (start + count) > WORTH_THREADS)
+    if work.failed:
         raise MemoryError
 
 
-cdef int bound_scores_item(PageTable table, Py_ssize_t layer, Py_ssize_t head, Py_ssize_t first, Py_ssize_t last,
-                           Py_ssize_t full, const float *q, Py_ssize_t rows, float *scores,
-                           Py_ssize_t stride) noexcept nogil:
-    # Groups first .. last - 1, of which those before `full` are coded.
-    cdef Py_ssize_t dim = table.head_dim, group
+cdef struct BoundWork:
+    void *table                 # PageTable
+    Py_ssize_t layer, rows, dim
+    Py_ssize_t groups, full     # of pages; those that are full are coded
+    Py_ssize_t works            # of a kv head
+    int width                   # of coded bounds
+    const float *q              # [kv_heads, rows, 2 * dim]
+    float *scores               # [kv_heads, rows, groups, 16]
+    bint failed
+
+
+cdef void score_bounds(void *state, Py_ssize_t item) noexcept nogil:
+    # BOUND_GROUPS groups of a kv head.
+    cdef BoundWork *work = <BoundWork *>state
+    cdef Py_ssize_t head = item // work.works, first = item % work.works * BOUND_GROUPS, dim = work.dim, group
+    cdef Py_ssize_t stride = work.groups * LANES
     cdef PageBounds bounds
     cdef float *decoded = <float *>malloc(sizeof(float) * 2 * dim * LANES)
     cdef const float *values
     if decoded == NULL:
-        return 1
-    for group in range(first, last):
-        bounds = table.bounds(layer, head, group)
+        work.failed = True
+        return
+    for group in range(first, min(work.groups, first + BOUND_GROUPS)):
+        bounds = (<PageTable>work.table).bounds(work.layer, head, group)
         values = bounds.exact
-        if group < full and bounds.base[0] == bounds.base[0]:
-            decode_bounds(bounds.codes, bounds.base, bounds.step, dim, table.bounds_width, decoded)
+        if group < work.full and bounds.base[0] == bounds.base[0]:
+            decode_bounds(bounds.codes, bounds.base, bounds.step, dim, work.width, decoded)
             values = decoded
-        slab_scores(q, rows, 2 * dim, values, scores + group * LANES, stride)
+        slab_scores(work.q + head * work.rows * 2 * dim, work.rows, 2 * dim, values,
+                    work.scores + head * work.rows * stride + group * LANES, stride)
     free(decoded)
-    return 0
 
 
 def bound_scores(PageTable table, Py_ssize_t layer, q, tokens, Py_ssize_t length):
@@ -449,7 +460,7 @@ def bound_scores(PageTable table, Py_ssize_t layer, q, tokens, Py_ssize_t length
         sum over channels of max(q * smallest key, q * largest key), q rounded to the format of bounds, and
         bounds by their codes where a group of pages has them; columns past the last page are meaningless.
     """
-    cdef Py_ssize_t kv_heads = table.kv_heads, dim = table.head_dim, rows, groups, works, item, head, first, failed = 0
+    cdef Py_ssize_t kv_heads = table.kv_heads, dim = table.head_dim, rows, groups, works, item
     rows = len(tokens) * (q.shape[1] // kv_heads)
     groups = (length + table.page_size * LANES - 1) // (table.page_size * LANES)
     if not 0 <= layer < table.layers or not 0 <= length <= table.capacity:
@@ -465,16 +476,27 @@ def bound_scores(PageTable table, Py_ssize_t layer, q, tokens, Py_ssize_t length
     cdef float[:, :, ::1] queries = signed
     cdef float[:, :, ::1] out = scores
     works = (groups + BOUND_GROUPS - 1) // BOUND_GROUPS
-    cdef bint threads = kv_heads * rows * 2 * dim * groups * LANES > WORTH_THREADS
-    for item in prange(kv_heads * works, nogil=True, schedule="dynamic", use_threads_if=threads):
-        head = item // works
-        first = item % works * BOUND_GROUPS
-        failed += bound_scores_item(table, layer, head, first, min(groups, first + BOUND_GROUPS),
-                                    table.full_groups(length), &queries[head, 0, 0], rows, &out[head, 0, 0],
-                                    groups * LANES)
-    if failed:
+    cdef BoundWork work = BoundWork(<void *>table, layer, rows, dim, groups, table.full_groups(length), works,
+                                    table.bounds_width, &queries[0, 0, 0], &out[0, 0, 0], False)
+    with nogil:
+        parallel_for(score_bounds, &work, kv_heads * works,
+                     kv_heads * rows * 2 * dim * groups * LANES > WORTH_THREADS)
+    if work.failed:
         raise MemoryError
     return scores
+
+
+cdef struct WidenWork:
+    const uint16_t *source
+    float *to
+    Py_ssize_t count
+    int width
+
+
+cdef void widen_piece(void *state, Py_ssize_t item) noexcept nogil:
+    cdef const WidenWork *work = <const WidenWork *>state
+    cdef Py_ssize_t first = item * WIDENED
+    widen(work.source + first, work.to + first, min(WIDENED, work.count - first), work.width)
 
 
 def widen_into(const uint16_t[::1] source, float[::1] to, int width, bint threads=True):
@@ -490,9 +512,11 @@ def widen_into(const uint16_t[::1] source, float[::1] to, int width, bint thread
     threads : bool
         Whether to use all threads where it pays, or the caller's alone.
     """
-    cdef Py_ssize_t count = source.shape[0], piece = 16384, item
+    cdef Py_ssize_t count = source.shape[0]
     if to.shape[0] != count:
         raise ValueError("source and to must have the same length")
-    for item in prange((count + piece - 1) // piece, nogil=True, schedule="static",
-                       use_threads_if=threads and count > WORTH_THREADS // 4):
-        widen(&source[item * piece], &to[item * piece], min(piece, count - item * piece), width)
+    if count == 0:
+        return
+    cdef WidenWork work = WidenWork(&source[0], &to[0], count, width)
+    with nogil:
+        parallel_for(widen_piece, &work, (count + WIDENED - 1) // WIDENED, threads and count > WORTH_THREADS // 4)

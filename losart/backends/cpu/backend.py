@@ -38,6 +38,7 @@ from losart.engine.kv_cache import PagedKVCache, chunk_positions
 from losart.engine.sampling import Proposals, propose
 from losart.errors import ConfigError, NumericalError
 from losart.loaders.quantized.tensor import bits_of
+from losart.loaders.safetensors_files import MappedTensor
 
 BATCH_ROWS = 64  # of a pass over blocks: more gain nothing, since 16 rows and more are bound by arithmetic
 UPLOADED_AT_ONCE = 1 << 20  # weights that are widened or packed
@@ -141,7 +142,7 @@ class CpuBackend:
         format = self.precision.weights
         if (form := _quantized_form(tensor)) is not None:
             return _packed(tensor, form)
-        if tensor.dtype == format.name:
+        if isinstance(tensor, MappedTensor) and tensor.dtype == format.name:
             return tensor.array()
         held, row = np.empty(tensor.shape, format.array), 0
         for values in float32_rows(tensor, UPLOADED_AT_ONCE):
@@ -198,35 +199,45 @@ class CpuBackend:
         return widen(table.matrices[0][np.concatenate([sequence.ids for sequence in batch.sequences])])
 
     def linear(self, x: np.ndarray, weight: Weight, bias: np.ndarray | None = None) -> np.ndarray:
-        return self._few(x, weight, bias) if self.deterministic else self._multiply(x, weight, bias)
-
-    def _few(self, x: np.ndarray, weight: Weight, bias: np.ndarray | None = None) -> np.ndarray:
-        """However many rows there are, by the kernel for few."""
-        rows = plain_linear.FEW_TOKENS
-        slices = (x[first : first + rows] for first in range(0, len(x), rows))
-        return np.concatenate([self._multiply(some, weight, bias) for some in slices])
+        return self._product(x, weight, bias, self._few(prefill=False))
 
     def prefill_linear(self, x: np.ndarray, weight: Weight, bias: np.ndarray | None = None) -> np.ndarray:
-        if not self.deterministic:
-            return self._multiply(x, weight, bias)
-        # However a prompt is cut into pieces, by the kernel for more than FEW_TOKENS rows.
-        padding = max(0, plain_linear.FEW_TOKENS + 1 - len(x))
-        return self._multiply(np.pad(x, ((0, padding), (0, 0))), weight, bias)[: len(x)]
+        return self._product(x, weight, bias, self._few(prefill=True))
 
-    def _multiply(self, x: np.ndarray, weight: Weight, bias: np.ndarray | None) -> np.ndarray:
-        y = np.empty((len(x), sum(map(len, weight.matrices))), np.float32)
-        held = [matrix for matrix in weight.matrices if isinstance(matrix, np.ndarray)]
-        prepared = plain_linear.prepared(x) if held else None
-        column = 0
-        for matrix in weight.matrices:
-            if not isinstance(matrix, np.ndarray):
-                quantized_linear.multiply_all(x, matrix, y, column)
-            else:
-                plain_linear.multiply(prepared, matrix, weight.format.code, y, column)
-            column += len(matrix)
+    def _product(
+        self, x: np.ndarray, weight: Weight, bias: np.ndarray | None, few: bool | None
+    ) -> np.ndarray:
+        y = self._products([(x, weight)], few)
         if bias is not None:
             y += bias
         return y
+
+    def _products(self, parts: Sequence[tuple[np.ndarray, Weight]], few: bool | None) -> np.ndarray:
+        """Rows times weights of as many outputs, the results one after another; `few` as for `prepared`."""
+        width = sum(map(len, parts[0][1].matrices))
+        y, first = np.empty((sum(len(x) for x, _ in parts), width), np.float32), 0
+        plain: list[tuple[Any, ...]] = []
+        quantized: list[tuple[Any, ...]] = []
+        for x, weight in parts:
+            out, column, prepared = y[first : first + len(x)], 0, None
+            for matrix in weight.matrices:
+                if isinstance(matrix, np.ndarray):
+                    prepared = plain_linear.prepared(x, few) if prepared is None else prepared
+                    plain.append((prepared, matrix, weight.format.code, out, column))
+                else:
+                    quantized.append((x, matrix, out, column))
+                column += len(matrix)
+            first += len(x)
+        plain_linear.multiply(plain)
+        quantized_linear.multiply_all(quantized)
+        return y
+
+    def _few(self, prefill: bool) -> bool | None:
+        """Which kernel multiplies: the one for few rows, that for many, or (None) as many as there are.
+
+        Neither how many sequences share a pass nor how a prompt is cut into pieces must decide it.
+        """
+        return not prefill if self.deterministic else None
 
     def add_rms_norm(
         self, x: np.ndarray, delta: np.ndarray | None, gain: np.ndarray
@@ -263,19 +274,26 @@ class CpuBackend:
 
     def experts(self, x: np.ndarray, layer: ExpertWeights, batch: PassBatch) -> np.ndarray:
         prefill = batch.kind is PassKind.PREFILL
+        linear = self.prefill_linear if prefill else self.linear
         # How many of its rows an expert has must not decide how they are summed.
-        router, linear = (self.prefill_linear,) * 2 if prefill else (self.linear, self._few)
-        chosen, weights = route(router(x, layer.router), layer.bias, layer.config)
-        total = np.zeros_like(x)
-        order = np.argsort(chosen, axis=None, kind="stable")
+        few = self._few(prefill) if prefill else True
+        chosen, weights = route(linear(x, layer.router), layer.bias, layer.config)
+        order = np.argsort(chosen, axis=None, kind="stable")  # places, by expert
         used, starts = np.unique(chosen.reshape(-1)[order], return_index=True)
         self._experts_used.append(len(used))
-        for expert, places in zip(used, np.split(order, starts[1:]), strict=True):
-            rows = places // layer.config.per_token
-            y = linear(layer_kernels.gated(linear(x[rows], layer.gate_up[expert])), layer.down[expert])
-            total[rows] += weights.reshape(-1)[places, None] * y
+        rows = order // layer.config.per_token
+
+        def multiply(values: np.ndarray, experts: tuple[Weight, ...]) -> np.ndarray:
+            split = np.split(values, starts[1:])
+            return self._products([(x, experts[e]) for x, e in zip(split, used, strict=True)], few)
+
+        y = multiply(layer_kernels.gated(multiply(x[rows], layer.gate_up)), layer.down)
+        y *= weights.reshape(-1)[order, None]
+        total = np.zeros_like(x)
+        for places in np.argsort(rows, kind="stable").reshape(len(x), -1).T:  # of each token, by expert
+            total += y[places]
         for expert in range(layer.config.count, len(layer.gate_up)):
-            total += router(layer_kernels.gated(router(x, layer.gate_up[expert])), layer.down[expert])
+            total += linear(layer_kernels.gated(linear(x, layer.gate_up[expert])), layer.down[expert])
         return total
 
     def write_kv(self, layer: int, k: np.ndarray, v: np.ndarray, batch: PassBatch) -> None:
@@ -443,9 +461,7 @@ def _quantized_form(tensor: Any) -> tuple[int, int, int, int, bool] | None:
         return None
     if quantized_linear.block_of(tensor.shape[1], tensor.group, bits_of(tensor.dtype)) is None:
         return None
-    # Of symmetric GPTQ there are zeros, which are 0.
-    zeros = tensor.has_zeros and bool(tensor.zeros(0, tensor.shape[0]).any())
-    return *tensor.shape, bits_of(tensor.dtype), tensor.group, zeros
+    return *tensor.shape, bits_of(tensor.dtype), tensor.group, tensor.uses_zeros
 
 
 def _packed(tensor: Any, form: tuple[int, int, int, int, bool]) -> quantized_linear.QuantizedMatrix:

@@ -8,15 +8,16 @@ from typing import Any
 import numpy as np
 
 import losart.backends.cpu.attention_kernels as kernels
-from losart.config.precision import BFLOAT16, FLOAT16, FORMATS, Format
+from losart.config.precision import BFLOAT16, FLOAT16, Format
+from losart.loaders.safetensors_files import MappedTensor
 
 
-def widen(values: np.ndarray) -> np.ndarray:
-    """Any held array as float32; float32 as it is."""
+def widen(values: np.ndarray, threads: bool = True) -> np.ndarray:
+    """Any held array as float32; float32 as it is. By all threads or the caller's alone."""
     if values.dtype == np.float32:
         return values
     out = np.empty(values.shape, np.float32)
-    widen_into(values, out)
+    widen_into(values, out, threads)
     return out
 
 
@@ -28,11 +29,17 @@ def widen_into(values: np.ndarray, out: np.ndarray, threads: bool = True) -> Non
 
 def float32_rows(matrix: Any, floats: int) -> Iterator[np.ndarray]:
     """A checkpoint's matrix, quantized or not, in float32, some rows at a time of about so many numbers."""
-    (rows, columns), source = matrix.shape, matrix.array() if matrix.dtype in FORMATS else None
+    rows, columns = matrix.shape
     step = max(1, floats // max(1, columns))
     for start in range(0, rows, step):
-        stop = min(rows, start + step)
-        yield matrix.float32(start, stop) if source is None else widen(source[start:stop])
+        yield float32_of(matrix, start, min(rows, start + step))
+
+
+def float32_of(matrix: Any, start: int, stop: int, threads: bool = True) -> np.ndarray:
+    """Some rows of a checkpoint's matrix, of any kind, in float32; `threads` as of `widen`."""
+    if isinstance(matrix, MappedTensor):
+        return widen(matrix.array(start, stop), threads)
+    return matrix.float32(start, stop)
 
 
 def narrow(values: np.ndarray, format: Format) -> np.ndarray:

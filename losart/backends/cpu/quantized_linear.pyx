@@ -8,10 +8,10 @@ other tokens there are. A matmul must read the codes, rows * in * bits / 8, and 
 
 import numpy as np
 
-from cython.parallel cimport prange
 from libc.math cimport INFINITY, NAN
 from libc.stdint cimport int8_t, int16_t, uint8_t
 
+from losart.backends.cpu.pool cimport last_at_most, parallel_for
 from losart.backends.cpu.simd cimport largest_magnitude, round_int8, round_int16
 
 cdef extern from "integer_dots.h" nogil:
@@ -203,62 +203,93 @@ cdef void round_block(const float *x, Py_ssize_t count, integer *to, float *scal
         total[0] = round_int16(x, count, factor, to) * scale[0]
 
 
-def multiply_all(const float[:, ::1] x, matrix, float[:, ::1] out, Py_ssize_t column):
-    """`multiply` of any number of tokens, x [tokens, in], some at a time."""
-    cdef Py_ssize_t first
-    for first in range(0, x.shape[0], MOST_TOKENS):
-        some = slice(first, first + MOST_TOKENS)
-        multiply(rounded(np.asarray(x)[some], matrix.block, matrix.activations), matrix, np.asarray(out)[some], column)
-
-
-def multiply(x, matrix, float[:, ::1] out, Py_ssize_t column):
-    """Product of activations and a quantized matrix.
+def multiply_all(products):
+    """Products of activations and quantized matrices, of any number, whose work all threads share.
 
     Parameters
     ----------
-    x : tuple
-        From `rounded`, by the matrix's block and activations, of TOKENS tokens at most.
-    matrix : QuantizedMatrix
-    out : float32 [tokens, any]
-        Columns column, ..., column + rows - 1 are written.
-    column : int
+    products : sequence of tuples
+        x : float32 [tokens, in]
+        matrix : QuantizedMatrix
+        out : float32 [tokens, any]
+            Columns column, ..., column + rows - 1 are written.
+        column : int
     """
-    if x[0].dtype != matrix.activations:
-        raise ValueError(f"activations of {matrix.activations} were expected")
-    cdef const uint8_t[:, :, ::1] values = x[0].view(np.uint8)
-    cdef const float[:, ::1] x_scales = x[1], x_sums = x[2]
-    cdef const uint8_t[:, ::1] codes = matrix.codes
-    cdef const float[:, :, ::1] scales = matrix.scales, zeros = matrix.zeros
-    cdef Py_ssize_t rows = matrix.rows, block = matrix.block, blocks = matrix.blocks, bits = matrix.bits
-    cdef Py_ssize_t group_blocks = matrix.group // block if matrix.group < matrix.columns else blocks
-    cdef Py_ssize_t tokens = out.shape[0], panels = codes.shape[0], panel
-    if values.shape[0] != blocks or values.shape[1] != tokens or x[0].shape[2] != block or tokens > MOST_TOKENS:
-        raise ValueError(f"activations of {blocks} blocks of {block} and {tokens} tokens were expected")
-    if column < 0 or column + rows > out.shape[1]:
-        raise ValueError("the outputs do not fit into out")
-    if rows == 0 or tokens == 0 or blocks == 0:
-        np.asarray(out)[:, column : column + rows] = 0
-        return
-    cdef bint threads = rows * blocks * block * tokens > WORTH_THREADS
-    cdef bint own_zeros = zeros.shape[1] > 1
-    cdef Panel first = Panel(&codes[0, 0], &scales[0, 0, 0], &zeros[0, 0, 0], bits, blocks, block, group_blocks,
-                             PANEL_ROWS if own_zeros else 0)
-    cdef Activations activations = Activations(&values[0, 0, 0], &x_scales[0, 0], &x_sums[0, 0], tokens)
-    for panel in prange(panels, nogil=True, schedule="static", use_threads_if=threads):
-        multiply_panel(first, panel * codes.shape[1], panel * scales.shape[1] * PANEL_ROWS,
-                       panel * zeros.shape[1] * PANEL_ROWS, activations, &out[0, column + panel * PANEL_ROWS],
-                       out.shape[1], min(PANEL_ROWS, rows - panel * PANEL_ROWS))
+    parts, last = [], None
+    for x, matrix, out, column in products:
+        form = x, matrix.block, matrix.activations
+        if last is None or form[0] is not last[0] or form[1:] != last[1:]:  # else of the same rows as before
+            slices = [slice(first, first + MOST_TOKENS) for first in range(0, len(x), MOST_TOKENS)]
+            rows, last = [(some, rounded(x[some], matrix.block, matrix.activations)) for some in slices], form
+        parts += [(of_rows, matrix, out[some], column) for some, of_rows in rows]
+    multiply(parts)
 
 
-cdef void multiply_panel(Panel panel, Py_ssize_t codes, Py_ssize_t scales, Py_ssize_t zeros, Activations x, float *out,
-                         Py_ssize_t out_stride, Py_ssize_t rows) noexcept nogil:
-    # The panel so many codes, scales and zeros after this one.
+def multiply(products):
+    """`multiply_all` of TOKENS at most, as `rounded` gives them by the matrix's block and activations."""
+    cdef Py_ssize_t index = 0, column, rows, block, blocks, tokens, group_blocks, work = 0
+    cdef const uint8_t[:, :, ::1] values
+    cdef const float[:, ::1] x_scales, x_sums
+    cdef const uint8_t[:, ::1] codes
+    cdef const float[:, :, ::1] scales, zeros
+    cdef float[:, ::1] to
+    cdef unsigned char[::1] held = np.empty(len(products) * sizeof(Product) + 1, np.uint8)
+    cdef Product *product = <Product *>&held[0]
+    cdef Py_ssize_t[::1] panels = np.zeros(len(products) + 1, np.intp)
+    for x, matrix, out, column in products:
+        if x[0].dtype != matrix.activations:
+            raise ValueError(f"activations of {matrix.activations} were expected")
+        to, values, x_scales, x_sums = out, x[0].view(np.uint8), x[1], x[2]
+        codes, scales, zeros = matrix.codes, matrix.scales, matrix.zeros
+        rows, block, blocks, tokens = matrix.rows, matrix.block, matrix.blocks, to.shape[0]
+        if (values.shape[0] != blocks or values.shape[1] != tokens or x[0].shape[2] != block
+                or tokens > MOST_TOKENS):
+            raise ValueError(f"activations of {blocks} blocks of {block} and {tokens} tokens were expected")
+        if column < 0 or column + rows > to.shape[1]:
+            raise ValueError("the outputs do not fit into out")
+        if rows == 0 or tokens == 0 or blocks == 0:
+            np.asarray(out)[:, column : column + rows] = 0
+            continue
+        group_blocks = matrix.group // block if matrix.group < matrix.columns else blocks
+        product[index] = Product(
+            Panel(&codes[0, 0], &scales[0, 0, 0], &zeros[0, 0, 0], matrix.bits, blocks, block, group_blocks,
+                  PANEL_ROWS if zeros.shape[1] > 1 else 0),
+            codes.shape[1], scales.shape[1] * PANEL_ROWS, zeros.shape[1] * PANEL_ROWS, rows,
+            Activations(&values[0, 0, 0], &x_scales[0, 0], &x_sums[0, 0], tokens), &to[0, column], to.shape[1])
+        panels[index + 1] = panels[index] + codes.shape[0]
+        work += rows * blocks * block * tokens
+        index += 1
+    cdef Products all_products = Products(product, &panels[0], index)
+    with nogil:
+        parallel_for(multiply_panel, &all_products, all_products.panels[index], work > WORTH_THREADS)
+
+
+cdef struct Product:
+    Panel first
+    Py_ssize_t codes, scales, zeros   # from one panel to the next
+    Py_ssize_t rows
+    Activations x
+    float *out                        # [tokens, out_stride]
+    Py_ssize_t out_stride
+
+
+cdef struct Products:
+    const Product *each
+    const Py_ssize_t *panels          # that there are before each
+    Py_ssize_t count
+
+
+cdef void multiply_panel(void *state, Py_ssize_t item) noexcept nogil:
+    cdef const Products *products = <const Products *>state
+    cdef Py_ssize_t index = last_at_most(products.panels, products.count, item)
+    cdef const Product *p = products.each + index
     cdef float y[MOST_TOKENS * PANEL_ROWS]
-    cdef Py_ssize_t t, r
-    panel.codes += codes
-    panel.scales += scales
-    panel.zeros += zeros
-    panel_product(panel, x, y)
-    for t in range(x.tokens):
-        for r in range(rows):
-            out[t * out_stride + r] = y[t * PANEL_ROWS + r]
+    cdef Panel panel = p.first
+    cdef Py_ssize_t at = item - products.panels[index], row = at * PANEL_ROWS, t, r
+    panel.codes += at * p.codes
+    panel.scales += at * p.scales
+    panel.zeros += at * p.zeros
+    panel_product(panel, p.x, y)
+    for t in range(p.x.tokens):
+        for r in range(min(PANEL_ROWS, p.rows - row)):
+            p.out[t * p.out_stride + row + r] = y[t * PANEL_ROWS + r]

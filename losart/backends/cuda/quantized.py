@@ -102,7 +102,9 @@ def quantized_form(tensors: Sequence[Any], format: Format, valid: bool = False) 
         return None
     if not valid and any(one.has_invalid_codes for one in tensors):
         return None
-    zeros = any(one.has_zeros and bool(one.zeros(0, one.shape[0]).any()) for one in tensors)
+    zeros = any(one.uses_zeros for one in tensors)
+    if zeros and not all(one.whole_zeros for one in tensors if one.uses_zeros):
+        return None  # they are held in 16 bits
     wide = any(one.scale_dtype != format.name for one in tensors)
     # Columns that pad a row must be 0.
     if not is_compiled(dtype, group, zeros, wide) or (zeros and inner % cu.QUANTIZED_UNIT):

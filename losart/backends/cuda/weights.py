@@ -16,7 +16,7 @@ from losart.backends.cuda.matmul_plans import pack_plan, quantize_plan
 from losart.backends.cuda.quantized import QuantizedForm, QuantizedWeight, expert_forms, quantized_form
 from losart.backends.cuda.results import Weight
 from losart.errors import TensorError
-from losart.loaders.quantized.tensor import QuantizedTensor
+from losart.loaders.safetensors_files import MappedTensor
 
 STAGING_BYTES = 32 << 20  # of pinned memory
 PADDING = {"int4": 0x88, "int8": 0x80, "float8": 0}  # a byte of codes that are 0
@@ -93,7 +93,7 @@ class WeightLoader:
         form, (rows, columns) = weight.form, tensor.shape
         step = max(8, CODES_PIECE // columns // 8 * 8)
         # What the device rounds comes as it is in the file.
-        rounds = not isinstance(tensor, QuantizedTensor) and tensor.source.dtype == self._format.name
+        rounds = self._is_held(getattr(tensor, "source", None))
         for start in range(0, rows, step):
             stop = min(rows, start + step)
             if rounds:
@@ -151,9 +151,13 @@ class WeightLoader:
             copied_piece()
         self._stream.synchronize()
 
+    def _is_held(self, tensor: Any) -> bool:
+        """Whether a file has it as it is held here."""
+        return isinstance(tensor, MappedTensor) and tensor.dtype == self._format.name
+
     def _pieces(self, tensor: Any, size: int) -> Iterator[np.ndarray]:
         """A matrix as it is held, one after the other at most so many numbers."""
-        if tensor.dtype == self._format.name:
+        if self._is_held(tensor):
             yield from _cut(tensor.array(), size)
         else:
             for rows in float32_rows(tensor, size):

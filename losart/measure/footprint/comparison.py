@@ -47,6 +47,8 @@ def generation_of(
     if config.mask_token_id is None:
         raise ConfigError(f"{checkpoint.path}: config.json says no mask_token_id")
     block_length = config.block_length or DEFAULT_BLOCK_LENGTH
+    if not checkpoint.path.is_dir() or checkpoint.base is not None:
+        raise ConfigError(f"{checkpoint.path}: is no checkpoint that transformers loads as losart does")
     request = Request(device, prompt_tokens, new_tokens, block_length, config.mask_token_id)
     inspection(checkpoint, "cpu", "auto", [prompt_tokens + new_tokens])  # raises where it has no room
     row = 2 * config.num_layers * config.num_kv_heads * config.head_dim * FORMATS[checkpoint.dtype].itemsize
