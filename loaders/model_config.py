@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from losart.config.model import ModelConfig
 from losart.errors import ConfigError
@@ -53,7 +54,8 @@ def read_family(
         with errors_naming(config.file):
             model_type = known_as(model_type, architectures)
         family = family_of(model_type)
-    values = {"model_type": model_type, "decoding": family.decoding} | family.config_values(files)
+    values: dict[str, Any] = {"model_type": model_type, "decoding": family.decoding}
+    values |= family.config_values(files)
     with errors_naming(config.file):
         base = ModelConfig(**values)
     if conversion is None:

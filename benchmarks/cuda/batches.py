@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import cupy
 import numpy as np
 
+from benchmarks.cuda.experts import SIZES, active_parameters, config_of
 from benchmarks.cuda.model import NoiseModel, TimedTransformer
 from benchmarks.cuda.noise import kv_bytes, weight_bytes, written_cache
 from benchmarks.cuda.timing import queued_microseconds
@@ -38,7 +39,10 @@ METHODS = {
 
 
 class Batch(NamedTuple):
-    """What is decoded together: prompts of so many tokens, in so many passes per block."""
+    """What is decoded together: prompts of so many tokens, in so many passes per block.
+
+    `size` is SDAR's, or a mixture of experts.
+    """
 
     size: str
     sequences: int
@@ -55,6 +59,7 @@ BATCHES = (
     Batch("4B", 128, 512, 4, 4, deterministic=True),
     Batch("8B", 128, 512, 4, 4),
     Batch("8B", 128, 512, 4, 2),
+    Batch("LLaDA2.0-mini", 128, 512, 32, 16),
     Batch("8B", 8, 65536, 16, 16, tuple(METHODS)),
     Batch("8B", 4, 131072, 16, 16, tuple(METHODS)),
 )
@@ -70,7 +75,8 @@ def rows(bandwidth: float, quick: bool = False) -> Iterator[dict[str, Any]]:
         if (size, deterministic) != loaded:
             del model
             free_memory()
-            model = attempt(NoiseModel, size, TimedTransformer, deterministic)
+            sizes = config_of(size) if size in SIZES else size
+            model = attempt(NoiseModel, sizes, TimedTransformer, deterministic)
             loaded = size, deterministic
         row = {"size": size, "sequences": sequences, "prompt": prompt, "block": block, "passes": passes}
         row |= {"deterministic": "yes" if deterministic else ""}
@@ -202,13 +208,16 @@ def their_milliseconds(size: str, sequences: int, prompt: int, block: int) -> fl
 def pass_floor(
     model: NoiseModel, sequences: int, prompt: int, measured: dict[str, Any], bandwidth: float, rate: Any
 ) -> float | None:
-    """Milliseconds of a mean pass: bytes over the copy bandwidth, and operations over the rate of matmuls."""
+    """Milliseconds of a mean pass: bytes over the copy bandwidth, and operations over the rate of matmuls.
+
+    With experts, of which all are used.
+    """
     if isinstance(rate, str):
         return None
-    weights = weight_bytes(model.config)
-    kv = sequences * model.config.num_layers * kv_bytes(model.config, prompt) * measured["density"]
-    operations = measured["rows"] * weights  # two per 16-bit weight and row
-    return 1e3 * ((weights + kv) / bandwidth + operations / rate)
+    config = model.config
+    kv = sequences * config.num_layers * kv_bytes(config, prompt) * measured["density"]
+    operations = 2 * measured["rows"] * (active_parameters(config) + config.vocab_size * config.hidden_size)
+    return 1e3 * ((weight_bytes(config) + kv) / bandwidth + operations / rate)
 
 
 def matmul_rate() -> float:

@@ -161,8 +161,9 @@ def merged_tensors(checkpoint: Checkpoint, merge: str) -> dict[str, Any]:
     """
     tensors: dict[str, Any] = dict(checkpoint.tensors)
     changes = checkpoint.changes
+    lora = checkpoint.adapter
     replaced = "embed" in changes and changes["embed"].whole is not None
-    if replaced and checkpoint.config.tie_embeddings and not checkpoint.adapter.config.ties:
+    if replaced and checkpoint.config.tie_embeddings and lora is not None and not lora.config.ties:
         tensors["head"] = tensors["embed"]  # as in PEFT, only the embedding is replaced
     for name, change in changes.items():
         source = change.whole if change.whole is not None else tensors.get(name, tensors["embed"])
