@@ -72,6 +72,7 @@ TILES = (*SWIZZLED_MATMUL, "matmul/tiles.cuh")
 TENSOR_MAPS = ("common/hopper.cuh", "common/tensor_map.cuh")
 FLOAT8 = "common/float8.cuh"
 QUANTIZED = (*TENSOR_MATMUL, "common/codes.cuh", "matmul/quantized.cuh")
+QUANTIZED_PANELS = (*QUANTIZED, "matmul/quantized_panels.cuh")
 PAGES = ("cache/pages.cuh",)
 CACHE = (*PAGES, FLOAT8, "cache/layout.cuh")
 TENSOR = ("common/tensor.cuh", "common/codes.cuh", "cache/codes.cuh")
@@ -89,7 +90,7 @@ FILES = {
     "linear_tensor": KernelFile("matmul", SWIZZLED_MATMUL),
     "linear_tiles": KernelFile("matmul", TILES),
     "linear_hopper": KernelFile("matmul", (*TENSOR_MATMUL, *TENSOR_MAPS)),
-    "linear_quantized": KernelFile("matmul", QUANTIZED),
+    "linear_quantized": KernelFile("matmul", QUANTIZED_PANELS),
     "linear_quantized_hopper": KernelFile("matmul", (*QUANTIZED, "common/hopper.cuh")),
     "embedding_quantized": KernelFile("matmul", QUANTIZED),
     "pack_quantized": KernelFile("matmul", QUANTIZED),
@@ -102,6 +103,7 @@ FILES = {
     "experts_linear": KernelFile("experts", EXPERTS),
     "experts_tensor": KernelFile("experts", (*SWIZZLED_MATMUL, *EXPERTS)),
     "experts_tiles": KernelFile("experts", (*TILES, *EXPERTS)),
+    "experts_quantized": KernelFile("experts", (*QUANTIZED_PANELS, *ROUTING)),
     "experts_hopper": KernelFile("experts", (*TENSOR_MATMUL, *TENSOR_MAPS, *EXPERTS)),
     "add_rms_norm": KernelFile("norm", PLANES),
     "rotations": KernelFile("norm"),

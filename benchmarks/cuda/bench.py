@@ -94,6 +94,13 @@ SECTIONS = {
         "neither mask nor is_causal, its default way through the experts.",
         lambda bandwidth, quick, _: experts.pass_rows(bandwidth, quick),
     ),
+    "experts-layer": Section(
+        "Mixtures of experts: the experts of one layer, microseconds",
+        "From random router logits to each token's sum; int4 in groups of 64, int8 with a scale per row. "
+        "used: experts that tokens go to, shared ones aside. Floor: codes and scales of these and of shared "
+        "ones over the copy bandwidth. Medians of graph replays, weights not in the L2 cache.",
+        lambda bandwidth, quick, _: experts.layer_rows(bandwidth, quick),
+    ),
     "families": Section(
         "Dense families: whole denoising pass, milliseconds",
         "Block 16, dense attention, host and sampling included; keys and values are noise. Floor: bytes of "

@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
+import cupy
 import numpy as np
 
 from benchmarks.cuda.model import NoiseModel
-from benchmarks.cuda.noise import filled_cache, kv_bytes, model_config, weight_bytes
-from benchmarks.cuda.timing import run_microseconds
+from benchmarks.cuda.noise import (
+    BFLOAT16,
+    NoiseBackend,
+    filled_cache,
+    held_bytes,
+    kv_bytes,
+    model_config,
+    noise,
+    weight_bytes,
+)
+from benchmarks.cuda.timing import graph_microseconds, run_microseconds
 from benchmarks.cuda.torch_attention import run_microseconds as torch_microseconds
 from benchmarks.support.attempts import attempt, free_memory, ratio
 from benchmarks.support.transformers_pass import TransformersPass
+from losart.backends.base import ExpertWeights
+from losart.backends.cuda.experts import experts
+from losart.backends.cuda.results import Matmul
 from losart.config.model import ExpertsConfig, ModelConfig
 from losart.config.options import generation_config
 from losart.engine.batch import PassBatch, PassKind, PassResult, SequencePass
@@ -42,6 +56,9 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 BLOCKS = {"SDAR-30B-A3B": (4, 16), "LLaDA2.0-mini": (32,)}
 BATCHES = ((1, 8192), (1, 65536), (32, 8192))  # sequences, and the prefix of each
+WEIGHTS = ("bfloat16", "int8", "int4")
+TOKENS = (4, 16, 32, 512, 4096)
+LAYERS = 4
 PROMPT = 8192
 SHORT = 256  # prefix
 
@@ -83,17 +100,18 @@ class Blocks:
 
 
 def pass_rows(bandwidth: float, quick: bool = False) -> Iterator[dict[str, Any]]:
-    """One row per model, block, sequences and prefix; transformers has SDAR-MoE's sizes."""
+    """One row per model, format, block, sequences and prefix; transformers: SDAR-MoE's sizes, bfloat16."""
     batches = BATCHES[:1] if quick else BATCHES
     theirs = transformers_milliseconds("SDAR-30B-A3B", "30B-A3B", batches)
-    for name in SIZES:
-        model = attempt(NoiseModel, config_of(name))
+    for name, weights in itertools.product(SIZES, WEIGHTS):
+        model = attempt(lambda name=name, weights=weights: NoiseModel(config_of(name), weights=weights))
         for block in BLOCKS[name]:
             for sequences, prefix in batches:
                 sizes = sequences, prefix, block
-                row = {"model": name, "block": block, "sequences": sequences, "prefix": prefix}
+                row = {"model": name, "weights": weights, "block": block}
+                row |= {"sequences": sequences, "prefix": prefix}
                 row |= {"losart": model} if isinstance(model, str) else measured(model, bandwidth, *sizes)
-                row["transformers"] = theirs.get((name, *sizes))
+                row["transformers"] = theirs.get((name, *sizes)) if weights == "bfloat16" else None
                 yield row | {"transformers/losart": ratio(row["transformers"], row["losart"])}
                 free_memory()
         del model
@@ -135,17 +153,80 @@ def measured(model: NoiseModel, bandwidth: float, sequences: int, prefix: int, b
         return {"losart": time}
     config, experts = model.config, model.config.experts
     assert experts is not None
-    floor = (pass_bytes(config, blocks.used) + sequences * kv_of(config, prefix)) / bandwidth * 1e3
+    floor = (pass_bytes(model, blocks.used) + sequences * kv_of(config, prefix)) / bandwidth * 1e3
     figures = {"floor": floor, "losart": time, "losart/floor": ratio(time, floor)}
     return {"used": blocks.used, "of": experts.count} | figures
 
 
-def pass_bytes(config: ModelConfig, used: float) -> float:
+def pass_bytes(model: NoiseModel, used: float) -> float:
     """Of the weights that a pass must read when its layers use so many experts."""
-    experts = config.experts
-    assert experts is not None
-    unused = config.expert_layers * (experts.count - used)
-    return weight_bytes(config) - 2 * unused * 3 * experts.intermediate_size * config.hidden_size
+    layers = (layer.feed_forward for layer in model.transformer.layers)
+    return model.read_bytes - sum(
+        stack_bytes(layer) - used_bytes(layer, used) for layer in layers if isinstance(layer, ExpertWeights)
+    )
+
+
+def stack_bytes(layer: ExpertWeights) -> int:
+    """Of the weights of all experts."""
+    return held_bytes(layer.gate_up) + held_bytes(layer.down)
+
+
+def used_bytes(layer: ExpertWeights, used: float) -> float:
+    """Of those of so many, and of shared ones."""
+    config = layer.config
+    return stack_bytes(layer) * (used + config.shared) / (config.count + config.shared)
+
+
+def layer_rows(bandwidth: float, quick: bool = False) -> Iterator[dict[str, Any]]:
+    """One row per model, format of weights and number of tokens: a layer's experts, in microseconds."""
+    for name, weights in itertools.product(SIZES, WEIGHTS):
+        layers = attempt(noise_layers, name, weights)
+        for tokens in TOKENS[:1] if quick else TOKENS:
+            row = {"model": name, "weights": weights, "tokens": tokens}
+            yield row | (
+                {"losart": layers} if isinstance(layers, str) else timed_layer(layers, tokens, bandwidth)
+            )
+        del layers
+        free_memory()
+
+
+def noise_layers(name: str, weights: str) -> tuple[NoiseBackend, list[ExpertWeights]]:
+    """A backend, and experts of some layers: too many for the device's cache, however few are used."""
+    config: ExpertsConfig = SIZES[name]["experts"]
+    model = config_of(name, num_layers=1)
+    backend, every = NoiseBackend(model, BFLOAT16), config.count + config.shared
+    with backend.memory.stream:
+        bias = cupy.zeros(config.count, np.float32) if config.bias else None
+    shapes = (
+        (every, 2 * config.intermediate_size, model.hidden_size),
+        (every, model.hidden_size, config.intermediate_size),
+    )
+    stacks = ((backend.stack(*shape, weights) for shape in shapes) for _ in range(LAYERS))
+    return backend, [ExpertWeights(config, None, bias, *pair) for pair in stacks]
+
+
+def timed_layer(
+    made: tuple[NoiseBackend, list[ExpertWeights]], tokens: int, bandwidth: float
+) -> dict[str, Any]:
+    """The experts that random logits use, and the time from there to the sums of all tokens."""
+    backend, layers = made
+    config, turn, stream = layers[0].config, itertools.cycle(layers), backend.memory.stream
+    logits = np.random.default_rng(tokens).standard_normal((1, tokens, config.count), np.float32)
+    with stream:
+        x = cupy.empty((tokens, backend.config.hidden_size), np.uint16)
+        noise(np.float32(1.7), x)
+        matmul, used = Matmul(cupy.asarray(logits), None), cupy.zeros(1, np.int32)
+
+    def run() -> Matmul:
+        return experts(backend.kernels, x, matmul, next(turn), False, used)
+
+    with stream:
+        run()
+        count = int(used.get(stream)[0])
+    floor = used_bytes(layers[0], count) / bandwidth * 1e6
+    microseconds = graph_microseconds(stream, run, 2 * LAYERS)
+    figures = {"used": count, "floor": floor, "losart": microseconds}
+    return figures | {"losart/floor": ratio(microseconds, floor)}
 
 
 def kv_of(config: ModelConfig, prefix: int) -> int:
@@ -154,20 +235,21 @@ def kv_of(config: ModelConfig, prefix: int) -> int:
 
 
 def prefill_rows(quick: bool = False) -> Iterator[dict[str, Any]]:
-    """One row per model; a dense one comes first."""
+    """One row per model and format of weights; a dense one comes first."""
     dense = None
-    for name in ("8B", *SIZES):
+    for name, weights in (("8B", "bfloat16"), *itertools.product(SIZES, WEIGHTS)):
         config = model_config(name) if name == "8B" else config_of(name)
-        model = attempt(NoiseModel, config)
+        model = attempt(lambda config=config, weights=weights: NoiseModel(config, weights=weights))
         seconds = model if isinstance(model, str) else attempt(prefill_seconds, model)
         if isinstance(seconds, str):
-            yield {"model": name, "tokens a second": seconds}
+            yield {"model": name, "weights": weights, "tokens a second": seconds}
         else:
             active, speed = active_parameters(config), PROMPT / seconds
             rate = 2e-12 * active * speed
             dense = rate if name == "8B" else dense
             yield {
                 "model": name,
+                "weights": weights,
                 "active": f"{active / 1e9:.2f}B",
                 "tokens a second": speed,
                 "rate": rate,

@@ -13,6 +13,7 @@ import numpy as np
 
 from benchmarks.cuda.noise import NoiseBackend, block_options, held_bytes, model_config, shapes
 from benchmarks.cuda.timing import run_microseconds
+from losart.backends.base import ExpertWeights
 from losart.config.model import ModelConfig
 from losart.config.options import AttentionConfig
 from losart.config.precision import Precision
@@ -53,10 +54,12 @@ class NoiseModel:
 
     @property
     def read_bytes(self) -> int:
-        """Of the weights that a pass must read: all, but of the embedding only a few rows."""
+        """Of all weights that a pass may have to read: of the embedding it reads only a few rows."""
         matrices = []
         for layer in self.transformer.layers:
             matrices += [layer.qkv, layer.o, layer.feed_forward.gate_up, layer.feed_forward.down]
+            if isinstance(layer.feed_forward, ExpertWeights):
+                matrices.append(layer.feed_forward.router)
         return sum(map(held_bytes, [*matrices, self.transformer.head]))
 
 

@@ -10,10 +10,10 @@ from typing import Any
 import cupy
 import numpy as np
 
-from losart.backends.base import PassBody
+from losart.backends.base import PassBody, Stack
 from losart.backends.cuda.backend import CudaBackend
 from losart.backends.cuda.batch import DeviceBatch
-from losart.backends.cuda.experts import ExpertStack
+from losart.backends.cuda.experts import Experts, ExpertStack
 from losart.backends.cuda.quantized import QuantizedForm, QuantizedWeight
 from losart.backends.cuda.results import Weight
 from losart.config.model import ModelConfig
@@ -82,19 +82,29 @@ class NoiseBackend(CudaBackend):
 
     def upload(self, *shapes: Any) -> Any:
         rows, inner = sum(rows for rows, _ in shapes), shapes[0][1]
-        weights = self._weights
+        weights, experts = self._weights, self.config.experts
+        if experts is not None and shapes[0] == (experts.count, self.config.hidden_size):
+            weights = "bfloat16"  # the router
         if shapes[0] == (self.config.vocab_size, self.config.hidden_size) and weights != "bfloat16":
             weights = "int8" if self._embedded else "bfloat16"
             self._embedded = True
         return self.matrix(rows, inner, weights)
 
-    def upload_experts(self, *experts: tuple[Any, ...]) -> ExpertStack:
-        rows, inner = sum(rows for rows, _ in experts[0]), experts[0][0][1]
-        values = self.matrix(len(experts) * rows, inner, "bfloat16").values
-        return ExpertStack(values.reshape(-1, rows, inner))
+    def upload_experts(self, gate_up: Stack, down: Stack) -> tuple[Experts, Experts]:
+        first, second = (self.stack(*stack_shape(stack), self._weights) for stack in (gate_up, down))
+        return first, second
 
     def held(self, *shapes: Any) -> dict[str, int]:
         return {"noise": 2 * sum(map(math.prod, shapes))}
+
+    def held_experts(self, gate_up: Stack, down: Stack) -> dict[str, int]:
+        return self.held(stack_shape(gate_up), stack_shape(down))
+
+    def stack(self, experts: int, rows: int, inner: int, weights: str) -> Experts:
+        """A matrix of noise of each expert."""
+        if weights == "bfloat16":
+            return ExpertStack(self.matrix(experts * rows, inner, weights).values.reshape(-1, rows, inner))
+        return self._coded(experts, rows, inner, weights)
 
     def matrix(self, rows: int, inner: int, weights: str) -> Any:
         """A matrix of noise held in some format."""
@@ -103,17 +113,26 @@ class NoiseBackend(CudaBackend):
                 held = cupy.empty((rows, inner), np.uint16)
                 noise(np.float32(1.7 / inner**0.5), held)
                 return Weight(held)
+            return self._coded(1, rows, inner, weights)
+
+    def _coded(self, count: int, rows: int, inner: int, weights: str) -> QuantizedWeight:
+        with self.memory.stream:
             dtype, group, spread = FORMATS[weights]
             form = QuantizedForm(rows, inner, dtype, group or -(-inner // 128) * 128, False, False)
-            codes = cupy.empty(form.code_bytes // 4, np.uint32)
+            codes = cupy.empty(count * form.code_bytes // 4, np.uint32)
             random_bits(np.uint32(0xBFBFBFBF if dtype == "float8" else 0xFFFFFFFF), codes)
-            scales = cupy.empty((form.padded_rows, form.groups), np.uint16)
+            scales = cupy.empty((count * form.padded_rows, form.groups), np.uint16)
             noise(np.float32(1.7 / inner**0.5 / spread), scales)
             return QuantizedWeight(form, codes, scales, None)
 
     def upload_vector(self, *shapes: Any) -> Any:
         with self.memory.stream:
             return cupy.ones(sum(shape[0] for shape in shapes), np.float32)
+
+
+def stack_shape(stack: Stack) -> tuple[int, int, int]:
+    """Of the matrices of all experts."""
+    return len(stack), sum(rows for rows, _ in stack[0]), stack[0][0][1]
 
 
 def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -218,5 +237,5 @@ def weight_bytes(config: ModelConfig) -> int:
 
 
 def held_bytes(matrix: Any) -> int:
-    """Bytes of a matrix as it is held."""
-    return matrix.form.nbytes if isinstance(matrix, QuantizedWeight) else 2 * math.prod(matrix.shape)
+    """Bytes of a matrix, or of those of all experts, as they are held."""
+    return matrix.nbytes if isinstance(matrix, QuantizedWeight) else matrix.values.nbytes

@@ -1,19 +1,19 @@
-/* Some rows of a matrix, `first` and the `count` - 1 after it, into its codes, scales and zeros (matmul/quantized.cuh),
- * from codes [count, inner], E4M3's bits or integers from -8 or -128 on, scales [count, groups] and zeros alike, or
- * null.
+/* Some rows of a matrix into its codes, scales and zeros (matmul/quantized.cuh), from codes [count, inner], E4M3's bits
+ * or integers from -8 or -128 on, scales [count, groups] and zeros alike, or null. They become rows `first` to `first`
+ * + 7, and `stride` rows further the next eight, and so on.
  *
  * Grid: count * inner / 8 / QUANTIZED_THREADS, one thread per 8 columns; inner is a multiple of 8, and a group has no
  * fewer.
  */
 extern "C" __global__ void __launch_bounds__(QUANTIZED_THREADS)
     pack_quantized(const signed char *codes, const float *scales, const float *zeros, QuantizedView to, int first,
-                   int count)
+                   int stride, int count)
 {
     let_next_start();
     wait_for_previous();
     int pieces = to.inner / 8;
     size_t thread = (size_t)blockIdx.x * QUANTIZED_THREADS + threadIdx.x;
-    int index = thread / pieces, piece = thread % pieces, row = first + index;
+    int index = thread / pieces, piece = thread % pieces, row = first + index / 8 * stride + index % 8;
     if (index >= count) return;
     const signed char *from = codes + (size_t)index * to.inner + piece * 8;
     unsigned words[2] = {};

@@ -22,6 +22,7 @@ Array = Any
 Batch = Any  # a PassBatch, as the backend hands it to the body of a pass
 Weight = Any  # matrices [out_i, in], joined along `out`
 Experts = Any  # such matrices of each expert, all alike
+Stack = Sequence[tuple[Any, ...]]  # the tensors of each
 Matmul = Any  # the result of a matmul, for the operation that follows it
 Prefix = Any  # o [tokens, heads, head_dim] and log-sum-exp [tokens, heads], for block_attention
 Slot = Any  # a sequence's stored results
@@ -236,11 +237,14 @@ class Backend(Protocol):
     def upload(self, *tensors: Any) -> Weight:
         """A checkpoint's tensors [out_i, in] as one matrix [sum of out_i, in], in the format of weights."""
 
-    def upload_experts(self, *experts: tuple[Any, ...]) -> Experts:
-        """The tensors of each expert's matrix, which `upload` would take."""
+    def upload_experts(self, gate_up: Stack, down: Stack) -> tuple[Experts, Experts]:
+        """The tensors of each expert's matrices, which `upload` would take."""
 
     def held(self, *tensors: Any) -> dict[str, int]:
         """In which formats matrices are held that are uploaded as one, and the bytes of each."""
+
+    def held_experts(self, gate_up: Stack, down: Stack) -> dict[str, int]:
+        """The same of experts."""
 
     def upload_vector(self, *tensors: Any) -> Array:
         """A norm gain or a bias in float32; several tensors one after the other."""

@@ -19,6 +19,7 @@ from losart.backends.base import (
     PassOutput,
     Selection,
     Slot,
+    Stack,
     Weight,
 )
 from losart.config.model import ExpertsConfig, ModelConfig
@@ -100,7 +101,7 @@ class Transformer:
 
     def _load_layer(self, tensors: Mapping[str, Any], index: int) -> LayerWeights:
         backend, prefix = self.backend, f"layers.{index}."
-        parts = _attention_parts(tensors, prefix) | FEED_FORWARD
+        parts = attention_parts(tensors, prefix) | FEED_FORWARD
 
         def weight(name: str) -> Weight:
             return backend.upload(*(tensors[prefix + part] for part in parts[name]))
@@ -117,8 +118,7 @@ class Transformer:
                 experts,
                 backend.upload(tensors[prefix + "router"]),
                 vector("router_bias") if experts.bias else None,
-                backend.upload_experts(*_of_experts(tensors, prefix, experts, "gate_up")),
-                backend.upload_experts(*_of_experts(tensors, prefix, experts, "down")),
+                *backend.upload_experts(*_stacks(tensors, prefix, experts)),
             )
         return LayerWeights(
             input_norm=vector("input_norm"),
@@ -140,23 +140,24 @@ class Transformer:
         held = Counter[str]()
         for matrix in Transformer.matrices(config, tensors):
             held.update(backend.held(*matrix))
+        for index in range(config.num_layers):
+            if (experts := config.experts_of(index)) is not None:
+                held.update(backend.held_experts(*_stacks(tensors, f"layers.{index}.", experts)))
         return dict(sorted(held.items()))
 
     @staticmethod
     def matrices(config: ModelConfig, tensors: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
-        """The tensors of each matrix that a backend is given, as `upload` takes them."""
+        """The tensors of each matrix that a backend is given, as `upload` takes them; not of experts."""
         for name in ("embed", "head"):
             if name in tensors:
                 yield (tensors[name],)
         for index in range(config.num_layers):
             prefix, experts = f"layers.{index}.", config.experts_of(index)
-            attention = _attention_parts(tensors, prefix)
+            attention = attention_parts(tensors, prefix)
             for parts in (attention if experts else attention | FEED_FORWARD).values():
                 yield tuple(tensors[prefix + part] for part in parts)
             if experts is not None:
                 yield (tensors[prefix + "router"],)
-                for name in FEED_FORWARD:
-                    yield from _of_experts(tensors, prefix, experts, name)
 
     @property
     def kv(self) -> str:
@@ -318,14 +319,15 @@ class Transformer:
         return found
 
 
-def _attention_parts(tensors: Mapping[str, Any], prefix: str) -> dict[str, tuple[str, ...]]:
+def attention_parts(tensors: Mapping[str, Any], prefix: str) -> dict[str, tuple[str, ...]]:
     """`ATTENTION`; some checkpoints have q, k and v in one tensor."""
     return ATTENTION | ({"qkv": ("qkv",)} if f"{prefix}qkv" in tensors else {})
 
 
-def _of_experts(
-    tensors: Mapping[str, Any], prefix: str, experts: ExpertsConfig, name: str
-) -> Iterator[tuple[Any, ...]]:
-    """The tensors that each expert's matrix joins, those of shared experts last."""
-    for expert in range(experts.count + experts.shared):
-        yield tuple(tensors[f"{prefix}experts.{expert}.{part}"] for part in FEED_FORWARD[name])
+def _stacks(tensors: Mapping[str, Any], prefix: str, experts: ExpertsConfig) -> Iterator[Stack]:
+    """The tensors that each expert's `gate_up` and `down` join, those of shared experts last."""
+    for parts in FEED_FORWARD.values():
+        yield [
+            tuple(tensors[f"{prefix}experts.{expert}.{part}"] for part in parts)
+            for expert in range(experts.count + experts.shared)
+        ]

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from losart.backends.base import ExpertWeights
 from losart.backends.cpu.backend import CpuBackend
 from losart.backends.cpu.convert import widen
+from losart.config.model import ModelConfig
 from losart.config.options import generation_config
 from losart.config.precision import FORMATS, Precision
 from losart.engine.batch import PassBatch, PassKind, SequencePass
 from losart.errors import DataError, NumericalError, OptionError, TensorError
 from losart.loaders import Checkpoint, MappedTensor
-from losart.models.transformer import ATTENTION, FEED_FORWARD, Transformer
+from losart.models.transformer import FEED_FORWARD, LayerWeights, Transformer, attention_parts
 from losart.quantization.gptq import gptq
 from losart.quantization.rounding import RoundedTensor, WeightFormat
 
-TOKENS, LEAST_TOKENS = 16384, 256  # of a text that are used, and that it must have
+TOKENS, LEAST_TOKENS = 16384, 256  # of a text that are used, and that it, or an expert, must have
 SEQUENCE = 1024  # tokens that see one another
 RECORDED = 2048  # inputs that are multiplied at a time
 
@@ -45,8 +47,46 @@ class CalibratedTensor(RoundedTensor):
         return codes[start:stop], scales[start:stop], None
 
 
+class Inputs:
+    """What enters a matrix.
+
+    Parameters
+    ----------
+    columns : int
+        Of the matrix.
+
+    Attributes
+    ----------
+    rows : int
+        So many inputs.
+    """
+
+    def __init__(self, columns: int) -> None:
+        self.rows = self._added = 0
+        self._columns = columns
+        self._total: np.ndarray | None = None  # most of many experts' never take the memory
+        self._waiting: list[np.ndarray] = []
+
+    def add(self, x: np.ndarray) -> None:
+        """Some more inputs [any, in]."""
+        self.rows += len(x)
+        self._waiting.append(x.copy())
+        if self.rows - self._added >= RECORDED:
+            self._total = self.hessian()
+
+    def hessian(self) -> np.ndarray:
+        """The sum of x x^T over all inputs x, float64 [in, in]."""
+        total = np.zeros((self._columns, self._columns)) if self._total is None else self._total
+        if self._waiting:
+            inputs = np.concatenate(self._waiting)
+            self._waiting, self._added = [], self.rows
+            with np.errstate(over="ignore", invalid="ignore"):  # gptq says so
+                total += inputs.T @ inputs
+        return total
+
+
 class Recorder(CpuBackend):
-    """Runs one layer on rows that it is given, and adds up what enters its matrices.
+    """Runs one layer on rows that it is given, and keeps what enters its matrices.
 
     Attributes
     ----------
@@ -54,15 +94,14 @@ class Recorder(CpuBackend):
         What comes in place of embeddings.
     total : float32 [tokens, hidden]
         What the layer makes of it.
-    hessians : dict of int to float64 [in, in]
+    inputs : dict of int to Inputs
         By the matrix's id; those that there are, are added to.
     """
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.given = self.total = np.empty((0, 0), np.float32)
-        self.hessians: dict[int, np.ndarray] = {}
-        self._waiting: dict[int, list[np.ndarray]] = {}
+        self.inputs: dict[int, Inputs] = {}
 
     def embed(self, table: Any, batch: PassBatch) -> np.ndarray:
         return self.given
@@ -74,37 +113,19 @@ class Recorder(CpuBackend):
     def propose(self, hidden: Any, head: Any, batch: PassBatch) -> Any:
         return None
 
-    def linear(self, x: np.ndarray, weight: Any, bias: np.ndarray | None = None) -> np.ndarray:
-        self._record(x, weight)
-        return super().linear(x, weight, bias)
-
-    def prefill_linear(self, x: np.ndarray, weight: Any, bias: np.ndarray | None = None) -> np.ndarray:
-        self._record(x, weight)
-        return super().prefill_linear(x, weight, bias)
-
-    def _record(self, x: np.ndarray, weight: Any) -> None:
-        if id(weight) in self.hessians:
-            waiting = self._waiting.setdefault(id(weight), [])
-            waiting.append(x.copy())
-            if sum(map(len, waiting)) >= RECORDED:
-                self._add(id(weight))
-
-    def _add(self, key: int) -> None:
-        inputs = np.concatenate(self._waiting.pop(key))
-        with np.errstate(over="ignore", invalid="ignore"):  # gptq says so
-            self.hessians[key] += inputs.T @ inputs
-
-    def add_waiting(self) -> None:
-        """Add inputs that have not been."""
-        for key in list(self._waiting):
-            self._add(key)
+    def _products(self, parts: Sequence[tuple[np.ndarray, Any]], few: bool | None) -> np.ndarray:
+        for x, weight in parts:
+            if id(weight) in self.inputs:
+                self.inputs[id(weight)].add(x)
+        return super()._products(parts, few)
 
 
 class Calibration:
     """A checkpoint's layers, one after the other, on some text and on blocks of it with masked tokens.
 
     What comes out of a quantized layer goes into the next one. Text is prefilled; blocks see the text before
-    them, and have a random share of their tokens masked, as passes find them.
+    them, and have a random share of their tokens masked, as passes find them. An expert's matrices are
+    calibrated with the tokens that go to it, and rounded to nearest where these are too few.
 
     Parameters
     ----------
@@ -114,6 +135,12 @@ class Calibration:
     format : WeightFormat
     seed : int
         Of what is masked.
+
+    Attributes
+    ----------
+    matrices, nearest : int
+        Of the layers so far, and those of them that were rounded to nearest: fewer than LEAST_TOKENS rows
+        entered them.
 
     Raises
     ------
@@ -126,8 +153,6 @@ class Calibration:
     def __init__(self, checkpoint: Checkpoint, ids: list[int], format: WeightFormat, seed: int = 0) -> None:
         self._checkpoint, self._format = checkpoint, format
         config = checkpoint.config
-        if config.experts is not None:
-            raise OptionError("calibration: is not supported for mixtures of experts; round to nearest")
         self._options = generation_config(config, {})
         length = self._options.block_length
         size = min(max(SEQUENCE, length), len(ids), config.max_positions) // length * length
@@ -145,6 +170,7 @@ class Calibration:
         assert isinstance(embedding, MappedTensor), "no checkpoint quantizes it"
         table = embedding.array()
         self._text, self._noisy = (widen(table[rows]) for rows in (self._ids, noisy))
+        self.matrices = self.nearest = 0
         self._layer = -1
         self._found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         self._lock = threading.Lock()
@@ -154,7 +180,10 @@ class Calibration:
         return {
             name: CalibratedTensor(tensor, self._format, self.find, name)
             for name, tensor in self._checkpoint.tensors.items()
-            if name.startswith("layers.") and len(tensor.shape) == 2 and isinstance(tensor, MappedTensor)
+            if name.startswith("layers.")
+            and not name.endswith(".router")
+            and len(tensor.shape) == 2
+            and isinstance(tensor, MappedTensor)
         }
 
     def find(self, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -168,7 +197,7 @@ class Calibration:
 
     def _calibrate(self, layer: int) -> None:
         prefix, checkpoint = f"layers.{layer}.", self._checkpoint
-        config = replace(checkpoint.config, num_layers=1)
+        config = _layer_alone(checkpoint.config, layer)
         backend = Recorder(config, Precision.of(checkpoint.dtype))
         tensors: dict[str, Any] = {
             name.replace(prefix, "layers.0."): tensor
@@ -176,27 +205,33 @@ class Calibration:
             if name.startswith(prefix) or name in ("embed", "final_norm")
         }
         transformer = Transformer(config, tensors, backend)
-        first, parts = transformer.layers[0], ATTENTION | FEED_FORWARD
-        joined = {name: getattr(first, name) for name in ATTENTION}
-        joined |= {name: getattr(first.feed_forward, name) for name in FEED_FORWARD}
-        for name, weight in joined.items():
-            columns = tensors[f"layers.0.{parts[name][0]}"].shape[1]
-            backend.hessians[id(weight)] = np.zeros((columns, columns))
+        joined = list(_matrices(transformer.layers[0], tensors))
+        for weight, parts in joined:
+            backend.inputs[id(weight)] = Inputs(tensors[f"layers.0.{parts[0]}"].shape[1])
         self._run(transformer, backend)
-        backend.add_waiting()
         self._found = {}
-        for name, weight in joined.items():
-            hessian = backend.hessians.pop(id(weight))
-            for part in parts[name]:
+        for weight, parts in joined:
+            inputs = backend.inputs.pop(id(weight))
+            hessian = None if inputs.rows < LEAST_TOKENS else inputs.hessian()
+            for part in parts:
                 tensor = tensors[f"layers.0.{part}"]
-                try:
-                    self._found[part] = gptq(_float32(tensor), hessian, self._format, FORMATS[tensor.dtype])
-                except NumericalError as error:
-                    raise NumericalError(f"calibration: tensor {tensor.name!r}: {error}") from error
+                self._found[part] = self._codes(tensor, hessian)
                 own = self._found.__getitem__
                 tensors[f"layers.0.{part}"] = CalibratedTensor(tensor, self._format, own, part)
         after = Transformer(config, tensors, backend)
         self._text, self._noisy = self._run(after, backend)
+
+    def _codes(self, tensor: MappedTensor, hessian: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        """Codes and scales; None: rounded to nearest."""
+        self.matrices += 1
+        if hessian is None:
+            self.nearest += 1
+            codes, scales, _ = RoundedTensor(tensor, self._format).rows(0, tensor.shape[0])
+            return codes, scales
+        try:
+            return gptq(_float32(tensor), hessian, self._format, FORMATS[tensor.dtype])
+        except NumericalError as error:
+            raise NumericalError(f"calibration: tensor {tensor.name!r}: {error}") from error
 
     def _run(self, transformer: Transformer, backend: Recorder) -> tuple[np.ndarray, np.ndarray]:
         """The layer's outputs for the text, and for its blocks with masked tokens."""
@@ -236,6 +271,27 @@ class Calibration:
                 transformer.forward(PassBatch(passes))
                 noisy[first : first + together, rows] = backend.total.reshape(len(numbers), length, -1)
         return text, noisy
+
+
+def _layer_alone(config: ModelConfig, layer: int) -> ModelConfig:
+    """The configuration of a model that has one layer of another's."""
+    experts = config.experts_of(layer)
+    if experts is not None:
+        experts = replace(experts, dense_layers=frozenset())
+    return replace(config, num_layers=1, experts=experts)
+
+
+def _matrices(layer: LayerWeights, tensors: Mapping[str, Any]) -> Iterator[tuple[Any, tuple[str, ...]]]:
+    """A layer's matrices that are quantized, and the tensors that each joins."""
+    for name, parts in attention_parts(tensors, "layers.0.").items():
+        yield getattr(layer, name), parts
+    for name, parts in FEED_FORWARD.items():
+        held = getattr(layer.feed_forward, name)
+        if not isinstance(layer.feed_forward, ExpertWeights):
+            yield held, parts
+            continue
+        for expert, weight in enumerate(held):
+            yield weight, tuple(f"experts.{expert}.{part}" for part in parts)
 
 
 def _float32(tensor: MappedTensor) -> np.ndarray:

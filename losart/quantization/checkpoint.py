@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from losart.loaders.json_files import read_json_object
 from losart.loaders.quantized.tensor import WORD_BITS, bits_of
 from losart.loaders.safetensors_writer import SafetensorsWriter, TensorEntry, shard_name, write_index
 from losart.observe.step import Progress
-from losart.quantization.calibration import Calibration, calibration_ids
+from losart.quantization.calibration import LEAST_TOKENS, Calibration, calibration_ids
 from losart.quantization.rounding import RoundedTensor, WeightFormat, rounded_tensors
 
 SHARD_BYTES = 4 << 30
@@ -81,7 +82,9 @@ def quantize_checkpoint(
         Called with the MiB read and the MiB in all.
     calibration : path, optional
         A text: by GPTQ each layer's errors are made small for what enters it when this is read. That takes
-        memory for four hidden states of 16,384 tokens, and five times the largest [in, in] in float64.
+        memory for four hidden states of 16,384 tokens, and five times the largest [in, in] in float64; with
+        experts also for the inputs of a layer's, up to 2,048 of each, or [in, in] where there are more.
+        Experts that too few go to are rounded to nearest, which a warning says.
 
     Raises
     ------
@@ -100,9 +103,10 @@ def quantize_checkpoint(
     if os.path.lexists(destination):
         raise CheckpointError(f"{destination}: exists")
     chosen: dict[str, Any] = rounded_tensors(checkpoint, checkpoint.tensors, weights, head)
+    calibrated = None
     if calibration is not None:
-        ids = calibration_ids(checkpoint, Path(calibration))
-        chosen |= Calibration(checkpoint, ids, weights).tensors()
+        calibrated = Calibration(checkpoint, calibration_ids(checkpoint, Path(calibration)), weights)
+        chosen |= calibrated.tensors()
     tensors = [
         _rounded(tensor) if isinstance(tensor, RoundedTensor) else _kept(tensor) for tensor in chosen.values()
     ]
@@ -119,6 +123,12 @@ def quantize_checkpoint(
     except BaseException:
         shutil.rmtree(incomplete, ignore_errors=True)
         raise
+    if calibrated is not None and calibrated.nearest:
+        warnings.warn(
+            f"{calibrated.nearest} of {calibrated.matrices} matrices are rounded to nearest: of experts that "
+            f"fewer than {LEAST_TOKENS} inputs went to",
+            stacklevel=2,
+        )
     return destination
 
 

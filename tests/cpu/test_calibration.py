@@ -24,7 +24,7 @@ from losart.measure.random_checkpoint import write_checkpoint
 from losart.quantization import WeightFormat, quantize_checkpoint
 from losart.quantization.calibration import Calibration, calibration_ids
 from losart.quantization.gptq import DAMPING, gptq
-from losart.quantization.rounding import decoded, nearest_codes, outermost_scales
+from losart.quantization.rounding import decoded, nearest_codes, outermost_scales, rounded_tensors
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_layers": 2, "head_dim": 32, "dtype": "bfloat16"}
 FORMATS = [
@@ -180,7 +180,9 @@ def codes_dtype(format: WeightFormat) -> str:
     return {"fp8": "float8"}.get(format.name, format.name)
 
 
-def test_a_calibrated_model_is_nearer(checkpoint, tmp_path):
+@pytest.mark.parametrize("family", ["sdar", "sdar_moe", "llada2_moe"])
+def test_a_calibrated_model_is_nearer(tmp_path, family):
+    checkpoint = write_checkpoint(tmp_path / "source", family=family, **SIZES)
     text = tmp_path / "text.txt"
     text.write_text(TEXT)
     source, format = open_checkpoint(checkpoint), WeightFormat("int4", 64)
@@ -196,6 +198,31 @@ def test_a_calibrated_model_is_nearer(checkpoint, tmp_path):
         for name in ("rounded", "calibrated")
     )
     assert calibrated < 0.8 * rounded
+
+
+def test_experts_that_few_tokens_go_to_are_rounded_to_nearest(tmp_path):
+    experts = {"num_experts": 32, "num_experts_per_tok": 2}
+    path, text = tmp_path / "source", tmp_path / "text.txt"
+    source = open_checkpoint(write_checkpoint(path, family="sdar_moe", extra_config=experts, **SIZES))
+    text.write_text(TEXT)
+    format, ids = WeightFormat("int4", 64), calibration_ids(source, text)[:1024]
+    calibration = Calibration(source, ids, format)
+    tensors, rounded = calibration.tensors(), rounded_tensors(source, source.tensors, format, None)
+    same = {
+        name: np.array_equal(tensor.rows(0, tensor.shape[0])[0], rounded[name].rows(0, tensor.shape[0])[0])
+        for name, tensor in tensors.items()
+    }
+    assert calibration.matrices == len(tensors) == 2 * (4 + 3 * 32)
+    assert not any(name.endswith("router") for name in tensors)
+    assert 0 < calibration.nearest == sum(same.values()) < 2 * 3 * 32
+    assert all(".experts." in name for name, is_same in same.items() if is_same)
+    of_experts: dict[str, set[bool]] = {}
+    for name, is_same in same.items():
+        of_experts.setdefault(name.rpartition(".")[0] if ".experts." in name else name, set()).add(is_same)
+    assert all(len(found) == 1 for found in of_experts.values())
+    text.write_text(TEXT[:1100])
+    with pytest.warns(UserWarning, match=r"^[1-9]\d* of 200 matrices are rounded to nearest"):
+        quantize_checkpoint(source, tmp_path / "new", format, calibration=text)
 
 
 def test_a_text_shorter_than_a_block(tmp_path):

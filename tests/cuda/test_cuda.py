@@ -2,14 +2,13 @@
 
 import subprocess
 import sys
-from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import pytest
 from cuda_arrays import matmul_array
 from passes import block_batch
-from quantized import awq, fp8, gptq, quantize_checkpoint, with_plain_weights
+from quantized import awq, fp8, gptq, quantize_checkpoint, with_plain_weights, with_rounded_embedding
 
 import losart
 from losart.backends.cpu.backend import CpuBackend
@@ -18,8 +17,6 @@ from losart.config.options import generation_config
 from losart.config.precision import Precision
 from losart.engine.batch import PassKind
 from losart.eval.divergence import Follower, Probe
-from losart.quantization import WeightFormat
-from losart.quantization.rounding import RoundedTensor
 
 pytestmark = pytest.mark.gpu
 
@@ -97,10 +94,7 @@ def test_logits_with_rounded_weights_are_those_of_the_cpu(
 ):
     path = make_checkpoint(dtype=dtype, head_gain=1.0, tied=tied, head_dim=64, **SIZES)
     cpu, model = (losart.load(path, device=device, weights=weights) for device in ("cpu", "cuda"))
-    embedding = RoundedTensor(losart.load(path, device="cpu")._tensors["embed"], WeightFormat("int8"))
-    rounded = embedding.float32(0, embedding.shape[0])
-    cpu._engine.runner.embedding = replace(cpu._engine.runner.embedding, matrices=(rounded,))
-    expected = hidden_states(with_plain_weights(cpu), PROMPT, block_length)
+    expected = hidden_states(with_plain_weights(with_rounded_embedding(cpu)), PROMPT, block_length)
     assert set(model.weights) == {"float8" if weights == "fp8" else weights, "int8"}
     found = hidden_states(model, PROMPT, block_length)
     assert relative_error(found, expected) <= 2e-2

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 from cuda_arrays import matmul_array, on_host
+from families import FAMILIES, SMALL
 from hypothesis import example, given
 from hypothesis import strategies as st
 from kv import steady
+from quantized import awq, fp8, gptq, quantize_checkpoint, with_plain_weights, with_rounded_embedding
+from test_cuda import hidden_states, relative_error
 from test_cuda_kernels import DTYPES, TOLERANCE, assert_close, cards, new_backend, to_device, widened
+from test_cuda_quantized import FORMS, columns_of, matrix_of, random_codes
 
 import losart
 from losart.backends.base import ExpertWeights
@@ -18,7 +24,7 @@ from losart.backends.cpu.convert import narrow, widen
 from losart.backends.cpu.routing import route
 from losart.config.model import ExpertsConfig
 from losart.config.precision import FORMATS
-from losart.errors import ConfigError
+from losart.measure.random_checkpoint import write_checkpoint
 
 pytestmark = pytest.mark.gpu
 
@@ -95,6 +101,30 @@ class Layer:
             gate, up = np.split(x[tokens] @ self.gate_up[expert].T, 2, axis=1)
             y[tokens] += factor[:, None] * (gate / (1 + np.exp(-gate)) * up @ self.down[expert].T)
         return y
+
+
+class CodedLayer(Layer):
+    """Experts with random codes and scales; with zeros widths must be multiples of 128."""
+
+    def __init__(
+        self, backend: Any, dtype: str, config: ExpertsConfig, hidden: int, form: Any, rng: Any
+    ) -> None:
+        every, width = range(config.count + config.shared), config.intermediate_size
+        bias = rng.standard_normal(config.count).astype(np.float32) if config.bias else None
+        self.bias = bias
+
+        def drawn(rows: int, inner: int) -> Any:
+            return random_codes(rng, rows, inner, *form, dtype)
+
+        gate_up = [(drawn(width, hidden), drawn(width, hidden)) for _ in every]
+        down = [(drawn(hidden, width),) for _ in every]
+        self.gate_up, self.down = (
+            np.stack([np.concatenate([matrix_of(tensor) for tensor in tensors]) for tensors in stack])
+            for stack in (gate_up, down)
+        )
+        on_device = None if bias is None else to_device(backend, bias)
+        self.weights = ExpertWeights(config, None, on_device, *backend.upload_experts(gate_up, down))
+        self.held = backend.held_experts(gate_up, down)
 
 
 def multiplied(
@@ -198,6 +228,66 @@ def test_a_row_is_summed_alike_whatever_else_there_is(dtype, many):
         np.testing.assert_array_equal(on_host(backend, some.planes), planes[:, rows])
 
 
+@steady(40)
+@given(
+    st.sampled_from(["bfloat16", "float16"]),
+    st.sampled_from(FORMS),
+    configs(),
+    st.integers(1, 200),
+    st.sampled_from([1, 2, 5, 16, 33]),
+    st.sampled_from([1, 2, 8, 9, 32]),
+    st.sampled_from(["random", "one"]),
+    st.sampled_from([{}, {"sms": 1}, {"sms": 7}, {"capability": (8, 6), "shared_per_block": 99 << 10}]),
+)
+@example("bfloat16", ("int4", 64, False, False), ExpertsConfig(128, 8, 8), 16, 80, 96, "random", {})
+@example("bfloat16", ("int8", 0, False, True), ExpertsConfig(8, 4, 8, shared=1), 700, 16, 33, "one", {})
+@example("float16", ("int4", 32, True, False), ExpertsConfig(16, 2, 8, shared=2), 300, 32, 16, "one", {})
+def test_experts_of_codes(dtype, form, config, tokens, hidden_eighths, width_eighths, kind, card):
+    rng = np.random.default_rng(tokens + hidden_eighths + config.count)
+    backend = new_backend(dtype, card, kv_heads=1, group=1, width=16)
+    hidden, width = (columns_of(form, eighths) for eighths in (hidden_eighths, width_eighths))
+    config = replace(config, intermediate_size=width, count=min(config.count, 16), groups=1, kept_groups=1)
+    layer = CodedLayer(backend, dtype, config, hidden, form, rng)
+    stacks = layer.weights.gate_up, layer.weights.down
+    assert layer.held == {form[0]: sum(stack.nbytes for stack in stacks)}
+    x = rng.standard_normal((tokens, hidden), np.float32)
+    logits = logits_of(kind, tokens, config.count, rng)
+    result, used = multiplied(backend, layer, x, dtype, logits, None, rng)
+    chosen, _ = route(logits, layer.bias, config)
+    assert used == len(np.unique(chosen))
+    rounded = widened(narrow(x, FORMATS[dtype]), dtype)
+    assert_close(matmul_array(backend, result), layer.expected(rounded, logits), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("form", FORMS[::3], ids=str)
+@pytest.mark.parametrize("deterministic", [None, False, True])
+def test_sums_of_codes_do_not_depend_on_how_many_rows_there_are(form, deterministic):
+    """Not even without `deterministic`: with few rows of an expert, and with many."""
+    rng = np.random.default_rng(0)
+    config = ExpertsConfig(32, 4, 384, scores="sigmoid", shared=1)
+    backend = new_backend("bfloat16", kv_heads=1, group=1, width=16)
+    layer = CodedLayer(backend, "bfloat16", config, 640, form, rng)
+    x, logits = rng.standard_normal((300, 640), np.float32), logits_of("random", 300, 32, rng)
+    every, _ = multiplied(backend, layer, x, "bfloat16", logits, deterministic, rng)
+    planes = on_host(backend, every.planes)
+    for rows in (slice(7, 8), slice(0, 9), slice(100, 140), slice(37, 300)):
+        some, _ = multiplied(backend, layer, x[rows], "bfloat16", logits[rows], deterministic, rng)
+        np.testing.assert_array_equal(on_host(backend, some.planes), planes[:, rows])
+
+
+def test_experts_of_which_some_cannot_stay_codes_are_held_in_16_bits():
+    """Here the second matrix, whose rows have zeros and would have to be padded."""
+    rng = np.random.default_rng(0)
+    backend = new_backend("float16", kv_heads=1, group=1, width=16)
+    config, form = ExpertsConfig(4, 2, 72), ("int4", 64, True, False)
+    layer = CodedLayer(backend, "float16", config, 128, form, rng)
+    assert layer.held == {"float16": 2 * 4 * 3 * 72 * 128}
+    x, logits = rng.standard_normal((9, 128), np.float32), logits_of("random", 9, 4, rng)
+    result, _ = multiplied(backend, layer, x, "float16", logits, None, rng)
+    rounded = widened(narrow(x, FORMATS["float16"]), "float16")
+    assert_close(matmul_array(backend, result), layer.expected(rounded, logits), TOLERANCE["float16"])
+
+
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2}
 PROMPTS = [np.random.default_rng(seed).integers(0, 300, 3 + 90 * seed).tolist() for seed in range(4)]
 OPTIONS = [
@@ -237,7 +327,66 @@ def test_sequences_of_16_bits_share_passes(make_checkpoint, dtype, deterministic
     assert not deterministic or together == alone
 
 
-def test_what_is_not_supported_is_said(make_checkpoint):
-    path = make_checkpoint(family="sdar_moe", dtype="bfloat16", **SIZES)
-    with pytest.raises(ConfigError, match="weights: experts in int8 are not supported on CUDA"):
-        losart.load(path, device="cuda", weights="int8")
+PROMPT = np.random.default_rng(0).integers(0, 250, 611).tolist()
+WRITTEN = {
+    "gptq": ({"bits": 4, "group_size": 128}, partial(gptq, bits=4, group=128, version=1, shuffled=False)),
+    "gptq, shuffled": (
+        {"bits": 8, "group_size": 64, "desc_act": True},
+        partial(gptq, bits=8, group=64, version=1, shuffled=True),
+    ),
+    "awq": ({"bits": 4, "group_size": 128}, partial(awq, group=128)),
+    "fp8": ({"weight_block_size": [128, 128]}, partial(fp8, block=(128, 128))),
+}
+
+
+@pytest.mark.parametrize("family", ["sdar_moe", "llada2.0"])
+@pytest.mark.parametrize("weights", ["int4", "int8", "fp8"])
+def test_tokens_with_rounded_weights_are_those_of_the_cpu(tmp_path, family, weights):
+    """In float32, alone and together, launched one by one and replayed."""
+    name, options = FAMILIES[family]
+    path = write_checkpoint(tmp_path, family=name, **SMALL | {"intermediate_size": 128})
+    cpu, cuda = (losart.load(path, device=device, weights=weights) for device in ("cpu", "cuda"))
+    cpu = with_plain_weights(with_rounded_embedding(cpu))
+    options = options | {"max_new_tokens": 40, "stop_token_ids": []}
+    expected = [one.token_ids for one in cpu.generate(PROMPTS, **options)]
+    assert [cuda.generate(prompt, **options).token_ids for prompt in PROMPTS] == expected
+    for _ in range(2):
+        assert [one.token_ids for one in cuda.generate(PROMPTS, **options)] == expected
+
+
+@pytest.mark.parametrize("family", ["sdar_moe", "llada2.0"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("weights", ["int4", "int8", "fp8", *WRITTEN])
+def test_logits_with_quantized_weights_are_those_of_the_cpu(tmp_path, family, dtype, weights):
+    """All tokens go to all experts: rounding might choose others."""
+    experts = {"num_experts": 4, "num_experts_per_tok": 4, "n_group": 1, "topk_group": 1}
+    sizes = SMALL | {"hidden_size": 256, "intermediate_size": 384, "num_layers": 2, "head_dim": 64}
+    sizes |= {"extra_config": experts | {"moe_intermediate_size": 128}, "head_gain": 1.0}
+    written = WRITTEN.get(weights)
+    source = "float32" if written else dtype
+    path = write_checkpoint(tmp_path, family=FAMILIES[family][0], dtype=source, **sizes)
+    rounded = {"weights": "auto" if written else weights}
+    if written:
+        config, write = written
+        quantize_checkpoint(path, {"quant_method": weights.split(",")[0]} | config, write)
+    model, cpu = (losart.load(path, device, dtype, **rounded) for device in ("cuda", "cpu"))
+    cpu = with_plain_weights(cpu if written else with_rounded_embedding(cpu))
+    stays = "shuffled" not in weights and (dtype == "float16" or weights not in ("gptq", "awq"))
+    held = {"int4": "int4", "int8": "int8", "fp8": "float8"}
+    if written:
+        assert len(model.weights) == 1 + stays
+    else:
+        assert {held[weights], "int8"} <= set(model.weights)
+    found, expected = (hidden_states(one, PROMPT, 16) for one in (model, cpu))
+    assert relative_error(found, expected) <= 2e-2
+
+
+@pytest.mark.parametrize("weights", ["int4", "int8", "fp8"])
+def test_sequences_of_quantized_experts_share_passes(make_checkpoint, weights):
+    """With `deterministic` bit for bit."""
+    path = make_checkpoint(family="sdar_moe", dtype="bfloat16", head_dim=64, head_gain=1.0, **SIZES)
+    model = losart.load(path, device="cuda", weights=weights, deterministic=True)
+    options = {"max_new_tokens": 40, "stop_token_ids": [], "block_length": 16}
+    alone = [model.generate(prompt, **options).token_ids for prompt in PROMPTS]
+    for _ in range(3):
+        assert [one.token_ids for one in model.generate(PROMPTS, **options)] == alone

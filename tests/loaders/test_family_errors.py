@@ -10,11 +10,10 @@ from families import SMALL
 from safetensors.numpy import load_file, save_file
 
 import losart
-from losart.errors import ConfigError, OptionError, TensorError
+from losart.errors import ConfigError, TensorError
 from losart.loaders import open_checkpoint
 from losart.measure.random_checkpoint import write_checkpoint
 from losart.quantization import WeightFormat, quantize_checkpoint
-from losart.quantization.calibration import Calibration
 
 MOE = "model.layers.1.mlp."
 
@@ -132,9 +131,3 @@ def test_quantized_experts_are_held_so_on_the_cpu(tmp_path):
     models[1]._engine.runner.head = models[0]._engine.runner.head
     found, expected = (model.generate(prompt, **options).token_ids for model in models)
     assert found == expected
-
-
-def test_experts_are_not_calibrated(tmp_path):
-    source = write_checkpoint(tmp_path / "source", family="sdar_moe", dtype="bfloat16", **SMALL)
-    with pytest.raises(OptionError, match="not supported for mixtures of experts"):
-        Calibration(open_checkpoint(source), list(range(5000)), WeightFormat("int4", 32))

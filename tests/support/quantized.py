@@ -202,6 +202,16 @@ def quantize_checkpoint(
     return matrices
 
 
+def with_rounded_embedding(model: Any) -> Any:
+    """A model on the CPU, from now on with the embedding that a device has where weights are rounded."""
+    from losart.quantization import WeightFormat
+    from losart.quantization.rounding import RoundedTensor
+
+    embedding, runner = RoundedTensor(model._tensors["embed"], WeightFormat("int8")), model._engine.runner
+    runner.embedding = replace(runner.embedding, matrices=(embedding.float32(0, embedding.shape[0]),))
+    return model
+
+
 def with_plain_weights(model: Any) -> Any:
     """A model on the CPU, from now on with the numbers that its quantized matrices stand for.
 
@@ -223,7 +233,14 @@ def with_plain_weights(model: Any) -> Any:
     runner = model._engine.runner
 
     def plain_parts(part: Any, *names: str) -> Any:
-        return replace(part, **{name: plain(getattr(part, name)) for name in names})
+        held = {name: getattr(part, name) for name in names}
+        return replace(
+            part,
+            **{
+                name: tuple(map(plain, one)) if isinstance(one, tuple) else plain(one)  # of experts
+                for name, one in held.items()
+            },
+        )
 
     runner.layers = [
         replace(

@@ -22,6 +22,7 @@ from losart.backends.base import (
     PassBody,
     PassOutput,
     Selection,
+    Stack,
     StoredResults,
 )
 from losart.backends.cpu.convert import float32_rows, narrow, widen
@@ -121,8 +122,9 @@ class CpuBackend:
     def upload(self, *tensors: Any) -> Weight:
         return Weight(tuple(self._upload(tensor) for tensor in tensors), self.precision.weights)
 
-    def upload_experts(self, *experts: tuple[Any, ...]) -> tuple[Weight, ...]:
-        return tuple(self.upload(*tensors) for tensors in experts)
+    def upload_experts(self, gate_up: Stack, down: Stack) -> tuple[tuple[Weight, ...], tuple[Weight, ...]]:
+        first, second = (tuple(self.upload(*tensors) for tensors in stack) for stack in (gate_up, down))
+        return first, second
 
     def held(self, *tensors: Any) -> dict[str, int]:
         sizes, format = Counter[str](), self.precision.weights
@@ -132,6 +134,9 @@ class CpuBackend:
             else:
                 sizes[format.name] += math.prod(tensor.shape) * format.itemsize
         return sizes
+
+    def held_experts(self, gate_up: Stack, down: Stack) -> dict[str, int]:
+        return self.held(*(tensor for tensors in (*gate_up, *down) for tensor in tensors))
 
     def _upload(self, tensor: Any) -> Any:
         format = self.precision.weights
@@ -194,10 +199,38 @@ class CpuBackend:
         return widen(table.matrices[0][np.concatenate([sequence.ids for sequence in batch.sequences])])
 
     def linear(self, x: np.ndarray, weight: Weight, bias: np.ndarray | None = None) -> np.ndarray:
-        return _product(x, weight, bias, self._few(prefill=False))
+        return self._product(x, weight, bias, self._few(prefill=False))
 
     def prefill_linear(self, x: np.ndarray, weight: Weight, bias: np.ndarray | None = None) -> np.ndarray:
-        return _product(x, weight, bias, self._few(prefill=True))
+        return self._product(x, weight, bias, self._few(prefill=True))
+
+    def _product(
+        self, x: np.ndarray, weight: Weight, bias: np.ndarray | None, few: bool | None
+    ) -> np.ndarray:
+        y = self._products([(x, weight)], few)
+        if bias is not None:
+            y += bias
+        return y
+
+    def _products(self, parts: Sequence[tuple[np.ndarray, Weight]], few: bool | None) -> np.ndarray:
+        """Rows times weights of as many outputs, the results one after another; `few` as for `prepared`."""
+        width = sum(map(len, parts[0][1].matrices))
+        y, first = np.empty((sum(len(x) for x, _ in parts), width), np.float32), 0
+        plain: list[tuple[Any, ...]] = []
+        quantized: list[tuple[Any, ...]] = []
+        for x, weight in parts:
+            out, column, prepared = y[first : first + len(x)], 0, None
+            for matrix in weight.matrices:
+                if isinstance(matrix, np.ndarray):
+                    prepared = plain_linear.prepared(x, few) if prepared is None else prepared
+                    plain.append((prepared, matrix, weight.format.code, out, column))
+                else:
+                    quantized.append((x, matrix, out, column))
+                column += len(matrix)
+            first += len(x)
+        plain_linear.multiply(plain)
+        quantized_linear.multiply_all(quantized)
+        return y
 
     def _few(self, prefill: bool) -> bool | None:
         """Which kernel multiplies: the one for few rows, that for many, or (None) as many as there are.
@@ -252,7 +285,7 @@ class CpuBackend:
 
         def multiply(values: np.ndarray, experts: tuple[Weight, ...]) -> np.ndarray:
             split = np.split(values, starts[1:])
-            return _products([(x, experts[e]) for x, e in zip(split, used, strict=True)], few)
+            return self._products([(x, experts[e]) for x, e in zip(split, used, strict=True)], few)
 
         y = multiply(layer_kernels.gated(multiply(x[rows], layer.gate_up)), layer.down)
         y *= weights.reshape(-1)[order, None]
@@ -441,34 +474,6 @@ def _packed(tensor: Any, form: tuple[int, int, int, int, bool]) -> quantized_lin
         matrix.fill(start, codes, scales, of_groups if zeros else None)
     tensor.release()
     return matrix
-
-
-def _product(x: np.ndarray, weight: Weight, bias: np.ndarray | None, few: bool | None) -> np.ndarray:
-    y = _products([(x, weight)], few)
-    if bias is not None:
-        y += bias
-    return y
-
-
-def _products(parts: Sequence[tuple[np.ndarray, Weight]], few: bool | None) -> np.ndarray:
-    """Rows times weights of as many outputs, the results one after another; `few` as for `prepared`."""
-    width = sum(map(len, parts[0][1].matrices))
-    y, first = np.empty((sum(len(x) for x, _ in parts), width), np.float32), 0
-    plain: list[tuple[Any, ...]] = []
-    quantized: list[tuple[Any, ...]] = []
-    for x, weight in parts:
-        out, column, prepared = y[first : first + len(x)], 0, None
-        for matrix in weight.matrices:
-            if isinstance(matrix, np.ndarray):
-                prepared = plain_linear.prepared(x, few) if prepared is None else prepared
-                plain.append((prepared, matrix, weight.format.code, out, column))
-            else:
-                quantized.append((x, matrix, out, column))
-            column += len(matrix)
-        first += len(x)
-    plain_linear.multiply(plain)
-    quantized_linear.multiply_all(quantized)
-    return y
 
 
 def _new_result(q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -7,7 +7,8 @@ selected, unless it selects itself (host_selector.py), so that a captured pass c
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Sequence
+from collections import Counter
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,10 +22,11 @@ from losart.backends.base import (
     PassOutput,
     Selection,
     Selector,
+    Stack,
     StoredResults,
 )
 from losart.backends.cuda.batch import DeviceBatch
-from losart.backends.cuda.experts import ExpertStack, check_experts, experts
+from losart.backends.cuda.experts import Experts, check_experts, experts
 from losart.backends.cuda.host_selector import HostSelector
 from losart.backends.cuda.kernels import Kernels
 from losart.backends.cuda.matmul import blas_matmul
@@ -49,7 +51,7 @@ from losart.backends.cuda.plans import (
     sparse_plan,
     split_heads_plan,
 )
-from losart.backends.cuda.quantized import QuantizedWeight, quantized_form
+from losart.backends.cuda.quantized import QuantizedWeight, expert_forms, quantized_form
 from losart.backends.cuda.results import NO_MATMUL, NOTHING_STORED, Matmul, PrefixParts, Weight
 from losart.backends.cuda.runner import PassRunner
 from losart.backends.cuda.selector import DeviceSelector
@@ -138,14 +140,25 @@ class CudaBackend:
         with self.memory.running("the weights"):
             return self._loader.matrix(*tensors)
 
-    def upload_experts(self, *experts: tuple[Any, ...]) -> ExpertStack:
+    def upload_experts(self, gate_up: Stack, down: Stack) -> tuple[Experts, Experts]:
         with self.memory.running("the weights"):
-            return self._loader.experts(*experts)
+            return self._loader.experts(gate_up, down)
 
     def held(self, *tensors: Any) -> dict[str, int]:
+        form = quantized_form(tensors, self.precision.weights, valid=True)
+        return self._plain(tensors) if form is None else {form.dtype: form.nbytes}
+
+    def held_experts(self, gate_up: Stack, down: Stack) -> dict[str, int]:
+        forms = expert_forms(gate_up, down, self.precision.weights, valid=True)
+        if forms is None:
+            return self._plain(tensor for tensors in (*gate_up, *down) for tensor in tensors)
+        held = Counter[str]()
+        for form in forms:
+            held[form.dtype] += len(gate_up) * form.nbytes
+        return held
+
+    def _plain(self, tensors: Iterable[Any]) -> dict[str, int]:
         format = self.precision.weights
-        if (form := quantized_form(tensors, format, valid=True)) is not None:
-            return {form.dtype: form.nbytes}
         return {format.name: sum(math.prod(tensor.shape) for tensor in tensors) * format.itemsize}
 
     def upload_vector(self, *tensors: Any) -> Any:

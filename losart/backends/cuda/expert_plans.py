@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import ceil
 
+from losart.backends.cuda.matmul_plans import QUANTIZED_TILES, quantized_experts_plan, quantized_tokens
 from losart.backends.cuda.plans import Card, Plan
+from losart.backends.cuda.quantized import QuantizedForm
 from losart.kernels_cu import Defines
 from losart.kernels_cu import constants as cu
 
@@ -15,6 +17,7 @@ FEW_TILES = (1, 2, 4, 8)  # of 8 places, by experts_tensor
 BLOCKS_PER_SM = (3, 2, 1)  # of experts_tensor: the most that leave each enough stages
 LEAST_STAGES, MOST_STAGES = 3, 6
 UNITS_BYTES = 12 << 10  # of its shared memory at most, for the units of a thread block
+FEW_CODED = 8  # places of a mean expert, up to which experts_quantized takes fewer at a time
 MANY_PLACES = 48  # of a mean expert, from which on tiles are faster, and on Hopper large ones
 FEW_WIDTH, MANY_WIDTH = 128, 256  # of experts_hopper, with one and two groups of rows
 FEW_HOPPER_STAGES, MOST_HOPPER_STAGES = 8, 8
@@ -54,11 +57,14 @@ class ExpertPlans:
     gate_up, down : Plan
     tile : int
         Places of an item, at most.
+    sorted : bool
+        Whether the first takes rows in the order of the lists.
     """
 
     gate_up: Plan
     down: Plan
     tile: int
+    sorted: bool = False
 
 
 @lru_cache(1024)
@@ -74,13 +80,26 @@ def expert_plans(
         return _plans(card, shape, tokens, _linear_plan, cu.LINEAR_TOKENS)
     if card.hopper:
         groups = 1 + (tokens > cu.HOPPER_ROWS and tokens * shape.slots >= MANY_PLACES * shape.experts)
-        return _plans(card, shape, tokens, _hopper_plan, groups * cu.HOPPER_ROWS)
+        return replace(_plans(card, shape, tokens, _hopper_plan, groups * cu.HOPPER_ROWS), sorted=True)
     if many is None:
         many = tokens * shape.slots >= MANY_PLACES * shape.experts
     if many:
         return _plans(card, shape, tokens, _tiles_plan, cu.TILE_TOKENS)
     tiles = next((n for n in FEW_TILES if 8 * n >= tokens), FEW_TILES[-1])
     return _plans(card, shape, tokens, _tensor_plan, 8 * tiles)
+
+
+@lru_cache(1024)
+def quantized_expert_plans(
+    card: Card, shape: ExpertShape, gate_up: QuantizedForm, down: QuantizedForm, tokens: int
+) -> ExpertPlans:
+    """Plans for so many tokens and experts' matrices of codes; sums are the same for any number of tokens."""
+    tiles = QUANTIZED_TILES[0]
+    if tokens * shape.slots > FEW_CODED * shape.experts:
+        tiles = min(quantized_tokens(card, form) for form in (gate_up, down)) // 8
+    items = shape.items(tokens, 8 * tiles)
+    first, second = (quantized_experts_plan(card, form, items, tiles) for form in (gate_up, down))
+    return ExpertPlans(first, second, 8 * tiles, sorted=True)
 
 
 def _plans(card: Card, shape: ExpertShape, tokens: int, plan: Callable[..., Plan], tile: int) -> ExpertPlans:

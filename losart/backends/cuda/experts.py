@@ -16,10 +16,12 @@ from losart.backends.cuda.expert_plans import (
     ExpertShape,
     expert_plans,
     lists_plan,
+    quantized_expert_plans,
     route_plan,
 )
 from losart.backends.cuda.kernels import Kernels
 from losart.backends.cuda.plans import Plan
+from losart.backends.cuda.quantized import QuantizedWeight
 from losart.backends.cuda.results import Matmul
 from losart.config.model import ExpertsConfig
 from losart.errors import ConfigError
@@ -44,6 +46,9 @@ class ExpertStack:
     def __init__(self, values: Any) -> None:
         self.values = values
         self.view = WeightView(values.data.ptr, *values.shape[1:])
+
+
+Experts = ExpertStack | QuantizedWeight
 
 
 class Routing:
@@ -100,10 +105,13 @@ def experts(
     """
     config, gate_up, down = layer.config, layer.gate_up, layer.down
     tokens, hidden = x.shape
-    count, width, _ = gate_up.values.shape
-    shape = ExpertShape(count, config.per_token + config.shared, width // 2, hidden)
-    many = prefill if kernels.deterministic else None
-    plans = expert_plans(kernels.card, kernels.tensor_matmul, shape, tokens, many)
+    count, width = config.count + config.shared, config.intermediate_size
+    shape = ExpertShape(count, config.per_token + config.shared, width, hidden)
+    if isinstance(gate_up, QuantizedWeight):
+        plans = quantized_expert_plans(kernels.card, shape, gate_up.form, down.form, tokens)
+    else:
+        many = prefill if kernels.deterministic else None
+        plans = expert_plans(kernels.card, kernels.tensor_matmul, shape, tokens, many)
     routing = Routing(shape, tokens, plans.tile)
     view = routing.view
     kernels.launch_plan(
@@ -113,7 +121,7 @@ def experts(
     )
     kernels.launch_plan(lists_plan(shape, tokens), view, config.count, plans.tile, used)
     places, bits = tokens * shape.slots, kernels.precision.activations.bits_array
-    if plans.gate_up.boxes:
+    if plans.sorted:
         sorted_x = cupy.empty((places, hidden), bits)
         kernels.launch("expert_rows", (places,), cu.EXPERT_ROWS_THREADS, x, sorted_x, view, hidden)
         x = sorted_x
@@ -124,7 +132,11 @@ def experts(
     return Matmul(planes, None, shape.slots)
 
 
-def _multiply(kernels: Kernels, plan: Plan, x: Any, stack: ExpertStack, y: Any, routing: RoutingView) -> None:
+def _multiply(kernels: Kernels, plan: Plan, x: Any, stack: Experts, y: Any, routing: RoutingView) -> None:
+    if isinstance(stack, QuantizedWeight):
+        results = (None, y) if y.dtype == np.float32 else (y, None)
+        kernels.launch_plan(plan, x, stack.view, *results, routing)
+        return
     if not plan.boxes:
         kernels.launch_plan(plan, x, stack.view, y, routing)
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import lru_cache
 from math import ceil
 from operator import itemgetter
@@ -150,6 +151,31 @@ def _code_buffers(
             if shared <= card.shared_per_block:
                 return stages, x_units, x_stages, shared
     return None
+
+
+def quantized_experts_plan(card: Card, form: QuantizedForm, items: int, tiles: int) -> Plan:
+    """Matmuls of some items, up to 8 * `tiles` places each, by their experts' matrices of codes."""
+    resident, buffers = 2, None
+    if tiles == QUANTIZED_TILES[0]:  # sums of more places take the registers of a whole SM
+        half = replace(card, shared_per_block=card.shared_per_sm // 2 - 1024)
+        buffers = _code_buffers(half, form, tiles, 1)
+    if buffers is None:
+        resident, buffers = 1, _code_buffers(card, form, tiles, 1)
+    assert buffers is not None, "quantized_tokens says how many places there may be"
+    *counts, shared = buffers
+    names = "STAGES", "X_UNITS", "X_STAGES"
+    defines = (
+        *form.defines,
+        ("ZEROS", int(form.zeros)),
+        ("GROUPS", form.unit_groups),
+        ("LINEAR_TILES", tiles),
+        ("K_GROUPS", 1),
+        *zip(names, counts, strict=True),
+        ("RESIDENT", resident),
+    )
+    blocks = min(resident * card.sms, items * (form.padded_rows // cu.QUANTIZED_PANEL))
+    threads = cu.QUANTIZED_PANEL // cu.CODE_ROWS * cu.WARP
+    return Plan("experts_quantized", (blocks,), threads, shared, defines)
 
 
 def embedding_plan(form: QuantizedForm, tokens: int) -> Plan:

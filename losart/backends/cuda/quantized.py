@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any
 
@@ -112,6 +112,22 @@ def quantized_form(tensors: Sequence[Any], format: Format, valid: bool = False) 
     return QuantizedForm(sum(one.shape[0] for one in tensors), inner, dtype, group, zeros, wide)
 
 
+def expert_forms(
+    gate_up: Sequence[tuple[Any, ...]], down: Sequence[tuple[Any, ...]], format: Format, valid: bool = False
+) -> tuple[QuantizedForm, QuantizedForm] | None:
+    """How the two matrices of each expert are held as codes, all experts' alike; `valid` as above.
+
+    None where some cannot: then all are held in `format`, as kernels multiply both by codes or neither.
+    """
+    forms = []
+    for stack in (gate_up, down):
+        form = quantized_form([tensor for tensors in stack for tensor in tensors], format, valid)
+        if form is None:
+            return None
+        forms.append(replace(form, rows=form.rows // len(stack)))
+    return forms[0], forms[1]
+
+
 def _group(tensor: Any) -> int:
     """Columns that share a scale, as of `QuantizedForm`."""
     columns = tensor.shape[1]
@@ -123,7 +139,7 @@ def _up(count: int, unit: int) -> int:
 
 
 class QuantizedWeight:
-    """A matrix [rows, inner] of codes on the device.
+    """A matrix [rows, inner] of codes on the device, or one of each of some experts, one after the other.
 
     Parameters
     ----------
@@ -136,7 +152,7 @@ class QuantizedWeight:
     Attributes
     ----------
     view : QuantizedView
-        As kernels take it.
+        As kernels take it: of experts the first one, which the others follow.
     """
 
     def __init__(self, form: QuantizedForm, codes: Any, scales: Any, zeros: Any | None) -> None:
@@ -149,3 +165,8 @@ class QuantizedWeight:
     def shape(self) -> tuple[int, int]:
         """(rows, inner)"""
         return self.form.rows, self.form.inner
+
+    @property
+    def nbytes(self) -> int:
+        """That it takes, experts all together."""
+        return sum(array.nbytes for array in self._arrays if array is not None)

@@ -14,6 +14,7 @@ from losart.backends.cuda.matmul_plans import (
     matmul_plan,
     pack_plan,
     quantize_plan,
+    quantized_experts_plan,
     quantized_plan,
     quantized_tokens,
 )
@@ -105,6 +106,10 @@ def plans(card: Card, precision: Precision) -> Iterator[Plan]:
         most = quantized_tokens(card, form)
         counts = [8 * n for n in QUANTIZED_TILES if 8 * n <= most]
         yield from (quantized_plan(card, form, count, same) for count in counts for same in (False, True))
+        # Of an expert's two matrices the one that takes fewer places decides.
+        least = min(quantized_tokens(card, other) for other in FORMS)
+        tiles = {QUANTIZED_TILES[0], least // 8, most // 8}
+        yield from (quantized_experts_plan(card, form, 1, count) for count in sorted(tiles))
         yield from (
             embedding_plan(form, 1),
             pack_plan(form, 1),

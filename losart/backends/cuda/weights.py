@@ -8,14 +8,14 @@ from typing import Any
 import cupy
 import numpy as np
 
+from losart.backends.base import Stack
 from losart.backends.cpu.convert import float32_rows, narrow, widen
-from losart.backends.cuda.experts import ExpertStack
+from losart.backends.cuda.experts import Experts, ExpertStack
 from losart.backends.cuda.kernels import Kernels
 from losart.backends.cuda.matmul_plans import pack_plan, quantize_plan
-from losart.backends.cuda.quantized import QuantizedForm, QuantizedWeight, quantized_form
+from losart.backends.cuda.quantized import QuantizedForm, QuantizedWeight, expert_forms, quantized_form
 from losart.backends.cuda.results import Weight
-from losart.errors import ConfigError, TensorError
-from losart.loaders.quantized.tensor import QuantizedTensor
+from losart.errors import TensorError
 from losart.loaders.safetensors_files import MappedTensor
 
 STAGING_BYTES = 32 << 20  # of pinned memory
@@ -42,21 +42,23 @@ class WeightLoader:
     def matrix(self, *tensors: Any) -> Weight | QuantizedWeight:
         """Tensors [out_i, in] as one matrix [sum of out_i, in]."""
         if (form := quantized_form(tensors, self._format)) is not None:
-            return self._quantized(form, tensors)
+            return self._quantized(form, [tensors], False)
         rows = sum(tensor.shape[0] for tensor in tensors)
         values = cupy.empty((rows, tensors[0].shape[1]), self._format.bits_array)
         self._fill_rows(values, tensors)
         return Weight(values)
 
-    def experts(self, *experts: tuple[Any, ...]) -> ExpertStack:
+    def experts(self, gate_up: Stack, down: Stack) -> tuple[Experts, Experts]:
         """Tensors [out_i, in] of each expert as one matrix [sum of out_i, in] of each."""
-        for tensors in experts:
-            if (form := quantized_form(tensors, self._format)) is not None:
-                where = tensors[0].file if isinstance(tensors[0], QuantizedTensor) else "weights"
-                raise ConfigError(f"{where}: experts in {form.dtype} are not supported on CUDA")
-        shape = sum(tensor.shape[0] for tensor in experts[0]), experts[0][0].shape[1]
-        values = cupy.empty((len(experts), *shape), self._format.bits_array)
-        for of_expert, tensors in zip(values, experts, strict=True):
+        forms = expert_forms(gate_up, down, self._format)
+        if forms is None:
+            return self._experts(gate_up), self._experts(down)
+        return self._quantized(forms[0], gate_up, True), self._quantized(forms[1], down, True)
+
+    def _experts(self, stack: Stack) -> ExpertStack:
+        shape = sum(tensor.shape[0] for tensor in stack[0]), stack[0][0].shape[1]
+        values = cupy.empty((len(stack), *shape), self._format.bits_array)
+        for of_expert, tensors in zip(values, stack, strict=True):
             self._fill_rows(of_expert, tensors)
         return ExpertStack(values)
 
@@ -71,32 +73,37 @@ class WeightLoader:
         """Tensors one after the other, in float32."""
         return cupy.asarray(np.concatenate([widen(tensor.array()) for tensor in tensors]))
 
-    def _quantized(self, form: QuantizedForm, tensors: tuple[Any, ...]) -> QuantizedWeight:
-        shape = form.padded_rows, form.groups
-        codes = cupy.empty(form.code_bytes // 4, np.uint32)
+    def _quantized(self, form: QuantizedForm, stack: Stack, alternate: bool) -> QuantizedWeight:
+        """Matrices that each join some tensors: one below the other, or eight rows of each in turn."""
+        shape = len(stack) * form.padded_rows, form.groups
+        codes = cupy.empty(len(stack) * form.code_bytes // 4, np.uint32)
         scales = self._zeroed(shape, np.float32 if form.wide_scales else np.uint16)
         codes.data.memset_async(PADDING[form.dtype], codes.nbytes, self._stream)
         weight = QuantizedWeight(form, codes, scales, self._zeroed(shape, np.uint16) if form.zeros else None)
-        first = 0
-        for tensor in tensors:
-            rows, columns = tensor.shape
-            step = max(1, CODES_PIECE // columns)
-            # What the device rounds comes as it is in the file.
-            rounds = self._is_held(getattr(tensor, "source", None))
-            for start in range(0, rows, step):
-                stop = min(rows, start + step)
-                if rounds:
-                    piece = self._rounded(form, tensor, start, stop)
-                else:
-                    arrays = rows_to_pack(form, tensor, start, stop)
-                    piece = tuple(None if array is None else cupy.asarray(array) for array in arrays)
-                self._kernels.launch_plan(
-                    pack_plan(form, stop - start), *piece, weight.view, first + start, stop - start
-                )
-                tensor.release()
-            first += rows
+        for index, tensors in enumerate(stack):
+            first = index * form.padded_rows
+            for tensor in tensors:
+                self._pack(weight, tensor, first, 8 * len(tensors) if alternate else 8)
+                first += 8 if alternate else tensor.shape[0]
         self._stream.synchronize()
         return weight
+
+    def _pack(self, weight: QuantizedWeight, tensor: Any, first: int, stride: int) -> None:
+        """Bring a tensor's rows to where pack_quantized puts them, some at a time."""
+        form, (rows, columns) = weight.form, tensor.shape
+        step = max(8, CODES_PIECE // columns // 8 * 8)
+        # What the device rounds comes as it is in the file.
+        rounds = self._is_held(getattr(tensor, "source", None))
+        for start in range(0, rows, step):
+            stop = min(rows, start + step)
+            if rounds:
+                piece = self._rounded(form, tensor, start, stop)
+            else:
+                arrays = rows_to_pack(form, tensor, start, stop)
+                piece = tuple(None if array is None else cupy.asarray(array) for array in arrays)
+            place = first + start // 8 * stride, stride, stop - start
+            self._kernels.launch_plan(pack_plan(form, stop - start), *piece, weight.view, *place)
+            tensor.release()
 
     def _zeroed(self, shape: Any, dtype: Any) -> Any:
         array = cupy.empty(shape, dtype)
