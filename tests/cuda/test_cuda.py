@@ -6,7 +6,9 @@ from functools import partial
 
 import numpy as np
 import pytest
+from adapters import products, write_adapter
 from cuda_arrays import matmul_array
+from gguf_files import parts_of, write_gguf
 from passes import block_batch
 from quantized import awq, fp8, gptq, quantize_checkpoint, with_plain_weights, with_rounded_embedding
 
@@ -141,6 +143,19 @@ def test_logits_of_quantized_checkpoints_are_those_of_the_cpu(make_checkpoint, n
     model = losart.load(path, "cuda", dtype)
     stays = "shuffled" not in name and (dtype == "float16" or name not in ("gptq", "awq"))
     assert len(model.weights) == 1 + stays
+    assert relative_error(hidden_states(model, PROMPT, 16), expected) <= 2e-2
+
+
+@pytest.mark.parametrize("kind", ["F16", "Q4_0", "Q4_1", "Q8_0", "Q6_K"])
+@pytest.mark.parametrize("merge", [None, "dtype", "codes"])
+def test_logits_of_gguf_files_with_adapters_are_those_of_the_cpu(tmp_path, make_checkpoint, kind, merge):
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2}
+    base = make_checkpoint(family="stable_diffcoder", dtype="float32", head_gain=1.0, head_dim=64, **sizes)
+    file = write_gguf(tmp_path / "x.gguf", *parts_of(base, "stable_diffcoder", kind))
+    adapter = write_adapter(tmp_path / "adapter", products(base, {"q_proj": 4, "down_proj": 4}, std=0.02))
+    more = {} if merge is None else {"adapter": adapter, "merge": merge}
+    expected = hidden_states(with_plain_weights(losart.load(file, "cpu", "float16", **more)), PROMPT, 16)
+    model = losart.load(file, "cuda", "float16", **more)
     assert relative_error(hidden_states(model, PROMPT, 16), expected) <= 2e-2
 
 
