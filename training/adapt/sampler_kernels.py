@@ -77,11 +77,11 @@ def attention(
         key = start + tl.arange(0, TILE)
         seen = key < count
         k = tl.load(k_start + key[None, :] * SIZE + at[:, None], mask=seen[None, :], other=0.0).to(COMPUTE)
-        scores = tl.where(seen, tl.dot(q, k) * (scale * 1.4426950408889634), -1e30)
+        scores = tl.where(seen, tl.dot(q, k, input_precision="ieee") * (scale * 1.4426950408889634), -1e30)
         new = tl.maximum(largest, tl.max(scores, 1))
         shrink, weight = tl.exp2(largest - new), tl.exp2(scores - new[:, None])
         v = tl.load(v_start + key[:, None] * SIZE + at[None, :], mask=seen[:, None], other=0.0).to(COMPUTE)
-        found = found * shrink[:, None] + tl.dot(weight.to(COMPUTE), v)
+        found = found * shrink[:, None] + tl.dot(weight.to(COMPUTE), v, input_precision="ieee")
         total = total * shrink + tl.sum(weight, 1)
         largest = new
     tl.store(out + place, (found / total[:, None]).to(out.dtype.element_ty), mask=inside)
