@@ -28,6 +28,7 @@ RANKS = {
     "losart.api": 8,
     "losart.eval": 9,
     "losart.measure": 9,
+    "losart.server": 9,
     "losart.cli": 10,
     "losart": 11,  # losart/__init__.py, which users import and nothing else does
 }
