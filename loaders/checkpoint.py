@@ -14,6 +14,7 @@ from losart.config.precision import DTYPES
 from losart.errors import TensorError
 from losart.loaders.adapters import Adapter, Change, read_adapter
 from losart.loaders.chat_template import ChatTemplate, read_chat_template
+from losart.loaders.conversion import read_conversion
 from losart.loaders.families import Family
 from losart.loaders.families.ordinary import ORDINARY
 from losart.loaders.gguf import open_gguf
@@ -95,7 +96,7 @@ def open_checkpoint(
         return Checkpoint(file, config, held, tokenizer, template, lora, changes, _base(family))
     directory = checkpoint_directory(model)
     tokenizer = read_tokenizer(directory)
-    config, family = read_family(directory, tokenizer, conversion)
+    config, family = read_family(directory, tokenizer, conversion or read_conversion(directory))
     quantization = read_quantization(read_json_object(directory / "config.json"))
     tensors = _canonical_tensors(directory, config, family, map_tensors(directory), quantization)
     config = config if family.refined is None else family.refined(config, tensors)

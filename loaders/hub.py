@@ -9,12 +9,14 @@ from importlib.resources import files as package_files
 from pathlib import Path
 
 from losart.errors import CheckpointError
+from losart.loaders import smollm2
 
 # Two names with a slash between them, each by the hub's own rules.
 _HUB_ID = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _FILES = [
     "config.json",
     "generation_config.json",
+    "losart.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -30,16 +32,18 @@ def checkpoint_directory(model: str | os.PathLike[str] | None) -> Path:
     Parameters
     ----------
     model : str, path or None
-        A directory, or else a hub id ("org/name"), which is downloaded into the hub's cache; None for
-        the small checkpoint that comes with losart.
+        A directory, or else "smollm2", if it was fetched, or a hub id ("org/name"), which is downloaded into
+        the hub's cache; None for the small checkpoint that comes with losart.
 
     Raises
     ------
     CheckpointError
-        If there is no such directory, or the hub has no such model or cannot be reached.
+        If there is no such directory, it was not fetched, or the hub has no such model or cannot be reached.
     """
     if model is None:
         return Path(str(package_files("losart") / "small_checkpoint"))
+    if model == smollm2.NAME and not os.path.exists(model):
+        return smollm2.fetched()
     return directory_of(model, "a checkpoint", _FILES)
 
 

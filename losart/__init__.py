@@ -31,6 +31,7 @@ from losart.version import __version__
 try:
     from losart.api.chat import Chat
     from losart.api.engine import Engine
+    from losart.api.fetch import fetch
     from losart.api.model import Model, generate, load
     from losart.api.session import Session
     from losart.measure.random_checkpoint import write_size as random_checkpoint
@@ -66,6 +67,7 @@ __all__ = [
     "TraceError",
     "TraceWriter",
     "__version__",
+    "fetch",
     "generate",
     "load",
     "random_checkpoint",

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.accuracy.grid import BLOCK, GROUPS, Group, cell_key, label
+from benchmarks.accuracy.grid import GRIDS, Grid, Group, cell_key, label
 from benchmarks.accuracy.pictures import draw_accuracy, draw_locality
 from benchmarks.support.markdown_table import markdown_lines
 from losart.cli.tables import share
@@ -41,11 +41,12 @@ def read(file: Path, key: str) -> dict[str, Any]:
 def markdown(report: dict[str, Any]) -> str:
     """All groups' tables, for each length."""
     cells = {cell_key(cell["task"], cell["length"], cell["setting"]): cell for cell in report["cells"]}
+    grid = grid_of(report)
     commits = ", ".join(sorted({cell["commit"] for cell in report["cells"]}))
     parts = [
         "# Accuracy of attention methods\n\n"
-        f"{report['samples']} questions per cell, answered by the checkpoint that comes with losart, in "
-        f"blocks of {BLOCK}, greedily, with dynamic remasking unless stated otherwise. Percent "
+        f"{report['samples']} questions per cell, answered by {grid.title}, in "
+        f"blocks of {grid.block}, greedily, with dynamic remasking unless stated otherwise. Percent "
         "answered right, with 95% intervals (Wilson); density of the passes that are read sparsely, and of "
         f"all, means over the tasks shown.\n\n{report['device_name']}, {report['dtype']}, commit {commits}: "
         f"`{report['command']}`\n"
@@ -53,21 +54,26 @@ def markdown(report: dict[str, Any]) -> str:
     for length in sorted({cell["length"] for cell in report["cells"]}):
         parts += [
             f"## {group.title}, {length:,} tokens\n\n{group.note}\n\n{rows}"
-            for group in GROUPS.values()
-            if (rows := table(group, length, cells))
+            for group in grid.groups.values()
+            if (rows := table(group, length, cells, grid.block))
         ]
     return "\n".join(parts)
 
 
-def table(group: Group, length: int, cells: Cells) -> str:
-    """A row for each setting of which a cell was measured; empty without any."""
+def grid_of(report: dict[str, Any]) -> Grid:
+    """That a study's report is of; the first study's does not say."""
+    return GRIDS[report.get("grid", "symbols")]
+
+
+def table(group: Group, length: int, cells: Cells, block: int) -> str:
+    """A row for each setting of which a cell was measured; empty without any. `block` as of `label`."""
     lines = []
     for setting in sorted(group.settings, key=lambda one: one.get("budget", 0)):
         row = [cells.get(cell_key(task, length, setting)) for task in group.tasks]
         measured = [cell for cell in row if cell is not None]
         if measured:
             densities = [mean(cell[name] for cell in measured) for name in ("sparse_density", "density")]
-            lines.append([label(setting), *map(accuracy, row), *map(share, densities)])
+            lines.append([label(setting, block), *map(accuracy, row), *map(share, densities)])
     if not lines:
         return ""
     head = ["setting", *(f"`{task}`" for task in group.tasks), "sparse", "density"]
@@ -106,7 +112,7 @@ def write_accuracy(file: Path) -> None:
     """Tables, and a picture for each length."""
     report = read(file, "cells")
     text = markdown(report)
-    budgets = GROUPS["budgets"]
+    budgets = grid_of(report).groups["budgets"]
     for length in sorted({cell["length"] for cell in report["cells"]}):
         tasks = [task for task in TASKS if task in budgets.tasks]
         picture = file.with_name(f"{file.stem}_{length}.png")

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 import losart
-from benchmarks.accuracy.grid import CORE, REMASKING
+from benchmarks.accuracy.grid import GRIDS, remaskings
 from benchmarks.support.environment import command, commit
 from losart.attention import POLICIES
 from losart.attention.losa import LosaPolicy
@@ -35,6 +35,9 @@ from losart.engine.batch import PassBatch, PassKind, SequencePass
 from losart.eval import Cell, EvalConfig
 from losart.eval.evaluation import measure
 from losart.measure.environment import environment
+
+GRID = GRIDS["symbols"]
+REMASKING = remaskings(GRID.block)
 
 
 @dataclass(frozen=True)
@@ -251,7 +254,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--json", type=Path, required=True, metavar="FILE")
     parser.add_argument("--rules", nargs="+", choices=[*BUILT, *RULES], default=[*BUILT, *RULES])
-    parser.add_argument("--tasks", nargs="+", default=CORE)
+    parser.add_argument("--tasks", nargs="+", default=GRID.groups["budgets"].tasks)
     parser.add_argument("--lengths", type=listed(int), default=(4096,))
     parser.add_argument("--remasking", nargs="+", choices=REMASKING, default=list(REMASKING))
     parser.add_argument("--budget", type=positive, default=64)

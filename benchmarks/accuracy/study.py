@@ -1,6 +1,7 @@
-"""What attention methods cost in accuracy: the checkpoint that comes with losart, over `grid.py`.
+"""What attention methods cost in accuracy: a checkpoint of ours, over a grid of `grid.py`.
 
     python -m benchmarks.accuracy.study --json FILE --jobs 8
+    python -m benchmarks.accuracy.study --grid english --json FILE --jobs 8
 
 The file is rewritten after each cell; the same command resumes where it was cut short.
 `report.py` makes tables and pictures of it.
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import losart
-from benchmarks.accuracy.grid import GROUPS, LENGTHS, Asked, Setting, cell_key, cells, label
+from benchmarks.accuracy.grid import GRIDS, Asked, Setting, cell_key, cells, label
 from benchmarks.support.environment import command, commit
 from losart.cli.arguments import listed, positive
 from losart.cli.eval_report import JsonReport
@@ -33,7 +34,6 @@ from losart.eval import TASKS, Cell, EvalConfig
 from losart.eval.evaluation import measure
 from losart.measure.environment import environment
 
-STYLE = "symbols"
 TOGETHER = 12  # settings that share a KV cache: a document is prefilled once for all of them
 
 
@@ -46,14 +46,14 @@ class StudyCell(Cell):
 
 
 @cache
-def model_of(device: str) -> losart.Model:
+def model_of(grid: str, device: str) -> losart.Model:
     """The checkpoint, loaded once in each process."""
-    return losart.load(device=device)
+    return losart.load(GRIDS[grid].model, device)
 
 
-def device_facts(device: str) -> dict[str, str]:
+def device_facts(grid: str, device: str) -> dict[str, str]:
     """What a process measures on."""
-    model = model_of(device)
+    model = model_of(grid, device)
     machine = environment()["gpu" if model.device == "cuda" else "cpu"]
     return {"device": model.device, "device_name": machine["name"], "dtype": model.dtype}
 
@@ -73,11 +73,12 @@ def jobs(wanted: Sequence[Asked]) -> Iterator[tuple[Asked, ...]]:
             yield job
 
 
-def ask(job: Sequence[Asked], device: str, samples: int, seed: int) -> list[Cell]:
+def ask(job: Sequence[Asked], grid: str, device: str, samples: int, seed: int) -> list[Cell]:
     """Ask the questions of some cells of one task and length."""
     task, length = job[0].task, job[0].length
     config = EvalConfig((task,), (length,), samples=samples, seed=seed)
-    return measure(model_of(device), task, length, [asked.setting for asked in job], config, STYLE)
+    settings = [asked.setting for asked in job]
+    return measure(model_of(grid, device), task, length, settings, config, GRIDS[grid].style)
 
 
 class Study:
@@ -86,7 +87,9 @@ class Study:
     Parameters
     ----------
     file : Path
-        An existing one must be of the same study: device, questions and seed.
+        An existing one must be of the same study: grid, device, questions and seed.
+    grid : str
+        Key of `GRIDS`.
     device : str
     jobs : int
         Processes.
@@ -94,9 +97,9 @@ class Study:
         As in `EvalConfig`.
     """
 
-    def __init__(self, file: Path, device: str, jobs: int, samples: int, seed: int) -> None:
+    def __init__(self, file: Path, grid: str, device: str, jobs: int, samples: int, seed: int) -> None:
         self._file, self._jobs = file, jobs
-        self._options: dict[str, Any] = {"device": device, "samples": samples, "seed": seed}
+        self._options: dict[str, Any] = {"grid": grid, "device": device, "samples": samples, "seed": seed}
 
     def run(self, wanted: Sequence[Asked]) -> None:
         """Measure the cells, in their order, with progress.
@@ -111,8 +114,9 @@ class Study:
         spawn = multiprocessing.get_context("spawn")  # a CUDA context does not survive a fork
         pool = ProcessPoolExecutor(self._jobs, spawn, _end_quietly)
         try:
-            facts = pool.submit(device_facts, self._options["device"]).result()
-            facts |= {name: self._options[name] for name in ("samples", "seed")}
+            grid = self._options["grid"]
+            facts = pool.submit(device_facts, grid, self._options["device"]).result()
+            facts |= {name: self._options[name] for name in ("grid", "samples", "seed")}
             facts |= {"command": command(__file__)}
             done = read_study(self._file, facts)
             report = JsonReport(str(self._file), facts, done=done)
@@ -124,7 +128,7 @@ class Study:
                 for count, cell in enumerate(self._measured(pool, left), 1):
                     report.add(cell)
                     progress.clear()
-                    print(line(cell), flush=True)
+                    print(line(cell, GRIDS[grid].block), flush=True)
                     progress(count, len(left))
         except BrokenProcessPool as error:
             raise LosartError("a process of the study ended; the same command resumes it") from error
@@ -155,6 +159,7 @@ def read_study(file: Path, facts: dict[str, Any]) -> list[StudyCell]:
         done = [StudyCell(**cell) for cell in report["cells"]]
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{file} is no file of this study") from error
+    report = {"grid": "symbols"} | report  # which files did not say when there was one
     for name in facts.keys() - {"command"}:
         if report.get(name) != facts[name]:
             raise DataError(
@@ -163,10 +168,10 @@ def read_study(file: Path, facts: dict[str, Any]) -> list[StudyCell]:
     return done
 
 
-def line(cell: StudyCell) -> str:
-    """A cell in one line."""
+def line(cell: StudyCell, block: int) -> str:
+    """A cell in one line; `block` as of `label`."""
     interval = f"{cell.accuracy:.1%} ({cell.low:.1%} - {cell.high:.1%})"
-    return f"{cell.length} {cell.task}, {label(cell.setting)}: {interval}"
+    return f"{cell.length} {cell.task}, {label(cell.setting, block)}: {interval}"
 
 
 def _end_quietly() -> None:
@@ -181,15 +186,15 @@ def main() -> int:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--samples", type=positive, default=400, metavar="N", help="questions per cell (400)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="(0)")
-    parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS), metavar="NAME")
-    parser.add_argument(
-        "--lengths", type=listed(int), default=LENGTHS, metavar="LIST", help="(4096,8192,16384)"
-    )
+    parser.add_argument("--grid", choices=GRIDS, default="symbols", help="(symbols)")
+    groups = GRIDS["symbols"].groups  # every grid has these
+    parser.add_argument("--groups", nargs="+", choices=groups, default=(), metavar="NAME", help="only these")
+    parser.add_argument("--lengths", type=listed(int), default=(), metavar="LIST", help="(the grid's)")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=(), metavar="NAME", help="only these")
     args = parser.parse_args()
     try:
-        wanted = cells(args.groups, args.lengths, args.tasks)
-        Study(args.json, args.device, args.jobs, args.samples, args.seed).run(wanted)
+        wanted = cells(GRIDS[args.grid], args.groups, args.lengths, args.tasks)
+        Study(args.json, args.grid, args.device, args.jobs, args.samples, args.seed).run(wanted)
     except KeyboardInterrupt:
         print("\nlosart: interrupted; the same command resumes it", file=sys.stderr)
         return 130

@@ -98,7 +98,7 @@ def rows(bandwidth: float, quick: bool = False) -> Iterator[dict[str, Any]]:
                 yield row | {"method": name, "tokens a second": measured}
                 continue
             dense = measured["tokens a second"] if name == "dense" else dense
-            floor = pass_floor(model, sequences, prompt, measured, bandwidth, rate)
+            floor = pass_floor(model, measured.pop("caches"), prompt, measured, bandwidth, rate)
             more = {
                 "floor ms": floor,
                 "pass/floor": ratio(measured["pass ms"], floor),
@@ -162,7 +162,8 @@ def decode(
     for _ in range(2):
         seconds, runs = generate(prompt)
     passes = model.transformer.passes
-    count, rows, times = len(passes), sum(one.rows for one in passes), sum(one.seconds for one in passes)
+    count = len(passes)
+    rows, read, times = (sum(getattr(one, of) for one in passes) for of in ("rows", "caches", "seconds"))
     stats = [run.sequence.result().stats for run in runs]
     return {
         "tokens a second": len(caches) * NEW_TOKENS / seconds,
@@ -170,6 +171,7 @@ def decode(
         "pass ms": 1e3 * times / count,
         "between passes ms": 1e3 * (seconds - times) / count,
         "rows": rows / count,
+        "caches": read / count,
         "density": float(np.mean([one.density for one in stats])),
     }
 
@@ -206,16 +208,16 @@ def their_milliseconds(size: str, sequences: int, prompt: int, block: int) -> fl
 
 
 def pass_floor(
-    model: NoiseModel, sequences: int, prompt: int, measured: dict[str, Any], bandwidth: float, rate: Any
+    model: NoiseModel, caches: float, prompt: int, measured: dict[str, Any], bandwidth: float, rate: Any
 ) -> float | None:
     """Milliseconds of a mean pass: bytes over the copy bandwidth, and operations over the rate of matmuls.
 
-    With experts, of which all are used.
+    With experts, of which all are used; `caches`: those of a mean pass.
     """
     if isinstance(rate, str):
         return None
     config = model.config
-    kv = sequences * config.num_layers * kv_bytes(config, prompt) * measured["density"]
+    kv = caches * config.num_layers * kv_bytes(config, prompt) * measured["density"]
     operations = 2 * measured["rows"] * (active_parameters(config) + config.vocab_size * config.hidden_size)
     return 1e3 * ((weight_bytes(config) + kv) / bandwidth + operations / rate)
 

@@ -72,6 +72,7 @@ class PassTime:
     kind: PassKind
     rides: bool
     rows: int
+    caches: int
 
     @property
     def seconds(self) -> float:
@@ -90,7 +91,8 @@ class TimedTransformer(Transformer):
         backend: Any = self.backend
         began = time.perf_counter()
         finish = super().begin(batch, observe)
-        what = batch.kind, batch.rides, batch.tokens  # not the batch, which has the caches
+        caches = len({id(one.cache) for one in batch.sequences})
+        what = batch.kind, batch.rides, batch.tokens, caches  # not the batch, which has them
 
         def timed() -> PassResult:
             result = finish()

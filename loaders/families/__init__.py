@@ -24,7 +24,7 @@ FAMILIES = {
 SUPPORTED_MODEL_TYPES = tuple(sorted(FAMILIES))
 # A model type of other models, and the family whose checkpoints have it too.
 BORROWED = {"llama": "stable_diffcoder"}
-_UNLESS = "unless an adapter's losart.json says that it was trained to"
+_UNLESS = "unless losart.json, an adapter's or its own, says that it was trained to"
 
 
 def family_of(model_type: str) -> Family:

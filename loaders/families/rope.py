@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from typing import Any
 
 from losart.config.rope import ROPE_KINDS, RopeConfig
 from losart.errors import ConfigError
@@ -81,3 +82,20 @@ def rope_config(config: JsonObject, max_positions: int) -> RopeConfig:
             low_freq_factor=scaling.number("low_freq_factor", RopeConfig.low_freq_factor),
             high_freq_factor=scaling.number("high_freq_factor", RopeConfig.high_freq_factor),
         )
+
+
+def rope_keys(rope: RopeConfig) -> dict[str, Any]:
+    """Keys of config.json, in transformers 4's style, that `rope_config` reads as this embedding."""
+    if rope.kind == "default":
+        return {"rope_theta": rope.theta, "rope_scaling": None}
+    always = {"kind", "factor"} | (
+        {"low_freq_factor", "high_freq_factor"} if rope.kind == "llama3" else set()
+    )
+    plain = RopeConfig()
+    scaling = {
+        _OTHER_NAMES.get(field.name, field.name): getattr(rope, field.name)
+        for field in fields(RopeConfig)
+        if field.name != "theta"
+        and (field.name in always or getattr(rope, field.name) != getattr(plain, field.name))
+    }
+    return {"rope_theta": rope.theta, "rope_scaling": scaling}

@@ -26,7 +26,9 @@ def parser() -> argparse.ArgumentParser:
         batch,
         bench,
         chat,
+        convert,
         eval,
+        fetch,
         footprint,
         generate,
         info,
@@ -43,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for module in (
         *(generate, chat, serve, batch, prefix, eval, plot, bench, footprint),
-        *(inspect, quantize, info, prebuild),
+        *(fetch, inspect, quantize, convert, info, prebuild),
     ):
         command = commands.add_parser(
             module.__name__.rpartition(".")[2],

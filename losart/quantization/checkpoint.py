@@ -5,13 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
-import tempfile
 import warnings
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,41 +13,22 @@ import numpy as np
 
 from losart.backends.cpu.convert import narrow
 from losart.config.precision import FORMATS
-from losart.errors import CheckpointError, OptionError
+from losart.errors import OptionError
 from losart.loaders import Checkpoint, MappedTensor
 from losart.loaders.json_files import read_json_object
 from losart.loaders.quantized.tensor import WORD_BITS, bits_of
-from losart.loaders.safetensors_writer import SafetensorsWriter, TensorEntry, shard_name, write_index
+from losart.loaders.safetensors_writer import TensorEntry
 from losart.observe.step import Progress
 from losart.quantization.calibration import LEAST_TOKENS, Calibration, calibration_ids
 from losart.quantization.rounding import RoundedTensor, WeightFormat, rounded_tensors
-
-SHARD_BYTES = 4 << 30
-PIECE = 1 << 20  # values that a thread has at a time
-WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pth", "*.gguf")
-
-
-@dataclass(frozen=True)
-class Written:
-    """A tensor of the old checkpoint, and what it becomes.
-
-    Attributes
-    ----------
-    entries : tuple of TensorEntry
-        Of the new one.
-    rows : int
-    step : int
-        Rows that are taken at a time.
-    values : callable
-        First row and the one after the last to the values of each of `entries` for them.
-    source : MappedTensor
-    """
-
-    entries: tuple[TensorEntry, ...]
-    rows: int
-    step: int
-    values: Callable[[int, int], tuple[np.ndarray, ...]]
-    source: MappedTensor
+from losart.quantization.writing import (
+    PIECE,
+    Written,
+    copy_others,
+    incomplete,
+    refuse_existing,
+    write_tensors,
+)
 
 
 def quantize_checkpoint(
@@ -100,8 +75,7 @@ def quantize_checkpoint(
     destination = Path(destination)
     if not checkpoint.path.is_dir():
         raise OptionError(f"{checkpoint.path}: is a GGUF file; quantize the checkpoint that it was made of")
-    if os.path.lexists(destination):
-        raise CheckpointError(f"{destination}: exists")
+    refuse_existing(destination)
     chosen: dict[str, Any] = rounded_tensors(checkpoint, checkpoint.tensors, weights, head)
     calibrated = None
     if calibration is not None:
@@ -110,19 +84,10 @@ def quantize_checkpoint(
     tensors = [
         _rounded(tensor) if isinstance(tensor, RoundedTensor) else _kept(tensor) for tensor in chosen.values()
     ]
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    incomplete = Path(
-        tempfile.mkdtemp(prefix=f"{destination.name}.", suffix=".incomplete", dir=destination.parent)
-    )
-    incomplete.chmod(0o777 & ~_umask())
-    try:
-        _copy_others(checkpoint.path, incomplete)
-        _write_config(checkpoint, incomplete, weights, head)
-        _write_tensors(incomplete, tensors, progress)
-        incomplete.rename(destination)
-    except BaseException:
-        shutil.rmtree(incomplete, ignore_errors=True)
-        raise
+    with incomplete(destination) as directory:
+        copy_others(checkpoint.path, directory)
+        _write_config(checkpoint, directory, weights, head)
+        write_tensors(directory, tensors, progress)
     if calibrated is not None and calibrated.nearest:
         warnings.warn(
             f"{calibrated.nearest} of {calibrated.matrices} matrices are rounded to nearest: of experts that "
@@ -139,7 +104,8 @@ def _kept(tensor: MappedTensor) -> Written:
     def values(start: int, stop: int) -> tuple[np.ndarray, ...]:
         return (tensor.array(start, stop),)
 
-    return Written((entry,), rows, max(1, PIECE * rows // max(1, tensor.size)), values, tensor)
+    step = max(1, PIECE * rows // max(1, tensor.size))
+    return Written((entry,), rows, step, values, tensor.nbytes, tensor.release)
 
 
 def _rounded(rounded: RoundedTensor) -> Written:
@@ -166,7 +132,8 @@ def _rounded(rounded: RoundedTensor) -> Written:
         shape = np.array([rows, columns][: 2 if start == 0 else 0], np.int64)
         return packed(codes, bits_of(rounded.dtype)), saved, shape
 
-    return Written(entries, rows, max(1, PIECE // columns), values, rounded.source)
+    source = rounded.source
+    return Written(entries, rows, max(1, PIECE // columns), values, source.nbytes, source.release)
 
 
 def packed(codes: np.ndarray, bits: int) -> np.ndarray:
@@ -178,19 +145,6 @@ def packed(codes: np.ndarray, bits: int) -> np.ndarray:
     if bits == 4:
         unsigned = unsigned[:, ::2] | unsigned[:, 1::2] << 4
     return np.ascontiguousarray(unsigned).view("<i4")
-
-
-def _umask() -> int:
-    """That of the process, which can only be read by setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _copy_others(source: Path, destination: Path) -> None:
-    for file in sorted(source.iterdir()):
-        if file.is_file() and not any(file.match(pattern) for pattern in WEIGHT_FILES):
-            shutil.copyfile(file, destination / file.name)
 
 
 def _write_config(
@@ -233,36 +187,3 @@ def _config_group(format: WeightFormat, targets: list[str]) -> dict[str, Any]:
         "output_activations": None,
         "format": "float-quantized" if format.name == "fp8" else "pack-quantized",
     }
-
-
-def _write_tensors(directory: Path, tensors: list[Written], progress: Progress | None) -> None:
-    shards: list[list[Written]] = [[]]
-    size = 0
-    for tensor in tensors:
-        nbytes = sum(entry.nbytes for entry in tensor.entries)
-        if shards[-1] and size + nbytes > SHARD_BYTES:
-            shards.append([])
-            size = 0
-        shards[-1].append(tensor)
-        size += nbytes
-    total, done = sum(tensor.source.nbytes for tensor in tensors), 0
-    entries = [[entry for tensor in shard for entry in tensor.entries] for shard in shards]
-    for number, (shard, of_shard) in enumerate(zip(shards, entries, strict=True)):
-        with (
-            SafetensorsWriter(directory / shard_name(number, len(shards)), of_shard) as writer,
-            ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool,
-        ):
-            for tensor in shard:
-                list(pool.map(partial(_write_rows, writer, tensor), range(0, tensor.rows, tensor.step)))
-                tensor.source.release()
-                done += tensor.source.nbytes
-                if progress is not None:
-                    progress(done >> 20, total >> 20)
-    write_index(directory, entries)
-
-
-def _write_rows(writer: SafetensorsWriter, tensor: Written, start: int) -> None:
-    stop = min(tensor.rows, start + tensor.step)
-    for entry, values in zip(tensor.entries, tensor.values(start, stop), strict=True):
-        if values.size:
-            writer.write(entry.name, start * (entry.nbytes // entry.shape[0]), values)

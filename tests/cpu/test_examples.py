@@ -13,8 +13,10 @@ from symbol_solver import solve
 
 import losart
 from losart.cli import main
+from losart.loaders import smollm2
 
 DOCUMENT = ROOT / "examples" / "document.txt"
+ENGLISH = ROOT / "examples" / "english.txt"
 SCRIPT = ROOT / "examples" / "write_document.py"
 README = (ROOT / "README.md").read_text("utf-8")
 
@@ -69,3 +71,14 @@ def test_mistakes_of_the_script(arguments, message):
     result = write_document(*arguments)
     assert (result.returncode, result.stdout) == (2, "")
     assert message in result.stderr and "Traceback" not in result.stderr
+
+
+@pytest.mark.skipif(not smollm2.directory().is_dir(), reason="losart fetch smollm2 has not been run")
+def test_a_question_in_english(capsys, monkeypatch):
+    (arguments,) = re.findall(r"write_document\.py (--english .*) > english\.txt", SCRIPT.read_text("utf-8"))
+    written = write_document(*arguments.split())
+    assert written.stdout == ENGLISH.read_text("utf-8")
+    (command,) = re.findall(r"^\.venv/bin/losart (generate smollm2 .*)$", README, re.MULTILINE)
+    monkeypatch.chdir(ROOT)
+    assert main([*shlex.split(command), "--device", "cpu"]) == 0
+    assert capsys.readouterr().out == written.stderr  # the answer

@@ -20,7 +20,7 @@ from losart.errors import CheckpointError, OptionError, TensorError
 from losart.loaders import open_checkpoint
 from losart.loaders.safetensors_files import map_file
 from losart.measure.random_checkpoint import write_checkpoint
-from losart.quantization import WEIGHTS, RoundedTensor, WeightFormat, quantize_checkpoint
+from losart.quantization import WEIGHTS, RoundedTensor, WeightFormat, quantize_checkpoint, writing
 from losart.quantization import checkpoint as written
 
 SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "num_layers": 2, "head_dim": 32}
@@ -114,7 +114,7 @@ def test_the_largest_value_keeps_its_size(tmp_path, format):
 def test_shards(tmp_path, monkeypatch):
     source = open_checkpoint(write_checkpoint(tmp_path / "source", shards=2, **SIZES))
     quantize_checkpoint(source, tmp_path / "one", WeightFormat("int4"))
-    monkeypatch.setattr(written, "SHARD_BYTES", 20_000)
+    monkeypatch.setattr(writing, "SHARD_BYTES", 20_000)
     monkeypatch.setattr(written, "PIECE", 1000)
     quantize_checkpoint(source, tmp_path / "several", WeightFormat("int4"))
     files = sorted(file.name for file in (tmp_path / "several").glob("*.safetensors"))

@@ -6,7 +6,9 @@ import sys
 import pytest
 
 from benchmarks.accuracy import report as accuracy_report
-from benchmarks.accuracy.grid import DENSE, PAPER, QUEST, SPARSED, TWO, label
+from benchmarks.accuracy.grid import DENSE, QUEST, SPARSED, label, paper, static
+
+PAPER, TWO = paper(16), static(2, 16)
 
 
 def cell(setting, task, accuracy, sparse):
@@ -48,7 +50,7 @@ def test_tables_say_what_was_measured_and_leave_open_what_was_not(study):
         "| losa, active 5, budget 256 | 25.0 (15.0 - 35.0) |  | 50.0 (40.0 - 60.0) |  | 3.0% | 50.0% |",
     ]
     assert "| quest, static, 2 a pass, budget 64 |" in static
-    assert label(SPARSED) not in text
+    assert label(SPARSED, 16) not in text
 
 
 def test_pictures_stand_beside_the_figures(study, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """The accuracy study: its grid, and a file that is resumed."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -11,28 +12,32 @@ from losart.config.model import ModelConfig
 from losart.config.options import generation_config
 from losart.errors import DataError
 
+SYMBOLS = accuracy_grid.GRIDS["symbols"]
+
 
 @pytest.fixture(scope="module")
-def config() -> ModelConfig:
+def small() -> ModelConfig:
     return losart.load(device="cpu").config
 
 
-def test_no_cell_is_measured_twice(config):
+@pytest.mark.parametrize("name", accuracy_grid.GRIDS)
+def test_no_cell_is_measured_twice(small, name):
     """Not even one that says in other words what another says."""
-    cells = accuracy_grid.cells()
+    grid = accuracy_grid.GRIDS[name]
+    config, cells = replace(small, block_length=grid.block), accuracy_grid.cells(grid)
     meant = [(cell.task, cell.length, generation_config(config, cell.setting)) for cell in cells]
     assert all(meant.count(cell) == 1 for cell in meant)
     assert {cell.key for cell in cells} == {
         accuracy_grid.cell_key(task, length, setting)
-        for length in accuracy_grid.LENGTHS
-        for group in accuracy_grid.GROUPS.values()
+        for length in grid.lengths
+        for group in grid.groups.values()
         for setting in group.settings
         for task in group.tasks
     }
 
 
 def test_a_job_is_of_one_task_and_length_and_block_length():
-    wanted = accuracy_grid.cells()
+    wanted = accuracy_grid.cells(SYMBOLS)
     jobs = list(accuracy_study.jobs(wanted))
     assert sorted(asked.key for job in jobs for asked in job) == sorted(asked.key for asked in wanted)
     for job in jobs:
@@ -41,12 +46,12 @@ def test_a_job_is_of_one_task_and_length_and_block_length():
 
 
 def study(file, samples=2):
-    return accuracy_study.Study(file, "cpu", 2, samples, seed=3)
+    return accuracy_study.Study(file, "symbols", "cpu", 2, samples, seed=3)
 
 
 def test_a_study_resumes_where_it_was_cut_short(tmp_path, capsys):
     file = tmp_path / "study.json"
-    wanted = accuracy_grid.cells(["static-2"], [256], ["keys-4"])
+    wanted = accuracy_grid.cells(SYMBOLS, ["static-2"], [256], ["keys-4"])
     study(file).run(wanted[:3])
     first = json.loads(file.read_text())
     assert (first["device"], first["samples"], first["seed"]) == ("cpu", 2, 3)

@@ -68,11 +68,12 @@ def test_losart_computes_what_was_trained(tmp_path, kind, shifted, family, keys)
     base = small.small_base(tmp_path / "base", kind, **keys)
     found, weights = family_of(kind, shifted), small.rounded(changed(base))
     assert found.name == family
-    write_checkpoint(tmp_path / "written", base, weights, found, 8, small.MASK_ID)
+    write_checkpoint(tmp_path / "written", base, weights, found, 8, small.MASK_ID, 0.7)
     model = losart.load(tmp_path / "written", device="cpu", dtype="float32")
     config = model.config
     assert (config.model_type, config.block_length) == (family, 8) and small.END_ID in config.end_token_ids
     assert (config.mask_token_id, config.decoding.shifted) == (small.MASK_ID, shifted)
+    assert dict(config.decoding.defaults)["confidence_threshold"] == 0.7
     options = FIXED | ({"sub_block_length": 8} if shifted else {})
     prompts = [np.random.default_rng(n).integers(10, 90, n).tolist() for n in (5, 16, 21)]
     seen = seen_logits(model)
@@ -105,7 +106,7 @@ def test_transformers_loads_what_was_written(tmp_path):
 
     base = small.small_base(tmp_path / "base")
     weights = small.rounded(changed(base))
-    write_checkpoint(tmp_path / "written", base, weights, family_of("llama", True), 8, small.MASK_ID)
+    write_checkpoint(tmp_path / "written", base, weights, family_of("llama", True), 8, small.MASK_ID, 0.7)
     keys = json.loads((tmp_path / "written" / "config.json").read_text())
     keys["head_dim"] = keys["hidden_size"] // keys["num_attention_heads"]
     assert transformers and keys["architectures"] == ["Fast_dLLM_QwenForCausalLM"]
@@ -137,7 +138,7 @@ def test_an_adapter_is_the_change(tmp_path, kind, shifted):
     family = family_of(kind, shifted)
     where = tmp_path / "adapter"
     adapter_directory.write_adapter(
-        where, base, original, weights, found, family, 8, small.MASK_ID, "some/base"
+        where, base, original, weights, found, family, 8, small.MASK_ID, 0.7, "some/base"
     )
     assert (where / adapter_directory.TENSORS).stat().st_size <= size
     read, name, block, mask = adapter_directory.read_adapter(where, base, original)
@@ -166,7 +167,7 @@ def test_losart_adds_an_adapter_to_the_base(tmp_path, kind, shifted):
     found = products(original, weights, 4)
     adapter_directory.write_adapter(
         *(tmp_path / "adapter", base, original, weights, found, family_of(kind, shifted), 8),
-        *(small.MASK_ID, "some/base"),
+        *(small.MASK_ID, 0.7, "some/base"),
     )
     model = losart.load(tmp_path / "base", adapter=tmp_path / "adapter", device="cpu", dtype="float32")
     read = adapter_directory.read_adapter(tmp_path / "adapter", base, original)[0]
@@ -187,7 +188,7 @@ def test_the_ranks_of_a_small_adapter_differ(tmp_path):
     assert len(ranks) > 1
     where = tmp_path / "adapter"
     adapter_directory.write_adapter(
-        where, base, original, weights, found, family_of("llama", True), 8, small.MASK_ID, "some/base"
+        where, base, original, weights, found, family_of("llama", True), 8, small.MASK_ID, 0.7, "some/base"
     )
     assert (where / adapter_directory.TENSORS).stat().st_size <= 30_000
     config = json.loads((where / adapter_directory.CONFIG).read_text())
@@ -199,7 +200,7 @@ def test_biases_that_changed_are_refused(tmp_path):
     with pytest.raises(OptionError, match="no place for the biases"):
         adapter_directory.write_adapter(
             *(tmp_path, base, base.weights(), changed(base), {}, family_of("qwen2", True), 8),
-            *(small.MASK_ID, "some/base"),
+            *(small.MASK_ID, 0.7, "some/base"),
         )
 
 

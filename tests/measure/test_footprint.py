@@ -13,7 +13,9 @@ import pytest
 import losart
 from losart.cli import main
 from losart.errors import LosartError
-from losart.measure.footprint.processes import Interpreter, Request, as_qwen3, probe, run
+from losart.loaders import open_checkpoint
+from losart.measure.footprint.comparison import generation_of
+from losart.measure.footprint.processes import Interpreter, Request, for_transformers, probe, run
 from losart.measure.footprint.sides import Side
 from losart.measure.footprint.table import markdown
 
@@ -49,11 +51,31 @@ def test_both_sides_generate_the_same(tiny_checkpoint, tmp_path, prompt_tokens):
     pytest.importorskip("transformers")
     request = request_of(tiny_checkpoint, prompt_tokens)
     ours = probe(PYTHON, "probe_losart", tiny_checkpoint, request)
-    qwen3 = as_qwen3(tiny_checkpoint, tmp_path / "qwen3")
+    qwen3 = for_transformers(tiny_checkpoint, tmp_path / "qwen3")
     theirs = probe(PYTHON, "probe_transformers", qwen3, request)
     assert ours["tokens"] == theirs["tokens"]
     assert ours["weights"] == theirs["weights"]
     assert theirs["kv"].keys() == {"float32"} and 0 < theirs["kv"]["float32"] <= ours["kv"]["float32"]
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("prompt_tokens", [5, 16, 18])
+def test_both_sides_generate_the_same_with_rows_that_predict_the_next_token(make_checkpoint, prompt_tokens):
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    path = make_checkpoint(family="stable_diffcoder", tied=True)
+    keys = json.loads((path / "config.json").read_text()) | {"architectures": ["LlamaForCausalLM"]}
+    (path / "config.json").write_text(json.dumps(keys))
+    conversion = {"family": "Fast_dLLM_Qwen", "block_length": 8, "mask_token_id": 315}
+    (path / "losart.json").write_text(json.dumps(conversion | {"options": {"confidence_threshold": 0.1}}))
+    request = generation_of(open_checkpoint(path), "cpu", prompt_tokens, NEW).request
+    assert (request.shifted, request.confidence_threshold) == (True, 0.1)
+    folder = path.parent / "unused"
+    ours, theirs = (
+        probe(PYTHON, name, for_transformers(path, folder), request)
+        for name in ("probe_losart", "probe_transformers")
+    )
+    assert ours["tokens"] == theirs["tokens"] and ours["weights"] == theirs["weights"]
 
 
 def test_a_process_that_fails_says_why():
@@ -157,7 +179,7 @@ def without_rival(monkeypatch):
     }
     monkeypatch.setattr(footprint, "installed_sides", lambda device, python: sides)
     monkeypatch.setattr(comparison, "PROBES", dict.fromkeys(sides, "probe_losart"))
-    monkeypatch.setattr(comparison, "as_qwen3", lambda checkpoint, folder: checkpoint)
+    monkeypatch.setattr(comparison, "for_transformers", lambda checkpoint, folder: checkpoint)
 
 
 def test_the_command_prints_table_and_json(without_rival, tmp_path, capsys):

@@ -193,15 +193,17 @@ def _write(args: argparse.Namespace) -> None:
         room = None if size is None else adapter_directory.room_for_products(base.shape, size)
         found = products(weights, now, rank, room)
         limit = f"rank {rank}" if size is None else f"ranks up to {rank}, {args.megabytes} MB in all"
-        note = f"Their change is written by its largest singular values ({limit})."
+        if plan["lora"] is None or plan["lora"]["rank"] > rank or size is not None:
+            note = f"Their change is written by its largest singular values ({limit})."
         if not adapter:
             now = now | added(weights, found)
     if adapter:
         adapter_directory.write_adapter(
-            *(args.directory, base, weights, now, found, family, args.block, mask_id, args.base_name)
+            *(args.directory, base, weights, now, found, family, args.block, mask_id, args.threshold),
+            base_name=args.base_name,
         )
     else:
-        write_checkpoint(args.directory, base, now, family, args.block, mask_id)
+        write_checkpoint(args.directory, base, now, family, args.block, mask_id, args.threshold)
     write_card(args.directory, args.run_directory, family, args.base_name, args.licence, adapter, note)
     for file in sorted(args.directory.iterdir()):
         _say(f"{file}: {file.stat().st_size / 1e6:.2f} MB")
@@ -347,6 +349,7 @@ def _parser() -> argparse.ArgumentParser:
     add("directory", type=Path, help="gets it, with a model card")
     add("--as", dest="as_", choices=("checkpoint", "adapter"), default="checkpoint")
     add("--block", type=_block, default=8, help="block length that it names (8)")
+    add("--threshold", type=float, default=0.9, help="of decoding, that it names (0.9)")
     add(
         "--rank", type=int, help="of an adapter's products at most; for a checkpoint, reduce the change to it"
     )

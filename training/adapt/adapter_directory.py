@@ -16,14 +16,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from losart.errors import OptionError
+from losart.loaders.conversion import FILE
 
 from .base_model import Base
-from .checkpoint_directory import write_json
+from .checkpoint_directory import write_conversion, write_json
 from .decoder import BIASES, MATRICES, NORMS, Shape, Weights
 from .family import Family
 from .low_rank import BYTES
 
-CONFIG, TENSORS, CONVERSION = "adapter_config.json", "adapter_model.safetensors", "losart.json"
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 _HEADER = 200  # bytes of the file for each tensor's name and place, about
 
@@ -46,6 +47,7 @@ def write_adapter(
     family: Family,
     block_length: int,
     mask_id: int,
+    threshold: float,
     base_name: str,
 ) -> None:
     """Write adapter_config.json, adapter_model.safetensors in bfloat16, and losart.json.
@@ -61,6 +63,8 @@ def write_adapter(
         Of `low_rank.products`.
     family : Family
     block_length, mask_id : int
+    threshold : float
+        Of the confidence at which decoding fixes a token, by default.
     base_name : str
         The base, as adapter_config.json names it.
     """
@@ -98,10 +102,7 @@ def write_adapter(
         "use_dora": False,
     }
     write_json(directory / CONFIG, config)
-    write_json(
-        directory / CONVERSION,
-        {"family": family.name, "block_length": block_length, "mask_token_id": mask_id},
-    )
+    write_conversion(directory, family, block_length, mask_id, threshold)
     tensors = {
         f"{PREFIX}model.norm.weight": weights["final_norm"],
         f"{PREFIX}model.embed_tokens.token_adapter.trainable_tokens_delta": weights["mask"][None],
@@ -128,7 +129,7 @@ def read_adapter(directory: Path, base: Base, weights: Weights) -> tuple[Weights
     block_length, mask_id : int
     """
     config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
-    conversion = json.loads((directory / CONVERSION).read_text(encoding="utf-8"))
+    conversion = json.loads((directory / FILE).read_text(encoding="utf-8"))
     saved = {
         name.removeprefix(PREFIX): value.to(weights["embed"])
         for name, value in load_file(str(directory / TENSORS)).items()

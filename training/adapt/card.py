@@ -46,7 +46,7 @@ def write_card(
         "",
         f"model = {use}",
         'messages = [{"role": "user", "content": "What is the sea?"}]',
-        'model.generate(messages, remasking="low_confidence_dynamic", confidence_threshold=0.9)',
+        "print(model.generate(messages).text)",
         "```",
         "",
         "## How it was made",

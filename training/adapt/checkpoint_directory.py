@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from losart.loaders.conversion import FILE, Conversion
+
 from .base_model import Base
 from .decoder import BIASES, Weights
 from .family import FAST_DLLM, Family
@@ -22,9 +24,15 @@ TOKENIZER_FILES = (
 
 
 def write_checkpoint(
-    directory: Path, base: Base, weights: Weights, family: Family, block_length: int, mask_id: int
+    directory: Path,
+    base: Base,
+    weights: Weights,
+    family: Family,
+    block_length: int,
+    mask_id: int,
+    threshold: float,
 ) -> None:
-    """Write config.json, generation_config.json, the tokenizer and the weights.
+    """Write config.json, generation_config.json, losart.json, the tokenizer and the weights.
 
     Parameters
     ----------
@@ -35,6 +43,8 @@ def write_checkpoint(
         The mask's vector becomes the mask token's embedding.
     family : Family
     block_length, mask_id : int
+    threshold : float
+        Of the confidence at which decoding fixes a token, by default.
     """
     directory.mkdir(parents=True, exist_ok=True)
     config: dict[str, Any] = dict(base.config.values)
@@ -49,6 +59,7 @@ def write_checkpoint(
     }
     write_json(directory / "config.json", config)
     write_json(directory / "generation_config.json", ends)
+    write_conversion(directory, family, block_length, mask_id, threshold)
     copy_tokenizer(base, directory)
     tensors = named_tensors(base, weights, mask_id, biases=family is FAST_DLLM)
     save_file(tensors, str(directory / "model.safetensors"), {"format": "pt"})
@@ -75,6 +86,15 @@ def copy_tokenizer(base: Base, directory: Path) -> None:
     for name in TOKENIZER_FILES:
         if (base.directory / name).exists():
             shutil.copyfile(base.directory / name, directory / name)
+
+
+def write_conversion(
+    directory: Path, family: Family, block_length: int, mask_id: int, threshold: float
+) -> None:
+    """Write losart.json, which says how the model decodes."""
+    options = (("remasking", "low_confidence_dynamic"), ("confidence_threshold", threshold))
+    file = directory / FILE
+    write_json(file, Conversion(file, family.name, block_length, mask_id, options).json)
 
 
 def write_json(file: Path, values: dict[str, Any]) -> None:

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from losart.backends import cuda_problem
-from losart.config.options import DEFAULT_BLOCK_LENGTH
+from losart.config.options import DEFAULT_BLOCK_LENGTH, generation_config
 from losart.config.precision import FORMATS
 from losart.errors import ConfigError, DeviceError
 from losart.loaders import Checkpoint
 from losart.measure.environment import environment
-from losart.measure.footprint.processes import Request, as_qwen3, probe
+from losart.measure.footprint.processes import Request, for_transformers, probe
 from losart.measure.footprint.sides import Side
 from losart.measure.inspection import inspection
 
@@ -47,9 +47,15 @@ def generation_of(
     if config.mask_token_id is None:
         raise ConfigError(f"{checkpoint.path}: config.json says no mask_token_id")
     block_length = config.block_length or DEFAULT_BLOCK_LENGTH
-    if not checkpoint.path.is_dir() or checkpoint.base is not None:
+    # SDAR, or an ordinary architecture whose rows predict the next token: what the probe decodes.
+    decoded = config.model_type == "sdar" or (checkpoint.base is not None and config.decoding.seeds)
+    if not checkpoint.path.is_dir() or checkpoint.adapter is not None or not decoded:
         raise ConfigError(f"{checkpoint.path}: is no checkpoint that transformers loads as losart does")
-    request = Request(device, prompt_tokens, new_tokens, block_length, config.mask_token_id)
+    options = generation_config(config, {})
+    threshold, shifted = options.confidence_threshold, config.decoding.shifted
+    request = Request(
+        device, prompt_tokens, new_tokens, block_length, config.mask_token_id, threshold, shifted
+    )
     inspection(checkpoint, "cpu", "auto", [prompt_tokens + new_tokens])  # raises where it has no room
     row = 2 * config.num_layers * config.num_kv_heads * config.head_dim * FORMATS[checkpoint.dtype].itemsize
     return Generation(checkpoint, request, row * (prompt_tokens + new_tokens))
@@ -109,7 +115,10 @@ def compare(
             "prompt_tokens": request.prompt_tokens,
             "new_tokens": request.new_tokens,
         }
-        paths = {"losart": checkpoint.path, "transformers": as_qwen3(checkpoint.path, folder / "qwen3")}
+        paths = {
+            "losart": checkpoint.path,
+            "transformers": for_transformers(checkpoint.path, folder / "qwen3"),
+        }
         for side, name in PROBES.items():
             runs = []
             for number in range(repeats + 1):

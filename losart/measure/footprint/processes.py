@@ -34,6 +34,8 @@ class Request:
     prompt_tokens, new_tokens, block_length, mask_token_id : int
     confidence_threshold : float
         Of low-confidence dynamic remasking.
+    shifted : bool
+        Whether a row predicts the token after its own, and the last of a finished block the next one's first.
     """
 
     device: str
@@ -42,6 +44,7 @@ class Request:
     block_length: int
     mask_token_id: int
     confidence_threshold: float = 0.85
+    shifted: bool = False
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ def probe(
     python : Interpreter
     name : {"probe_losart", "probe_transformers"}
     checkpoint : path
-        For transformers as `as_qwen3` gives it.
+        For transformers as `for_transformers` gives it.
     request : Request
     environment : mapping, optional
         Further environment variables.
@@ -143,10 +146,12 @@ def run(command: Sequence[str], environment: Mapping[str, str], name: str) -> st
     return output
 
 
-def as_qwen3(checkpoint: Path, folder: Path) -> Path:
-    """The same files as transformers knows them: SDAR's weights have the names and sizes of Qwen3's."""
-    folder.mkdir()
+def for_transformers(checkpoint: Path, folder: Path) -> Path:
+    """A directory that transformers knows: of SDAR the same files, whose weights are named as Qwen3's."""
     keys = json.loads((checkpoint / "config.json").read_text())
+    if keys["model_type"] != "sdar":
+        return checkpoint
+    folder.mkdir()
     keys |= {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}
     keys.pop("auto_map", None)
     (folder / "config.json").write_text(json.dumps(keys))

@@ -1,14 +1,16 @@
 """One process of torch + transformers up to the first token, and on to the last.
 
 The generation is losart's default, greedy block diffusion with low-confidence dynamic remasking, as
-SDAR's public generate.py has it (arXiv 2510.06303): Qwen3 with SDPA and a cache; prefill without
-logits of the prompt.
+SDAR's public generate.py has it (arXiv 2510.06303), or as Fast-dLLM v2 (arXiv 2509.26328) where a row
+predicts the next token: Qwen3 or Llama with SDPA and a cache; prefill without logits of the prompt.
 """
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from process_stages import Stages
@@ -17,14 +19,17 @@ from process_stages import Stages
 def main() -> None:
     stages = Stages()
     import torch
-    from transformers import DynamicCache, Qwen3ForCausalLM
+    import transformers
+    from transformers import DynamicCache
 
+    config = json.loads((Path(stages.checkpoint) / "config.json").read_text())
+    kind = getattr(transformers, config["architectures"][0])
     stages.end("import")
     if stages.device == "cuda":
         torch.cuda.mem_get_info()  # what makes the device's context, and nothing else yet
         stages.device_memory = lambda: -torch.cuda.mem_get_info()[0]
     stages.end("context")
-    model = Qwen3ForCausalLM.from_pretrained(stages.checkpoint, dtype="auto", attn_implementation="sdpa")
+    model = kind.from_pretrained(stages.checkpoint, dtype="auto", attn_implementation="sdpa")
     model = model.to(stages.device).eval()
     stages.end("load")
     tokens: list[int] = []
@@ -69,11 +74,17 @@ def generate(
             **options,
         ).logits[0]
 
-    prompt_ids = torch.tensor(prompt, device=model.device)
+    def likeliest(rows: Any) -> tuple[Any, Any]:
+        rows = rows.float()
+        rows[:, mask_id] = -torch.inf
+        return rows.softmax(-1).max(-1)
+
+    prompt_ids, first = torch.tensor(prompt, device=model.device), None
     whole = len(prompt) // length * length
     if whole:
         block = torch.arange(whole, device=model.device) // length
-        forward(prompt_ids[:whole], 0, block[:, None] >= block[None, :], logits_to_keep=1)
+        last = forward(prompt_ids[:whole], 0, block[:, None] >= block[None, :], logits_to_keep=1)
+        first = likeliest(last)[1] if request["shifted"] and whole == len(prompt) else None
     end = len(prompt) + request["new_tokens"]
     for start in range(whole, end, length):
         sees_all = torch.ones(length, start + length, dtype=torch.bool, device=model.device)
@@ -81,11 +92,13 @@ def generate(
         known = prompt_ids[start:]
         ids[: len(known)] = known
         masked = torch.arange(length, device=model.device) >= len(known)
+        if first is not None:
+            ids[0], masked[0] = first[0], False
         while bool(masked.any()):
-            logits = forward(ids, start, sees_all).float()
+            confidence, tokens = likeliest(forward(ids, start, sees_all))
             cache.crop(-length)
-            logits[:, mask_id] = -torch.inf
-            confidence, tokens = logits.softmax(-1).max(-1)
+            if request["shifted"]:
+                confidence, tokens = confidence.roll(1), tokens.roll(1)
             confidence = confidence.masked_fill(~masked, -1)
             fixed = confidence > request["confidence_threshold"]
             fixed[confidence.argmax()] = True
@@ -94,5 +107,6 @@ def generate(
             if not bool(masked.any()):
                 take(ids[len(known) :].tolist())
                 if start + length < end:
-                    forward(ids, start, sees_all, logits_to_keep=1)
+                    last = forward(ids, start, sees_all, logits_to_keep=1)
+                    first = likeliest(last)[1] if request["shifted"] else None
             yield
