@@ -153,7 +153,7 @@ class Exchange:
             raise of_request(error) from error
         self._before = time.monotonic() - self._arrived
         events = aiter(answers)
-        writer = Writer(asked, settings.names[0], service.model.tokenizer)
+        writer = Writer(asked, asked.model, service.model.tokenizer)
         self._noted["id"] = writer.id
         try:
             if streams:
@@ -207,6 +207,7 @@ class Exchange:
         except TimeoutError:
             raise timed_out(self._service.settings.seconds) from None
         if event is not None and event.error is not None:
+            self._service.metrics.ended("error")
             raise of_generation(event.error)
         if event is not None and event.step is not None and event.step.result is not None:
             self._results[event.choice] = event.step.result
@@ -228,7 +229,7 @@ class Exchange:
                     yield _sse(chunk)
                 event = await self._next(events)
         except ApiError as error:  # too late for a status
-            self._noted["error"] = error.object["error"]["code"]
+            self._noted["error"] = error.code
             yield _sse(error.object)
             return
         if (last := writer.last_chunk(self._in_order(), self._prompts)) is not None:
@@ -237,13 +238,13 @@ class Exchange:
 
     def end(self, answers: Answers, error: BaseException | None = None) -> None:
         """Free what is left, and note what the answer came to."""
+        if isinstance(error, ApiError):
+            self._noted["error"] = error.code
         if left := answers.left:
             answers.cancel()
-            code = error.object["error"]["code"] if isinstance(error, ApiError) else self._noted.get("error")
-            reason = {None: "cancelled", "timeout": "timeout"}.get(code, "error")
-            for _ in range(left):
-                self._service.metrics.ended(reason)
-            self._noted["ended"] = reason
+            reason = "timeout" if self._noted.get("error") == "timeout" else "cancelled"
+            self._service.metrics.ended(reason, left)
+            self._noted[reason] = left
         if results := self._in_order():
             self._noted |= {
                 "prompt": sum(one.stats.prompt_tokens for one in results),

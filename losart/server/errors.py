@@ -26,6 +26,7 @@ class ApiError(Exception):
     ----------
     status : int
         Of HTTP.
+    code : str or None
     headers : dict of str to str
     """
 
@@ -41,6 +42,7 @@ class ApiError(Exception):
     ) -> None:
         super().__init__(message)
         self.status = status
+        self.code = code
         self.headers = headers or {}
         if len(message) > LONGEST_MESSAGE:
             message = f"{message[:LONGEST_MESSAGE]}..."

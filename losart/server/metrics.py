@@ -46,9 +46,9 @@ class Metrics:
         """Count a request."""
         self._requests.labels(path, str(status)).inc()
 
-    def ended(self, reason: str) -> None:
-        """Count a generation: "stop", "length", "error", "timeout" or "cancelled"."""
-        self._ended.labels(reason).inc()
+    def ended(self, reason: str, count: int = 1) -> None:
+        """Count generations: "stop", "length", "error", "timeout" or "cancelled"."""
+        self._ended.labels(reason).inc(count)
 
     def finished(self, result: GenerationResult, before: float, seconds: float) -> None:
         """Count a generation that has a result; `before` seconds of its request passed without it."""

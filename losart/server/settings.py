@@ -13,7 +13,7 @@ class Settings:
     Attributes
     ----------
     names : tuple of str
-        Of the model; the first one is in every answer.
+        Of the model.
     api_keys : tuple of str
         Each opens the server; empty: it is open.
     origins : tuple of str

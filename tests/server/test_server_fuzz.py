@@ -1,0 +1,67 @@
+"""Malformed requests: each gets a 4xx that says why, and running answers go on as if there were none."""
+
+from __future__ import annotations
+
+import json
+import socket
+
+import pytest
+
+pytest.importorskip("starlette")
+pytest.importorskip("httpx")
+
+import httpx
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from malformed import PATHS, bodies, heads
+from served import post, read_all
+
+CASES = settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
+RUNNING = {"model": "tiny", "prompt": [4, 5, 6], "max_tokens": 3000, "stream": True}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def running_answer(server, model):
+    """An answer that runs all the while, and comes out right."""
+    with server.connect() as connection:
+        connection.settimeout(120)
+        connection.sendall(post(json.dumps(RUNNING).encode()))
+        yield
+        lines = read_all(connection).decode().splitlines()
+    chunks = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+    text = "".join(chunk["choices"][0]["text"] for chunk in chunks)
+    assert text == model.generate([4, 5, 6], max_new_tokens=3000, stop_token_ids=[]).text
+    assert server.engine.stats.running == server.engine.stats.waiting == 0
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    with httpx.Client(base_url=server.url, timeout=60) as client:
+        yield client
+
+
+@CASES
+@given(st.sampled_from(PATHS).flatmap(lambda path: st.tuples(st.just(path), bodies(path))))
+def test_bodies(client, sent):
+    path, body = sent
+    answer = client.post(path, content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 200 or 400 <= answer.status_code < 500, (body, answer.text)
+    if answer.status_code == 200:
+        return
+    error = answer.json()["error"]
+    assert error.keys() == {"message", "type", "param", "code"}
+    assert error["message"] and error["type"] == "invalid_request_error" and error["code"]
+    assert len(answer.content) < 5000
+
+
+@CASES
+@given(heads())
+def test_heads(server, head):
+    with server.connect() as connection:
+        connection.sendall(head)
+        connection.shutdown(socket.SHUT_WR)
+        try:
+            answer = read_all(connection)
+        except ConnectionResetError:
+            return
+    assert not answer or answer.split()[1][:1] in (b"2", b"4"), (head, answer)
