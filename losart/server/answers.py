@@ -26,6 +26,8 @@ class Writer:
         The model's name.
     tokenizer : Tokenizer or None
         For the tokens of blocks.
+    prompt_tokens : sequence of int
+        Of each choice.
 
     Attributes
     ----------
@@ -33,12 +35,15 @@ class Writer:
         The answer's.
     """
 
-    def __init__(self, request: Request, model: str, tokenizer: Tokenizer | None) -> None:
+    def __init__(
+        self, request: Request, model: str, tokenizer: Tokenizer | None, prompt_tokens: Sequence[int]
+    ) -> None:
         self._chat = isinstance(request, ChatRequest)
         self._tools = request.offered is not None
         self._extra = request.extra
         self._usage = request.stream_options is not None and request.stream_options.include_usage
         self._tokenizer = tokenizer
+        self._prompt_tokens = prompt_tokens
         self._model = model
         self._created = int(time.time())
         self.id = f"{'chatcmpl' if self._chat else 'cmpl'}-{uuid.uuid4().hex}"
@@ -97,7 +102,7 @@ class Writer:
             made["usage"] = None
         own: dict[str, Any] = {}
         if self._extra.steps:
-            own["passes"] = [self._pass(one) for one in passes]
+            own["passes"] = [self._pass(one, self._prompt_tokens[index]) for one in passes]
         if self._extra.stats and result is not None:
             own["stats"] = _stats(result)
         if own:
@@ -114,8 +119,8 @@ class Writer:
     def _object(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self._created, "model": self._model}
 
-    def _pass(self, step: Step) -> dict[str, Any]:
-        """A pass over a block, for who draws it."""
+    def _pass(self, step: Step, prompt_tokens: int) -> dict[str, Any]:
+        """A pass over a block, for who draws it; the block may begin with the prompt's end."""
         length, layers = len(step.block), len(step.layers)
         active = np.zeros(length)
         for layer in step.layers:
@@ -123,12 +128,14 @@ class Writer:
         return {
             "kind": step.kind,
             "block_start": step.block_start,
+            "prompt": min(length, max(0, prompt_tokens - step.block_start)),
             "tokens": [None if token is None else self._text(token) for token in step.block],
             "masked": [place for place, token in enumerate(step.block) if token is None],
             "fixed": step.fixed,
             "edited": step.edited,
             "active": active.round(3).tolist(),
             "density": step.density,
+            "layers": [None if one.density is None else round(one.density, 3) for one in step.layers],
         }
 
     def _text(self, token: int) -> str:

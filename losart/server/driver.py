@@ -46,10 +46,13 @@ class Answers:
     ----------
     left : int
         That have not ended.
+    prompt_tokens : list of int
+        Of each generation.
     """
 
     def __init__(self, driver: Driver, places: int) -> None:
         self.left = places
+        self.prompt_tokens: list[int] = []
         self._began = time.monotonic()
         self._driver = driver
         self._places = places
@@ -65,6 +68,7 @@ class Answers:
             observer = passes.append if observed else None
             stream = engine.submit(prompt, observer=observer, each_step=each_step, **options)
             self._passes.append(passes)
+            self.prompt_tokens.append(len(prompt))
             self._streams.append(stream)
             self._driver.add(stream, self, index)
 

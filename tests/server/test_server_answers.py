@@ -39,11 +39,18 @@ def test_passes_are_those_that_an_observer_sees(server, model):
         assert one["block_start"] == step.block_start and one["fixed"] == step.fixed
         assert one["masked"] == [place for place, token in enumerate(step.block) if token is None]
         assert [text is None for text in one["tokens"]] == [token is None for token in step.block]
+        assert np.allclose(one["layers"], [layer.density for layer in step.layers], atol=1e-3)
         shares = np.mean([np.isin(range(len(step.block)), layer.active) for layer in step.layers], axis=0)
         assert np.allclose(one["active"], shares, atol=1e-3) and one["density"] == step.density
     assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == "".join(
         chunk["choices"][0]["text"] for chunk in chunks_of(server, **LOSA)
     )
+
+
+def test_passes_say_what_of_a_block_is_the_prompt(server):
+    chunks = chunks_of(server, losart={"steps": True}, prompt=ASKED["prompt"][:38])
+    heads = {one["block_start"]: one["prompt"] for chunk in chunks for one in chunk["losart"]["passes"]}
+    assert heads == {36: 2, 40: 0, 44: 0}
 
 
 def test_passes_need_a_stream(ask):
@@ -112,7 +119,6 @@ def test_models_health_and_what_is_not_there(server):
         assert client.get("/health").json()["status"] == "ok"
         assert client.get("/v1/models").json()["data"][0]["max_model_len"] == 4096
         for method, path, status in (
-            ("GET", "/", 404),
             ("GET", "/v1/nothing", 404),
             ("GET", "/v1/completions", 405),
             ("DELETE", "/v1/models", 405),
