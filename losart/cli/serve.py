@@ -100,7 +100,9 @@ def run(args: argparse.Namespace) -> None:
     logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("losart.server").setLevel(logging.WARNING if args.no_log else logging.INFO)
     server = make_server(make_app(model, engine, settings), args.max_connections, args.grace)
-    print(f"losart: serving {settings.names[0]} at {url(listener)}", file=sys.stderr, flush=True)
+    where = url(listener)
+    told = f"losart: serving {settings.names[0]} at {where}/v1, and a chat at {where}"
+    print(told, file=sys.stderr, flush=True)
     serve(server, listener)
 
 

@@ -6,7 +6,6 @@ import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any, TypeVar
 
 import anyio
@@ -15,7 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
@@ -29,9 +28,9 @@ from losart.server.driver import Answers, Driver, Event, Submission
 from losart.server.errors import SERVER, ApiError, of_generation, of_request, timed_out
 from losart.server.limits import Keys, RequestLog, read_body
 from losart.server.metrics import Metrics
+from losart.server.page import about, page
 from losart.server.settings import Settings
 
-PAGE = Path(__file__).with_name("page.html")
 GONE = 499  # the status in the log where the client went away
 GRACE = 30.0  # seconds beyond a request's, for a client that reads slowly
 Answer = TypeVar("Answer")
@@ -47,6 +46,8 @@ class Service:
         self.driver = Driver(engine, settings.queue)
         self.metrics = Metrics(engine)
         self._created = int(time.time())
+        self._about = about(model, settings.options)
+        self._page = page()
 
     async def chat(self, request: Request) -> Response:
         """/v1/chat/completions"""
@@ -65,6 +66,7 @@ class Service:
                 "created": self._created,
                 "owned_by": "losart",
                 "max_model_len": self.model.config.max_positions,
+                "losart": self._about,
             }
             for name in self.settings.names
         ]
@@ -86,9 +88,7 @@ class Service:
 
     async def page(self, request: Request) -> Response:
         """/"""
-        if not PAGE.exists():
-            raise HTTPException(404)
-        return FileResponse(PAGE)
+        return self._page
 
     def check_name(self, name: str) -> None:
         if name not in self.settings.names:
@@ -153,7 +153,7 @@ class Exchange:
             raise of_request(error) from error
         self._before = time.monotonic() - self._arrived
         events = aiter(answers)
-        writer = Writer(asked, asked.model, service.model.tokenizer)
+        writer = Writer(asked, asked.model, service.model.tokenizer, answers.prompt_tokens)
         self._noted["id"] = writer.id
         try:
             if streams:
