@@ -53,8 +53,8 @@ def _digests(tag: str, html: str) -> str:
 def about(model: Model, options: dict[str, Any]) -> dict[str, Any]:
     """What losart says of a model beside what OpenAI's API does: attention methods, and options' defaults."""
     config = generation_config(model.config, options)
-    values = {name: getattr(config, name, getattr(config.attention, name, None)) for name in TOLD}
-    defaults = {name: value for name, value in values.items() if math.isfinite(value)}
+    values = vars(config) | vars(config.attention)
+    defaults = {name: values[name] for name in TOLD if math.isfinite(values[name])}
     return {
         "chat": model.tokenizer is not None and model.chat_template is not None,
         "attention": list(POLICIES),
