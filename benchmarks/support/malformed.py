@@ -81,8 +81,8 @@ def _changed(random: Random, request: dict[str, Any]) -> dict[str, Any]:
     for _ in range(random.randrange(1, 3)):
         name = random.choice(OPENAI + OPTIONS)
         value = _value(random, 2)
-        if name in LONG and isinstance(value, int) and value > 3:
-            value += 2**31  # too much, and not only much
+        if name in LONG and (value is None or (isinstance(value, int) and value > 3)):
+            value = 2**31 + (value or 0)  # too much, and not only much
         request[name] = value
     return request
 

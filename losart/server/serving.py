@@ -6,6 +6,7 @@ import logging
 import resource
 import signal
 import socket
+import sys
 import threading
 
 import uvicorn
@@ -13,6 +14,7 @@ from starlette.types import ASGIApp
 
 KEEP_ALIVE = 30  # seconds; longer than clients keep idle connections
 BACKLOG = 2048
+SWITCH_SECONDS = 0.0005  # until asyncio's thread gives way to that of the passes, after each of its kernels
 OTHER_FILES = 64  # that a process has open beside connections
 
 
@@ -65,6 +67,7 @@ def serve(server: uvicorn.Server, listener: socket.socket) -> None:
     if threading.current_thread() is threading.main_thread():
         # uvicorn raises it again once it has ended, when there is nothing left to do.
         signal.signal(signal.SIGTERM, lambda *_: None)
+    sys.setswitchinterval(SWITCH_SECONDS)
     server.run([listener])
 
 

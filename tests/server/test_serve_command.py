@@ -86,7 +86,7 @@ def test_a_signal_lets_running_answers_end(tiny_checkpoint, number):
 
     with serving(str(tiny_checkpoint), "--name", "tiny") as (process, url):
         host, _, port = url.removeprefix("http://").partition(":")
-        body = json.dumps({"model": "tiny", "prompt": [1, 2], "max_tokens": 1500, "stream": True}).encode()
+        body = json.dumps({"model": "tiny", "prompt": [1, 2], "max_tokens": 600, "stream": True}).encode()
         with socket.create_connection((host, int(port)), timeout=60) as connection:
             connection.sendall(post(body))
             answer = connection.recv(65536)

@@ -18,7 +18,7 @@ from served import post, read_all
 from benchmarks.support.malformed import PATHS, body, head
 
 CASES = settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
-RUNNING = {"model": "tiny", "prompt": [4, 5, 6], "max_tokens": 3000, "stream": True}
+RUNNING = {"model": "tiny", "prompt": [4, 5, 6], "max_tokens": 1500, "stream": True}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -31,7 +31,7 @@ def running_answer(server, model):
         lines = read_all(connection).decode().splitlines()
     chunks = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
     text = "".join(chunk["choices"][0]["text"] for chunk in chunks)
-    assert text == model.generate([4, 5, 6], max_new_tokens=3000, stop_token_ids=[]).text
+    assert text == model.generate([4, 5, 6], max_new_tokens=1500, stop_token_ids=[]).text
     assert server.engine.stats.running == server.engine.stats.waiting == 0
 
 
