@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.support.attempts import attempt, ratio
-from losart.measure.footprint.processes import Interpreter, Request, as_qwen3, probe
+from losart.measure.footprint.processes import Interpreter, Request, for_transformers, probe
 from losart.measure.random_checkpoint import SIZES, write_size
 
 LOSART, TRANSFORMERS = "probe_losart", "probe_transformers"
@@ -54,7 +54,7 @@ def rows(
         compiling = attempt(repeated, LOSART, checkpoint, device, empty)
         yield row("losart, empty kernel cache", compiling, None, ours)
 
-        qwen3 = as_qwen3(checkpoint, folder / "qwen3")
+        qwen3 = for_transformers(checkpoint, folder / "qwen3")
         memory = attempt(first_token, TRANSFORMERS, qwen3, device, {}, True)
         failed = isinstance(memory, str)
         theirs = memory if failed else attempt(repeated, TRANSFORMERS, qwen3, device, [{}] * runs)

@@ -16,7 +16,7 @@ from adapt.next_tokens import answer, nll  # noqa: E402
 from adapt.sampler import Sampler, Sampling, dialogues  # noqa: E402
 from adapt.step_texts import draw_texts, stages  # noqa: E402
 from adapt.stream import slots  # noqa: E402
-from adapt.texts import collect, load_texts, read_jsonl, repeated  # noqa: E402
+from adapt.texts import collect, load_texts, read_jsonl  # noqa: E402
 
 from losart.errors import CheckpointError, DataError  # noqa: E402
 from losart.eval.english import EVALUATION_WORDS  # noqa: E402
@@ -147,10 +147,6 @@ def test_own_texts_are_read(base, chat, tmp_path):
     file.write_text('{"messages": [{"role": "user", "content": "Hi"}]}\n')
     with pytest.raises(DataError, match="line 1"):
         read_jsonl(file, base, chat, 100)
-
-
-def test_repeated():
-    assert repeated([1, 2, 3]) == 0 and repeated([1, 1, 1, 1, 1, 1]) == pytest.approx(2 / 3)
 
 
 def test_texts_of_a_step_fill_it_and_have_their_shares():

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+
+from losart.eval.repetition import distinct, repeated_within
 
 from .block_decoding import Decoding, decode
 from .chat_format import ChatFormat
@@ -17,7 +18,7 @@ from .next_tokens import answer, nll
 from .objective import weighted_mean
 from .step_texts import DIALOGUES, Stage, draw_texts
 from .stream import make_stream
-from .texts import Texts, repeated
+from .texts import Texts
 from .trainer import Trainer
 
 
@@ -63,13 +64,10 @@ def text_figures(
 ) -> dict[str, float]:
     """Of answers: the base's perplexity, distinct 2-grams, repeated 4-grams, tokens, and how many ended."""
     total, count = nll(shape, base, prompts, answers, end_id)
-    pairs = [pair for given in answers for pair in itertools.pairwise(given)]
-    grams = np.array([max(len(given) - 3, 0) for given in answers])
-    again = np.array([repeated(given) for given in answers])
     return {
         "perplexity": math.exp(total / max(count, 1)),
-        "distinct_2": len(set(pairs)) / max(len(pairs), 1),
-        "repeated_4": float((again * grams).sum() / max(grams.sum(), 1)),
+        "distinct_2": distinct(answers),
+        "repeated_4": repeated_within(answers),
         "tokens": count / len(answers),
         "ended": sum(given[-1:] == [end_id] for given in answers) / len(answers),
     }

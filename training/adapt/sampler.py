@@ -15,11 +15,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from losart.eval.repetition import repeated
+
 from .base_model import Base
 from .chat_format import ChatFormat
 from .decoder import Weights
 from .sampler_step import TorchStep, TritonStep
-from .texts import Texts, collect, repeated
+from .texts import Texts, collect
 
 OPENERS = """
 What is|What are|What|Who|Where|When|Why|How do|How does|How can I|How|Explain|Write a short|

@@ -107,9 +107,3 @@ def _tokens(row: dict[str, object], base: Base, chat: ChatFormat | None) -> tupl
         raise ValueError("messages are not of user and assistant in turn")
     contents = [base.tokenizer.encode(message["content"], special=False) for message in messages]
     return chat.conversation(list(zip(contents[::2], contents[1::2], strict=True)))
-
-
-def repeated(ids: Sequence[int], count: int = 4) -> float:
-    """Share of n-grams of a text that occurred in it before."""
-    grams = list(zip(*(ids[i:] for i in range(count)), strict=False))
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
