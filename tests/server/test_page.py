@@ -7,7 +7,6 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -27,7 +26,8 @@ import losart
 OPTIONS = {"max_new_tokens": 24, "block_length": 8, "stop_token_ids": []}
 PASS = 0.04  # seconds, which a person, and a browser's frames, can follow
 PHONE = {"viewport": {"width": 360, "height": 740}, "has_touch": True, "is_mobile": True}
-Open = Callable[..., AbstractContextManager[Page]]
+
+expect.set_options(timeout=20_000)
 
 
 class SlowEngine(losart.Engine):
@@ -50,9 +50,24 @@ def slow_server(model) -> Iterator[Served]:
         yield one
 
 
+@pytest.fixture(scope="module")
+def long_server(model) -> Iterator[Served]:
+    """Whose answers are long enough to be stopped."""
+    options = OPTIONS | {"max_new_tokens": 2000}
+    with served(model, SlowEngine(model), options=options) as one:
+        yield one
+
+
 @pytest.fixture
 def page(browser, slow_server) -> Iterator[Page]:
     with opened(browser, slow_server.url) as one:
+        expect(one.locator("#model")).to_have_text("tiny")
+        yield one
+
+
+@pytest.fixture
+def long_page(browser, long_server) -> Iterator[Page]:
+    with opened(browser, long_server.url) as one:
         expect(one.locator("#model")).to_have_text("tiny")
         yield one
 
@@ -99,7 +114,6 @@ def test_a_block_fills_in_place(page, slow_server):
     page.keyboard.press("Enter")
     expect(page.locator(".question")).to_have_text("Why is the sky blue?")
     expect(page.locator("#question")).to_have_value("")
-    expect(page.locator(".block .blank").first).to_be_visible()
     wait_for_end(page)
 
     blocks: dict[int, list[list[str]]] = {}
@@ -128,13 +142,14 @@ def test_a_block_fills_in_place(page, slow_server):
     assert float(page.locator(".rate b").text_content()) > 1
 
 
-def test_stopping_and_going_on(page, slow_server):
+def test_stopping_and_going_on(long_page, long_server):
+    page = long_page
     ask(page, "Once")
     begin_block(page)
     expect(page.get_by_role("button", name="Stop")).to_be_visible()
     page.keyboard.press("Escape")
     expect(page.locator(".note")).to_have_text("Stopped.")
-    eventually(lambda: slow_server.engine.stats.running == 0)
+    eventually(lambda: long_server.engine.stats.running == 0)
     stopped = page.evaluate("turns[0].answers[0].text")
 
     body = asked_by(page, partial(ask, page, "Twice"))
@@ -147,16 +162,20 @@ def test_stopping_and_going_on(page, slow_server):
     expect(page.locator(".note")).to_have_text(["Stopped."] * 2)
     expect(page.locator("#question")).to_be_focused()
 
-    ask(page, "Thrice")
+    page.locator("#setting").click()
+    page.locator("[name=max_tokens]").fill("12")
+    body = asked_by(page, partial(ask, page, "Thrice"))
+    assert body["messages"][-1] == said_by_user("Thrice")
     wait_for_end(page)
-    messages = page.evaluate("history(turns[2].answers[0])")
-    assert plain(page.locator(".text").last.text_content()) == plain(chat(slow_server, messages))
+    answer = chat(long_server, body["messages"], max_tokens=12)
+    assert plain(page.locator(".text").last.text_content()) == plain(answer) != ""
     page.get_by_role("button", name="New").click()
     expect(page.locator(".turn")).to_have_count(0)
     assert asked_by(page, partial(ask, page, "Again"))["messages"] == [said_by_user("Again")]
 
 
-def test_keys_alone_will_do(page):
+def test_keys_alone_will_do(long_page):
+    page = long_page
     page.keyboard.type("one")
     page.keyboard.press("Shift+Enter")
     page.keyboard.type("two")
@@ -327,7 +346,7 @@ def test_text_stays_text(page, slow_server):
 
 
 def test_edited_tokens_are_shown_as_edited(browser, model):
-    options = OPTIONS | {"editing_threshold": 0.0, "max_post_steps": 4}
+    options = OPTIONS | {"max_new_tokens": 40, "editing_threshold": 0.0, "max_post_steps": 4}
     with served(model, SlowEngine(model), options=options) as server, opened(browser, server.url) as page:
         ask(page)
         expect(page.locator(".block .edited").first).to_be_visible()
@@ -349,27 +368,28 @@ def test_active_tokens_are_marked(page):
     assert any(one.endswith("a") for one in tokens) and any(not one.endswith("a") for one in tokens)
 
 
-def test_a_phone(browser, slow_server):
+def test_a_phone(browser, long_server):
     def fits() -> None:
         assert page.evaluate("document.documentElement.scrollWidth") <= 360
         heights = page.locator("button:visible").evaluate_all("all => all.map((one) => one.offsetHeight)")
         assert min(heights) >= 44
 
-    with opened(browser, slow_server.url, **PHONE) as page:
+    with opened(browser, long_server.url, **PHONE) as page:
         expect(page.locator("#model")).to_have_text("tiny")
         fits()
         ask(page, "long" * 100)
         begin_block(page)
         fits()
         expect(page.locator(".block")).to_be_in_viewport()
-        wait_for_end(page)
+        page.get_by_role("button", name="Stop").click()
         fits()
         page.get_by_role("button", name="Compare").click()
         page.locator("#setting").click()
         fits()
         page.locator("#setting").click()
         ask(page)
-        wait_for_end(page)
+        begin_block(page)
+        page.get_by_role("button", name="Stop").click()
         fits()
         above, below = [one.bounding_box() for one in page.locator(".side .answer").all()]
         assert above["y"] + above["height"] <= below["y"]
@@ -378,13 +398,13 @@ def test_a_phone(browser, slow_server):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_both_schemes_can_be_read(browser, slow_server, scheme):
+def test_both_schemes_can_be_read(browser, long_server, scheme):
     def readable() -> None:
         seen = page.evaluate(CONTRASTS)
         assert len(seen) > 10
         assert not [(text, round(contrast, 2)) for text, contrast in seen if contrast < 4.5]  # WCAG's AA
 
-    with opened(browser, slow_server.url, color_scheme=scheme, reduced_motion="reduce") as page:
+    with opened(browser, long_server.url, color_scheme=scheme, reduced_motion="reduce") as page:
         expect(page.locator("#model")).to_have_text("tiny")
         red, *_ = map(
             int, re.findall(r"\d+", page.evaluate("getComputedStyle(document.body).backgroundColor"))
@@ -396,7 +416,7 @@ def test_both_schemes_can_be_read(browser, slow_server, scheme):
         ask(page)
         begin_block(page)
         readable()
-        assert page.locator(".fresh").first.evaluate("one => getComputedStyle(one).animationName") == "none"
+        assert page.locator("#legend .fresh").evaluate("one => getComputedStyle(one).animationName") == "none"
         page.keyboard.press("Escape")
         page.locator("#key-button").click()
         readable()
