@@ -3,10 +3,11 @@
     python -m benchmarks.server path/to/checkpoint --json FILE [-- options of `losart serve`]
 
 Starts `losart serve` on this machine, and asks it over sockets. First malformed requests, a part of which is
-hardly HTTP, while an answer runs, which must come out as it does alone. Then rounds of chats in streams, or
-of completions where the checkpoint has no chat template: all connections are open, as many as are said are
-at work at a time, each on a connection drawn at random. Between rounds nothing is asked: memory and open
-files of the process are then those that it does not give back.
+hardly HTTP, while an answer runs, which must come out as it does alone; and clients that go away amid their
+answers. Then rounds of chats in streams, or of completions where the checkpoint has no chat template: all
+connections are open, as many as are said are at work at a time, each on a connection drawn at random.
+Between rounds nothing is asked: memory and open files of the process are then those that it does not give
+back.
 """
 
 from __future__ import annotations
@@ -222,6 +223,33 @@ async def send_malformed(
     }
 
 
+async def go_away(
+    address: tuple[str, int], count: int, at_once: int, path: str, body: dict[str, Any]
+) -> dict[str, Any]:
+    """Clients that go away amid their answers, or before."""
+    numbers, before, longest = iter(range(count)), await measures(address), 0.0
+
+    async def work() -> None:
+        for number in numbers:
+            connection = Connection(address)
+            await connection.send(request("POST", path, json.dumps(body).encode()))
+            if number % 2:
+                _, headers = await connection.status()
+                async for _ in connection.body(headers):
+                    break
+            else:
+                await asyncio.sleep(random.Random(number).random() / 10)
+            connection.close()
+
+    await asyncio.gather(*(work() for _ in range(at_once)))
+    began = time.perf_counter()
+    while (now := await measures(address))["running"] + now["waiting"]:
+        longest = time.perf_counter() - began
+    await asyncio.sleep(REST)
+    after = await measures(address)
+    return {"requests": count, "last one ran on for s": longest, "before": before, "after": after}
+
+
 async def chat(
     address: tuple[str, int], count: int, connections: int, at_work: int, path: str, body: dict[str, Any]
 ) -> dict[str, Any]:
@@ -292,6 +320,10 @@ async def measure(args: argparse.Namespace, address: tuple[str, int]) -> dict[st
         found = await send_malformed(address, args.malformed, args.at_once, model, running)
         figures["malformed"] = found
         print(json.dumps(found, indent=2), flush=True)
+    if args.gone:
+        body_of_gone = hello | {"max_tokens": 100 * args.tokens}
+        figures["gone"] = await go_away(address, args.gone, args.at_once, path, body_of_gone)
+        print(json.dumps(figures["gone"], indent=2), flush=True)
     figures["rounds"] = []
     for _ in range(args.rounds):
         of_round = await chat(address, args.requests, args.connections, args.at_work, path, body)
@@ -321,7 +353,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
     parser.add_argument("--malformed", type=int, default=10_000, metavar="N")
-    parser.add_argument("--at-once", type=int, default=32, help="malformed requests at a time")
+    parser.add_argument("--gone", type=int, default=500, metavar="N", help="clients that go away")
+    parser.add_argument("--at-once", type=int, default=32, help="of both at a time")
     parser.add_argument("--connections", type=int, default=500)
     parser.add_argument("--at-work", type=int, default=64)
     parser.add_argument("--requests", type=int, default=256, help="of a round")

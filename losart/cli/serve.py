@@ -6,6 +6,7 @@ import argparse
 import logging
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,9 @@ def run(args: argparse.Namespace) -> None:
         raise OptionError(f"--max-queue must be 0 or more, not {args.max_queue}")
     if not 0 <= args.port < 65536:
         raise OptionError(f"--port must be from 0 to 65535, not {args.port}")
+    keys = tuple(args.api_key or _keys_of_environment())
+    if not keys and args.host not in ("localhost", "::1") and not args.host.startswith("127."):
+        warnings.warn(f"whoever reaches {args.host} can ask this server: give it an --api-key", stacklevel=2)
     listener = listen(args.host, args.port)  # before the model, which takes longer
     model = load_model(args.model, args.device, args.dtype, args.weights, args.kv, args.adapter, args.merge)
     engine = Engine(model, max_sequences=args.max_sequences, kv_memory=args.kv_memory)
@@ -87,7 +91,7 @@ def run(args: argparse.Namespace) -> None:
     model.session(**options)  # which refuses options that are wrong for every request
     settings = Settings(
         names=tuple(args.name or [_name(args.model)]),
-        api_keys=tuple(args.api_key or _keys_of_environment()),
+        api_keys=keys,
         origins=tuple(args.cors),
         queue=QUEUE * engine.max_sequences if args.max_queue is None else args.max_queue,
         largest_body=args.max_body,

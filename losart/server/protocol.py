@@ -59,6 +59,7 @@ class Call(Checked):
     id: str
     type: Literal["function"] = "function"
     function: Function
+    index: int | None = None  # which chunks have
 
 
 class Message(Checked):
@@ -67,9 +68,14 @@ class Message(Checked):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | Listed[Part] | None = None
     name: str | None = None
-    refusal: str | None = None
     tool_calls: Listed[Call] | None = None
     tool_call_id: str | None = None
+
+    # Which clients send back as they came.
+    refusal: str | None = None
+    audio: None = None
+    function_call: None = None
+    annotations: Listed[Any] | None = None
 
     def plain(self, place: int) -> dict[str, Any]:
         """As chat templates take it."""

@@ -123,6 +123,15 @@ def test_losarts_options_are_extra_fields(client, model):
     assert answer.losart["stats"][0]["denoising_passes"] == result.stats.denoising_passes
 
 
+def test_a_conversation_goes_on_with_the_answer_as_it_came(client, model):
+    first = client.chat.completions.create(model="tiny", messages=HELLO).choices[0].message
+    for answer in (first, first.model_dump(), {"role": "assistant", "content": first.content}):
+        messages = [*HELLO, answer, {"role": "user", "content": "And?"}]
+        text = client.chat.completions.create(model="tiny", messages=messages).choices[0].message.content
+        plain = [*HELLO, {"role": "assistant", "content": first.content}, messages[-1]]
+        assert text == expected(model, plain).text
+
+
 def test_errors_are_the_clients_own(client):
     def refused(kind, **options):
         with pytest.raises(kind) as raised:

@@ -143,6 +143,20 @@ def test_mistakes(arguments, code, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_who_serves_others_is_told_of_keys(monkeypatch, capsys):
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("losart.server.serving.serve", stop)
+    for host, key, told in (
+        ("0.0.0.0", [], True),
+        ("0.0.0.0", ["--api-key", "k"], False),
+        ("127.0.0.1", [], False),
+    ):
+        assert main(["serve", "--port", "0", "--host", host, *key]) == 130
+        assert ("--api-key" in capsys.readouterr().err) is told
+
+
 def test_a_port_that_is_taken(capsys):
     with socket.create_server(("127.0.0.1", 0)) as other:
         assert main(["serve", "--port", str(other.getsockname()[1])]) == 1
