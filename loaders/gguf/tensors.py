@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -117,8 +117,10 @@ class Q4WithMinimum(BlockTensor):
         scales, minima = self._halves(start, stop)
         if not (np.isfinite(scales).all() and np.isfinite(minima).all()):
             raise TensorError(f"{self.file}: tensor {self._raw.name!r} has scales that are not finite")
-        codes = _nibbles(self._blocks(start, stop)[:, :, 4:]).astype(np.float32)
-        return (codes * scales[:, :, None] + minima[:, :, None]).reshape(stop - start, -1)
+        values = _nibbles(self._blocks(start, stop)[:, :, 4:], np.float32)
+        values *= scales[:, :, None]
+        values += minima[:, :, None]
+        return values.reshape(stop - start, -1)
 
     def _halves(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         blocks = self._blocks(start, stop)
@@ -259,9 +261,12 @@ def halves(blocks: np.ndarray, at: int) -> np.ndarray:
     return np.ascontiguousarray(blocks[:, :, at : at + 2]).view("<f2")[:, :, 0].astype(np.float32)
 
 
-def _nibbles(packed: np.ndarray) -> np.ndarray:
-    """The low halves of a block's bytes, and after them the high ones: int32 [rows, blocks, 32]."""
-    return np.concatenate([packed & 15, packed >> 4], axis=-1).astype(np.int32)
+def _nibbles(packed: np.ndarray, dtype: Any = np.int32) -> np.ndarray:
+    """The low halves of a block's bytes, and after them the high ones: [rows, blocks, 32]."""
+    codes = np.empty((*packed.shape[:-1], 2, packed.shape[-1]), dtype)
+    np.bitwise_and(packed, 15, out=codes[..., 0, :], casting="unsafe")
+    np.right_shift(packed, 4, out=codes[..., 1, :], casting="unsafe")
+    return codes.reshape(*packed.shape[:-1], -1)
 
 
 def tensor_of(

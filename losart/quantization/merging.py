@@ -71,7 +71,9 @@ class MergedTensor:
         TensorError
             A value of the adapter is not finite.
         """
-        values = np.array(float32_of(self.source, start, stop))
+        values = float32_of(self.source, start, stop)
+        if not values.flags.writeable:  # it is the file's, mapped
+            values = values.copy()
         if self.change.product is not None:
             values += self.change.product.delta(start, stop)
         if self.change.rows is not None:

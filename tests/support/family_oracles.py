@@ -1,6 +1,7 @@
 """Other families' models in transformers' own classes, and their decoding written anew, without a cache.
 
-Every pass is a full forward over all tokens under an explicit mask. The mask token is no token to predict.
+Every pass is a forward over all tokens under an explicit mask, but for `CachedForward`. The mask token is no
+token to predict.
 """
 
 from __future__ import annotations
@@ -120,6 +121,30 @@ def forward_of(model: torch.nn.Module) -> Forward:
     return forward
 
 
+class CachedForward:
+    """As `forward_of`, of blocks that see those before them, whose keys and values transformers' cache has.
+
+    Logits are of the last block's rows alone.
+    """
+
+    def __init__(self, model: torch.nn.Module, block: int) -> None:
+        self._model, self._block = model, block
+        self._cache, self._ids = transformers.DynamicCache(config=model.config), list[int]()
+
+    @torch.no_grad()
+    def __call__(self, ids: Sequence[int], mask: torch.Tensor) -> NDArray[np.float32]:
+        last = (len(ids) - 1) // self._block * self._block
+        same = [a == b for a, b in zip(ids[:last], self._ids, strict=False)]
+        known = (same.index(False) if False in same else len(same)) // self._block * self._block
+        if known < len(self._ids):
+            self._cache.crop(known - len(self._ids))
+        x, positions = torch.tensor([list(ids[known:])]), torch.arange(known, len(ids))[None]
+        # By place: what is called past_key_values is to have another name.
+        output = self._model(x, mask[:, :, known:], positions, self._cache, logits_to_keep=len(ids) - last)
+        self._ids = list(ids)
+        return output.logits[0].numpy()
+
+
 def causal_mask(length: int, block_start: int) -> torch.Tensor:
     """Additive mask [1, 1, length, length]: causal, but all to all from `block_start` on."""
     at = torch.arange(length)
@@ -160,7 +185,10 @@ def fast_dllm(
     mask_id: int,
     stops: Sequence[int] = (),
 ) -> list[int]:
-    """Fast-dLLM v2's procedure without its block cache; prompts of one block are prefilled as longer ones."""
+    """Fast-dLLM v2's procedure without its block cache; prompts of one block are prefilled as longer ones.
+
+    `forward` need not give logits of others than the last block's rows.
+    """
     x, length = list(prompt), len(prompt)
 
     def logits() -> NDArray[np.float32]:
@@ -177,7 +205,7 @@ def fast_dllm(
             while open_ := [i for i in masked if i < first + sub_block]:
                 if set(stops) & set(x[known : masked[0]]):
                     return _cut(x[length : masked[0]], new, stops)
-                ids, confidence, _ = propose(logits()[[i - 1 for i in open_]], mask_id)
+                ids, confidence, _ = propose(logits()[[i - 1 - len(x) for i in open_]], mask_id)
                 for i, fixed, token in zip(open_, _fixed(confidence, threshold, False), ids, strict=True):
                     if fixed:
                         x[i] = int(token)
@@ -307,7 +335,16 @@ def nemotron(
 
 
 def check_logits(model: Any, forward: Forward, lengths: Sequence[int], block: int, **options: Any) -> None:
-    """See that the logits of every pass of some generations are those of full forwards under the mask."""
+    """As `check_logits_after`, of random prompts of these lengths."""
+    rng = np.random.default_rng(7)
+    prompts = [rng.integers(6, 250, length).tolist() for length in lengths]
+    check_logits_after(prompts, model, forward, block, max_new_tokens=40, **options)
+
+
+def check_logits_after(
+    prompts: Sequence[list[int]], model: Any, forward: Forward, block: int, **options: Any
+) -> None:
+    """See that the logits of every pass of generations are those of forwards under the mask."""
     runner, seen = model._engine.runner, []
     original = runner._propose
 
@@ -318,17 +355,16 @@ def check_logits(model: Any, forward: Forward, lengths: Sequence[int], block: in
         return original(hidden, batch)
 
     runner._propose = propose_and_note
-    rng = np.random.default_rng(7)
-    for length in lengths:
-        prompt = rng.integers(6, 250, length).tolist()
+    for prompt in prompts:
         seen.clear()
-        tokens = prompt + model.generate(prompt, max_new_tokens=40, stop_token_ids=[], **options).token_ids
+        tokens = prompt + model.generate(prompt, stop_token_ids=[], **options).token_ids
         assert seen
         for start, ids, proposed, kind, logits in seen:
             x = tokens[:start] + ids
             mask = block_causal_mask(len(x), block)
             if model.config.decoding.causal:
                 mask = causal_mask(len(x), start if kind.denoises else len(x))
-            expected = forward(x, mask)[start:][proposed]
+            expected = forward(x, mask)[-len(ids) :][proposed]
             expected[:, model.config.mask_token_id] = -np.inf
             np.testing.assert_allclose(logits, expected, atol=2e-4, rtol=1e-4)
+    runner._propose = original
