@@ -328,13 +328,16 @@ def test_errors_are_shown_as_the_server_says_them(browser, model):
         expect(alert.last).to_contain_text("The server cannot be reached.")
 
 
-def test_text_stays_text(page, slow_server):
+def answer_with(page: Page, text: str) -> None:
+    """Let the page have this answer, whatever it asks."""
+    chunk = {"choices": [{"delta": {"content": text}, "finish_reason": "stop"}]}
+    answer = {"body": f"data: {json.dumps(chunk)}\n\ndata: [DONE]\n\n", "content_type": "text/event-stream"}
+    page.route("**/chat/completions", lambda route: route.fulfill(**answer))
+
+
+def test_text_stays_text(page):
     markup = "<img src=x onerror=alert(1)>\n```html\n<b>bold</b>\n```\n<script>alert(2)</script>"
-    chunk = {"choices": [{"delta": {"content": markup}, "finish_reason": "stop"}]}
-    body = f"data: {json.dumps(chunk)}\n\ndata: [DONE]\n\n"
-    page.route(
-        "**/chat/completions", lambda route: route.fulfill(body=body, content_type="text/event-stream")
-    )
+    answer_with(page, markup)
     ask(page, "<i>Why?</i>")
     wait_for_end(page)
     expect(page.locator(".question")).to_have_text("<i>Why?</i>")
@@ -343,6 +346,28 @@ def test_text_stays_text(page, slow_server):
     )
     expect(page.locator("#turns img, #turns script, #turns b, #turns i")).to_have_count(1)  # of the readout
     expect(page.locator("pre")).to_have_text("<b>bold</b>")
+
+
+def test_figures_stay_beside_a_long_answer(page):
+    answer_with(page, "word " * 5000)
+    ask(page)
+    wait_for_end(page)
+    expect(page.locator(".note, .text").last).to_be_in_viewport()
+    assert page.evaluate("room()") < 1 and page.evaluate("scrollY") > 1000
+    expect(page.locator(".rate")).to_be_in_viewport(ratio=1)
+
+
+def test_who_reads_elsewhere_is_left_there(browser, long_server):
+    with opened(browser, long_server.url, viewport={"width": 1200, "height": 360}) as page:
+        expect(page.locator("#model")).to_have_text("tiny")
+        ask(page)
+        begin_block(page)
+        assert page.evaluate("scrollY") > 100
+        for place, stays in (("room() + scrollY", "room() < 48"), ("0", "scrollY === 0")):
+            page.evaluate(f"scrollTo(0, {place})")
+            later = page.evaluate("turns[0].answers[0].passes.length") + 40
+            eventually(lambda later=later: page.evaluate("turns[0].answers[0].passes.length") > later)
+            assert page.evaluate(stays)
 
 
 def test_edited_tokens_are_shown_as_edited(browser, model):
