@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -36,7 +37,22 @@ class ChatTemplate:
     file: Path
     special_tokens: Mapping[str, str] = field(default_factory=dict)
 
-    def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
+    @cached_property
+    def takes_tools(self) -> bool:
+        """Whether the template says which tools there are."""
+        import jinja2.meta
+
+        from losart.loaders.jinja_sandbox import environment
+
+        with self._errors_of_jinja():
+            return "tools" in jinja2.meta.find_undeclared_variables(environment().parse(self.source))
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> str:
         """The prompt of a conversation.
 
         Parameters
@@ -45,6 +61,8 @@ class ChatTemplate:
             Each with the strings "role" and "content"; other keys may hold JSON data.
         add_generation_prompt : bool
             Whether to begin the assistant's next turn.
+        tools : list of dict, optional
+            That the model may call, as JSON data; a template that does not know of tools ignores them.
 
         Raises
         ------
@@ -62,7 +80,7 @@ class ChatTemplate:
             for part in self._template.generate(
                 **self.special_tokens,
                 messages=plain,
-                tools=None,
+                tools=None if tools is None else _plain(list(tools)),
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
             ):
@@ -80,12 +98,17 @@ class ChatTemplate:
 
     @cached_property
     def _template(self) -> jinja2.Template:
-        import jinja2
-
         from losart.loaders.jinja_sandbox import environment
 
-        try:
+        with self._errors_of_jinja():
             return environment().from_string(self.source)
+
+    @contextmanager
+    def _errors_of_jinja(self) -> Iterator[None]:
+        import jinja2
+
+        try:
+            yield
         except (jinja2.TemplateSyntaxError, RecursionError) as error:
             raise CheckpointError(f"{self.file}: the chat template is not valid Jinja: {error}") from error
 
@@ -127,7 +150,11 @@ def _plain_messages(messages: object) -> list[dict[str, Any]]:
         for key in ("role", "content"):
             if not isinstance(message.get(key), str):
                 raise PromptError(f"messages[{i}][{key!r}] must be a string, not {message.get(key)!r}")
+    return _plain([dict(message) for message in messages])
+
+
+def _plain(values: list[Any]) -> list[Any]:
     try:
-        return json.loads(json.dumps([dict(message) for message in messages]))
+        return json.loads(json.dumps(values))
     except (TypeError, ValueError, RecursionError) as error:
-        raise PromptError(f"messages must hold only JSON data: {error}") from error
+        raise PromptError(f"messages and tools must hold only JSON data: {error}") from error

@@ -233,7 +233,11 @@ def _content(keys: JsonObject, key: str, entry: Any) -> str:
 
 
 def prompt_ids(
-    prompt: Any, config: ModelConfig, tokenizer: Tokenizer | None, template: ChatTemplate | None
+    prompt: Any,
+    config: ModelConfig,
+    tokenizer: Tokenizer | None,
+    template: ChatTemplate | None,
+    tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> list[int]:
     """Token ids of one prompt.
 
@@ -244,6 +248,8 @@ def prompt_ids(
     config : ModelConfig
     tokenizer : Tokenizer or None
     template : ChatTemplate or None
+    tools : list of dict, optional
+        That a model may call which answers chat messages.
 
     Raises
     ------
@@ -257,7 +263,7 @@ def prompt_ids(
         encode = _required(tokenizer, "chat messages").encode
         if template is None:
             raise PromptError("the checkpoint has no chat template; give a string or token ids")
-        ids = encode(template.render(prompt), special=False)
+        ids = encode(template.render(prompt, tools=tools), special=False)
     elif _is_list(prompt) and all(_is_id(token) for token in prompt):
         ids = [int(token) for token in prompt]
     elif is_batch(prompt):

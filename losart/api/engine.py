@@ -26,7 +26,7 @@ class Engine:
 
     Generations join and leave between passes, and may differ in all options. Each gives what it gives alone,
     to rounding. Passes are run by the threads that ask streams for steps or results, one at a time, for all
-    generations that are under way: nothing happens while nobody asks.
+    generations that are under way: nothing happens while nobody asks, or calls `step`.
 
     What a prompt begins with in common with another one, under way or answered, is prefilled once, in whole
     pages and blocks; who comes while another prefills it waits for that. Answers' finished blocks belong to
@@ -116,6 +116,14 @@ class Engine:
         stream = self._model._submit(self._engine, prompt, progress, observer, options, each_step)
         stream.start()
         return stream
+
+    def step(self) -> bool:
+        """Run one pass of the generations that are under way; False: there are none.
+
+        For a thread that serves many streams, and cannot wait for one of them: `Stream.ready` says which
+        have a step.
+        """
+        return self._engine.step()
 
     def save_prefix(
         self,

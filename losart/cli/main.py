@@ -37,13 +37,14 @@ def parser() -> argparse.ArgumentParser:
         prebuild,
         prefix,
         quantize,
+        serve,
     )
 
     top = argparse.ArgumentParser(prog="losart", description="Runs block-wise diffusion language models.")
     top.add_argument("--version", action="version", version=f"losart {__version__}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for module in (
-        *(generate, chat, batch, prefix, eval, plot, bench, footprint),
+        *(generate, chat, serve, batch, prefix, eval, plot, bench, footprint),
         *(fetch, inspect, quantize, convert, info, prebuild),
     ):
         command = commands.add_parser(

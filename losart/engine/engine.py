@@ -189,7 +189,10 @@ class Engine:
             if (alive := reference()) is not None:
                 self._soon(partial(self._close, alive))
 
-        return Stream(self._steps(run), start, close)
+        def ready() -> bool:
+            return (alive := reference()) is None or self._ready(alive)
+
+        return Stream(self._steps(run), start, close, ready)
 
     def new_cache(self, prompt: Ids[int], options: GenerationConfig) -> PagedKVCache:
         """An empty cache for a prompt and its answer."""
@@ -246,6 +249,16 @@ class Engine:
             self._pool.hold(prefix)
         return prefix
 
+    def step(self) -> bool:
+        """Run one pass of the sequences that take part; False: there are none."""
+        with self.runner.turns.turn():
+            with self._lock:
+                self._catch_up()
+                asked = next(chain(self._running, self._waiting), None)
+            if asked is not None:
+                self._step(asked)
+            return asked is not None
+
     def steps(
         self, sequence: Sequence, observer: Observer | None = None, progress: Progress | None = None
     ) -> Generator[Step, None, None]:
@@ -276,6 +289,11 @@ class Engine:
                     self._step(run)
                     self._tell(run)
         return bool(run.steps)
+
+    def _ready(self, run: Run) -> bool:
+        """Whether a run has a step, or has ended."""
+        self._tell(run)
+        return bool(run.steps) or run.ended
 
     def _soon(self, action: Callable[[], None]) -> None:
         """Do something under the lock: now if it is free, else when it is taken next; never wait for it.

@@ -23,6 +23,8 @@ class Stream:
         first step on that is asked for.
     close : callable, optional
         Frees what `start` holds.
+    ready : callable, optional
+        Whether the next step can be had without a pass.
     """
 
     def __init__(
@@ -30,9 +32,11 @@ class Stream:
         steps: Iterator[Step],
         start: Callable[[], None] | None = None,
         close: Callable[[], None] | None = None,
+        ready: Callable[[], bool] | None = None,
     ) -> None:
         self._steps = steps
         self._start = start
+        self._ready = ready
         self._close = None if close is None else weakref.finalize(self, close)
         self._last: Step | None = None
 
@@ -47,6 +51,11 @@ class Stream:
         """Take part in passes that other streams of the engine ask for."""
         if self._start is not None:
             self._start()
+
+    @property
+    def ready(self) -> bool:
+        """Whether asking for the next step runs no pass: it is there, or none follows."""
+        return self._ready is not None and self._ready()
 
     def result(self) -> GenerationResult:
         """Run what is left to the end; may be called again.

@@ -279,3 +279,49 @@ def test_nothing_is_left_of_many_requests(model):
     ask(60)
     assert held() - before < 200
     assert not engine._engine._running and not engine._engine._waiting
+
+
+@pytest.mark.parametrize("sequences", [1, 3, 16])
+def test_passes_can_be_run_for_all_streams_at_once(model, sequences):
+    """Who does never waits for one of them."""
+    engine = losart.Engine(model, max_sequences=sequences)
+    assert not engine.step()
+    streams = {
+        number: engine.submit(PROMPTS[number % len(PROMPTS)], **options_of(number, 9))
+        for number in range(len(OPTIONS))
+    }
+    results: dict[int, losart.GenerationResult] = {}
+    given = dict.fromkeys(streams, 0)
+    while engine.step():
+        for number, stream in streams.items():
+            while number not in results and stream.ready:
+                passes = engine.stats.passes
+                step = next(stream)
+                assert engine.stats.passes == passes
+                given[number] += 1
+                if step.result is not None:
+                    results[number] = step.result
+    assert results.keys() == streams.keys() and not engine.step()
+    for number, result in results.items():
+        prompt = number % len(PROMPTS)
+        assert facts(result) == alone(model, prompt, number, 9)
+        assert given[number] == result.stats.denoising_passes
+        assert streams[number].ready and next(streams[number], None) is None
+
+
+def test_streams_that_have_ended_are_ready(model, monkeypatch):
+    engine = losart.Engine(model)
+    cancelled, failing = (engine.submit([1, 2, 3], **options_of(0, 9)) for _ in range(2))
+    assert not cancelled.ready and not failing.ready
+    cancelled.cancel()
+    assert cancelled.ready and next(cancelled, None) is None
+    runner = model._engine.runner
+
+    def fail(*_: Any) -> Any:
+        raise OutOfMemoryError("no room")
+
+    monkeypatch.setattr(runner, "begin", fail)
+    assert engine.step() and failing.ready
+    with pytest.raises(OutOfMemoryError):
+        next(failing)
+    assert failing.ready and not engine.step()

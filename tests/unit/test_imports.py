@@ -29,6 +29,7 @@ RANKS = {
     "losart.ray": 9,
     "losart.eval": 9,
     "losart.measure": 9,
+    "losart.server": 9,
     "losart.cli": 10,
     "losart": 11,  # losart/__init__.py, which users import and nothing else does
 }
