@@ -7,19 +7,17 @@ import dataclasses
 import json
 import os
 import sys
-from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from losart.api import requests
 from losart.cli.arguments import add_generation, add_model_option, generation_options
 from losart.cli.engines import add_engine, open_engine
 from losart.cli.progress import Progress, load_model
-from losart.cli.prompts import message
 from losart.config.options import OPTIONS
-from losart.engine.stream import Stream
-from losart.errors import DataError, LosartError, OptionError, PromptError
+from losart.errors import DataError, LosartError
 from losart.observe.step import GenerationResult
 
 HELP = "answer the prompts of a file"
@@ -32,7 +30,6 @@ EXAMPLE = (
     "example: losart batch prompts.jsonl answers.jsonl --model path/to/SDAR-1.7B-Chat --max-new-tokens 256"
 )
 BEGINNING = b'{"line": '  # of every answer
-AHEAD = 4  # times as many prompts are read as can be under way
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -51,21 +48,20 @@ def run(args: argparse.Namespace) -> None:
         prompts = stack.enter_context(args.input.open("rb"))
         total = sum(1 for line in prompts if line.strip())
         prompts.seek(0)
-        answers = stack.enter_context(args.output.open("a+b"))
+        output = stack.enter_context(args.output.open("a+b"))
         if args.input.samefile(args.output):
             raise DataError(f"{args.output}: the answers need a file of their own")
-        answered, end = _answered(answers)
+        answered, end = _answered(output)
         model = load_model(
             args.model, args.device, args.dtype, args.weights, args.kv, args.adapter, args.merge
         )
         engine = open_engine(model, args)
         defaults = generation_options(args)
         model.session(**defaults)  # which refuses options that are wrong for every line
-        answers.truncate(end)
-        answers.seek(0, os.SEEK_END)
+        output.truncate(end)
+        output.seek(0, os.SEEK_END)
         progress = stack.enter_context(Progress("answering", "prompts"))
         done, skipped = len(answered), 0
-        under_way: deque[tuple[int, Any, Stream]] = deque()
 
         def skip(number: int, error: Exception) -> None:
             nonlocal skipped
@@ -73,29 +69,23 @@ def run(args: argparse.Namespace) -> None:
             progress.clear()
             print(f"losart: {args.input}, line {number}: {error}", file=sys.stderr)
 
-        def finish() -> None:
-            nonlocal done
-            number, name, stream = under_way.popleft()
-            try:
-                _write(answers, number, name, stream.result())
-            except LosartError as error:
-                skip(number, error)
+        def asked() -> Iterator[tuple[tuple[int, Any], Any, dict[str, Any]]]:
+            for number, line in _numbered(prompts):
+                if number not in answered:
+                    try:
+                        prompt, name, options = _request(line, args.chat)
+                    except DataError as error:
+                        skip(number, error)
+                    else:
+                        yield (number, name), prompt, defaults | options
+
+        for (number, name), answer in requests.answers(engine, asked()):
+            if isinstance(answer, LosartError):
+                skip(number, answer)
             else:
+                _write(output, number, name, answer)
                 done += 1
                 progress(done + skipped, total)
-
-        for number, line in _numbered(prompts):
-            if number in answered:
-                continue
-            try:
-                prompt, name, options = _request(line, args.chat)
-                under_way.append((number, name, engine.submit(prompt, each_step=False, **defaults | options)))
-            except (DataError, OptionError, PromptError) as error:
-                skip(number, error)
-            if len(under_way) > AHEAD * engine.max_sequences:
-                finish()
-        while under_way:
-            finish()
     if skipped:
         raise DataError(f"{skipped} of {total} prompts have no answer")
 
@@ -113,15 +103,11 @@ def _request(line: bytes, chat: bool) -> tuple[Any, Any, dict[str, Any]]:
         raise DataError(f"not JSON: {error}") from error
     if not isinstance(values, dict):
         raise DataError("not a JSON object")
-    if "prompt" not in values:
-        raise DataError('it has no "prompt"')
+    prompt, options = requests.request(values, chat=chat)
     unknown = values.keys() - {*OPTIONS, "prompt", "id"}
     if unknown:
         raise DataError(f"unknown keys: {', '.join(sorted(unknown))}")
-    prompt, name = values.pop("prompt"), values.pop("id", None)
-    if chat and isinstance(prompt, str):
-        prompt = message(prompt)
-    return prompt, name, values
+    return prompt, values.get("id"), options
 
 
 def _answered(answers: BinaryIO) -> tuple[set[int], int]:

@@ -9,11 +9,12 @@ import warnings
 from contextlib import ExitStack
 
 from losart.api.model import Model
+from losart.api.requests import message
 from losart.cli.answers import print_figures, print_json, print_steps
 from losart.cli.arguments import add_generation, add_model, generation_options
 from losart.cli.engines import add_engine, open_engine
 from losart.cli.progress import Progress, load_model
-from losart.cli.prompts import message, read_prompt
+from losart.cli.prompts import read_prompt
 from losart.cli.watch import Watch
 from losart.config.options import AttentionConfig
 from losart.errors import OptionError

@@ -7,9 +7,10 @@ import json
 from pathlib import Path
 
 from losart.api.engine import Engine
+from losart.api.requests import message
 from losart.cli.arguments import add_model_option, generation_options
 from losart.cli.progress import Progress, load_model
-from losart.cli.prompts import message, read_prompt
+from losart.cli.prompts import read_prompt
 from losart.cli.tables import print_rows, size
 from losart.engine.saved_prefix import read_facts
 

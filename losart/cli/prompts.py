@@ -25,8 +25,3 @@ def read_prompt(file: str) -> str:
         raise PromptError(f"{file}: the prompt is not UTF-8 text: {error}") from error
     except OSError as error:
         raise PromptError(f"{file}: cannot be read: {error.strerror or error}") from error
-
-
-def message(text: str) -> list[dict[str, str]]:
-    """A conversation of one message."""
-    return [{"role": "user", "content": text}]

@@ -185,7 +185,7 @@ PROMPTS: list[Any] = [
     "Hi",
     user("".join(STORY.format(day=day, count=day % 7) for day in range(21)) + "What did the keeper count?"),
 ]
-NEW = 10
+NEW = 8
 ALL, LONG = range(len(PROMPTS)), len(PROMPTS) - 1
 OPTIONS: dict[str, tuple[dict[str, Any], range]] = {  # and after which prompts
     "one by one": ({"threshold": 1.0}, ALL[:LONG]),

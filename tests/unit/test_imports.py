@@ -26,6 +26,7 @@ RANKS = {
     "losart.models": 6,
     "losart.quantization": 7,
     "losart.api": 8,
+    "losart.ray": 9,
     "losart.eval": 9,
     "losart.measure": 9,
     "losart.server": 9,
