@@ -74,13 +74,14 @@ class ChatTemplate:
         from losart.loaders.jinja_sandbox import MessagesRejected
 
         plain = _plain_messages(messages)
+        offered = None if tools is None else _plain(list(tools))
         parts: list[str] = []
         length = 0
         try:
             for part in self._template.generate(
                 **self.special_tokens,
                 messages=plain,
-                tools=None if tools is None else _plain(list(tools)),
+                tools=offered,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
             ):

@@ -210,3 +210,16 @@ def test_equals_transformers(make_checkpoint, source, generation_prompt):
     expected = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
     template = read_chat_template(directory, read_tokenizer(directory).special_tokens)
     assert template.render(messages, generation_prompt) == expected
+
+
+def test_templates_are_told_of_tools(tmp_path):
+    tools = [{"type": "function", "function": {"name": "weather"}}]
+    told = ChatTemplate("{{ tools | tojson if tools is not none else 'no tools' }}", tmp_path)
+    assert told.takes_tools
+    assert told.render(HELLO) == "no tools"
+    assert json.loads(told.render(HELLO, tools=tools)) == tools
+    with pytest.raises(PromptError, match="tools must hold only JSON data"):
+        told.render(HELLO, tools=[{"function": object()}])
+    assert not ChatTemplate("{% set tools = 1 %}{{ messages[0].content }}", tmp_path).takes_tools
+    with pytest.raises(CheckpointError, match="not valid Jinja"):
+        ChatTemplate("{% for %}", tmp_path).takes_tools  # noqa: B018
