@@ -81,7 +81,9 @@ def run(args: argparse.Namespace) -> None:
         raise OptionError(f"--port must be from 0 to 65535, not {args.port}")
     keys = tuple(args.api_key or _keys_of_environment())
     if not keys and args.host not in ("localhost", "::1") and not args.host.startswith("127."):
-        warnings.warn(f"whoever reaches {args.host} can ask this server: give it an --api-key", stacklevel=2)
+        warnings.warn(
+            f"any client that reaches {args.host} can ask this server: give it an --api-key", stacklevel=2
+        )
     listener = listen(args.host, args.port)  # before the model, which takes longer
     model = load_model(args.model, args.device, args.dtype, args.weights, args.kv, args.adapter, args.merge)
     engine = Engine(model, max_sequences=args.max_sequences, kv_memory=args.kv_memory)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -11,6 +13,8 @@ import losart
 
 if TYPE_CHECKING:
     from served import Served
+
+sys.path.append(str(Path(__file__).parents[2]))  # the benchmarks, after all that is installed
 
 
 @pytest.fixture(scope="session")

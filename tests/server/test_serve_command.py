@@ -36,6 +36,7 @@ def serving(*arguments: str, **environment: str) -> Iterator[tuple[subprocess.Po
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | environment,
+        cwd="/",  # what is installed, not the sources in the working directory
     )
     try:
         assert process.stderr is not None
