@@ -12,8 +12,8 @@ import cupy
 import numpy as np
 
 from losart.backends.cuda.pages import CudaPageTable
-from losart.backends.cuda.pass_inputs import PassInputs
-from losart.backends.cuda.plans import Plan, divide_prefixes
+from losart.backends.cuda.pass_inputs import PassInputs, divide_prefixes
+from losart.backends.cuda.plans import Plan
 from losart.backends.cuda.slots import Slot
 from losart.config.options import GenerationConfig
 from losart.engine.batch import PassBatch, PassKind, SequencePass
@@ -229,11 +229,9 @@ class BatchBuffers:
             host.riding[index] = two = riding(group)
             if (parts := self._parts[index]) is not None:
                 lengths = host.lengths[first : first + shape.sequences]
-                # Of each cache the last one, which is the longest.
-                skipped = slice(0, 2 * two if shape.mixed else len(lengths), 2)
-                lengths = np.delete(lengths, skipped) if shape.rides else lengths
-                starts, host.owners[parts[1]] = divide_prefixes(lengths, self._plans[index])
-                host.starts[parts[0]][: len(starts)] = starts
+                with_two = two if shape.mixed else shape.caches * shape.rides  # those that pad the group, too
+                to = host.starts[parts[0]], host.owners[parts[1]]
+                divide_prefixes(lengths, with_two, self._plans[index], *to)
             first, row = first + shape.sequences, row + shape.rows
         if proposing := [one for one in batch.sequences if len(one.proposed)]:
             self._fill_proposed(proposed, proposing)

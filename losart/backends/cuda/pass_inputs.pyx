@@ -1,8 +1,61 @@
-"""Writes what sequences bring into a pass to where the copy to the device takes it from."""
+"""Writes what a pass needs to know of its sequences to where the copy to the device takes it from."""
 
 import numpy as np
 
-from libc.stdint cimport int32_t, uint64_t
+from libc.stdint cimport int32_t, int64_t, uint64_t
+
+cdef int64_t LEAST_PART_TILES = 4
+
+
+def divide_prefixes(
+    const int32_t[::1] lengths, Py_ssize_t riding, plan, int32_t[::1] starts, int32_t[::1] owners
+):
+    """Write which parts of dense prefix attention are whose.
+
+    Parameters
+    ----------
+    lengths : int32 [sequences]
+        Of the prefixes.
+    riding : int
+        The first caches that have two sequences, of which the second sees the longer prefix.
+    plan : Plan
+    starts : int32 [caches + 1 or more]
+        Takes every cache's first part, and the end of the last one.
+    owners : int32 [plan.parts]
+        Takes every part's cache, -1 for none.
+
+    Raises
+    ------
+    ValueError
+        Arrays are too short.
+    """
+    cdef Py_ssize_t caches = lengths.shape[0] - riding, parts = plan.parts, share = plan.share, cache, part = 0
+    cdef int64_t tile = plan.tile, tiles, count, total = 0
+    if riding < 0 or 2 * riding > lengths.shape[0] or starts.shape[0] <= caches or owners.shape[0] < parts:
+        raise ValueError(f"no room for {caches} caches and {parts} parts")
+    if tile:
+        for cache in range(caches):
+            total += (lengths[seen(cache, riding)] + tile - 1) // tile
+    for cache in range(caches):
+        count = share
+        if tile:
+            tiles = (lengths[seen(cache, riding)] + tile - 1) // tile
+            count = (tiles * (parts - caches) + max(1, total) - 1) // max(1, total)
+            count = min(max(1, count), max(1, tiles // LEAST_PART_TILES))
+        starts[cache] = <int32_t>part
+        if part + count > parts:
+            raise ValueError(f"{caches} caches have more than {parts} parts")
+        for _ in range(count):
+            owners[part] = <int32_t>cache
+            part += 1
+    starts[caches] = <int32_t>part
+    for i in range(part, parts):
+        owners[i] = -1
+
+
+cdef inline Py_ssize_t seen(Py_ssize_t cache, Py_ssize_t riding) noexcept:
+    """The sequence of a cache that sees all of its prefix."""
+    return 2 * cache + 1 if cache < riding else cache + riding
 
 
 cdef class PassInputs:

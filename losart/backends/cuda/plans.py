@@ -22,7 +22,6 @@ CODED_ROWS = (16, 32)  # that a warpgroup may have over 8-bit codes in place of 
 # Dense prefix attention of several caches: parts in all, beside one for each, over those of one cache by
 # itself. Where caches are many, they alone keep all SMs at work.
 SPLITS, FEW_SPLITS, FEW = 4, 2, 16
-LEAST_PART_TILES = 4
 MOST_CAUSAL_PARTS, LEAST_CAUSAL_PART = 8, 1024  # of a piece of the prompt; positions
 PART_COST = 0.02  # of the time that a wave takes for the whole prefix,
 PART_POSITIONS = 2  # and that of so many positions for each thread block, whose sums are written and read
@@ -148,28 +147,6 @@ def prefix_plan(
         own * caches if caches == 1 or not tile else caches + own * (FEW_SPLITS if caches > FEW else SPLITS)
     )
     return replace(plan, grid=(kv_heads, parts, blocks), parts=parts, share=own, tile=tile)
-
-
-def divide_prefixes(lengths: np.ndarray, plan: Plan) -> tuple[np.ndarray, np.ndarray]:
-    """Which parts of dense prefix attention are whose.
-
-    Returns
-    -------
-    starts : int32 [caches + 1]
-        Every cache's first part.
-    owners : int32 [plan.parts]
-        Every part's cache, -1 for none.
-    """
-    caches = len(lengths)
-    counts = np.full(caches, plan.share)
-    if plan.tile:
-        tiles = -(-lengths.astype(np.int64) // plan.tile)
-        most = np.maximum(1, tiles // LEAST_PART_TILES)
-        counts = np.clip(-(-tiles * (plan.parts - caches) // max(1, tiles.sum())), 1, most)
-    starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
-    owners = np.full(plan.parts, -1, np.int32)
-    owners[: starts[-1]] = np.repeat(np.arange(caches), counts)
-    return starts, owners
 
 
 def split_heads_plan(tokens: int, heads: int, head_dim: int, whole: bool) -> Plan:
