@@ -70,6 +70,7 @@ TENSOR_MATMUL = ("matmul/operands.cuh", "common/tensor.cuh")
 SWIZZLED_MATMUL = (*TENSOR_MATMUL, "matmul/swizzle.cuh")
 TILES = (*SWIZZLED_MATMUL, "matmul/tiles.cuh")
 TENSOR_MAPS = ("common/hopper.cuh", "common/tensor_map.cuh")
+STORE_SUMS = "matmul/store_sums.cuh"
 FLOAT8 = "common/float8.cuh"
 QUANTIZED = (*TENSOR_MATMUL, "common/codes.cuh", "matmul/quantized.cuh")
 QUANTIZED_PANELS = (*QUANTIZED, "matmul/quantized_panels.cuh")
@@ -89,7 +90,7 @@ FILES = {
     "linear": KernelFile("matmul"),
     "linear_tensor": KernelFile("matmul", SWIZZLED_MATMUL),
     "linear_tiles": KernelFile("matmul", TILES),
-    "linear_hopper": KernelFile("matmul", (*TENSOR_MATMUL, *TENSOR_MAPS)),
+    "linear_hopper": KernelFile("matmul", (*TENSOR_MATMUL, *TENSOR_MAPS, STORE_SUMS)),
     "linear_quantized": KernelFile("matmul", QUANTIZED_PANELS),
     "linear_quantized_hopper": KernelFile("matmul", (*QUANTIZED, "common/hopper.cuh")),
     "embedding_quantized": KernelFile("matmul", QUANTIZED),
