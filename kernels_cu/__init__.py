@@ -53,7 +53,8 @@ class KernelFile:
 
     def compiled(self, precision: Precision) -> Precision:
         """The one of `precisions` by which it is compiled for a model's."""
-        return precision if self.reads_cache else replace(precision, kv=precision.activations)
+        kv = precision.kv if self.reads_cache else precision.activations
+        return replace(precision, kv=kv, float8_activations=False)
 
 
 VIEWS = "common/views.cuh"
@@ -93,6 +94,8 @@ FILES = {
     "linear_hopper": KernelFile("matmul", (*TENSOR_MATMUL, *TENSOR_MAPS, STORE_SUMS)),
     "linear_quantized": KernelFile("matmul", QUANTIZED_PANELS),
     "linear_quantized_hopper": KernelFile("matmul", (*QUANTIZED, "common/hopper.cuh")),
+    "linear_float8_hopper": KernelFile("matmul", (*QUANTIZED, *TENSOR_MAPS, STORE_SUMS)),
+    "quantize_tokens_hopper": KernelFile("matmul", (*TENSOR_MATMUL, FLOAT8)),
     "embedding_quantized": KernelFile("matmul", QUANTIZED),
     "pack_quantized": KernelFile("matmul", QUANTIZED),
     "dequantize": KernelFile("matmul", QUANTIZED),
