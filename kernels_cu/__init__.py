@@ -53,7 +53,8 @@ class KernelFile:
 
     def compiled(self, precision: Precision) -> Precision:
         """The one of `precisions` by which it is compiled for a model's."""
-        return precision if self.reads_cache else replace(precision, kv=precision.activations)
+        kv = precision.kv if self.reads_cache else precision.activations
+        return replace(precision, kv=kv, float8_activations=False)
 
 
 VIEWS = "common/views.cuh"
@@ -70,6 +71,7 @@ TENSOR_MATMUL = ("matmul/operands.cuh", "common/tensor.cuh")
 SWIZZLED_MATMUL = (*TENSOR_MATMUL, "matmul/swizzle.cuh")
 TILES = (*SWIZZLED_MATMUL, "matmul/tiles.cuh")
 TENSOR_MAPS = ("common/hopper.cuh", "common/tensor_map.cuh")
+STORE_SUMS = "matmul/store_sums.cuh"
 FLOAT8 = "common/float8.cuh"
 QUANTIZED = (*TENSOR_MATMUL, "common/codes.cuh", "matmul/quantized.cuh")
 QUANTIZED_PANELS = (*QUANTIZED, "matmul/quantized_panels.cuh")
@@ -89,9 +91,11 @@ FILES = {
     "linear": KernelFile("matmul"),
     "linear_tensor": KernelFile("matmul", SWIZZLED_MATMUL),
     "linear_tiles": KernelFile("matmul", TILES),
-    "linear_hopper": KernelFile("matmul", (*TENSOR_MATMUL, *TENSOR_MAPS)),
+    "linear_hopper": KernelFile("matmul", (*TENSOR_MATMUL, *TENSOR_MAPS, STORE_SUMS)),
     "linear_quantized": KernelFile("matmul", QUANTIZED_PANELS),
     "linear_quantized_hopper": KernelFile("matmul", (*QUANTIZED, "common/hopper.cuh")),
+    "linear_float8_hopper": KernelFile("matmul", (*QUANTIZED, *TENSOR_MAPS, STORE_SUMS)),
+    "quantize_tokens_hopper": KernelFile("matmul", (*TENSOR_MATMUL, FLOAT8)),
     "embedding_quantized": KernelFile("matmul", QUANTIZED),
     "pack_quantized": KernelFile("matmul", QUANTIZED),
     "dequantize": KernelFile("matmul", QUANTIZED),

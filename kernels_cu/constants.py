@@ -38,6 +38,7 @@ LINEAR_TILES_THREADS = 256
 LINEAR_HOPPER_THREADS = 384
 TILE_TOKENS = 128  # of a tile of linear_tiles and linear_hopper
 TILE_ROWS = 128  # of a tile of linear_tiles
+FLOAT8_TILE_ROWS = 192  # of linear_float8_hopper, whose sums and those of a unit take 192 registers
 EMBEDDING_THREADS = 256  # one channel each
 SILU_THREADS = 128  # four channels each
 

@@ -50,7 +50,7 @@ class Generate:
 
     Parameters
     ----------
-    model, device, dtype, weights, kv, adapter, merge, deterministic
+    model, device, dtype, weights, kv, adapter, merge, activations, deterministic
         As of :func:`losart.load`.
     max_sequences, kv_memory
         As of :class:`losart.Engine`.
@@ -91,6 +91,7 @@ class Generate:
         kv: str = "auto",
         adapter: str | os.PathLike[str] | None = None,
         merge: str = "dtype",
+        activations: str = "auto",
         deterministic: bool = False,
         max_sequences: int | None = None,
         kv_memory: int | None = None,
@@ -124,6 +125,7 @@ class Generate:
             kv=kv,
             adapter=adapter,
             merge=merge,
+            activations=activations,
         )
         if unknown := set(row_options) - {*OPTIONS, *dict(loaded.config.decoding.names)}:
             raise OptionError(f"row_options: there is no option {', '.join(sorted(unknown))}")

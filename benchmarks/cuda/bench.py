@@ -171,6 +171,14 @@ SECTIONS = {
         "bits; medians of graph replays, weights not in the L2 cache. torch: `_weight_int4pack_mm`.",
         lambda bandwidth, quick, _: quantized.matmul_rows(bandwidth, quick),
     ),
+    "float8-matmuls": Section(
+        "Matmuls of many tokens by fp8 weights, microseconds",
+        "SDAR-8B's matrices in pieces of a prompt, gate and up with silu(gate) * up; bfloat16 weights, fp8 "
+        "ones that are widened to bfloat16, and both operands in fp8, activations rounded with a scale per "
+        "token: of it rounding, whose floor is 3 bytes a number. error: the norm of what that changes over "
+        "that of the sums, of noise. Medians of queued launches, weights not in the L2 cache.",
+        lambda bandwidth, quick, _: quantized.float8_rows(bandwidth, quick),
+    ),
     "quantized": Section(
         "Passes with quantized weights",
         "8B, block 16, dense attention, host and sampling included, the head int8 where weights are not "

@@ -118,11 +118,14 @@ class NoiseBackend(CudaBackend):
     def _coded(self, count: int, rows: int, inner: int, weights: str) -> QuantizedWeight:
         with self.memory.stream:
             dtype, group, spread = FORMATS[weights]
-            form = QuantizedForm(rows, inner, dtype, group or -(-inner // 128) * 128, False, False)
+            wide = dtype == "float8" and self.float8_activations
+            form = QuantizedForm(rows, inner, dtype, group or -(-inner // 128) * 128, False, wide)
             codes = cupy.empty(count * form.code_bytes // 4, np.uint32)
             random_bits(np.uint32(0xBFBFBFBF if dtype == "float8" else 0xFFFFFFFF), codes)
             scales = cupy.empty((count * form.padded_rows, form.groups), np.uint16)
             noise(np.float32(1.7 / inner**0.5 / spread), scales)
+            if wide:
+                scales = (scales.astype(np.uint32) << 16).view(np.float32)
             return QuantizedWeight(form, codes, scales, None)
 
     def upload_vector(self, *shapes: Any) -> Any:

@@ -23,14 +23,18 @@ from benchmarks.cuda.noise import (
     noise,
     uncached,
 )
-from benchmarks.cuda.timing import graph_microseconds
+from benchmarks.cuda.timing import graph_microseconds, queued_microseconds
 from benchmarks.cuda.torch_attention import run_microseconds
-from benchmarks.support.attempts import attempt, free_memory, ratio
+from benchmarks.support.attempts import attempt, free_memory, ratio, teraflops
+from losart.backends.cuda.float8 import Float8Products
 from losart.config.options import AttentionConfig, generation_config
+from losart.config.precision import Precision
 from losart.engine.engine import Engine
 
 FORMATS = ("bfloat16", "int4", "int8", "fp8")
 TOKENS = (4, 16, 32, 64)
+MANY_TOKENS = (128, 512, 2048)
+FLOAT8 = Precision.of("bfloat16", activations="fp8")
 MODELS = (
     ("bfloat16", "auto"),
     ("bfloat16", "int8"),
@@ -74,6 +78,71 @@ def microseconds(rows: int, inner: int, weights: str, tokens: int) -> tuple[floa
         noise(np.float32(1.0), x)
     calls = max(24, copies)
     return graph_microseconds(backend.memory.stream, lambda: backend.linear(x, next(turn)), calls), size
+
+
+def float8_rows(bandwidth: float, quick: bool = False) -> Iterator[dict[str, Any]]:
+    """One row per matmul and number of tokens, in microseconds: bfloat16, fp8 widened, both operands fp8."""
+    for name, shape in matmul_shapes("8B").items():
+        for tokens in () if name == "head" or (quick and name != "gate_up") else MANY_TOKENS:
+            row: dict[str, Any] = {"matmul": name, "tokens": tokens}
+            for column, weights, precision in (
+                ("bfloat16", "bfloat16", BFLOAT16),
+                ("fp8, widened", "fp8", BFLOAT16),
+                ("fp8", "fp8", FLOAT8),
+            ):
+                row[column] = attempt(many_microseconds, *shape, weights, precision, tokens)
+            rounding = attempt(rounding_microseconds, shape[1], tokens)
+            operations = 2 * tokens * shape[0] * shape[1]
+            yield row | {
+                "of it rounding": rounding,
+                "rounding's floor": 3 * tokens * shape[1] / bandwidth * 1e6,
+                "TFLOP/s": teraflops(operations, row["fp8"]),
+                "bfloat16/fp8": ratio(row["bfloat16"], row["fp8"]),
+                "widened/fp8": ratio(row["fp8, widened"], row["fp8"]),
+                "error": attempt(rounding_error, *shape, tokens),
+            }
+
+
+def many_microseconds(rows: int, inner: int, weights: str, precision: Precision, tokens: int) -> float:
+    """Of one matmul with many tokens; gate and up with silu(gate) * up."""
+    backend = NoiseBackend(model_config("8B"), precision)
+    copies = uncached(rows * inner)
+    turn = itertools.cycle([backend.matrix(rows, inner, weights) for _ in range(copies)])
+    x = _tokens(backend, tokens, inner)
+    gated = rows == 2 * backend.config.intermediate_size
+
+    def launch() -> Any:
+        matrix = next(turn)
+        return backend.gated_linear(x, matrix, True) if gated else backend.prefill_linear(x, matrix)
+
+    return queued_microseconds(backend.memory.stream, launch, max(20, copies))
+
+
+def rounding_microseconds(inner: int, tokens: int) -> float:
+    """Of rounding tokens to fp8."""
+    backend = NoiseBackend(model_config("8B"), FLOAT8)
+    products, x = Float8Products(backend.kernels), _tokens(backend, tokens, inner)
+    return queued_microseconds(backend.memory.stream, lambda: products.quantized(x), 50)
+
+
+def rounding_error(rows: int, inner: int, tokens: int) -> float:
+    """The norm of what rounding tokens to fp8 changes over that of the sums; of noise."""
+    sums = []
+    for precision in (BFLOAT16, FLOAT8):
+        backend = NoiseBackend(model_config("8B"), precision)
+        x, matrix = _tokens(backend, tokens, inner), backend.matrix(rows, inner, "fp8")
+        with backend.memory.stream:
+            sums.append(backend.prefill_linear(x, matrix).planes.sum(axis=0))
+            backend.memory.stream.synchronize()
+    change = sums[1] - sums[0]
+    return float(cupy.sqrt((change * change).sum() / (sums[0] * sums[0]).sum()))
+
+
+def _tokens(backend: NoiseBackend, tokens: int, inner: int) -> Any:
+    with backend.memory.stream:
+        x = cupy.empty((tokens, inner), np.uint16)
+        noise(np.float32(1.0), x)
+    return x
 
 
 def torch_microseconds(rows: int, inner: int, tokens: int) -> float:

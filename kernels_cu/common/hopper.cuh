@@ -10,6 +10,12 @@ __device__ __forceinline__ unsigned long long descriptor(unsigned shared, int gr
            (unsigned long long)(group >> 4) << 32 | 1ull << 62;
 }
 
+/* The same of rows of 64 bytes, groups aligned to 512 bytes one after the other; piece p of row r is at p ^ r / 2. */
+__device__ __forceinline__ unsigned long long descriptor_of_64_bytes(unsigned shared)
+{
+    return (unsigned long long)(shared >> 4 & 0x3fff) | (unsigned long long)(512 >> 4) << 32 | 2ull << 62;
+}
+
 /* That of a matrix which begins some bytes further. */
 __device__ __forceinline__ unsigned long long further(unsigned long long descriptor, int bytes)
 {
@@ -82,6 +88,16 @@ DEFINE_WGMMA(64, 32, 33, 34, 35, 36, 37)
 DEFINE_WGMMA(128, 64, 65, 66, 67, 68, 69)
 DEFINE_WGMMA(192, 96, 97, 98, 99, 100, 101)
 DEFINE_WGMMA(256, 128, 129, 130, 131, 132, 133)
+
+/* wgmma for d [64][192] += a b of E4M3 numbers, a [64][32] and b [192][32] from shared memory, with k along the rows of
+ * both. */
+__device__ __forceinline__ void wgmma_float8(float (&d)[96], unsigned long long a, unsigned long long b, bool fresh)
+{
+    asm volatile("{.reg .pred p; setp.eq.b32 p, %98, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n192k32.f32.e4m3.e4m3 {" NUMBERS_96 "}, %96, %97, p, 1, 1;}"
+                 : ACCUMULATORS_96
+                 : "l"(a), "l"(b), "r"((int)fresh));
+}
 
 /* Before a warpgroup's first wgmma, and after its registers were written in between. */
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" : : : "memory"); }

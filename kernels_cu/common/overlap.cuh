@@ -4,9 +4,9 @@
  *
  * Matmuls, and whatever can run between split_heads and block_attention, let the next kernel start only after their own
  * wait. So the kernel after them may also read, before its wait, what was written before them. All others (embedding,
- * add_rms_norm, split_heads, block_attention, kv_quantize, cache_write, silu_gate, sampling) let the next kernel start
- * at once. So may kv_quantize and cache_write before prefix attention, which waits for what is written in this pass
- * before it reads it. rotations, which comes before the first of them, lets none start. */
+ * add_rms_norm, split_heads, block_attention, kv_quantize, cache_write, silu_gate, quantize_tokens_hopper, sampling)
+ * let the next kernel start at once. So may kv_quantize and cache_write before prefix attention, which waits for what
+ * is written in this pass before it reads it. rotations, which comes before the first of them, lets none start. */
 __device__ __forceinline__ void wait_for_previous()
 {
 #if __CUDA_ARCH__ >= 900

@@ -94,7 +94,6 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(LIN
         wait_for_previous();
         let_next_start();
         int warpgroup = threadIdx.x / WARPGROUP, thread = threadIdx.x % WARPGROUP;
-        int g = thread % WARP / 4, t = thread % 4;
         auto release = [&](int i) {
             if (thread < CLUSTER) barrier_arrive_in(thread, ring.empty(i % STAGES));
         };
@@ -122,34 +121,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(LIN
             pin(sum);
             release(i - 1);
 
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                int token = first_token(tile) + warpgroup * 64 + thread / WARP * 16 + g + half * 8;
-                int column = first_row(tile) + t * 2, columns = GATED ? rows / 2 : rows;
-                Output *to = y + ((size_t)split_of(tile) * tokens + token) * columns + column;
-                int left = token < tokens ? columns - column : 0;
-#if GATED
-#pragma unroll
-                for (int n = 0; n < WIDTH / 16; n++) {
-                    const float *gate = sum + n * 4 + half * 2, *up = gate + WIDTH / 4;
-                    if (n * 8 < left)
-                        *(unsigned *)(to + n * 8) = pack<Output>(silu(gate[0]) * up[0], silu(gate[1]) * up[1]);
-                }
-#else
-                if (rows % 2 == 0) {
-#pragma unroll
-                    for (int n = 0; n < WIDTH / 8; n++)
-                        if (n * 8 < left)
-                            *(float2 *)(to + n * 8) = make_float2(sum[n * 4 + half * 2], sum[n * 4 + half * 2 + 1]);
-                } else {
-#pragma unroll
-                    for (int n = 0; n < WIDTH / 8; n++)
-#pragma unroll
-                        for (int j = 0; j < 2; j++)
-                            if (n * 8 + j < left) to[n * 8 + j] = sum[n * 4 + half * 2 + j];
-                }
-#endif
-            }
+            Output *to = y + (size_t)split_of(tile) * tokens * rows;
+            store_sums<GATED>(sum, to, first_token(tile) + warpgroup * 64, first_row(tile), tokens, rows);
             pin(sum);
         }
     }

@@ -93,9 +93,10 @@ struct Codes {
         }
 #else
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-            uint4 v = load_shared_uint4(from + (m * 2 + half) * (WARP * 16));
-            words[half][0] = v.x, words[half][1] = v.y, words[half][2] = v.z, words[half][3] = v.w;
+        for (int high = 0; high < 2; high++) {
+            uint4 v = load_shared_uint4(from + (m * 2 + high) * (WARP * 16));
+            words[0][high * 2] = v.x, words[0][high * 2 + 1] = v.y;
+            words[1][high * 2] = v.z, words[1][high * 2 + 1] = v.w;
         }
 #endif
 #if ZEROS

@@ -4,9 +4,11 @@
  * rows, units of QUANTIZED_UNIT columns, steps, tiles of CODE_ROWS rows], and a tile of a step as the lanes of a warp
  * have it for the tensor cores. Lane 4 g + t has rows g, g + 8, g + 16 and g + 24, of each of which 8 columns from t *
  * 8 and 8 from 32 + t * 8 on. They are pieces of 16 bytes, [pieces, lanes]: of 4 bits one for two rows, a word for each
- * 8 columns of a row; of 8 bits one for 8 columns of two rows. Within words codes are in the order in which they are
- * unpacked two at a time. Integers are held from 0 on. Rows that pad a panel are any numbers; columns that pad a unit
- * are 0.
+ * 8 columns of a row; of 8 bits one for a row. Within words codes are in the order in which they are unpacked two at a
+ * time. Integers are held from 0 on. Rows that pad a panel are any numbers; columns that pad a unit are 0.
+ *
+ * So codes of 8 bits are [panels, steps, rows of a panel, 64 bytes], columns of a step permuted: linear_float8_hopper
+ * takes them as they are.
  *
  * Scales and zeros lie in [panels, groups, tiles, g, rows g, g + 8, g + 16 and g + 24], as activations are held; with
  * WIDE_SCALES scales are float32. Compiled with CODES (INT4, INT8 or FLOAT8, which is E4M3 without NaN) and
@@ -41,7 +43,7 @@ __device__ __forceinline__ CodePlace place_of_codes(int row, int piece, int inne
                   (QUANTIZED_UNIT / STEP_COLUMNS);
     size_t tile = (step + piece / 8) * (QUANTIZED_PANEL / CODE_ROWS) + row % QUANTIZED_PANEL / CODE_ROWS;
     if (CODE_BITS == 4) return {((tile * 2 + pair) * WARP + lane) * 4 + half * 2 + high, 1};
-    return {((tile * 4 + pair * 2 + half) * WARP + lane) * 4 + high * 2, 2};
+    return {((tile * 4 + pair * 2 + high) * WARP + lane) * 4 + half * 2, 2};
 }
 
 /* Where a row's scale of a group is. */

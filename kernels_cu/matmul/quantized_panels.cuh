@@ -54,11 +54,11 @@ __device__ __forceinline__ void multiply(Sums &sum, const unsigned char *codes, 
 #endif
 #pragma unroll
         for (int m = 0; m < 2; m++) {
-            uint4 piece = ((const uint4 *)codes)[(CODE_BITS == 4 ? m : m * 2 + half) * WARP + lane];
-            const unsigned words[4] = {piece.x, piece.y, piece.z, piece.w};
 #pragma unroll
             for (int high = 0; high < 2; high++) {
-                unpack(pairs[half][m][high], words + (CODE_BITS == 4 ? half * 2 + high : high * 2));
+                uint4 piece = ((const uint4 *)codes)[(CODE_BITS == 4 ? m : m * 2 + high) * WARP + lane];
+                const unsigned words[4] = {piece.x, piece.y, piece.z, piece.w};
+                unpack(pairs[half][m][high], words + half * 2 + (CODE_BITS == 4 ? high : 0));
 #if ZEROS
                 subtract(pairs[half][m][high], zeros.of[m * 2 + high]);
 #endif

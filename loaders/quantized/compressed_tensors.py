@@ -96,7 +96,7 @@ class Scheme:
 
 
 class CompressedTensors(Quantization):
-    """`quant_method` "compressed-tensors"; activations are not quantized, whatever it says."""
+    """`quant_method` "compressed-tensors"; activations are as `losart.load` has them, whatever it says."""
 
     harmless: ClassVar[tuple[str, ...]] = (
         *("*.input_scale", "*.input_zero_point", "*.output_scale", "*.output_zero_point"),

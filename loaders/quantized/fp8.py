@@ -12,7 +12,7 @@ from losart.loaders.safetensors_files import MappedTensor
 
 
 class Fp8(Quantization):
-    """`quant_method` "fp8"; activations are not quantized, whatever it says."""
+    """`quant_method` "fp8"; activations are as `losart.load` has them, whatever it says."""
 
     harmless: ClassVar[tuple[str, ...]] = ("*.input_scale", "*.activation_scale")
 

@@ -15,7 +15,7 @@ from losart.config.precision import Precision
 from losart.engine.engine import HELD_PREFIXES, Engine
 from losart.engine.kv_pool import KVPool
 from losart.engine.stream import Stream
-from losart.errors import PromptError
+from losart.errors import OptionError, PromptError
 from losart.loaders import ChatTemplate, Checkpoint, Tokenizer, open_checkpoint
 from losart.loaders.tokenizer import Prompt, is_batch, prompt_ids
 from losart.models.fingerprint import model_fingerprint
@@ -38,6 +38,8 @@ class Model:
         In which weights are held that are not quantized.
     kv : str
         In which keys and values of the prefix are held: `dtype`, "int8" or "fp8".
+    activations : str
+        In which many tokens are multiplied by matrices that are held in float8: `dtype` or "fp8".
     weights : tuple of str
         In which formats matrices are held: `dtype`, "int4", "int8" and "float8", those that there are.
     matrix_bytes : dict of str to int
@@ -56,8 +58,13 @@ class Model:
         weights: str = "auto",
         kv: str = "auto",
         merge: str = "dtype",
+        activations: str = "auto",
     ) -> None:
-        precision = Precision.chosen(dtype, kv, checkpoint.dtype)
+        precision = Precision.chosen(dtype, kv, checkpoint.dtype, activations)
+        if deterministic and precision.float8_activations:
+            raise OptionError(
+                "activations='fp8' does not go with deterministic=True: it rounds those of many tokens alone"
+            )
         self.config: ModelConfig = checkpoint.config
         self.tokenizer: Tokenizer | None = checkpoint.tokenizer
         self.chat_template: ChatTemplate | None = checkpoint.chat_template
@@ -66,6 +73,7 @@ class Model:
         self.kv = precision.kv.name
         backend = make_backend(device, self.config, precision, deterministic)
         self.device = backend.name
+        self.activations = "fp8" if backend.float8_activations else self.dtype
         self._tensors = loaded_tensors(checkpoint, weights, backend.name, merge)
         runner = Transformer(self.config, self._tensors, backend, progress)
         self.matrix_bytes = runner.matrix_bytes
@@ -227,6 +235,7 @@ def load(
     kv: str = "auto",
     adapter: str | os.PathLike[str] | None = None,
     merge: str = "dtype",
+    activations: str = "auto",
 ) -> Model:
     """Load a checkpoint.
 
@@ -264,19 +273,26 @@ def load(
     merge : {"dtype", "codes"}
         What becomes of a quantized matrix that is adapted: it is held in the format of `dtype`, or has new
         codes in its own format and groups, which loses what of the adapter is less than half a step.
+    activations : {"auto", "fp8"}
+        In which more than 64 tokens at a time, of a prompt or of many sequences, are multiplied by matrices
+        that are held in fp8 (e4m3). "fp8" rounds what enters such a product to e4m3 too, with a scale for
+        each token, by up to 1/16 of itself or more where it is small, on a GPU of compute capability 9.0 and
+        where the weights' scales are of whole rows or of multiples of 128 columns. Everywhere else, and with
+        "auto", activations are of 16 or 32 bits.
 
     Raises
     ------
     OptionError
-        There is no such dtype, format of weights, or of keys and values, the checkpoint is quantized and
-        `weights` is not "auto", or groups of 64 columns do not divide a matrix.
+        There is no such dtype, format of weights, of activations, or of keys and values, the checkpoint is
+        quantized and `weights` is not "auto", groups of 64 columns do not divide a matrix, or
+        `activations="fp8"` is to be deterministic.
     CheckpointError, TensorError, ConfigError
         See `losart.errors`: the message names the file, the tensor or the key.
     DeviceError
         The device is missing.
     """
     checkpoint = open_checkpoint(model, adapter)
-    return Model(checkpoint, device, dtype, progress, deterministic, weights, kv, merge)
+    return Model(checkpoint, device, dtype, progress, deterministic, weights, kv, merge, activations)
 
 
 def generate(

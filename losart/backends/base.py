@@ -222,6 +222,7 @@ class Backend(Protocol):
     riding_blocks: Container[int]  # lengths of blocks whose commits may ride
     deterministic: bool  # whether sums must not depend on what else a pass has
     same_sums: bool  # whether those of passes over blocks must not
+    float8_activations: bool  # whether many tokens' are rounded to E4M3 for weights that are held so
     max_sequences: int  # that share passes, unless somebody says otherwise
     batch_rows: int  # that a pass over several sequences may have; 0: a pass has one sequence
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from losart.attention import POLICIES
 from losart.config.options import CHOICES, OPTIONS
-from losart.config.precision import DTYPES, KV_FORMATS
+from losart.config.precision import ACTIVATIONS, DTYPES, KV_FORMATS
 from losart.engine.sampling import STRATEGIES
 from losart.measure.random_checkpoint import FAMILY_SIZES
 from losart.quantization import LOADED, MERGED
@@ -64,6 +64,12 @@ def add_loading(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument(
         "--merge", choices=MERGED, default="dtype", help="what quantized matrices become by it (dtype)"
+    )
+    command.add_argument(
+        "--activations",
+        choices=ACTIVATIONS,
+        default="auto",
+        help="round those of many tokens to fp8 for weights in fp8 (no)",
     )
 
 

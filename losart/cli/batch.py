@@ -53,7 +53,14 @@ def run(args: argparse.Namespace) -> None:
             raise DataError(f"{args.output}: the answers need a file of their own")
         answered, end = _answered(output)
         model = load_model(
-            args.model, args.device, args.dtype, args.weights, args.kv, args.adapter, args.merge
+            args.model,
+            args.device,
+            args.dtype,
+            args.weights,
+            args.kv,
+            args.adapter,
+            args.merge,
+            args.activations,
         )
         engine = open_engine(model, args)
         defaults = generation_options(args)

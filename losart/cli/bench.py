@@ -57,7 +57,9 @@ def run(args: argparse.Namespace) -> None:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="losart-bench-"))
             blocks = {"block_length": RANDOM_BLOCK} if args.family == "sdar" else {}
             name = write_weights(Path(folder), args.family, args.size, **blocks)
-        model = load_model(name, args.device, args.dtype, args.weights, args.kv, args.adapter, args.merge)
+        model = load_model(
+            name, args.device, args.dtype, args.weights, args.kv, args.adapter, args.merge, args.activations
+        )
         figures = _measure(model, Path(name).name, args)
     if args.json:
         print(json.dumps(figures, indent=2))
@@ -105,6 +107,7 @@ def _measure(model: Model, name: str, args: argparse.Namespace) -> dict[str, Any
         "dtype": model.dtype,
         "matrix_bytes": model.matrix_bytes,
         "kv": model.kv,
+        "activations": model.activations,
         "block_length": block_length,
         "budget": args.budget,
         "lengths": rows,

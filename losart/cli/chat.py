@@ -44,7 +44,9 @@ def run(args: argparse.Namespace) -> None:
     the command.
     """
     terminal = sys.stdin.isatty()
-    model = load_model(args.model, args.device, args.dtype, args.weights, args.kv, args.adapter, args.merge)
+    model = load_model(
+        args.model, args.device, args.dtype, args.weights, args.kv, args.adapter, args.merge, args.activations
+    )
     chat = Chat(model, args.system, **generation_options(args))
     if terminal:
         print(COMMANDS, file=sys.stderr)

@@ -106,7 +106,9 @@ def _run_tasks(args: argparse.Namespace) -> None:
     from losart.eval import check_config, evaluate
 
     config = _config(args, "tasks", "lengths", "attention", "budgets", "active", "samples", "seed", "style")
-    model = load_model(args.model, args.device, args.dtype, args.weights, args.kv, args.adapter, args.merge)
+    model = load_model(
+        args.model, args.device, args.dtype, args.weights, args.kv, args.adapter, args.merge, args.activations
+    )
     style = check_config(model, config)
     facts = _facts(args, model, config) | {"style": style, "samples": config.samples}
     with Progress("asking", "questions") as progress:
@@ -126,7 +128,9 @@ def _run_longbench(args: argparse.Namespace) -> None:
         raise OptionError("--longbench takes one of --lengths, the longest prompt")
     datasets = args.tasks if "tasks" in args else find_datasets(Path(args.longbench))
     config = _config(args, "attention", "budgets", "active", "samples", "seed")
-    model = load_model(args.model, args.device, args.dtype, args.weights, args.kv, args.adapter, args.merge)
+    model = load_model(
+        args.model, args.device, args.dtype, args.weights, args.kv, args.adapter, args.merge, args.activations
+    )
     with Progress("asking", "questions") as progress:
         report = Table(SCORE_COLUMNS, JsonReport(args.json, _facts(args, model, config)), progress)
         evaluate_longbench(
@@ -153,7 +157,9 @@ def _run_locality(args: argparse.Namespace) -> None:
         raise OptionError("--longbench and --locality exclude each other")
     config = _config(args, "tasks", "lengths", "samples", "seed", "style", attention=("dense",))
     device = "cpu" if args.device == "auto" else args.device
-    model = load_model(args.model, device, args.dtype, args.weights, args.kv, args.adapter, args.merge)
+    model = load_model(
+        args.model, device, args.dtype, args.weights, args.kv, args.adapter, args.merge, args.activations
+    )
     style = check_config(model, config)
     facts = _facts(args, model, config) | {"style": style, "samples": config.samples}
     with Progress("asking", "questions") as progress:
@@ -170,7 +176,9 @@ def _run_divergence(args: argparse.Namespace) -> None:
     if args.locality or args.longbench is not None:
         raise OptionError("--kl, --locality and --longbench exclude each other")
     config = _config(args, "tasks", "lengths", "attention", "budgets", "active", "samples", "seed", "style")
-    model = load_model(args.model, args.device, args.dtype, args.weights, args.kv, args.adapter, args.merge)
+    model = load_model(
+        args.model, args.device, args.dtype, args.weights, args.kv, args.adapter, args.merge, args.activations
+    )
     check_config(model, config, questions=args.text is None)
     itself = not args.kl and args.weights == args.kv == "auto"
     reference = model
@@ -206,6 +214,7 @@ def _facts(args: argparse.Namespace, model: Model, config: EvalConfig) -> dict[s
         "dtype": model.dtype,
         "weights": list(model.weights),
         "kv": model.kv,
+        "activations": model.activations,
         "seed": config.seed,
         "options": config.options,
     }

@@ -68,7 +68,9 @@ def run(args: argparse.Namespace) -> None:
         _answer_all(args)
         return
     text = args.prompt[0] if args.prompt else read_prompt(args.prompt_file or "-")
-    model = load_model(args.model, args.device, args.dtype, args.weights, args.kv, args.adapter, args.merge)
+    model = load_model(
+        args.model, args.device, args.dtype, args.weights, args.kv, args.adapter, args.merge, args.activations
+    )
     if args.model is None:
         _warn_of_unknown_words(model, text)
     options = generation_options(args)
@@ -105,7 +107,9 @@ def _answer_all(args: argparse.Namespace) -> None:
     """Answer several prompts together, and print the answers in order."""
     if args.watch or args.trace:
         raise OptionError("--watch and --trace show one prompt, not several")
-    model = load_model(args.model, args.device, args.dtype, args.weights, args.kv, args.adapter, args.merge)
+    model = load_model(
+        args.model, args.device, args.dtype, args.weights, args.kv, args.adapter, args.merge, args.activations
+    )
     engine = open_engine(model, args)
     prompts = [message(text) if args.chat else text for text in args.prompt]
     streams = [engine.submit(prompt, **generation_options(args)) for prompt in prompts]

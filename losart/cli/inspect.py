@@ -35,7 +35,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Print the facts."""
     checkpoint = open_checkpoint(args.model, args.adapter)
-    facts = inspection(checkpoint, args.device, args.dtype, args.context, args.weights, args.kv, args.merge)
+    facts = inspection(
+        checkpoint, args.device, args.dtype, args.context, args.weights, args.kv, args.merge, args.activations
+    )
     if args.json:
         print(json.dumps(facts, indent=2))
     else:
@@ -59,6 +61,7 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, object]]:
         ("parameters", f"{facts['parameters']:,}"),
         ("on disk", f"{size(facts['bytes_on_disk'])} in {', '.join(disk)}"),
         ("weights", f"{size(facts['weight_bytes'])} on {facts['device']}: {formats(facts['matrix_bytes'])}"),
+        *([("activations", "of many tokens in fp8")] if facts["activations"] == "fp8" else []),
         ("fits", _fits(facts)),
         *((f"KV at {kv['context']}", f"{size(kv['bytes'])} in {facts['kv']}") for kv in facts["kv_cache"]),
         ("decoding", "; ".join(facts["decoding"]) or "masked tokens of a block are fixed pass by pass"),

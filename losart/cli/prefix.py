@@ -61,7 +61,9 @@ def run(args: argparse.Namespace) -> None:
 
 def _save(args: argparse.Namespace) -> None:
     text = read_prompt(args.prompt_file)
-    model = load_model(args.model, args.device, args.dtype, args.weights, args.kv, args.adapter, args.merge)
+    model = load_model(
+        args.model, args.device, args.dtype, args.weights, args.kv, args.adapter, args.merge, args.activations
+    )
     prompt = message(text) if args.chat else text
     with Progress("reading the prompt", "tokens") as progress:
         tokens = Engine(model).save_prefix(prompt, args.file, progress=progress, **generation_options(args))

@@ -98,11 +98,12 @@ def load_model(
     kv: str = "auto",
     adapter: str | None = None,
     merge: str = "dtype",
+    activations: str = "auto",
 ) -> Model:
     """Load a checkpoint, with progress."""
     with Progress("loading the weights", "layers") as progress:
         held: dict[str, Any] = {"weights": weights, "kv": kv, "adapter": adapter, "merge": merge}
-        return load(model, device, dtype, progress=progress, **held)
+        return load(model, device, dtype, progress=progress, activations=activations, **held)
 
 
 def write_weights(folder: Path, family: str, size: str | None, **options: Any) -> Path:

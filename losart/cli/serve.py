@@ -85,7 +85,9 @@ def run(args: argparse.Namespace) -> None:
             f"any client that reaches {args.host} can ask this server: give it an --api-key", stacklevel=2
         )
     listener = listen(args.host, args.port)  # before the model, which takes longer
-    model = load_model(args.model, args.device, args.dtype, args.weights, args.kv, args.adapter, args.merge)
+    model = load_model(
+        args.model, args.device, args.dtype, args.weights, args.kv, args.adapter, args.merge, args.activations
+    )
     engine = Engine(model, max_sequences=args.max_sequences, kv_memory=args.kv_memory)
     for file in args.prefix:
         engine.load_prefix(file)

@@ -55,6 +55,7 @@ DTYPES = tuple(FORMATS)
 KV_INT8 = Format("int8", 8, 3, "uint8", "uint8", "U8", 3)
 KV_FLOAT8 = Format("fp8", 8, 4, "uint8", "uint8", "U8", 28)
 KV_FORMATS = {format.name: format for format in (KV_INT8, KV_FLOAT8)}
+ACTIVATIONS = ("auto", "fp8")
 # Codes of quantized matrices that each device multiplies by; others become numbers of the dtype.
 QUANTIZED = {"cpu": ("int4", "int8"), "cuda": ("int4", "int8", "float8")}
 
@@ -73,11 +74,15 @@ class Precision:
         Of the KV cache.
     activations : Format
         Of what enters a matmul on a GPU. The CPU computes in float32.
+    float8_activations : bool
+        Whether those of many tokens are rounded to E4M3, with a scale for each token, where a GPU multiplies
+        them by weights that are E4M3 too.
     """
 
     weights: Format
     kv: Format
     activations: Format
+    float8_activations: bool = False
 
     @property
     def kv_operands(self) -> Format:
@@ -85,13 +90,13 @@ class Precision:
         return self.activations if self.kv.bits == 8 else self.kv
 
     @classmethod
-    def of(cls, dtype: str, kv: str = "auto") -> Precision:
+    def of(cls, dtype: str, kv: str = "auto", activations: str = "auto") -> Precision:
         """All three in one format, named as in `FORMATS`, unless `kv` is one of `KV_FORMATS`."""
         format = FORMATS[dtype]
-        return cls(format, KV_FORMATS.get(kv, format), format)
+        return cls(format, KV_FORMATS.get(kv, format), format, activations == "fp8")
 
     @classmethod
-    def chosen(cls, dtype: str, kv: str, auto: str) -> Precision:
+    def chosen(cls, dtype: str, kv: str, auto: str, activations: str = "auto") -> Precision:
         """As `of`, with `auto` for the caller's dtype "auto".
 
         Raises
@@ -103,4 +108,6 @@ class Precision:
             raise OptionError(f"dtype must be auto, {', '.join(DTYPES)}, not {dtype!r}")
         if kv not in ("auto", *KV_FORMATS):
             raise OptionError(f"kv must be auto, {', '.join(KV_FORMATS)}, not {kv!r}")
-        return cls.of(auto if dtype == "auto" else dtype, kv)
+        if activations not in ACTIVATIONS:
+            raise OptionError(f"activations must be {' or '.join(ACTIVATIONS)}, not {activations!r}")
+        return cls.of(auto if dtype == "auto" else dtype, kv, activations)

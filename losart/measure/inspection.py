@@ -29,13 +29,14 @@ def inspection(
     weights: str = "auto",
     kv: str = "auto",
     merge: str = "dtype",
+    activations: str = "auto",
 ) -> dict[str, Any]:
     """Facts about a checkpoint as `load` would hold it; JSON types alone.
 
     Parameters
     ----------
     checkpoint : Checkpoint
-    device, dtype, weights, kv, merge : str
+    device, dtype, weights, kv, merge, activations : str
         As :func:`losart.load`'s.
     contexts : sequence of int
         Lengths to compute the size of the KV cache for. Default: those of `CONTEXTS` that the model
@@ -49,7 +50,7 @@ def inspection(
         The model does not run on the device, or there is none.
     """
     config, tokenizer = checkpoint.config, checkpoint.tokenizer
-    precision = Precision.chosen(dtype, kv, checkpoint.dtype)
+    precision = Precision.chosen(dtype, kv, checkpoint.dtype, activations)
     for context in contexts:
         if not (is_int(context) and 0 < context <= config.max_positions):
             raise OptionError(
@@ -91,6 +92,7 @@ def inspection(
         "weight_bytes": weight_bytes,
         "matrix_bytes": held,
         "kv": precision.kv.name,
+        "activations": "fp8" if backend.float8_activations else precision.activations.name,
         "free_bytes": free,
         "fitting_positions": None if free is None else _fitting(free - weight_bytes, kv_bytes, config),
         "kv_cache": [{"context": n, "bytes": kv_bytes(n)} for n in contexts],

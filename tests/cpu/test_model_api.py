@@ -205,6 +205,18 @@ def test_kv_auto_is_the_dtype(make_checkpoint, dtype):
     assert (held.dtype, held.kv, held.weights) == (dtype, "int8", (dtype,))
 
 
+def test_activations_in_fp8_are_a_gpus(make_checkpoint):
+    path = make_checkpoint(dtype="bfloat16")
+    plain, asked = losart.load(path, "cpu"), losart.load(path, "cpu", activations="fp8")
+    assert asked.activations == plain.activations == "bfloat16"
+    expected = plain.generate(PROMPT, max_new_tokens=4).token_ids
+    assert asked.generate(PROMPT, max_new_tokens=4).token_ids == expected
+    with pytest.raises(OptionError, match="activations must be auto or fp8, not 'int8'"):
+        losart.load(path, "cpu", activations="int8")
+    with pytest.raises(OptionError, match="does not go with deterministic"):
+        losart.load(path, "cpu", activations="fp8", deterministic=True)
+
+
 @pytest.mark.parametrize(("dtype", "itemsize"), [("float32", 4), ("bfloat16", 2)])
 def test_weights_take_what_their_tensors_have(make_checkpoint, dtype, itemsize):
     path = make_checkpoint(dtype=dtype)

@@ -134,6 +134,10 @@ def test_a_map_tells_the_driver_of_the_matrix_and_is_passed_by_value(driver):
     assert (kind, rank, address.value) == (1, 2, 1 << 40)
     assert [list(told) for told in (sizes, strides, box, every)] == [[72, 300], [144], [64, 128], [1, 1]]
     assert modes == [0, 3, 2, 0]
+    tensor_map(1 << 40, 300, 64, 32, itemsize=1, box_bytes=64)
+    kind, _, _, sizes, strides, box, _, *modes = driver.maps[1]
+    assert kind == 0 and [list(told) for told in (sizes, strides, box)] == [[64, 300], [64], [64, 32]]
+    assert modes == [0, 2, 2, 0]
     Kernel("kernel", Function(driver), overlap=True)((1,), 32, found, 5)
     map_value, number = driver.launches[0][2]
     assert map_value == bytes(found)[:8] and int.from_bytes(number[:4], "little") == 5

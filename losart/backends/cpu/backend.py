@@ -91,6 +91,7 @@ class CpuBackend:
     """
 
     name = "cpu"
+    float8_activations = False  # sums are of float32 numbers
     prefill_tokens = 512
     beside_tokens = 128
     max_sequences = 16

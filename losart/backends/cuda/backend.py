@@ -27,6 +27,7 @@ from losart.backends.base import (
 )
 from losart.backends.cuda.batch import DeviceBatch
 from losart.backends.cuda.experts import Experts, check_experts, experts
+from losart.backends.cuda.float8 import Float8Products
 from losart.backends.cuda.host_selector import HostSelector
 from losart.backends.cuda.kernels import Kernels
 from losart.backends.cuda.matmul import blas_matmul
@@ -122,6 +123,8 @@ class CudaBackend:
             raise ConfigError(f"hidden_size {config.hidden_size} is too large for this GPU's shared memory")
         self.kernels = Kernels(precision, card, deterministic)
         self.same_sums = self.kernels.same_sums
+        self.float8_activations = self.kernels.float8_activations
+        self._float8 = Float8Products(self.kernels)
         self.runner = PassRunner(self.memory, config, self.kernels)
         self._loader = WeightLoader(self.kernels, self.memory.stream)
         with self.memory.running("the model"):
@@ -145,7 +148,7 @@ class CudaBackend:
             return self._loader.experts(gate_up, down)
 
     def held(self, *tensors: Any) -> dict[str, int]:
-        form = quantized_form(tensors, self.precision.weights, valid=True)
+        form = quantized_form(tensors, self.precision.weights, True, self.float8_activations)
         return self._plain(tensors) if form is None else {form.dtype: form.nbytes}
 
     def held_experts(self, gate_up: Stack, down: Stack) -> dict[str, int]:
@@ -222,6 +225,8 @@ class CudaBackend:
         return x
 
     def linear(self, x: Any, weight: Weight | QuantizedWeight, bias: Any | None = None) -> Matmul:
+        if self._float8.take(weight, len(x)):
+            return self._float8.linear(x, weight, bias)
         weight = self._for_tokens(weight, len(x))
         if isinstance(weight, QuantizedWeight):
             return self._linear_quantized(x, weight, bias)
@@ -264,6 +269,8 @@ class CudaBackend:
         return Weight(values, fresh=True)
 
     def prefill_linear(self, x: Any, weight: Weight | QuantizedWeight, bias: Any | None = None) -> Matmul:
+        if self._float8.take(weight, len(x)):
+            return self._float8.linear(x, weight, bias)
         weight = self._for_tokens(weight, len(x))
         if isinstance(weight, QuantizedWeight):
             return self._linear_quantized(x, weight, bias)
@@ -327,6 +334,9 @@ class CudaBackend:
 
     def gated_linear(self, x: Any, gate_up: Weight | QuantizedWeight, prefill: bool) -> Any:
         kernels, tokens, (rows, inner) = self.kernels, len(x), gate_up.shape
+        if self._float8.take(gate_up, tokens):
+            y = self._float8.gated(x, gate_up)
+            return self.silu_gate(self._float8.linear(x, gate_up, None)) if y is None else y
         gate_up = self._for_tokens(gate_up, tokens)
         if isinstance(gate_up, QuantizedWeight):
             return self.silu_gate(self._linear_quantized(x, gate_up, None))

@@ -26,6 +26,8 @@ class Kernels:
     ----------
     tensor_matmul : bool
         Whether tensor cores can multiply activations by weights.
+    float8_activations : bool
+        Whether those of many tokens are rounded to E4M3 before they are multiplied by weights held so.
     kv_bits : int
         As of `attention_bits`.
     same_sums : bool
@@ -37,6 +39,7 @@ class Kernels:
         self.precision = precision
         self.card = card
         self.tensor_matmul = precision.weights.bits == precision.activations.bits == 16
+        self.float8_activations = precision.float8_activations and self.tensor_matmul and card.hopper
         self.kv_bits = attention_bits(precision)
         self.deterministic = deterministic
         self.same_sums = deterministic or precision.activations.bits == 32

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import ceil
 from operator import itemgetter
@@ -231,31 +231,66 @@ def hopper_matmul_plans(
     """Ways to cut a matmul of many tokens into tiles, each with the clocks that it takes.
 
     `gated`: rows are gates and as many more, by which the kernel itself multiplies them.
+    """
+    for tiling in hopper_tilings(card, tokens, rows, ceil(inner / cu.STEP_COLUMNS), TILE_WIDTHS, gated):
+        width, cluster = tiling.width, tiling.cluster
+        stage = (cu.TILE_TOKENS + width) * cu.STEP_COLUMNS * 2 + cu.BARRIER_BYTES
+        stages = min(8, card.shared_per_block // stage)
+        defines = (("WIDTH", width), ("CLUSTER", cluster), ("STAGES", stages), ("GATED", int(gated)))
+        boxes = cu.TILE_TOKENS, width // (2 if gated else cluster)
+        shape = (tiling.blocks,), cu.LINEAR_HOPPER_THREADS, stages * stage, defines
+        yield tiling.clocks, Plan("linear_hopper", *shape, parts=tiling.splits, boxes=boxes)
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """A way to cut a matmul into tiles of TILE_TOKENS tokens.
+
+    Attributes
+    ----------
+    clocks : float
+        That it takes.
+    width : int
+        Rows of a tile.
+    cluster : int
+        Thread blocks of a cluster.
+    splits : int
+        Of a tile's columns.
+    blocks : int
+        Thread blocks.
+    """
+
+    clocks: float
+    width: int
+    cluster: int
+    splits: int
+    blocks: int
+
+
+def hopper_tilings(
+    card: Card, tokens: int, rows: int, steps: int, widths: Sequence[int], gated: bool
+) -> Iterator[Tiling]:
+    """Ways to cut it, in each step of which a row has 128 bytes of columns.
 
     A last wave of few tiles, the speed of the L2 cache and of memory, and the planes of partial sums decide;
     all other costs are the same for each.
     """
-    steps = ceil(inner / cu.STEP_COLUMNS)
+    step_bytes = cu.STEP_COLUMNS * 2
     for cluster in (2, 1):  # of equals the one that copies less
         max_clusters = card.sms // cluster
-        for width in TILE_WIDTHS if max_clusters else ():
+        for width in widths if max_clusters else ():
             whole = ceil(tokens / (cu.TILE_TOKENS * cluster)) * ceil(rows / width)
             for splits in (1,) if gated else SPLITS:
                 if splits > 1 and steps < splits * LEAST_STEPS:
                     continue
                 tiles = whole * splits
                 clusters = min(tiles, max_clusters)
-                copied = (cu.TILE_TOKENS + width // cluster) * cu.STEP_COLUMNS * 2
+                copied = (cu.TILE_TOKENS + width // cluster) * step_bytes
                 speed = min(MAX_L2_BYTES, L2_BYTES * card.sms / (clusters * cluster))
                 step = max(CLOCKS_PER_ROW * width, copied / speed)
                 clocks = ceil(tiles / clusters) * (ceil(steps / splits) * step + TILE_CLOCKS)
-                clocks = max(clocks, 2 * rows * inner / MEMORY_BYTES)
+                clocks = max(clocks, rows * steps * step_bytes / MEMORY_BYTES)
                 # Both of writing and of reading them again.
                 written = 2 * tokens * rows // 2 if gated else 4 * splits * tokens * rows
                 clocks += 2 * written / (L2_BYTES * card.sms)
-                stage = (cu.TILE_TOKENS + width) * cu.STEP_COLUMNS * 2 + cu.BARRIER_BYTES
-                stages = min(8, card.shared_per_block // stage)
-                defines = (("WIDTH", width), ("CLUSTER", cluster), ("STAGES", stages), ("GATED", int(gated)))
-                grid, boxes = (clusters * cluster,), (cu.TILE_TOKENS, width // (2 if gated else cluster))
-                shape = (grid, cu.LINEAR_HOPPER_THREADS, stages * stage, defines)
-                yield clocks, Plan("linear_hopper", *shape, parts=splits, boxes=boxes)
+                yield Tiling(clocks, width, cluster, splits, clusters * cluster)

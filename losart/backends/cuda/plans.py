@@ -85,7 +85,8 @@ class Plan:
     capacity : int
         sparse attention: pages of a thread block's share of a list.
     boxes : (int, int) or ()
-        linear_hopper: rows of x and of the weights that are copied at a time, by tensor maps.
+        linear_hopper, linear_float8_hopper: rows of x and of the weights that are copied at a time, by
+        tensor maps.
     """
 
     kernel: str

@@ -87,11 +87,14 @@ def is_compiled(dtype: str, group: int, zeros: bool, wide_scales: bool) -> bool:
     return not zeros or (dtype != "float8" and not wide_scales)
 
 
-def quantized_form(tensors: Sequence[Any], format: Format, valid: bool = False) -> QuantizedForm | None:
+def quantized_form(
+    tensors: Sequence[Any], format: Format, valid: bool = False, wide_float8: bool = False
+) -> QuantizedForm | None:
     """How a checkpoint's matrices [out_i, in], joined along `out`, are held as codes.
 
-    With `valid` codes that are NaN are not looked for, which takes reading all of them. None where the
-    matrices are not quantized, or not so that the kernels take them: those are held in `format`.
+    With `valid` codes that are NaN are not looked for, which takes reading all of them. With `wide_float8`
+    scales of E4M3 codes are float32 whatever the files have, as linear_float8_hopper takes them. None where
+    the matrices are not quantized, or not so that the kernels take them: those are held in `format`.
     """
     first = tensors[0]
     inner, dtype = first.shape[1], first.dtype
@@ -105,7 +108,7 @@ def quantized_form(tensors: Sequence[Any], format: Format, valid: bool = False) 
     zeros = any(one.uses_zeros for one in tensors)
     if zeros and not all(one.whole_zeros for one in tensors if one.uses_zeros):
         return None  # they are held in 16 bits
-    wide = any(one.scale_dtype != format.name for one in tensors)
+    wide = any(one.scale_dtype != format.name for one in tensors) or (wide_float8 and dtype == "float8")
     # Columns that pad a row must be 0.
     if not is_compiled(dtype, group, zeros, wide) or (zeros and inner % cu.QUANTIZED_UNIT):
         return None

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 
 from losart.backends.cuda.expert_plans import FEW_TILES, ExpertShape, expert_plans, route_plan
+from losart.backends.cuda.float8_plans import float8_plans, multiplies_float8, quantize_tokens_plan
 from losart.backends.cuda.matmul_plans import (
     QUANTIZED_TILES,
     dequantize_plan,
@@ -119,6 +121,11 @@ def plans(card: Card, precision: Precision) -> Iterator[Plan]:
     if card.hopper and sixteen:
         for gated in (False, True):
             yield from (plan for _, plan in hopper_matmul_plans(card, 2048, 4096, 4096, gated))
+        yield quantize_tokens_plan(2048)
+        for form in FORMS:
+            if multiplies_float8(card, form):
+                of_units = form, replace(form, group=form.inner)
+                yield from (plan for one in of_units for _, plan in float8_plans(card, one, 2048))
 
 
 def variants(name: str, card: Card, precision: Precision) -> dict[Defines, int]:

@@ -41,7 +41,8 @@ class WeightLoader:
 
     def matrix(self, *tensors: Any) -> Weight | QuantizedWeight:
         """Tensors [out_i, in] as one matrix [sum of out_i, in]."""
-        if (form := quantized_form(tensors, self._format)) is not None:
+        form = quantized_form(tensors, self._format, wide_float8=self._kernels.float8_activations)
+        if form is not None:
             return self._quantized(form, [tensors], False)
         rows = sum(tensor.shape[0] for tensor in tensors)
         values = cupy.empty((rows, tensors[0].shape[1]), self._format.bits_array)
