@@ -9,8 +9,6 @@ from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any
 
-import numpy as np
-
 from losart.config.precision import KV_INT8, Precision
 from losart.errors import DeviceError
 from losart.kernels_cu import Defines
