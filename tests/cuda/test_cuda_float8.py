@@ -170,7 +170,7 @@ def test_one_scale_for_a_whole_matrix(backend):
 @pytest.mark.parametrize(("tokens", "splits"), [(65, True), (2048, False)])
 def test_sums_are_split_where_tiles_are_few(backend, tokens, splits):
     rng, dtype = np.random.default_rng(0), dtype_of(backend)
-    tensor = float8_codes(rng, 1000, 8192, 0, dtype)
+    tensor = float8_codes(rng, 3000, 8192, 0, dtype)
     weight = backend.upload(tensor)
     plan = float8_plan(backend.kernels.card, weight.form, tokens)
     assert (plan.parts > 1) == splits
