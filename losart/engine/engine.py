@@ -24,13 +24,14 @@ from losart.engine.batch import (
     SequencePass,
     operations_key,
 )
+from losart.engine.hooks import revised
 from losart.engine.kv_cache import PagedKVCache
 from losart.engine.kv_pool import KVPool, Prefix
 from losart.engine.output import Decode, Output
 from losart.engine.remasking import remask
 from losart.engine.run import Done, Run
 from losart.engine.runner import Runner
-from losart.engine.sampling import NOT_FINITE, check_remasking
+from losart.engine.sampling import NOT_FINITE, Proposals, check_remasking
 from losart.engine.sequence import Mean, Sequence
 from losart.engine.stream import Stream
 from losart.engine.totals import Totals
@@ -562,8 +563,8 @@ class Engine:
         ended = time.perf_counter()
         done = Done(result.reads, len(passes), ended - began, ended, result.experts_used)
         self._count(batch, done)
-        proposing = [requests[-1] for _, requests in passes if len(requests[-1].proposed)]
-        fixed = iter(_fixed(result, proposing))
+        proposing = [(run.sequence, requests[-1]) for run, requests in passes if len(requests[-1].proposed)]
+        fixed = iter(_fixed(result.proposals, proposing))
         index = 0
         for run, requests in passes:
             after = next(fixed) if len(requests[-1].proposed) else None
@@ -619,7 +620,7 @@ class Engine:
         self,
         run: Run,
         requests: tuple[SequencePass, ...],
-        after: Fixed | NumericalError | None,
+        after: Fixed | Exception | None,
         done: Done,
         index: int,
         layers: Ids[tuple[ObservedLayer, ...]],
@@ -630,7 +631,7 @@ class Engine:
         """
         sequence = run.sequence
         try:
-            if isinstance(after, NumericalError):
+            if isinstance(after, Exception):
                 raise after
             sequence.apply(*after or ())
             if requests[0].kind is PassKind.PREFILL:
@@ -764,16 +765,21 @@ def _to_keep(error: Exception) -> Exception:
     return error
 
 
-def _fixed(result: PassResult, proposing: list[SequencePass]) -> list[Fixed] | list[Fixed | NumericalError]:
-    """Each sequence's block after the pass, or an error where its proposals are not finite."""
-    proposals = result.proposals
+def _fixed(
+    proposals: Proposals | None, proposing: list[tuple[Sequence, SequencePass]]
+) -> list[Fixed] | list[Fixed | Exception]:
+    """Each sequence's block after the pass, or an error: of a hook, or where proposals are not finite."""
     if proposals is None:
         return []
-    fixed = remask(proposals, proposing)
-    if proposals.finite is None or proposals.finite.all():
+    errors = dict[int, Exception]()
+    if proposals.logits is not None:
+        proposals, errors = revised(proposals, proposing)
+    fixed = remask(proposals, [asked for _, asked in proposing])
+    finite = proposals.finite
+    if not errors and (finite is None or finite.all()):
         return fixed
-    ends = np.cumsum([len(one.proposed) for one in proposing])
-    return [
-        after if rows.all() else NumericalError(NOT_FINITE)
-        for after, rows in zip(fixed, np.split(proposals.finite, ends), strict=False)
-    ]
+    ends = np.cumsum([len(asked.proposed) for _, asked in proposing])
+    for index, rows in enumerate([] if finite is None else np.split(finite, ends[:-1])):
+        if not rows.all():
+            errors[index] = NumericalError(NOT_FINITE)
+    return [errors.get(index, after) for index, after in enumerate(fixed)]

@@ -11,6 +11,7 @@ import numpy as np
 from losart.config.decoding import Decoding
 from losart.config.options import AttentionConfig, GenerationConfig
 from losart.engine.batch import PassKind, PassReads, SequencePass
+from losart.engine.hooks import ProposalHook
 from losart.engine.kv_cache import PagedKVCache
 from losart.engine.output import Output
 from losart.engine.sampling import transfer_counts
@@ -46,6 +47,8 @@ class Sequence:
         Whether keys and values that prefill gives to rounding are not enough for others: those of the answer.
     decoding : Decoding, optional
         The family's.
+    hooks : sequence of ProposalHook
+        Each is given what every pass proposes, with its logits, one after the other.
 
     Attributes
     ----------
@@ -90,10 +93,12 @@ class Sequence:
         commits_ride: bool = False,
         deterministic: bool = False,
         decoding: Decoding = SDAR_DECODING,
+        hooks: Ids[ProposalHook] = (),
     ) -> None:
         length = options.block_length
         self.options = options
         self.decoding = decoding
+        self.hooks = tuple(hooks)
         self.output = output
         self.cache = cache
         self.slot: Any = None
@@ -288,6 +293,7 @@ class Sequence:
             known=known,
             proposed=proposed,
             causal=self.decoding.causal,
+            keeps_logits=bool(self.hooks and proposed),
         )
 
     def _rows(self, masked: list[int]) -> tuple[list[int], list[int], list[int]]:
@@ -309,7 +315,9 @@ class Sequence:
         where = start, self.options, self.cache, self.slot
         uniforms, count = self._sampled(kind, block, masked, counts)
         masked, known, proposed = self._rows(masked) if self._special else (masked, [], masked)
-        self._own_pass = (SequencePass(kind, block, *where, masked, uniforms, count, known, proposed),)
+        keeps = bool(self.hooks)
+        own = SequencePass(kind, block, *where, masked, uniforms, count, known, proposed, keeps_logits=keeps)
+        self._own_pass = (own,)
         return self._own_pass
 
     def _denoise_again(self, before: tuple[SequencePass]) -> tuple[SequencePass]:
@@ -341,9 +349,8 @@ class Sequence:
         if asked.slot is None or asked.kind is PassKind.PREFILL:
             return []
         before = self._asked[:-1] if asked.kind.denoises else self._asked
-        return [
-            replace(asked, kind=k, ids=i, masked=m, uniforms=u, known=(), proposed=m) for k, i, m, u in before
-        ]
+        again = replace(asked, known=(), keeps_logits=False)
+        return [replace(again, kind=k, ids=i, masked=m, uniforms=u, proposed=m) for k, i, m, u in before]
 
     def apply(
         self,
