@@ -22,6 +22,7 @@ from losart.models.fingerprint import model_fingerprint
 from losart.models.transformer import Transformer
 from losart.observe.step import GenerationResult, Observer, Progress
 from losart.quantization import loaded_tensors
+from losart.structured.grammars import Grammars
 
 
 class Model:
@@ -71,6 +72,8 @@ class Model:
         self.matrix_bytes = runner.matrix_bytes
         self.weights = tuple(self.matrix_bytes)
         self._engine = Engine(runner)
+        written = None if self.tokenizer is None else self.tokenizer.backend.to_str
+        self._grammars = Grammars(self.config, written)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -131,6 +134,12 @@ class Model:
             Sample from the most probable tokens that reach this probability together.
         seed : int, optional
             Same seed, same output.
+        json_schema : dict or str, optional
+            The answer is JSON that this schema describes.
+        regex : str, optional
+            The answer matches this regular expression as a whole.
+        grammar : str, optional
+            The answer follows this Lark grammar. At most one of the three can be given.
         stop : str or list of str
             Ends the generation; the text is cut before it.
         stop_token_ids : list of int
@@ -188,9 +197,16 @@ class Model:
         config = generation_config(self.config, options)
         decode = self.tokenizer.decode if self.tokenizer else None
         engine.check(config, decode)
+        grammar = None if config.structure is None else self._grammars.matcher(*config.structure)
         ids = prompt_ids(prompt, self.config, self.tokenizer, self.chat_template)
         return engine.submit(
-            ids, config, decode=decode, observer=observer, progress=progress, each_step=each_step
+            ids,
+            config,
+            decode=decode,
+            observer=observer,
+            progress=progress,
+            each_step=each_step,
+            grammar=grammar,
         )
 
     def stream(
@@ -213,7 +229,7 @@ class Model:
 
         Options and their errors are those of `generate`.
         """
-        return Session(self._engine.runner, self.tokenizer, self.chat_template, options)
+        return Session(self._engine.runner, self.tokenizer, self.chat_template, options, self._grammars)
 
 
 def load(

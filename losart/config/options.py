@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import math
 import threading
 import weakref
@@ -19,6 +20,8 @@ from losart.errors import OptionError
 PAGE_UNIT = 16  # page sizes are multiples of this many positions
 LARGEST_PAGE = 65536  # a chunk of the cache is 16 pages at least
 DEFAULT_BLOCK_LENGTH = 4  # of SDAR's released checkpoints, when the checkpoint does not say
+STRUCTURES = ("json_schema", "regex", "grammar")
+LARGEST_STRUCTURE = 65536  # characters of one
 CHOICES = {
     "selector": ("quest", "anchor"),
     "drift": ("auto", "previous", "refresh"),
@@ -151,6 +154,9 @@ class GenerationConfig:
     top_k: int = 0
     top_p: float = 1.0
     seed: int | None = None
+    json_schema: str | None = None
+    regex: str | None = None
+    grammar: str | None = None
     attention: AttentionConfig = field(default_factory=AttentionConfig)
 
     def __post_init__(self) -> None:
@@ -187,6 +193,25 @@ class GenerationConfig:
             raise OptionError(f"stop must be a string or a list of non-empty strings, not {self.stop!r}")
         if not all(is_int(token) and token >= 0 for token in self.stop_token_ids):
             raise OptionError(f"stop_token_ids must be a list of token ids, not {self.stop_token_ids!r}")
+        structures = [name for name in STRUCTURES if getattr(self, name) is not None]
+        for name in structures:
+            text = getattr(self, name)
+            if not isinstance(text, str):
+                raise OptionError(f"{name} must be a string, not {text!r}")
+            if len(text) > LARGEST_STRUCTURE:
+                raise OptionError(f"{name} must have {LARGEST_STRUCTURE} characters at most, not {len(text)}")
+        if len(structures) > 1:
+            raise OptionError(f"{structures[1]} cannot be given beside {structures[0]}")
+        if structures and self.edits:
+            raise OptionError(
+                f"editing_threshold must be 1 beside {structures[0]}, which needs tokens to stay as they are"
+            )
+
+    @property
+    def structure(self) -> tuple[str, str] | None:
+        """What answers must follow: one of `STRUCTURES`, and its text."""
+        found = ((name, getattr(self, name)) for name in STRUCTURES)
+        return next(((name, text) for name, text in found if text is not None), None)
 
     @property
     def edits(self) -> bool:
@@ -228,6 +253,19 @@ def _as_tuple(name: str, value: Any, scalar: type) -> tuple[Any, ...]:
     raise OptionError(f"{name} must be a list of {scalar.__name__}, not {value!r}")
 
 
+def _schema_text(schema: Any) -> str:
+    """A JSON schema, or the text of one, as text."""
+    try:
+        if isinstance(schema, str):
+            schema = json.loads(schema)
+        text = json.dumps(schema, allow_nan=False)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise OptionError(f"json_schema must be JSON: {error}") from None
+    if not isinstance(schema, dict):
+        raise OptionError(f"json_schema must be an object, not {schema!r}")
+    return text
+
+
 def generation_config(model: ModelConfig, options: dict[str, Any]) -> GenerationConfig:
     """The configuration of one generation, from the caller's options and the checkpoint's defaults.
 
@@ -262,7 +300,12 @@ def generation_config(model: ModelConfig, options: dict[str, Any]) -> Generation
         raise OptionError(f"attention must be the name of a policy, not {attention['method']!r}")
 
     block_length = values.setdefault("block_length", model.block_length or DEFAULT_BLOCK_LENGTH)
-    values = dict(model.decoding.defaults) | values
+    defaults = dict(model.decoding.defaults)
+    if values.keys() & set(STRUCTURES):
+        defaults.pop("editing_threshold", None)  # tokens that a grammar has taken cannot change
+    if "json_schema" in values:
+        values["json_schema"] = _schema_text(values["json_schema"])
+    values = defaults | values
     values.setdefault("denoising_steps", block_length)
     values.setdefault("mask_token_id", model.mask_token_id)
     if values["mask_token_id"] is None:

@@ -34,6 +34,7 @@ from losart.engine.runner import Runner
 from losart.engine.sampling import NOT_FINITE, Proposals, check_remasking
 from losart.engine.sequence import Mean, Sequence
 from losart.engine.stream import Stream
+from losart.engine.structure import Grammar, Structure
 from losart.engine.totals import Totals
 from losart.errors import LosartError, NumericalError, OptionError, OutOfMemoryError, PromptError
 from losart.observe.engine_stats import EngineStats
@@ -151,6 +152,7 @@ class Engine:
         observer: Observer | None = None,
         progress: Progress | None = None,
         each_step: bool = True,
+        grammar: Grammar | None = None,
     ) -> Stream:
         """Generate from token ids.
 
@@ -166,6 +168,8 @@ class Engine:
             Called after each prefilled piece of the prompt with the tokens done and in all.
         each_step : bool
             Whether the stream gives a step per denoising pass; else the last one alone, with the result.
+        grammar : Grammar, optional
+            At its beginning; the answer follows it. No other generation may have the same one.
 
         Raises
         ------
@@ -176,7 +180,8 @@ class Engine:
         """
         self.check(options, decode)
         cache = self.new_cache(prompt, options)
-        run = Run(self.sequence(prompt, options, cache, decode), observer, progress, each_step)
+        sequence = self.sequence(prompt, options, cache, decode, grammar)
+        run = Run(sequence, observer, progress, each_step)
         if self._pool is not None:
             self._pool.check(run.sequence)
         # The iterator alone holds the run, so that its cache is freed with its end.
@@ -206,6 +211,7 @@ class Engine:
         options: GenerationConfig,
         cache: PagedKVCache,
         decode: Decode | None = None,
+        grammar: Grammar | None = None,
     ) -> Sequence:
         """The prompt as a sequence that goes on after what the cache holds of it."""
         runner, decoding = self.runner, self.runner.config.decoding
@@ -214,10 +220,12 @@ class Engine:
             room = room // options.block_length * options.block_length
             if not room:
                 raise PromptError(f"the prompt of {len(prompt)} tokens leaves no room for a block")
-        output = Output(min(options.max_new_tokens, room), options.stop_token_ids, options.stop, decode)
+        ends = (*options.stop_token_ids, *(() if grammar is None else grammar.end_token_ids))
+        output = Output(min(options.max_new_tokens, room), ends, options.stop, decode)
+        hooks = () if grammar is None else (Structure(grammar, output),)
         rides = runner.commits_ride(options)
         prefill_tokens, deterministic = runner.prefill_tokens, runner.deterministic
-        return Sequence(prompt, options, output, cache, prefill_tokens, rides, deterministic, decoding)
+        return Sequence(prompt, options, output, cache, prefill_tokens, rides, deterministic, decoding, hooks)
 
     def prefix(self, prompt: Ids[int], options: GenerationConfig, progress: Progress | None = None) -> Prefix:
         """Prefill a prompt's whole pages and blocks, or find them, and hold them.

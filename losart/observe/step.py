@@ -87,7 +87,7 @@ class GenerationResult:
     token_ids : list of int
         The new tokens, up to and including the one that stopped.
     finish_reason : {"stop", "length"}
-        Ended by an end token or stop string, or by the number of tokens.
+        Ended by an end token, a stop string or the end of a grammar, or by the number of tokens.
     stats : Stats
     """
 
