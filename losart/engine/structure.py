@@ -46,7 +46,8 @@ class Structure:
     fix them. Tokens to which the grammar leaves no choice are fixed too, whatever was proposed.
 
     With a temperature a proposal that the grammar does not accept is drawn anew in a later pass, among the
-    tokens that it allows: that is sampling by rejection, from the distribution under the grammar.
+    tokens that it allows. Without `top_k` and `top_p` that is rejection sampling from the distribution under
+    the grammar.
 
     Parameters
     ----------
@@ -66,8 +67,11 @@ class Structure:
         Raises
         ------
         LosartError
-            The grammar goes on with tokens that the model has not, or is too complex to be followed.
+            The grammar goes on with tokens that the model has not, or is too complex to be followed; or the
+            pass before was not applied.
         """
+        if self._taken != len(self._output.tokens):
+            raise LosartError("a pass under a grammar cannot be taken twice")
         grammar, chosen, tokens = self._grammar, choose(proposals, [asked]), proposals.tokens.copy()
         row = 0
         while row < len(tokens) and not grammar.complete:

@@ -97,7 +97,7 @@ def fault(schema: dict[str, Any], result: losart.GenerationResult) -> str | None
         value = json.loads(result.text)
     except ValueError as error:
         return f"{error}: {result.text!r}"
-    # Not of dates: grammars have the form of RFC 3339, in which there are days that no calendar has.
+    # Not of dates: RFC 3339 has a year 0, and Python's calendar none.
     checker = FormatChecker(("uuid", "ipv4", "email"))
     errors = Draft202012Validator(schema, format_checker=checker).iter_errors(value)
     return next((f"{error.message}: {result.text!r}" for error in errors), None)
