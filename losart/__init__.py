@@ -24,7 +24,7 @@ from losart.errors import (
     explain_unbuilt,
 )
 from losart.observe.engine_stats import EngineStats
-from losart.observe.step import GenerationResult, ObservedLayer, Stats, Step
+from losart.observe.step import GenerationResult, ObservedLayer, Stats, Step, TokenLogprob
 from losart.observe.trace import Trace, TraceWriter, read_trace
 from losart.version import __version__
 
@@ -63,6 +63,7 @@ __all__ = [
     "Stats",
     "Step",
     "TensorError",
+    "TokenLogprob",
     "Trace",
     "TraceError",
     "TraceWriter",

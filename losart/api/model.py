@@ -131,6 +131,9 @@ class Model:
             Sample from the most probable tokens that reach this probability together.
         seed : int, optional
             Same seed, same output.
+        logprobs : int, optional
+            Have each new token's log-probability in the result, and those of this many most probable tokens
+            in its place, 0 to 20: see :class:`losart.TokenLogprob`.
         stop : str or list of str
             Ends the generation; the text is cut before it.
         stop_token_ids : list of int

@@ -19,6 +19,7 @@ from losart.errors import OptionError
 PAGE_UNIT = 16  # page sizes are multiples of this many positions
 LARGEST_PAGE = 65536  # a chunk of the cache is 16 pages at least
 DEFAULT_BLOCK_LENGTH = 4  # of SDAR's released checkpoints, when the checkpoint does not say
+MOST_LOGPROBS = 20  # of a token's most probable alternatives
 CHOICES = {
     "selector": ("quest", "anchor"),
     "drift": ("auto", "previous", "refresh"),
@@ -151,6 +152,7 @@ class GenerationConfig:
     top_k: int = 0
     top_p: float = 1.0
     seed: int | None = None
+    logprobs: int | None = None
     attention: AttentionConfig = field(default_factory=AttentionConfig)
 
     def __post_init__(self) -> None:
@@ -183,6 +185,8 @@ class GenerationConfig:
             raise OptionError(f"top_p must be above 0 and at most 1, not {self.top_p!r}")
         if not (self.seed is None or (is_int(self.seed) and self.seed >= 0)):
             raise OptionError(f"seed must be an integer, 0 or more, not {self.seed!r}")
+        if not (self.logprobs is None or (is_int(self.logprobs) and 0 <= self.logprobs <= MOST_LOGPROBS)):
+            raise OptionError(f"logprobs must be an integer from 0 to {MOST_LOGPROBS}, not {self.logprobs!r}")
         if not all(isinstance(text, str) and text for text in self.stop):
             raise OptionError(f"stop must be a string or a list of non-empty strings, not {self.stop!r}")
         if not all(is_int(token) and token >= 0 for token in self.stop_token_ids):

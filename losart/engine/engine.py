@@ -707,6 +707,9 @@ class Engine:
                     if sequence.finished:  # perhaps by what a commit gave
                         steps = steps or done[-1:]
                         steps[-1] = replace(steps[-1], result=sequence.result())
+                    if steps and (logprobs := sequence.logprobs(run.logprobs_told)) is not None:
+                        steps[-1] = replace(steps[-1], logprobs=logprobs)
+                        run.logprobs_told += len(logprobs)
                 except Exception as error:  # decoding may raise
                     self._end(run, error)
                 else:
