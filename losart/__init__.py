@@ -33,6 +33,7 @@ try:
     from losart.api.engine import Engine
     from losart.api.fetch import fetch
     from losart.api.model import Model, generate, load
+    from losart.api.scoring import Score
     from losart.api.session import Session
     from losart.measure.random_checkpoint import write_size as random_checkpoint
 except ModuleNotFoundError as error:
@@ -59,6 +60,7 @@ __all__ = [
     "OutOfMemoryError",
     "PrefixError",
     "PromptError",
+    "Score",
     "Session",
     "Stats",
     "Step",

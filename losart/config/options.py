@@ -198,9 +198,9 @@ class GenerationConfig:
         return self.editing_threshold < 1
 
 
-_ATTENTION_OPTIONS = {f.name for f in dataclasses.fields(AttentionConfig)} - {"method"}
+ATTENTION_OPTIONS = {f.name for f in dataclasses.fields(AttentionConfig)} - {"method"}
 _GENERATION_OPTIONS = {f.name for f in dataclasses.fields(GenerationConfig)}
-OPTIONS = tuple(sorted(_GENERATION_OPTIONS | _ATTENTION_OPTIONS))
+OPTIONS = tuple(sorted(_GENERATION_OPTIONS | ATTENTION_OPTIONS))
 
 
 def _plain(value: Any) -> Any:
@@ -260,7 +260,7 @@ def generation_config(model: ModelConfig, options: dict[str, Any]) -> Generation
             raise OptionError(f"unknown option {name!r}{hint}")
 
     values = {name: _plain(value) for name, value in given.items() if value is not None}
-    attention = {name: values.pop(name) for name in list(values) if name in _ATTENTION_OPTIONS}
+    attention = {name: values.pop(name) for name in list(values) if name in ATTENTION_OPTIONS}
     attention["method"] = values.pop("attention", AttentionConfig.method)
     if not isinstance(attention["method"], str):
         raise OptionError(f"attention must be the name of a policy, not {attention['method']!r}")
