@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,16 +11,18 @@ import numpy as np
 
 from losart.config.checks import is_int
 from losart.config.model import ModelConfig
-from losart.config.options import ATTENTION_OPTIONS, generation_config
+from losart.config.options import ATTENTION_OPTIONS, GenerationConfig, generation_config
 from losart.engine.engine import HELD_PREFIXES, Engine
 from losart.engine.kv_pool import KVPool
 from losart.engine.runner import Runner
 from losart.engine.scoring import GivenTokens
+from losart.engine.stream import Stream
 from losart.errors import OptionError, PromptError
 from losart.loaders.chat_template import ChatTemplate
 from losart.loaders.tokenizer import Prompt, Tokenizer, is_batch, prompt_ids
 
 Continuation = str | Sequence[int]
+AHEAD = 4  # times as many generations are begun as can share passes
 SCORE_OPTIONS = {"attention", "block_length", "sub_block_length", "mask_token_id"} | ATTENTION_OPTIONS
 
 
@@ -69,27 +72,18 @@ def score(
     if several and not (isinstance(continuation, (list, tuple)) and len(continuation) == len(prompt)):
         raise PromptError("a list of prompts needs a list of as many continuations")
     engine = Engine(runner, runner.max_sequences, KVPool(HELD_PREFIXES), prefill_first=True)
-    begun = []
+    asked = []
     for index, pair in enumerate(
         zip(prompt, continuation, strict=True) if several else [(prompt, continuation)]
     ):
         try:
             ids, tokens = pair_ids(runner.config, tokenizer, template, *pair)
-            begun.append((tokens, _begun(engine, ids, tokens, samples, seed, options)))
+            asked.append((ids, tokens, _options(engine, ids, tokens, options)))
         except PromptError as error:
             if not several:
                 raise
             raise PromptError(f"prompt {index}: {error}") from error
-    for _, runs in begun:
-        for _, stream in runs:
-            stream.start()
-    scores = []
-    for tokens, runs in begun:
-        for _, stream in runs:
-            stream.result()
-        of_token = np.mean([given.logprobs for given, _ in runs], axis=0)
-        greedy = all(given.greedy for given, _ in runs)
-        scores.append(Score(float(of_token.sum()), tokens, of_token.tolist(), greedy))
+    scores = list(_scores(engine, asked, samples, seed))
     return scores if several else scores[0]
 
 
@@ -126,32 +120,50 @@ def pair_ids(
     return ids, tokens
 
 
-def _begun(
-    engine: Engine,
-    ids: list[int],
-    tokens: list[int],
-    samples: int | None,
-    seed: int,
-    options: dict[str, Any],
-) -> list[tuple[GivenTokens, Any]]:
-    """A generation of the continuation for each order in which its tokens are fixed, not yet started."""
+def _options(engine: Engine, ids: list[int], tokens: list[int], options: dict[str, Any]) -> GenerationConfig:
+    """Of a generation of the continuation."""
     config = engine.runner.config
     fixed = {"max_new_tokens": len(tokens), "stop_token_ids": [], "editing_threshold": 1.0}
     how = generation_config(config, {**options, **fixed})
+    engine.check(how, None)
     room = engine.room(ids, how)
-    if config.decoding.ends_short:  # else the last block would tell where the continuation ends
-        whole = -(-(len(ids) + len(tokens)) // how.block_length) * how.block_length - len(ids)
-        how = replace(how, max_new_tokens=min(whole, room))
     if room < len(tokens):
         raise PromptError(
             f"the prompt has {len(ids)} tokens and the continuation {len(tokens)}: they do not fit into the "
             f"model's {config.max_positions} positions in blocks of {how.block_length}"
         )
-    orders: list[np.ndarray | None] = [None]
-    if samples is not None:
-        orders = [np.random.default_rng([seed, n]).random(len(tokens)) for n in range(samples)]
-    runs = []
-    for order in orders:
-        given = GivenTokens(tokens, len(ids), order)
-        runs.append((given, engine.submit(ids, how, each_step=False, hooks=[given])))
-    return runs
+    if config.decoding.ends_short:  # else the last block would tell where the continuation ends
+        whole = -(-(len(ids) + len(tokens)) // how.block_length) * how.block_length - len(ids)
+        how = replace(how, max_new_tokens=min(whole, room))
+    return how
+
+
+def _scores(
+    engine: Engine,
+    asked: list[tuple[list[int], list[int], GenerationConfig]],
+    samples: int | None,
+    seed: int,
+) -> Iterator[Score]:
+    """In order; generations are begun as far ahead as the engine needs."""
+    under_way: deque[list[tuple[GivenTokens, Stream]]] = deque()
+
+    def first() -> Score:
+        runs = under_way.popleft()
+        for _, stream in runs:
+            stream.result()
+        of_token = np.mean([given.logprobs for given, _ in runs], axis=0)
+        greedy = all(given.greedy for given, _ in runs)
+        return Score(float(of_token.sum()), runs[0][0].tokens, of_token.tolist(), greedy)
+
+    for ids, tokens, options in asked:
+        runs = []
+        for sample in [None] if samples is None else range(samples):
+            order = None if sample is None else np.random.default_rng([seed, sample]).random(len(tokens))
+            given = GivenTokens(tokens, len(ids), order)
+            runs.append((given, engine.submit(ids, options, each_step=False, hooks=[given])))
+            runs[-1][1].start()
+        under_way.append(runs)
+        if sum(map(len, under_way)) > AHEAD * engine.max_sequences:
+            yield first()
+    while under_way:
+        yield first()

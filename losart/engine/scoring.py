@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -19,7 +18,7 @@ class GivenTokens:
 
     Parameters
     ----------
-    tokens : sequence of int
+    tokens : list of int
     first : int
         Position of the first of them.
     order : float64 [tokens], optional
@@ -27,13 +26,14 @@ class GivenTokens:
 
     Attributes
     ----------
+    tokens : list of int
     logprobs : float64 [tokens]
     greedy : bool
         Whether each token so far was the most probable one in its pass.
     """
 
-    def __init__(self, tokens: Sequence[int], first: int, order: np.ndarray | None = None) -> None:
-        self._tokens = tokens
+    def __init__(self, tokens: list[int], first: int, order: np.ndarray | None = None) -> None:
+        self.tokens = tokens
         self._first = first
         self._order = np.arange(len(tokens)) if order is None else order
         self._left = len(tokens)
@@ -44,12 +44,12 @@ class GivenTokens:
         """Propose a given token, and let no other be fixed."""
         assert proposals.logits is not None
         places = [asked.prefix_length + target - self._first for target in asked.targets]
-        rows = [row for row, place in enumerate(places) if place < len(self._tokens)]
+        rows = [row for row, place in enumerate(places) if place < len(self.tokens)]
         if not rows:  # of a part of the block that comes after all of them
             return replace(proposals, decided=np.ones(len(places), np.int8))
         row = min(rows, key=lambda row: float(self._order[places[row]]))
         place = places[row]
-        token = self._tokens[place]
+        token = self.tokens[place]
         self.logprobs[place] = log_softmax(proposals.logits[row])[token]
         self.greedy &= bool(proposals.tokens[row] == token)
         self._left -= 1

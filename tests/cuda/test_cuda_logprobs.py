@@ -137,3 +137,17 @@ def test_logits_of_several_are_given_to_whom_they_belong(tiny_checkpoint, planne
     assert all(
         len(one.logits) == len(one.proposed) and np.isfinite(one.logits.max(axis=1)).all() for one in seen
     )
+
+
+def test_scores_are_those_of_the_cpu(family):
+    path, options = family
+    sizes = {name: size for name, size in options.items() if name in ("block_length", "block_size")}
+    cpu, cuda = (losart.load(path, device, "float32") for device in ("cpu", "cuda"))
+    continuations = [prompt[:11] for prompt in prompts()[::-1]]
+    for samples in (None, 2):
+        expected, found = (
+            model.score(prompts(), continuations, samples=samples, **sizes) for model in (cpu, cuda)
+        )
+        for one, other in zip(found, expected, strict=True):
+            assert one.token_logprobs == pytest.approx(other.token_logprobs, abs=2e-3)
+            assert one.token_ids == other.token_ids
