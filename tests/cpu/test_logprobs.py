@@ -15,6 +15,8 @@ import losart
 from losart.cli import main
 from losart.engine.logprobs import token_logprob
 from losart.errors import OptionError
+from losart.eval.questions import make_questions
+from losart.eval.tasks import TASKS
 from losart.measure.random_checkpoint import write_checkpoint
 
 LENGTHS = (1, 5, 8, 16, 30)
@@ -128,6 +130,14 @@ def test_methods_of_attention_give_the_same_tokens_with_them(tiny_checkpoint, me
     result = model.generate(prompt, logprobs=0, **options)
     assert result.token_ids == expected.token_ids
     assert all(one.top == () and one.logprob <= 0 for one in result.logprobs)
+
+
+def test_the_shipped_model_is_sure_of_what_it_was_asked():
+    model = losart.load(device="cpu")
+    prompts = [one.prompt for one in make_questions(model, TASKS["key"], 256, 3, 0, "symbols")]
+    for result in model.generate(prompts, logprobs=2, attention="losa"):
+        for one in result.logprobs:
+            assert one.top[0] == (one.token, one.logprob) and one.logprob > -0.01 and one.top[1][1] < -5
 
 
 def test_a_stop_ends_them_where_the_tokens_end(tiny_checkpoint):

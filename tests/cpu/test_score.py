@@ -9,6 +9,8 @@ from families import FAMILIES, SMALL
 
 import losart
 from losart.errors import OptionError, PromptError
+from losart.eval.questions import make_questions
+from losart.eval.tasks import TASKS
 from losart.measure.random_checkpoint import write_checkpoint
 
 ALL = {"sdar": ("sdar", {"block_length": 4}), **FAMILIES}
@@ -127,6 +129,17 @@ def test_orders_are_the_seed_s_and_families_have_them(family):
     assert first.token_logprobs == pytest.approx(again.token_logprobs, abs=1e-4)
     assert first.logprob != pytest.approx(other.logprob, abs=1e-4)
     assert first.logprob != pytest.approx(plain.logprob, abs=1e-4)
+
+
+@pytest.mark.parametrize("options", [{}, {"samples": 2}, {"attention": "losa", "budget": 64}], ids=str)
+def test_the_shipped_model_knows_which_answer_is_right(options):
+    model = losart.load(device="cpu")
+    questions = list(make_questions(model, TASKS["key"], 256, 3, 0, "symbols"))
+    answers = [one.token_ids for one in model.generate([one.prompt for one in questions])]
+    for right, question in enumerate(questions):
+        scores = model.score([question.prompt] * 3, answers, **options)
+        assert scores[right].logprob > -0.01 and scores[right].greedy
+        assert all(one.logprob < -10 for index, one in enumerate(scores) if index != right)
 
 
 def test_texts_are_tokenized_together(tiny_checkpoint):
