@@ -112,6 +112,17 @@ def add_generation(command: argparse.ArgumentParser) -> None:
     add_attention_details(group)
 
 
+def add_logprobs(command: argparse.ArgumentParser) -> None:
+    """The option of `Model.generate`, for commands that print results as JSON."""
+    command.add_argument(
+        "--logprobs",
+        type=int,
+        metavar="K",
+        default=argparse.SUPPRESS,
+        help="give each token's log-probability, and the K most probable tokens in its place (no)",
+    )
+
+
 def add_decoding(command: argparse.ArgumentParser, new_tokens: str = "128") -> Group:
     """How blocks are decoded, whatever the attention; `new_tokens` is what help calls the default."""
     group = command.add_argument_group("generation", argument_default=argparse.SUPPRESS)

@@ -22,6 +22,7 @@ LARGEST_PAGE = 65536  # a chunk of the cache is 16 pages at least
 DEFAULT_BLOCK_LENGTH = 4  # of SDAR's released checkpoints, when the checkpoint does not say
 STRUCTURES = ("json_schema", "regex", "grammar")
 LARGEST_STRUCTURE = 65536  # characters of one
+MOST_LOGPROBS = 20  # of a token's most probable alternatives
 CHOICES = {
     "selector": ("quest", "anchor"),
     "drift": ("auto", "previous", "refresh"),
@@ -157,6 +158,7 @@ class GenerationConfig:
     json_schema: str | None = None
     regex: str | None = None
     grammar: str | None = None
+    logprobs: int | None = None
     attention: AttentionConfig = field(default_factory=AttentionConfig)
 
     def __post_init__(self) -> None:
@@ -189,6 +191,8 @@ class GenerationConfig:
             raise OptionError(f"top_p must be above 0 and at most 1, not {self.top_p!r}")
         if not (self.seed is None or (is_int(self.seed) and self.seed >= 0)):
             raise OptionError(f"seed must be an integer, 0 or more, not {self.seed!r}")
+        if not (self.logprobs is None or (is_int(self.logprobs) and 0 <= self.logprobs <= MOST_LOGPROBS)):
+            raise OptionError(f"logprobs must be an integer from 0 to {MOST_LOGPROBS}, not {self.logprobs!r}")
         if not all(isinstance(text, str) and text for text in self.stop):
             raise OptionError(f"stop must be a string or a list of non-empty strings, not {self.stop!r}")
         if not all(is_int(token) and token >= 0 for token in self.stop_token_ids):
@@ -219,9 +223,9 @@ class GenerationConfig:
         return self.editing_threshold < 1
 
 
-_ATTENTION_OPTIONS = {f.name for f in dataclasses.fields(AttentionConfig)} - {"method"}
+ATTENTION_OPTIONS = {f.name for f in dataclasses.fields(AttentionConfig)} - {"method"}
 _GENERATION_OPTIONS = {f.name for f in dataclasses.fields(GenerationConfig)}
-OPTIONS = tuple(sorted(_GENERATION_OPTIONS | _ATTENTION_OPTIONS))
+OPTIONS = tuple(sorted(_GENERATION_OPTIONS | ATTENTION_OPTIONS))
 
 
 def _plain(value: Any) -> Any:
@@ -294,7 +298,7 @@ def generation_config(model: ModelConfig, options: dict[str, Any]) -> Generation
             raise OptionError(f"unknown option {name!r}{hint}")
 
     values = {name: _plain(value) for name, value in given.items() if value is not None}
-    attention = {name: values.pop(name) for name in list(values) if name in _ATTENTION_OPTIONS}
+    attention = {name: values.pop(name) for name in list(values) if name in ATTENTION_OPTIONS}
     attention["method"] = values.pop("attention", AttentionConfig.method)
     if not isinstance(attention["method"], str):
         raise OptionError(f"attention must be the name of a policy, not {attention['method']!r}")

@@ -24,7 +24,7 @@ from losart.engine.batch import (
     SequencePass,
     operations_key,
 )
-from losart.engine.hooks import revised
+from losart.engine.hooks import ProposalHook, revised
 from losart.engine.kv_cache import PagedKVCache
 from losart.engine.kv_pool import KVPool, Prefix
 from losart.engine.output import Decode, Output
@@ -152,6 +152,7 @@ class Engine:
         observer: Observer | None = None,
         progress: Progress | None = None,
         each_step: bool = True,
+        hooks: Ids[ProposalHook] = (),
         grammar: Grammar | None = None,
     ) -> Stream:
         """Generate from token ids.
@@ -168,6 +169,8 @@ class Engine:
             Called after each prefilled piece of the prompt with the tokens done and in all.
         each_step : bool
             Whether the stream gives a step per denoising pass; else the last one alone, with the result.
+        hooks : sequence of ProposalHook
+            Of this generation.
         grammar : Grammar, optional
             At its beginning; the answer follows it. No other generation may have the same one.
 
@@ -180,7 +183,7 @@ class Engine:
         """
         self.check(options, decode)
         cache = self.new_cache(prompt, options)
-        sequence = self.sequence(prompt, options, cache, decode, grammar)
+        sequence = self.sequence(prompt, options, cache, decode, hooks, grammar)
         run = Run(sequence, observer, progress, each_step)
         if self._pool is not None:
             self._pool.check(run.sequence)
@@ -211,21 +214,28 @@ class Engine:
         options: GenerationConfig,
         cache: PagedKVCache,
         decode: Decode | None = None,
+        hooks: Ids[ProposalHook] = (),
         grammar: Grammar | None = None,
     ) -> Sequence:
         """The prompt as a sequence that goes on after what the cache holds of it."""
         runner, decoding = self.runner, self.runner.config.decoding
-        room = runner.config.max_positions - len(prompt)
-        if decoding.causal:  # a last block must fit as a whole
-            room = room // options.block_length * options.block_length
-            if not room:
-                raise PromptError(f"the prompt of {len(prompt)} tokens leaves no room for a block")
+        room = self.room(prompt, options)
+        if not room:
+            raise PromptError(f"the prompt of {len(prompt)} tokens leaves no room for a block")
         ends = (*options.stop_token_ids, *(() if grammar is None else grammar.end_token_ids))
         output = Output(min(options.max_new_tokens, room), ends, options.stop, decode)
-        hooks = () if grammar is None else (Structure(grammar, output),)
+        if grammar is not None:
+            hooks = (*hooks, Structure(grammar, output))
         rides = runner.commits_ride(options)
         prefill_tokens, deterministic = runner.prefill_tokens, runner.deterministic
         return Sequence(prompt, options, output, cache, prefill_tokens, rides, deterministic, decoding, hooks)
+
+    def room(self, prompt: Ids[int], options: GenerationConfig) -> int:
+        """New tokens that the model has positions for."""
+        room = self.runner.config.max_positions - len(prompt)
+        if self.runner.config.decoding.causal:  # a last block must fit as a whole
+            room = room // options.block_length * options.block_length
+        return room
 
     def prefix(self, prompt: Ids[int], options: GenerationConfig, progress: Progress | None = None) -> Prefix:
         """Prefill a prompt's whole pages and blocks, or find them, and hold them.
@@ -715,6 +725,9 @@ class Engine:
                     if sequence.finished:  # perhaps by what a commit gave
                         steps = steps or done[-1:]
                         steps[-1] = replace(steps[-1], result=sequence.result())
+                    if steps and (logprobs := sequence.logprobs(run.logprobs_told)) is not None:
+                        steps[-1] = replace(steps[-1], logprobs=logprobs)
+                        run.logprobs_told += len(logprobs)
                 except Exception as error:  # decoding may raise
                     self._end(run, error)
                 else:

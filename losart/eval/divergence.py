@@ -12,6 +12,7 @@ import numpy as np
 
 from losart.config.options import GenerationConfig, generation_config
 from losart.engine.batch import PassBatch
+from losart.engine.logprobs import log_softmax
 from losart.engine.output import Output
 from losart.engine.remasking import remask
 from losart.engine.sequence import Sequence as Decoded
@@ -105,16 +106,11 @@ def divergences(reference: np.ndarray, found: np.ndarray) -> tuple[np.ndarray, n
 
     Tokens whose logits are -inf in both do not count.
     """
-    p, q = (_log_softmax(logits) for logits in (reference, found))
+    p, q = (log_softmax(logits) for logits in (reference, found))
     weights = np.exp(p)
     with np.errstate(invalid="ignore"):  # -inf less -inf, of tokens that weigh nothing
         terms = np.where(weights > 0, weights * (p - q), 0)
     return np.maximum(terms.sum(axis=1), 0), reference.argmax(axis=1) == found.argmax(axis=1)
-
-
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
 
 
 def measure_divergence(

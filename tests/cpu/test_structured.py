@@ -111,6 +111,16 @@ def test_stop_strings_and_end_tokens_end_it_before(model):
     assert result.token_ids[-1] in model.config.end_token_ids and set(result.text) <= {"a"}
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_log_probabilities_are_those_of_the_tokens_that_are_fixed(model, temperature):
+    """Of the model's own distribution, in which a grammar's token may be an unlikely one."""
+    options = {"json_schema": SCHEMA, "max_new_tokens": 200, "temperature": temperature, "seed": 4}
+    plain, result = (model.generate([9] * 5, **options, **more) for more in ({}, {"logprobs": 3}))
+    assert result.token_ids == plain.token_ids == [one.token for one in result.logprobs]
+    assert all(one.logprob <= one.top[0][1] <= 0 for one in result.logprobs)
+    assert any(one.token != one.top[0][0] for one in result.logprobs)
+
+
 def test_sessions_and_chats_follow_it_too(model):
     chat = losart.Chat(model, json_schema=SCHEMA, max_new_tokens=100)
     for _ in range(2):

@@ -135,6 +135,25 @@ def test_hooks_are_active_together(order):
     assert [step.fixed for step in other] == [[0, 1], [2, 3]] * 2
 
 
+def test_log_probabilities_are_the_model_s_of_what_others_have_decided():
+    (steps, plain), _, _ = together(sequence(0, Counting(), new=4, logprobs=1), sequence(1, logprobs=0))
+    result, before = steps[-1].result, [MASK] * 4
+    assert result.token_ids == [one.token for one in result.logprobs] == [0, 1, 2, 3]
+    assert [one.pass_number for one in result.logprobs] == [4, 3, 2, 1]
+    for number, row in enumerate([3, 2, 1, 0]):
+        cache = Cache()
+        cache.name = 0
+        asked = SequencePass(PassKind.FIRST, list(before), 4, None, cache, masked=list(range(row + 1)))
+        logits = logits_of(asked)[row].astype(np.float64)
+        expected = logits - np.logaddexp.reduce(logits)
+        one = result.logprobs[row]
+        assert one.logprob == pytest.approx(expected[row], abs=1e-9)
+        assert one.top[0] == (expected.argmax(), pytest.approx(expected.max(), abs=1e-9))
+        before[row] = row
+        assert steps[number].logprobs == (result.logprobs if number == 3 else [])  # no gap before
+    assert all(one.logprob <= 0 and one.top == () for one in plain[-1].result.logprobs)
+
+
 def test_what_a_hook_raises_ends_its_sequence_alone():
     steps, errors, _ = together(sequence(0), sequence(1, Raising()), sequence(2, Noting()))
     assert errors[0] is None and errors[2] is None and steps[1] == []
