@@ -24,7 +24,7 @@ from losart.errors import (
     explain_unbuilt,
 )
 from losart.observe.engine_stats import EngineStats
-from losart.observe.step import GenerationResult, ObservedLayer, Stats, Step
+from losart.observe.step import GenerationResult, ObservedLayer, Stats, Step, TokenLogprob
 from losart.observe.trace import Trace, TraceWriter, read_trace
 from losart.version import __version__
 
@@ -33,6 +33,7 @@ try:
     from losart.api.engine import Engine
     from losart.api.fetch import fetch
     from losart.api.model import Model, generate, load
+    from losart.api.scoring import Score
     from losart.api.session import Session
     from losart.measure.random_checkpoint import write_size as random_checkpoint
 except ModuleNotFoundError as error:
@@ -59,10 +60,12 @@ __all__ = [
     "OutOfMemoryError",
     "PrefixError",
     "PromptError",
+    "Score",
     "Session",
     "Stats",
     "Step",
     "TensorError",
+    "TokenLogprob",
     "Trace",
     "TraceError",
     "TraceWriter",

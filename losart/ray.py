@@ -116,6 +116,8 @@ class Generate:
         columns = (*self._answers, *self._stats)
         if len({*columns}) < len(columns):
             raise OptionError(f"columns of the same name: {', '.join(columns)}")
+        if "logprobs" in {*options, *row_options}:
+            raise OptionError("logprobs: answers have no column for them")
         loaded = load(
             model,
             device,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
+from losart.api.scoring import Continuation, Score, score
 from losart.api.session import Session
 from losart.backends import make_backend
 from losart.config.model import ModelConfig
@@ -22,6 +23,7 @@ from losart.models.fingerprint import model_fingerprint
 from losart.models.transformer import Transformer
 from losart.observe.step import GenerationResult, Observer, Progress
 from losart.quantization import loaded_tensors
+from losart.structured.grammars import Grammars
 
 
 class Model:
@@ -79,6 +81,8 @@ class Model:
         self.matrix_bytes = runner.matrix_bytes
         self.weights = tuple(self.matrix_bytes)
         self._engine = Engine(runner)
+        written = None if self.tokenizer is None else self.tokenizer.backend.to_str
+        self._grammars = Grammars(self.config, written)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -139,6 +143,15 @@ class Model:
             Sample from the most probable tokens that reach this probability together.
         seed : int, optional
             Same seed, same output.
+        json_schema : dict or str, optional
+            The answer is JSON that this schema describes.
+        regex : str, optional
+            The answer matches this regular expression as a whole.
+        grammar : str, optional
+            The answer follows this Lark grammar. At most one of the three can be given.
+        logprobs : int, optional
+            Have each new token's log-probability in the result, and those of this many most probable tokens
+            in its place, 0 to 20: see :class:`losart.TokenLogprob`.
         stop : str or list of str
             Ends the generation; the text is cut before it.
         stop_token_ids : list of int
@@ -196,9 +209,16 @@ class Model:
         config = generation_config(self.config, options)
         decode = self.tokenizer.decode if self.tokenizer else None
         engine.check(config, decode)
+        grammar = None if config.structure is None else self._grammars.matcher(*config.structure)
         ids = prompt_ids(prompt, self.config, self.tokenizer, self.chat_template)
         return engine.submit(
-            ids, config, decode=decode, observer=observer, progress=progress, each_step=each_step
+            ids,
+            config,
+            decode=decode,
+            observer=observer,
+            progress=progress,
+            each_step=each_step,
+            grammar=grammar,
         )
 
     def stream(
@@ -216,12 +236,63 @@ class Model:
         """
         return self._submit(self._engine, prompt, progress, observer, options)
 
+    def score(
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        continuation: Continuation | Sequence[Continuation],
+        *,
+        samples: int | None = None,
+        seed: int = 0,
+        **options: Any,
+    ) -> Score | list[Score]:
+        """How probable the model finds a continuation of a prompt, or each of a list.
+
+        log p(continuation | prompt) is a sum over blocks, each given the prompt and the blocks before it. Of
+        one it is the log-probability with which decoding that fixes a token per pass from left to right
+        (`remasking="sequential"`, temperature 1) gives these tokens: each token given those before it, and
+        masks in its own place and after it. It is exact and not random.
+
+        With `samples` the tokens of each block are fixed in so many random orders, and the result is the mean
+        log-probability: an unbiased estimate of the bound that these models are trained by (arXiv 2502.09992,
+        2503.09573), which is never above the log-probability of decoding in an order that is drawn.
+
+        What follows the last token is not asked for: those positions are masked in all passes.
+
+        Parameters
+        ----------
+        prompt : str, list of dict, list of int, or a list of these
+        continuation : str or list of int, or a list of as many
+            Two texts are tokenized together, unless that changes the prompt's tokens.
+        samples : int, optional
+            Orders of each block's tokens.
+        seed : int
+            Of the orders.
+        attention, block_length, sub_block_length, mask_token_id, ...
+            As of `generate`, with the options of the attention method.
+
+        Returns
+        -------
+        Score, or a list of them for a list of prompts
+
+        Raises
+        ------
+        OptionError
+            An option is none of these, or out of range.
+        PromptError
+            As of `generate`; or the continuation is empty, or does not fit.
+        NumericalError, OutOfMemoryError
+            As of `generate`.
+        """
+        runner = self._engine.runner
+        texts = self.tokenizer, self.chat_template
+        return score(runner, *texts, prompt, continuation, samples, seed, options)
+
     def session(self, **options: Any) -> Session:
         """A session: generations with these options, each reusing what the one before it left.
 
         Options and their errors are those of `generate`.
         """
-        return Session(self._engine.runner, self.tokenizer, self.chat_template, options)
+        return Session(self._engine.runner, self.tokenizer, self.chat_template, options, self._grammars)
 
 
 def load(

@@ -14,6 +14,7 @@ from losart.errors import OptionError, PromptError
 from losart.loaders.chat_template import ChatTemplate
 from losart.loaders.tokenizer import Prompt, Tokenizer, prompt_ids
 from losart.observe.step import GenerationResult, Observer, Progress, Step
+from losart.structured.grammars import Grammars
 
 OF_THE_CACHE = ("block_length", "page_size")  # options that all generations of a session share
 
@@ -38,6 +39,8 @@ class Session:
     chat_template : ChatTemplate or None
     options : dict
         As :meth:`losart.Model.generate`'s, for all generations of the session.
+    grammars : Grammars, optional
+        The model's; without them there are none that the tokenizer could follow.
 
     Attributes
     ----------
@@ -51,6 +54,7 @@ class Session:
         tokenizer: Tokenizer | None,
         chat_template: ChatTemplate | None,
         options: dict[str, Any],
+        grammars: Grammars | None = None,
     ) -> None:
         self.model_config = runner.config
         self.options = generation_config(self.model_config, options)
@@ -59,7 +63,10 @@ class Session:
         self._tokenizer = tokenizer
         self._chat_template = chat_template
         self._decode = tokenizer.decode if tokenizer else None
+        self._grammars = grammars or Grammars(self.model_config, None)
         self._engine.check(self.options, self._decode)
+        if self.options.structure is not None:
+            self._grammars.matcher(*self.options.structure)
         self._last: Stream | None = None  # begun
         self._prompt: tuple[Any, list[int]] = (None, [])  # the last one, and its token ids: text is long
 
@@ -108,7 +115,10 @@ class Session:
             ids = prompt_ids(prompt, self.model_config, self._tokenizer, self._chat_template)
             self._prompt = (prompt, ids)
         ids = self._prompt[1]
-        stream = self._engine.submit(ids, changed, decode=self._decode, observer=observer, progress=progress)
+        grammar = None if changed.structure is None else self._grammars.matcher(*changed.structure)
+        stream = self._engine.submit(
+            ids, changed, decode=self._decode, observer=observer, progress=progress, grammar=grammar
+        )
         if self._last is not None:
             self._last.close()
         self._last = stream

@@ -349,10 +349,7 @@ class Backend(Protocol):
     # -- sampling
 
     def propose(self, hidden: Array, head: Weight, batch: Batch) -> Any:
-        """A token of each proposing row of hidden [tokens, hidden], with its confidence."""
+        """A token of each proposing row of hidden [tokens, hidden], with its confidence.
 
-    def logits(self, hidden: Array, head: Weight, batch: Batch) -> np.ndarray:
-        """The proposing rows' logits on the host, float32 [rows, vocab], of a pass that is not captured.
-
-        The mask token's are -inf.
+        And the logits of the rows of those sequences that keep them: `Proposals.logits`.
         """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from losart.attention import POLICIES
@@ -92,6 +93,19 @@ def add_generation(command: argparse.ArgumentParser) -> None:
     group = add_decoding(command)
     group.add_argument("--seed", type=int, metavar="N", help="same seed, same output")
     group.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; repeatable")
+    structure = group.add_mutually_exclusive_group()
+    structure.add_argument(
+        "--json-schema",
+        type=json_or_file,
+        metavar="FILE_OR_JSON",
+        help="answer with JSON that this schema describes",
+    )
+    structure.add_argument(
+        "--regex", metavar="REGEX", help="answer with what this regular expression matches"
+    )
+    structure.add_argument(
+        "--grammar", type=text_of, metavar="FILE", help="answer with what this Lark grammar describes"
+    )
     group = command.add_argument_group("attention", argument_default=argparse.SUPPRESS)
     group.add_argument("--attention", choices=POLICIES, help="how passes read the prefix (dense)")
     group.add_argument("--budget", type=int, metavar="N", help="prefix positions that a query selects (256)")
@@ -102,6 +116,17 @@ def add_generation(command: argparse.ArgumentParser) -> None:
         help="losa: recomputed tokens, their fraction of the block (0.3), or auto: those that changed (auto)",
     )
     add_attention_details(group)
+
+
+def add_logprobs(command: argparse.ArgumentParser) -> None:
+    """The option of `Model.generate`, for commands that print results as JSON."""
+    command.add_argument(
+        "--logprobs",
+        type=int,
+        metavar="K",
+        default=argparse.SUPPRESS,
+        help="give each token's log-probability, and the K most probable tokens in its place (no)",
+    )
 
 
 def add_decoding(command: argparse.ArgumentParser, new_tokens: str = "128") -> Group:
@@ -149,6 +174,19 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number from 1, not {text!r}")
     return int(text)
+
+
+def json_or_file(text: str) -> str:
+    """JSON: the argument itself where it looks like an object, else what a file has."""
+    return text if text.lstrip().startswith("{") else text_of(text)
+
+
+def text_of(file: str) -> str:
+    """The text of a file."""
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise argparse.ArgumentTypeError(f"cannot be read: {error}") from None
 
 
 def active(text: str) -> int | float | str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from losart.api import requests
-from losart.cli.arguments import add_generation, add_model_option, generation_options
+from losart.cli.arguments import add_generation, add_logprobs, add_model_option, generation_options
 from losart.cli.engines import add_engine, open_engine
 from losart.cli.progress import Progress, load_model
 from losart.config.options import OPTIONS
@@ -39,6 +39,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add_model_option(command)
     command.add_argument("--chat", action="store_true", help="take text as a user's message")
     add_engine(command)
+    add_logprobs(command)
     add_generation(command)
 
 

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from losart.api.model import Model
 from losart.api.requests import message
 from losart.cli.answers import print_figures, print_json, print_steps
-from losart.cli.arguments import add_generation, add_model, generation_options
+from losart.cli.arguments import add_generation, add_logprobs, add_model, generation_options
 from losart.cli.engines import add_engine, open_engine
 from losart.cli.progress import Progress, load_model
 from losart.cli.prompts import read_prompt
@@ -59,11 +59,14 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--trace", metavar="FILE", help="write what every pass read, as JSON lines for `losart plot`"
     )
     add_engine(command)
+    add_logprobs(command)
     add_generation(command)
 
 
 def run(args: argparse.Namespace) -> None:
     """Generate and print."""
+    if hasattr(args, "logprobs") and not args.json:
+        raise OptionError("--logprobs goes with --json")
     if args.prompt is not None and len(args.prompt) > 1:
         _answer_all(args)
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import math
 import threading
 import weakref
@@ -19,6 +20,9 @@ from losart.errors import OptionError
 PAGE_UNIT = 16  # page sizes are multiples of this many positions
 LARGEST_PAGE = 65536  # a chunk of the cache is 16 pages at least
 DEFAULT_BLOCK_LENGTH = 4  # of SDAR's released checkpoints, when the checkpoint does not say
+STRUCTURES = ("json_schema", "regex", "grammar")
+LARGEST_STRUCTURE = 65536  # characters of one
+MOST_LOGPROBS = 20  # of a token's most probable alternatives
 CHOICES = {
     "selector": ("quest", "anchor"),
     "drift": ("auto", "previous", "refresh"),
@@ -151,6 +155,10 @@ class GenerationConfig:
     top_k: int = 0
     top_p: float = 1.0
     seed: int | None = None
+    json_schema: str | None = None
+    regex: str | None = None
+    grammar: str | None = None
+    logprobs: int | None = None
     attention: AttentionConfig = field(default_factory=AttentionConfig)
 
     def __post_init__(self) -> None:
@@ -183,10 +191,31 @@ class GenerationConfig:
             raise OptionError(f"top_p must be above 0 and at most 1, not {self.top_p!r}")
         if not (self.seed is None or (is_int(self.seed) and self.seed >= 0)):
             raise OptionError(f"seed must be an integer, 0 or more, not {self.seed!r}")
+        if not (self.logprobs is None or (is_int(self.logprobs) and 0 <= self.logprobs <= MOST_LOGPROBS)):
+            raise OptionError(f"logprobs must be an integer from 0 to {MOST_LOGPROBS}, not {self.logprobs!r}")
         if not all(isinstance(text, str) and text for text in self.stop):
             raise OptionError(f"stop must be a string or a list of non-empty strings, not {self.stop!r}")
         if not all(is_int(token) and token >= 0 for token in self.stop_token_ids):
             raise OptionError(f"stop_token_ids must be a list of token ids, not {self.stop_token_ids!r}")
+        structures = [name for name in STRUCTURES if getattr(self, name) is not None]
+        for name in structures:
+            text = getattr(self, name)
+            if not isinstance(text, str):
+                raise OptionError(f"{name} must be a string, not {text!r}")
+            if len(text) > LARGEST_STRUCTURE:
+                raise OptionError(f"{name} must have {LARGEST_STRUCTURE} characters at most, not {len(text)}")
+        if len(structures) > 1:
+            raise OptionError(f"{structures[1]} cannot be given beside {structures[0]}")
+        if structures and self.edits:
+            raise OptionError(
+                f"editing_threshold must be 1 beside {structures[0]}, which needs tokens to stay as they are"
+            )
+
+    @property
+    def structure(self) -> tuple[str, str] | None:
+        """What answers must follow: one of `STRUCTURES`, and its text."""
+        found = ((name, getattr(self, name)) for name in STRUCTURES)
+        return next(((name, text) for name, text in found if text is not None), None)
 
     @property
     def edits(self) -> bool:
@@ -194,9 +223,9 @@ class GenerationConfig:
         return self.editing_threshold < 1
 
 
-_ATTENTION_OPTIONS = {f.name for f in dataclasses.fields(AttentionConfig)} - {"method"}
+ATTENTION_OPTIONS = {f.name for f in dataclasses.fields(AttentionConfig)} - {"method"}
 _GENERATION_OPTIONS = {f.name for f in dataclasses.fields(GenerationConfig)}
-OPTIONS = tuple(sorted(_GENERATION_OPTIONS | _ATTENTION_OPTIONS))
+OPTIONS = tuple(sorted(_GENERATION_OPTIONS | ATTENTION_OPTIONS))
 
 
 def _plain(value: Any) -> Any:
@@ -228,6 +257,19 @@ def _as_tuple(name: str, value: Any, scalar: type) -> tuple[Any, ...]:
     raise OptionError(f"{name} must be a list of {scalar.__name__}, not {value!r}")
 
 
+def _schema_text(schema: Any) -> str:
+    """A JSON schema, or the text of one, as text."""
+    try:
+        if isinstance(schema, str):
+            schema = json.loads(schema)
+        text = json.dumps(schema, allow_nan=False)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise OptionError(f"json_schema must be JSON: {error}") from None
+    if not isinstance(schema, dict):
+        raise OptionError(f"json_schema must be an object, not {schema!r}")
+    return text
+
+
 def generation_config(model: ModelConfig, options: dict[str, Any]) -> GenerationConfig:
     """The configuration of one generation, from the caller's options and the checkpoint's defaults.
 
@@ -256,13 +298,18 @@ def generation_config(model: ModelConfig, options: dict[str, Any]) -> Generation
             raise OptionError(f"unknown option {name!r}{hint}")
 
     values = {name: _plain(value) for name, value in given.items() if value is not None}
-    attention = {name: values.pop(name) for name in list(values) if name in _ATTENTION_OPTIONS}
+    attention = {name: values.pop(name) for name in list(values) if name in ATTENTION_OPTIONS}
     attention["method"] = values.pop("attention", AttentionConfig.method)
     if not isinstance(attention["method"], str):
         raise OptionError(f"attention must be the name of a policy, not {attention['method']!r}")
 
     block_length = values.setdefault("block_length", model.block_length or DEFAULT_BLOCK_LENGTH)
-    values = dict(model.decoding.defaults) | values
+    defaults = dict(model.decoding.defaults)
+    if values.keys() & set(STRUCTURES):
+        defaults.pop("editing_threshold", None)  # tokens that a grammar has taken cannot change
+    if "json_schema" in values:
+        values["json_schema"] = _schema_text(values["json_schema"])
+    values = defaults | values
     values.setdefault("denoising_steps", block_length)
     values.setdefault("mask_token_id", model.mask_token_id)
     if values["mask_token_id"] is None:

@@ -63,6 +63,8 @@ class SequencePass:
         whose token follows the block. None: those of `masked`.
     causal : bool
         Whether each row of a commit sees only those before it.
+    keeps_logits : bool
+        Whether the logits of `proposed` come to the host with the proposals.
     """
 
     kind: PassKind
@@ -77,6 +79,7 @@ class SequencePass:
     known: Sequence[int] = ()
     proposed: Sequence[int] | np.ndarray = None  # type: ignore[assignment]  # never after __post_init__
     causal: bool = False
+    keeps_logits: bool = False
 
     def __post_init__(self) -> None:
         if self.proposed is None:
@@ -86,6 +89,11 @@ class SequencePass:
     def temperature(self) -> float:
         """0 where the most probable tokens are proposed."""
         return 0.0 if self.uniforms is None else self.options.temperature
+
+    @property
+    def targets(self) -> list[int]:
+        """Rows of the block that the proposals are for, ascending; its length for the token after it."""
+        return sorted([*self.masked, *self.known]) or [len(self.ids)] * len(self.proposed)
 
     @property
     def pages(self) -> int:
@@ -162,6 +170,11 @@ class PassBatch:
     def samples(self) -> bool:
         """Whether tokens of some sequence are drawn, and not the most probable ones."""
         return any(one.temperature > 0 for one in self.sequences)
+
+    @property
+    def keeps_logits(self) -> bool:
+        """Whether logits of some sequence come to the host."""
+        return any(one.keeps_logits and len(one.proposed) for one in self.sequences)
 
     @property
     def tokens(self) -> int:

@@ -24,15 +24,17 @@ from losart.engine.batch import (
     SequencePass,
     operations_key,
 )
+from losart.engine.hooks import ProposalHook, revised
 from losart.engine.kv_cache import PagedKVCache
 from losart.engine.kv_pool import KVPool, Prefix
 from losart.engine.output import Decode, Output
 from losart.engine.remasking import remask
 from losart.engine.run import Done, Run
 from losart.engine.runner import Runner
-from losart.engine.sampling import NOT_FINITE, check_remasking
+from losart.engine.sampling import NOT_FINITE, Proposals, check_remasking
 from losart.engine.sequence import Mean, Sequence
 from losart.engine.stream import Stream
+from losart.engine.structure import Grammar, Structure
 from losart.engine.totals import Totals
 from losart.errors import LosartError, NumericalError, OptionError, OutOfMemoryError, PromptError
 from losart.observe.engine_stats import EngineStats
@@ -150,6 +152,8 @@ class Engine:
         observer: Observer | None = None,
         progress: Progress | None = None,
         each_step: bool = True,
+        hooks: Ids[ProposalHook] = (),
+        grammar: Grammar | None = None,
     ) -> Stream:
         """Generate from token ids.
 
@@ -165,6 +169,10 @@ class Engine:
             Called after each prefilled piece of the prompt with the tokens done and in all.
         each_step : bool
             Whether the stream gives a step per denoising pass; else the last one alone, with the result.
+        hooks : sequence of ProposalHook
+            Of this generation.
+        grammar : Grammar, optional
+            At its beginning; the answer follows it. No other generation may have the same one.
 
         Raises
         ------
@@ -175,7 +183,8 @@ class Engine:
         """
         self.check(options, decode)
         cache = self.new_cache(prompt, options)
-        run = Run(self.sequence(prompt, options, cache, decode), observer, progress, each_step)
+        sequence = self.sequence(prompt, options, cache, decode, hooks, grammar)
+        run = Run(sequence, observer, progress, each_step)
         if self._pool is not None:
             self._pool.check(run.sequence)
         # The iterator alone holds the run, so that its cache is freed with its end.
@@ -205,18 +214,28 @@ class Engine:
         options: GenerationConfig,
         cache: PagedKVCache,
         decode: Decode | None = None,
+        hooks: Ids[ProposalHook] = (),
+        grammar: Grammar | None = None,
     ) -> Sequence:
         """The prompt as a sequence that goes on after what the cache holds of it."""
         runner, decoding = self.runner, self.runner.config.decoding
-        room = runner.config.max_positions - len(prompt)
-        if decoding.causal:  # a last block must fit as a whole
-            room = room // options.block_length * options.block_length
-            if not room:
-                raise PromptError(f"the prompt of {len(prompt)} tokens leaves no room for a block")
-        output = Output(min(options.max_new_tokens, room), options.stop_token_ids, options.stop, decode)
+        room = self.room(prompt, options)
+        if not room:
+            raise PromptError(f"the prompt of {len(prompt)} tokens leaves no room for a block")
+        ends = (*options.stop_token_ids, *(() if grammar is None else grammar.end_token_ids))
+        output = Output(min(options.max_new_tokens, room), ends, options.stop, decode)
+        if grammar is not None:
+            hooks = (*hooks, Structure(grammar, output))
         rides = runner.commits_ride(options)
         prefill_tokens, deterministic = runner.prefill_tokens, runner.deterministic
-        return Sequence(prompt, options, output, cache, prefill_tokens, rides, deterministic, decoding)
+        return Sequence(prompt, options, output, cache, prefill_tokens, rides, deterministic, decoding, hooks)
+
+    def room(self, prompt: Ids[int], options: GenerationConfig) -> int:
+        """New tokens that the model has positions for."""
+        room = self.runner.config.max_positions - len(prompt)
+        if self.runner.config.decoding.causal:  # a last block must fit as a whole
+            room = room // options.block_length * options.block_length
+        return room
 
     def prefix(self, prompt: Ids[int], options: GenerationConfig, progress: Progress | None = None) -> Prefix:
         """Prefill a prompt's whole pages and blocks, or find them, and hold them.
@@ -562,8 +581,8 @@ class Engine:
         ended = time.perf_counter()
         done = Done(result.reads, len(passes), ended - began, ended, result.experts_used)
         self._count(batch, done)
-        proposing = [requests[-1] for _, requests in passes if len(requests[-1].proposed)]
-        fixed = iter(_fixed(result, proposing))
+        proposing = [(run.sequence, requests[-1]) for run, requests in passes if len(requests[-1].proposed)]
+        fixed = iter(_fixed(result.proposals, proposing))
         index = 0
         for run, requests in passes:
             after = next(fixed) if len(requests[-1].proposed) else None
@@ -619,7 +638,7 @@ class Engine:
         self,
         run: Run,
         requests: tuple[SequencePass, ...],
-        after: Fixed | NumericalError | None,
+        after: Fixed | Exception | None,
         done: Done,
         index: int,
         layers: Ids[tuple[ObservedLayer, ...]],
@@ -630,7 +649,7 @@ class Engine:
         """
         sequence = run.sequence
         try:
-            if isinstance(after, NumericalError):
+            if isinstance(after, Exception):
                 raise after
             sequence.apply(*after or ())
             if requests[0].kind is PassKind.PREFILL:
@@ -706,6 +725,9 @@ class Engine:
                     if sequence.finished:  # perhaps by what a commit gave
                         steps = steps or done[-1:]
                         steps[-1] = replace(steps[-1], result=sequence.result())
+                    if steps and (logprobs := sequence.logprobs(run.logprobs_told)) is not None:
+                        steps[-1] = replace(steps[-1], logprobs=logprobs)
+                        run.logprobs_told += len(logprobs)
                 except Exception as error:  # decoding may raise
                     self._end(run, error)
                 else:
@@ -764,16 +786,21 @@ def _to_keep(error: Exception) -> Exception:
     return error
 
 
-def _fixed(result: PassResult, proposing: list[SequencePass]) -> list[Fixed] | list[Fixed | NumericalError]:
-    """Each sequence's block after the pass, or an error where its proposals are not finite."""
-    proposals = result.proposals
+def _fixed(
+    proposals: Proposals | None, proposing: list[tuple[Sequence, SequencePass]]
+) -> list[Fixed] | list[Fixed | Exception]:
+    """Each sequence's block after the pass, or an error: of a hook, or where proposals are not finite."""
     if proposals is None:
         return []
-    fixed = remask(proposals, proposing)
-    if proposals.finite is None or proposals.finite.all():
+    errors = dict[int, Exception]()
+    if proposals.logits is not None:
+        proposals, errors = revised(proposals, proposing)
+    fixed = remask(proposals, [asked for _, asked in proposing])
+    finite = proposals.finite
+    if not errors and (finite is None or finite.all()):
         return fixed
-    ends = np.cumsum([len(one.proposed) for one in proposing])
-    return [
-        after if rows.all() else NumericalError(NOT_FINITE)
-        for after, rows in zip(fixed, np.split(proposals.finite, ends), strict=False)
-    ]
+    ends = np.cumsum([len(asked.proposed) for _, asked in proposing])
+    for index, rows in enumerate([] if finite is None else np.split(finite, ends[:-1])):
+        if not rows.all():
+            errors[index] = NumericalError(NOT_FINITE)
+    return [errors.get(index, after) for index, after in enumerate(fixed)]

@@ -33,6 +33,8 @@ class Output:
         Kept so far.
     finish_reason : {"stop", "length"} or None
         None while the generation goes on.
+    complete_at : int or None
+        Tokens after which nothing may follow, where somebody knows; who does sets it.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class Output:
         self.tokens: list[int] = []
         self.finish_reason: str | None = None if limit else "length"
         self.limit = limit
+        self.complete_at: int | None = None
         self._stop_token_ids = frozenset(stop_token_ids)
         self._stop_strings = tuple(stop_strings)
         self._decode = decode
@@ -76,7 +79,7 @@ class Output:
             if self.finish_reason is not None:
                 break
             self.tokens.append(token)
-            if token in self._stop_token_ids:
+            if token in self._stop_token_ids or len(self.tokens) == self.complete_at:
                 self.finish_reason = "stop"
             elif len(self.tokens) == self.limit:
                 self.finish_reason = "length"

@@ -4,6 +4,8 @@ import numpy as np
 
 from libc.stdint cimport int64_t
 
+from losart.engine.sampling import LEFT_OPEN
+
 
 def remask(proposals, passes):
     """The blocks after a pass: the proposals that `choose` takes are in their places.
@@ -75,7 +77,7 @@ def choose(proposals, passes):
         the entropy of the whole distribution.
 
     Tokens that are known already are changed where another is proposed with a probability above the editing
-    threshold.
+    threshold. What `proposals.decided` says goes before all that.
 
     Parameters
     ----------
@@ -117,6 +119,8 @@ def choose(proposals, passes):
         else:
             fix(&confidence[first], &entropy[first], rows, one, &out[first])
         first += rows
+    if proposals.decided is not None:
+        chosen = np.where(proposals.decided == LEFT_OPEN, chosen, proposals.decided == 1)
     return chosen
 
 

@@ -35,6 +35,8 @@ class Run:
         When it was queued, by `time.perf_counter`.
     kept : list of Prefix, optional
         Takes what is held of it when it has ended.
+    logprobs_told : int
+        New tokens whose log-probabilities its steps have.
     spoilt : bool
         Whether a pass that failed may have changed what it found stored.
     """
@@ -49,6 +51,7 @@ class Run:
     last_pass: int = 0
     joined: float = 0.0
     kept: list[Prefix] | None = None
+    logprobs_told: int = 0
     spoilt: bool = False
 
     @property

@@ -9,6 +9,7 @@ import numpy as np
 
 from losart.errors import NumericalError, OptionError
 
+LEFT_OPEN = -1  # of `Proposals.decided`
 SMALLEST_TEMPERATURE = float(np.finfo(np.float32).tiny)  # below it float32 may hold zero
 LARGEST_TEMPERATURE = float(np.finfo(np.float32).max)  # above it float32 holds infinity
 
@@ -36,12 +37,19 @@ class Proposals:
         Of the model's whole distribution at the temperature, in nats.
     finite : bool [rows], optional
         Whether the logits were; without it all were.
+    logits : float32 [rows of the sequences that keep them, vocab], optional
+        Before the temperature, one sequence after the other; the mask token's are -inf. None where none
+        keeps them.
+    decided : int8 [rows], optional
+        1 where a proposal is fixed whatever remasking says, 0 where it is not, LEFT_OPEN elsewhere.
     """
 
     tokens: np.ndarray
     confidence: np.ndarray
     entropy: np.ndarray
     finite: np.ndarray | None = None
+    logits: np.ndarray | None = None
+    decided: np.ndarray | None = None
 
     @classmethod
     def joined(cls, parts: Sequence[Proposals]) -> Proposals:
@@ -51,7 +59,9 @@ class Proposals:
             np.concatenate([getattr(one, name) for one in parts])
             for name in ("tokens", "confidence", "entropy")
         )
-        return cls(tokens, confidence, entropy, np.concatenate(finite))
+        logits = [one.logits for one in parts if one.logits is not None]
+        kept = np.concatenate(logits) if logits else None
+        return cls(tokens, confidence, entropy, np.concatenate(finite), kept)
 
     @classmethod
     def not_finite(cls, rows: int) -> Proposals:

@@ -11,10 +11,12 @@ import numpy as np
 from losart.config.decoding import Decoding
 from losart.config.options import AttentionConfig, GenerationConfig
 from losart.engine.batch import PassKind, PassReads, SequencePass
+from losart.engine.hooks import ProposalHook
 from losart.engine.kv_cache import PagedKVCache
+from losart.engine.logprobs import LogprobRecorder
 from losart.engine.output import Output
 from losart.engine.sampling import transfer_counts
-from losart.observe.step import GenerationResult, Stats, Step
+from losart.observe.step import GenerationResult, Stats, Step, TokenLogprob
 
 SDAR_DECODING = Decoding()  # arXiv 2510.06303
 
@@ -46,6 +48,8 @@ class Sequence:
         Whether keys and values that prefill gives to rounding are not enough for others: those of the answer.
     decoding : Decoding, optional
         The family's.
+    hooks : sequence of ProposalHook
+        Each is given what every pass proposes, with its logits, one after the other.
 
     Attributes
     ----------
@@ -90,10 +94,13 @@ class Sequence:
         commits_ride: bool = False,
         deterministic: bool = False,
         decoding: Decoding = SDAR_DECODING,
+        hooks: Ids[ProposalHook] = (),
     ) -> None:
         length = options.block_length
         self.options = options
         self.decoding = decoding
+        self._logprobs = None if options.logprobs is None else LogprobRecorder(options.logprobs)
+        self.hooks = (*hooks, *([] if self._logprobs is None else [self._logprobs]))
         self.output = output
         self.cache = cache
         self.slot: Any = None
@@ -288,6 +295,7 @@ class Sequence:
             known=known,
             proposed=proposed,
             causal=self.decoding.causal,
+            keeps_logits=bool(self.hooks and proposed),
         )
 
     def _rows(self, masked: list[int]) -> tuple[list[int], list[int], list[int]]:
@@ -309,7 +317,9 @@ class Sequence:
         where = start, self.options, self.cache, self.slot
         uniforms, count = self._sampled(kind, block, masked, counts)
         masked, known, proposed = self._rows(masked) if self._special else (masked, [], masked)
-        self._own_pass = (SequencePass(kind, block, *where, masked, uniforms, count, known, proposed),)
+        keeps = bool(self.hooks)
+        own = SequencePass(kind, block, *where, masked, uniforms, count, known, proposed, keeps_logits=keeps)
+        self._own_pass = (own,)
         return self._own_pass
 
     def _denoise_again(self, before: tuple[SequencePass]) -> tuple[SequencePass]:
@@ -341,9 +351,8 @@ class Sequence:
         if asked.slot is None or asked.kind is PassKind.PREFILL:
             return []
         before = self._asked[:-1] if asked.kind.denoises else self._asked
-        return [
-            replace(asked, kind=k, ids=i, masked=m, uniforms=u, known=(), proposed=m) for k, i, m, u in before
-        ]
+        again = replace(asked, known=(), keeps_logits=False)
+        return [replace(again, kind=k, ids=i, masked=m, uniforms=u, proposed=m) for k, i, m, u in before]
 
     def apply(
         self,
@@ -382,9 +391,12 @@ class Sequence:
                 open_rows = self._own_pass[0].masked if self._own_pass is not None else ()
                 masked = masked + [row for row in self._masked if row not in open_rows]
             self._denoised = kind, start, self._masked, list(edited)
-            self._block, self._masked = block, masked
             self._passes += 1
             self.denoising_passes += 1
+            if self._logprobs is not None:
+                fixed = [row for row in (*self._masked, *edited) if row not in masked]
+                self._logprobs.fixed(start, [(row, block[row]) for row in fixed], self.denoising_passes)
+            self._block, self._masked = block, masked
             gap = masked[0] if masked else len(block)
             if gap > self._known and not self.options.edits:
                 self.output.extend(block[self._known : gap])
@@ -400,6 +412,8 @@ class Sequence:
             self.output.extend(block[self._given :])
         self._committed = start, block, self.output.known_text
         if seed is not None:
+            if self._logprobs is not None:
+                self._logprobs.fixed(start, [(len(block), seed)], self.denoising_passes)
             self.ids.append(seed)
             self.output.extend([seed])
         self._begin_block(self.cache.length, [] if seed is None else [seed])
@@ -421,6 +435,12 @@ class Sequence:
             fixed = [row for row in masked if block[row] is not None]
             steps.append(Step(kind.value, start, block, fixed, self.output.text, edited=edited))
         return steps
+
+    def logprobs(self, first: int = 0) -> list[TokenLogprob] | None:
+        """Of the new tokens that are known, from the `first` on; None unless they are recorded."""
+        if self._logprobs is None:
+            return None
+        return self._logprobs.of(self._prompt_tokens + first, len(self.output.tokens) - first)
 
     def result(self) -> GenerationResult:
         """What the finished sequence gave."""
@@ -446,7 +466,8 @@ class Sequence:
             kv_bytes_shared=self.cache.shared_bytes,
             experts_used=self.experts_used.value,
         )
-        return GenerationResult(output.text, list(output.tokens), output.finish_reason, stats)
+        logprobs = self.logprobs()
+        return GenerationResult(output.text, list(output.tokens), output.finish_reason, stats, logprobs)
 
 
 class ReadLog:

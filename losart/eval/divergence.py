@@ -12,6 +12,7 @@ import numpy as np
 
 from losart.config.options import GenerationConfig, generation_config
 from losart.engine.batch import PassBatch
+from losart.engine.logprobs import log_softmax
 from losart.engine.output import Output
 from losart.engine.remasking import remask
 from losart.engine.sequence import Sequence as Decoded
@@ -56,8 +57,17 @@ class Divergence:
     agreement: float
 
 
-class Probe(Transformer):
-    """A transformer's passes, one by one, with their logits.
+class Follower:
+    """A generation by one transformer, whose passes end as somebody says.
+
+    Parameters
+    ----------
+    runner : Transformer
+    ids : list of int
+        The prompt's.
+    options : GenerationConfig
+    prefill_tokens : int
+        Of a piece of the prompt.
 
     Attributes
     ----------
@@ -65,57 +75,30 @@ class Probe(Transformer):
         Of the last pass, if it proposed tokens; the mask token's are -inf.
     """
 
-    def __init__(self, transformer: Transformer) -> None:
-        self.__dict__.update(transformer.__dict__)
+    def __init__(
+        self, runner: Transformer, ids: list[int], options: GenerationConfig, prefill_tokens: int
+    ) -> None:
+        self._runner = runner
         self.logits: np.ndarray | None = None
-
-    def _key(self, batch: PassBatch) -> None:
-        return None  # a pass that is replayed would ask for no logits
-
-    def _propose(self, hidden: Any, batch: Any) -> Any:
-        self.logits = self.backend.logits(hidden, self.head, batch)
-        return super()._propose(hidden, batch)
-
-
-class Follower:
-    """A generation by one transformer, whose passes end as somebody says.
-
-    Parameters
-    ----------
-    probe : Probe
-    ids : list of int
-        The prompt's.
-    options : GenerationConfig
-    prefill_tokens : int
-        Of a piece of the prompt.
-    """
-
-    def __init__(self, probe: Probe, ids: list[int], options: GenerationConfig, prefill_tokens: int) -> None:
-        self._probe = probe
-        expected = min(len(ids) + options.max_new_tokens, probe.config.max_positions)
+        expected = min(len(ids) + options.max_new_tokens, runner.config.max_positions)
         self.sequence = Decoded(
             ids,
             options,
             Output(expected - len(ids), options.stop_token_ids),
-            probe.new_cache(options, expected),
+            runner.new_cache(options, expected),
             prefill_tokens,
-            deterministic=probe.deterministic,
+            deterministic=runner.deterministic,
         )
-        self.sequence.slot = probe.new_slot(options)
+        self.sequence.slot = runner.new_slot(options)
 
     def run(self) -> tuple[list[int], list[int]] | None:
         """Run the next pass; returns the block after it and where it is still masked, if it denoises."""
         self.sequence.cache.reserve(self.sequence.next_end)
         passes = self.sequence.next_pass()
-        self._probe.logits = None
-        proposals = self._probe.forward(PassBatch(passes)).proposals
+        passes[-1].keeps_logits = True
+        proposals = self._runner.forward(PassBatch(passes)).proposals
+        self.logits = None if proposals is None else proposals.logits
         return None if proposals is None else remask(proposals, list(passes))[0]
-
-    @property
-    def logits(self) -> np.ndarray:
-        """Of the pass."""
-        assert self._probe.logits is not None
-        return self._probe.logits
 
 
 def divergences(reference: np.ndarray, found: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -123,16 +106,11 @@ def divergences(reference: np.ndarray, found: np.ndarray) -> tuple[np.ndarray, n
 
     Tokens whose logits are -inf in both do not count.
     """
-    p, q = (_log_softmax(logits) for logits in (reference, found))
+    p, q = (log_softmax(logits) for logits in (reference, found))
     weights = np.exp(p)
     with np.errstate(invalid="ignore"):  # -inf less -inf, of tokens that weigh nothing
         terms = np.where(weights > 0, weights * (p - q), 0)
     return np.maximum(terms.sum(axis=1), 0), reference.argmax(axis=1) == found.argmax(axis=1)
-
-
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
 
 
 def measure_divergence(
@@ -175,7 +153,7 @@ def measure_divergence(
         )
     style = check_config(model, config, questions=text is None)
     shared = config.shared_options(ANSWER_TOKENS[style])
-    probes = Probe(reference._engine.runner), Probe(model._engine.runner)
+    runners = reference._engine.runner, model._engine.runner
     done, rows = itertools.count(1), list[Divergence]()
     tasks = 1 if text is not None else len(config.tasks)
     total = len(config.lengths) * tasks * config.samples * len(config.settings)
@@ -184,7 +162,7 @@ def measure_divergence(
         for setting in config.settings:
             found = []
             for ids in prompts:
-                found.append(_along(probes, ids, shared, setting))
+                found.append(_along(runners, ids, shared, setting))
                 if progress is not None:
                     progress(next(done), total)
             rows.append(_figures(length, setting, found))
@@ -209,17 +187,20 @@ def _prompts(
 
 
 def _along(
-    probes: tuple[Probe, Probe], ids: list[int], shared: Mapping[str, Any], setting: Mapping[str, Any]
+    runners: tuple[Transformer, Transformer],
+    ids: list[int],
+    shared: Mapping[str, Any],
+    setting: Mapping[str, Any],
 ) -> tuple[np.ndarray, np.ndarray]:
     """Divergences of all masked positions of all passes over an answer, and whether the best tokens agree."""
-    dense, own = (generation_config(probes[0].config, {**shared, **more}) for more in ({}, setting))
-    piece = min(probe.prefill_tokens for probe in probes)  # or one would be ahead of the other
-    leader, follower = Follower(probes[0], ids, dense, piece), Follower(probes[1], ids, own, piece)
+    dense, own = (generation_config(runners[0].config, {**shared, **more}) for more in ({}, setting))
+    piece = min(runner.prefill_tokens for runner in runners)  # or one would be ahead of the other
+    leader, follower = Follower(runners[0], ids, dense, piece), Follower(runners[1], ids, own, piece)
     found = []
     while not leader.sequence.finished:
         after = leader.run()
         follower.run()
-        if after is not None:
+        if leader.logits is not None and follower.logits is not None:
             found.append(divergences(leader.logits, follower.logits))
         for one in (leader, follower):
             one.sequence.apply(*after or ())

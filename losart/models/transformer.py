@@ -271,7 +271,7 @@ class Transformer:
             if of_policy is None or group.causal:
                 return None
             key.append((PassKind.FIRST if policy.always_dense and kind.denoises else kind, of_policy))
-        return batch.samples, batch.proposes, *key
+        return batch.samples, batch.proposes, batch.keeps_logits, *key
 
     def _pass(self, batch: Batch) -> tuple[Any, list[list[Selection | None]]]:
         backend = self.backend
@@ -299,10 +299,7 @@ class Transformer:
                 gated = backend.gated_linear(h, layer.feed_forward.gate_up, prefills)
                 delta = linear(gated, layer.feed_forward.down)
         _, hidden = backend.add_rms_norm(x, delta, self.final_norm)
-        return (self._propose(hidden, batch) if batch.proposes else None), reads
-
-    def _propose(self, hidden: Array, batch: Batch) -> Any:
-        return self.backend.propose(hidden, self.head, batch)
+        return (backend.propose(hidden, self.head, batch) if batch.proposes else None), reads
 
     def _attention(
         self, policy: AttentionPolicy, index: int, q: Array, k: Array, v: Array, group: Batch

@@ -76,6 +76,30 @@ class Stats:
 
 
 @dataclass(frozen=True)
+class TokenLogprob:
+    """How probable a new token was in the pass that fixed it, or that changed it last.
+
+    Log-probabilities are natural logarithms of the model's own distribution there: the softmax of the logits
+    at temperature 1 over all tokens but the mask token, whatever `temperature`, `top_k` and `top_p` say.
+
+    Attributes
+    ----------
+    token : int
+    logprob : float
+    top : tuple of (int, float)
+        The most probable tokens with their log-probabilities, the highest first.
+    pass_number : int
+        Of the denoising pass, from 1. A token that a finished block gives for the next one has the number of
+        the last pass before it, which is 0 where it follows the prompt.
+    """
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+    pass_number: int
+
+
+@dataclass(frozen=True)
 class GenerationResult:
     """What a generation gave.
 
@@ -87,14 +111,17 @@ class GenerationResult:
     token_ids : list of int
         The new tokens, up to and including the one that stopped.
     finish_reason : {"stop", "length"}
-        Ended by an end token or stop string, or by the number of tokens.
+        Ended by an end token, a stop string or the end of a grammar, or by the number of tokens.
     stats : Stats
+    logprobs : list of TokenLogprob or None
+        Of each of `token_ids`; None without the option `logprobs`.
     """
 
     text: str
     token_ids: list[int]
     finish_reason: str
     stats: Stats
+    logprobs: list[TokenLogprob] | None = None
 
     def __str__(self) -> str:
         return self.text
@@ -152,6 +179,10 @@ class Step:
     edited : list of int
         Positions within the block whose tokens the pass has changed, ascending: only where fixed tokens may
         be (`editing_threshold`).
+    logprobs : list of TokenLogprob or None
+        In a stream with the option `logprobs`: of the new tokens that have come to be known without a gap
+        since the step before. Those of all steps, one after the other, are the result's, and perhaps some
+        that a stop string has cut off.
     """
 
     kind: str
@@ -162,6 +193,7 @@ class Step:
     layers: tuple[ObservedLayer, ...] = ()
     result: GenerationResult | None = None
     edited: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] | None = None
 
     @property
     def positions(self) -> list[int]:

@@ -91,10 +91,6 @@ def of_request(error: Exception) -> ApiError:
     if isinstance(error, ApiError):
         return error
     message = str(error)
-    if isinstance(error, OptionError):
-        named = re.match(r"\w+", message)
-        param = named[0] if named and named[0] in OPTIONS else None
-        return ApiError(400, message, param=param, code="invalid_value")
     if isinstance(error, PromptError):
         long = "tokens; the model has" in message or "leaves no room" in message
         return ApiError(400, message, code="context_length_exceeded" if long else "invalid_prompt")
@@ -109,6 +105,10 @@ def of_generation(error: Exception) -> ApiError:
     """What ended a generation on its way."""
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, OptionError):  # a grammar's may come late
+        named = re.match(r"\w+", str(error))
+        param = named[0] if named and named[0] in OPTIONS else None
+        return ApiError(400, str(error), param=param, code="invalid_value")
     if isinstance(error, MemoryError):
         return ApiError(503, f"the server has no memory left: {error}", code="out_of_memory", kind=SERVER)
     if isinstance(error, NumericalError):

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pydantic_core import PydanticCustomError
 
 from losart.config.model import ModelConfig
-from losart.config.options import OPTIONS
+from losart.config.options import OPTIONS, STRUCTURES
 from losart.server.errors import LONGEST_MESSAGE, UNKNOWN, ApiError, of_validation, unknown, unsupported
 
 LARGEST = 2**31 - 1  # of whole numbers but seeds
@@ -206,6 +206,8 @@ class Request(BaseModel):
             given["max_new_tokens"] = self.new_tokens
         given |= wanted_of_logits(self)
         replaced = {own_names.get(name, name) for name in given}
+        if replaced & set(STRUCTURES):
+            replaced |= set(STRUCTURES)
         kept = {name: value for name, value in defaults.items() if own_names.get(name, name) not in replaced}
         return kept | given
 
@@ -301,19 +303,37 @@ class CompletionRequest(Request):
 def wanted_of_logits(request: Request) -> dict[str, Any]:
     """Options of `Model.generate` for what a request wants of logits: the one place where each is wired in.
 
-    `logprobs` is to give `{"logprobs": k}`, and `response_format` `{"json_schema": schema}`; their results
-    belong into the choices that `answers` makes. Until the engine has them, both are refused by name.
+    `logprobs` is to give `{"logprobs": k}`; its results belong into the choices that `answers` makes. Until
+    the engine has them it is refused by name.
     """
     logprobs = getattr(request, "logprobs", None)
     if (logprobs is not None and logprobs is not False) or getattr(request, "top_logprobs", None):
         raise unsupported("logprobs", "logprobs are not supported yet")
-    kind = (getattr(request, "response_format", None) or {"type": "text"}).get("type")
-    if kind not in ("text", "json_object", "json_schema"):
+    schema = _schema_of(getattr(request, "response_format", None) or {"type": "text"})
+    if schema is None:
+        return {}
+    if beside := [name for name in STRUCTURES if (request.model_extra or {}).get(name) is not None]:
+        message = f"{beside[0]} cannot be given beside response_format"
+        raise ApiError(400, message, param=beside[0], code="invalid_value")
+    return {"json_schema": schema}
+
+
+def _schema_of(wanted: dict[str, Any]) -> dict[str, Any] | None:
+    """The schema that a `response_format` asks for; None where it asks for text."""
+    kind = wanted.get("type")
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return {"type": "object"}
+    if kind != "json_schema":
         message = "response_format.type must be 'text', 'json_object' or 'json_schema'"
         raise ApiError(400, message, param="response_format", code="invalid_value")
-    if kind != "text":
-        raise unsupported("response_format", f"response_format of type '{kind}' is not supported yet")
-    return {}
+    described = wanted.get("json_schema")
+    schema = described.get("schema") if isinstance(described, dict) else None
+    if not isinstance(schema, dict):
+        message = "response_format.json_schema.schema must be an object"
+        raise ApiError(400, message, param="response_format", code="invalid_value")
+    return schema
 
 
 def parsed(kind: type[Request], body: bytes) -> Request:

@@ -126,6 +126,8 @@ def test_what_is_wrong_for_all_is_raised(generate):
         ({"row_options": ["nonsense"]}, "no option nonsense"),
         ({"stats": ["nonsense"]}, "no nonsense"),
         ({"text": "error"}, "same name"),
+        ({"logprobs": 2}, "logprobs: answers have no column for them"),
+        ({"row_options": ["logprobs"]}, "logprobs: answers have no column for them"),
     ]:
         with pytest.raises(losart.OptionError, match=message):
             Generate(device="cpu", **options)

@@ -306,6 +306,7 @@ def test_json_is_the_result(tiny_checkpoint, capsys):
         "text": expected.text,
         "token_ids": expected.token_ids,
         "finish_reason": expected.finish_reason,
+        "logprobs": None,
     }
     assert stats["density"] == expected.stats.density and stats["new_tokens"] == expected.stats.new_tokens
     assert stats["tokens_per_second"] == pytest.approx(stats["new_tokens"] / stats["decode_seconds"])

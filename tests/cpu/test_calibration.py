@@ -18,7 +18,7 @@ from losart.config.precision import BFLOAT16
 from losart.engine.batch import PassKind
 from losart.errors import DataError, NumericalError, OptionError, TensorError
 from losart.eval import EvalConfig
-from losart.eval.divergence import Probe, measure_divergence
+from losart.eval.divergence import measure_divergence
 from losart.loaders import open_checkpoint
 from losart.measure.random_checkpoint import write_checkpoint
 from losart.quantization import WeightFormat, quantize_checkpoint
@@ -145,7 +145,7 @@ def test_layers_get_what_they_get_in_the_whole_model(checkpoint, tmp_path, forma
     codes = {name: tensor.rows(0, tensor.shape[0]) for name, tensor in calibration.tensors().items()}
     quantize_checkpoint(source, tmp_path / "new", format, calibration=text)
     # What is loaded sees the whole text; calibration has seen the same beginning of it.
-    runner = Probe(losart.load(tmp_path / "new", "cpu")._engine.runner)
+    runner = losart.load(tmp_path / "new", "cpu")._engine.runner
     written = open_checkpoint(tmp_path / "new").tensors
     assert len(codes) == 14 and all(written[name].dtype == codes_dtype(format) for name in codes)
     again = Calibration(source, calibration_ids(source, text), format)
@@ -164,16 +164,16 @@ def test_layers_get_what_they_get_in_the_whole_model(checkpoint, tmp_path, forma
         rows = slice(start, start + length)
         of_block = masked[number, start // length]
         block = np.where(of_block, source.config.mask_token_id, again._ids[number, rows])
-        runner.forward(
-            block_batch(
-                cache, length, PassKind.FIRST, ids=block, masked=np.flatnonzero(of_block), options=options
-            )
+        batch = block_batch(
+            cache, length, PassKind.FIRST, ids=block, masked=np.flatnonzero(of_block), options=options
         )
+        batch.sequences[0].keeps_logits = True
+        logits = runner.forward(batch).proposals.logits
         backend = runner.backend
         _, hidden = backend.add_rms_norm(again._noisy[number, rows][of_block], None, runner.final_norm)
         expected = backend.linear(hidden, runner.head)
         expected[:, source.config.mask_token_id] = -np.inf
-        np.testing.assert_allclose(runner.logits, expected, rtol=2e-2, atol=2e-2)
+        np.testing.assert_allclose(logits, expected, rtol=2e-2, atol=2e-2)
 
 
 def codes_dtype(format: WeightFormat) -> str:

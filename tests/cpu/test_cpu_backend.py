@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from kept_logits import kept_logits
 from kv import held, model_config, narrow
 
 import losart
@@ -69,19 +70,7 @@ def test_nor_does_that_of_many(dtype):
         np.testing.assert_array_equal(backend.linear(x[first:last], matrix), expected[first:last])
 
 
-class RecordingBackend(CpuBackend):
-    """Keeps the logits of all passes."""
-
-    def __init__(self, *args):
-        super().__init__(*args)
-        self.seen = []
-
-    def logits(self, hidden, head, batch):
-        self.seen.append(super().logits(hidden, head, batch))
-        return self.seen[-1]
-
-
-class HoldingBackend(RecordingBackend):
+class HoldingBackend(CpuBackend):
     """Holds keys and values in float32, as the numbers that codes of 8 bits would stand for."""
 
     codes = ""
@@ -100,18 +89,20 @@ def test_logits_with_codes_are_those_of_the_numbers_that_they_stand_for(tiny_che
     prompt = np.random.default_rng(0).integers(0, 300, 611).tolist()
     coded, holding, plain = (
         kind(model.config, Precision.of("float32", format))
-        for kind, format in ((RecordingBackend, kv), (HoldingBackend, "auto"), (RecordingBackend, "auto"))
+        for kind, format in ((CpuBackend, kv), (HoldingBackend, "auto"), (CpuBackend, "auto"))
     )
     holding.codes = kv
-    found = []
+    found, logits = [], []
     for backend in (coded, holding, plain):
         model._engine.runner.backend = backend
         options = {"max_new_tokens": 24, "stop_token_ids": [], "budget": 64, **attention}
-        found.append(model.generate(prompt, **options).token_ids)
-    assert found[0] == found[1] and len(coded.seen) == len(holding.seen)
-    for one, other in zip(coded.seen, holding.seen, strict=True):
+        with kept_logits(model._engine.runner) as seen:
+            found.append(model.generate(prompt, **options).token_ids)
+        logits.append([one.logits for one in seen])
+    assert found[0] == found[1] and len(logits[0]) == len(logits[1])
+    for one, other in zip(*logits[:2], strict=True):
         np.testing.assert_array_equal(one, other)
-    assert (coded.seen[0] != plain.seen[0]).any()
+    assert (logits[0][0] != logits[2][0]).any()
 
 
 def random_weight(rng, rows: int, inner: int, form: str) -> Weight:

@@ -18,7 +18,7 @@ from losart.backends.cpu.convert import narrow, widen
 from losart.config.options import generation_config
 from losart.config.precision import Precision
 from losart.engine.batch import PassKind
-from losart.eval.divergence import Follower, Probe
+from losart.eval.divergence import Follower
 
 pytestmark = pytest.mark.gpu
 
@@ -467,9 +467,8 @@ def test_logits_of_passes_are_those_that_are_proposed_from(make_checkpoint, weig
     model = losart.load(path, device="cuda", weights=weights)
     options = {"max_new_tokens": 24, "block_length": 8, "stop_token_ids": [], **attention}
     expected = list(model.stream(PROMPT, **options))
-    probe = Probe(model._engine.runner)
-    config = generation_config(model.config, options)
-    follower, steps = Follower(probe, PROMPT, config, probe.prefill_tokens), iter(expected)
+    runner, config = model._engine.runner, generation_config(model.config, options)
+    follower, steps = Follower(runner, PROMPT, config, runner.prefill_tokens), iter(expected)
     while not follower.sequence.finished:
         after = follower.run()
         if after is not None:

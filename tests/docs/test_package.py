@@ -25,7 +25,7 @@ def run_python(code: str) -> str:
 
 
 def test_import_is_light():
-    heavy = "cupy torch transformers jinja2 huggingface_hub tokenizers ray pyarrow"
+    heavy = "cupy torch transformers jinja2 huggingface_hub tokenizers ray pyarrow llguidance"
     code = f"import sys, losart; print(*[name for name in '{heavy}'.split() if name in sys.modules])"
     assert run_python(code) == ""
 

@@ -20,6 +20,7 @@ from adapt.checkpoint_directory import write_checkpoint  # noqa: E402
 from adapt.decoder import forward, logits  # noqa: E402
 from adapt.family import family_of  # noqa: E402
 from adapt.low_rank import added, products  # noqa: E402
+from kept_logits import kept_logits  # noqa: E402
 
 from losart.errors import OptionError  # noqa: E402
 
@@ -48,21 +49,6 @@ def block_causal(tokens, block):
     return (places // block <= places[:, None] // block)[None, None]
 
 
-def seen_logits(model):
-    """Of each pass of a model of losart from now on: start of the block, ids, rows with logits, logits."""
-    runner, seen = model._engine.runner, []
-    original = runner._propose
-
-    def propose(hidden, batch):
-        one = batch.sequences[-1]
-        found = runner.backend.logits(hidden, runner.head, batch)
-        seen.append((one.prefix_length, list(one.ids), list(one.proposed), found.copy()))
-        return original(hidden, batch)
-
-    runner._propose = propose
-    return seen
-
-
 @pytest.mark.parametrize("kind, shifted, family, keys", WRITTEN)
 def test_losart_computes_what_was_trained(tmp_path, kind, shifted, family, keys):
     base = small.small_base(tmp_path / "base", kind, **keys)
@@ -76,27 +62,27 @@ def test_losart_computes_what_was_trained(tmp_path, kind, shifted, family, keys)
     assert dict(config.decoding.defaults)["confidence_threshold"] == 0.7
     options = FIXED | ({"sub_block_length": 8} if shifted else {})
     prompts = [np.random.default_rng(n).integers(10, 90, n).tolist() for n in (5, 16, 21)]
-    seen = seen_logits(model)
     how = Decoding(shifted, 8, small.MASK_ID, small.END_ID, 0.3)
     mine = decode(base.shape, weights, prompts, 24, how).answers
-    for prompt, answer in zip(prompts, mine, strict=True):
-        seen.clear()
-        given = model.generate(prompt, **options).token_ids
-        end = (len(prompt) + 24) // 8 * 8 - len(prompt)  # Stable-DiffCoder's last block is a short one
-        if small.END_ID in answer:
-            end = min(end, answer.index(small.END_ID))
-        assert list(given)[:end] == answer[:end]
-        whole = [*prompt, *given]
-        for start, ids, rows, values in seen:
-            x = torch.tensor([whole[:start] + ids])
-            places = torch.arange(x.shape[1])
-            expected = forward(
-                base.shape, weights, x, places[None], block_causal(len(places), 8), mask_id=small.MASK_ID
-            )
-            expected = logits(base.shape, weights, expected)[0][start:][rows].numpy()
-            expected[:, small.MASK_ID] = -np.inf
-            np.testing.assert_allclose(values, expected, atol=5e-4, rtol=1e-4)
-        assert seen
+    with kept_logits(model._engine.runner) as seen:
+        for prompt, answer in zip(prompts, mine, strict=True):
+            seen.clear()
+            given = model.generate(prompt, **options).token_ids
+            end = (len(prompt) + 24) // 8 * 8 - len(prompt)  # Stable-DiffCoder's last block is a short one
+            if small.END_ID in answer:
+                end = min(end, answer.index(small.END_ID))
+            assert list(given)[:end] == answer[:end]
+            whole = [*prompt, *given]
+            for start, ids, rows, _, values in seen:
+                x = torch.tensor([whole[:start] + ids])
+                places = torch.arange(x.shape[1])
+                expected = forward(
+                    base.shape, weights, x, places[None], block_causal(len(places), 8), mask_id=small.MASK_ID
+                )
+                expected = logits(base.shape, weights, expected)[0][start:][rows].numpy()
+                expected[:, small.MASK_ID] = -np.inf
+                np.testing.assert_allclose(values, expected, atol=5e-4, rtol=1e-4)
+            assert seen
 
 
 def test_transformers_loads_what_was_written(tmp_path):

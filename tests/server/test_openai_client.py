@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import json
+from typing import Annotated, Literal
 
 import pytest
 
 import losart
 
 openai = pytest.importorskip("openai")
+pydantic = pytest.importorskip("pydantic")
 HELLO = [{"role": "user", "content": "Hello there"}]
 
 
@@ -148,7 +151,6 @@ def test_errors_are_the_clients_own(client):
     assert error.code == "context_length_exceeded"
     for name, value in {
         "logprobs": True,
-        "response_format": {"type": "json_object"},
         "frequency_penalty": 0.5,
         "logit_bias": {"5": 3},
         "tools": [{"type": "function", "function": {"name": "f"}}],
@@ -175,6 +177,52 @@ def test_what_changes_nothing_is_taken(client):
         seed=-1,
         temperature=1,
     )
+
+
+class Person(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid")
+
+    age: Annotated[int, pydantic.Field(ge=0, le=150)]
+    likes: Annotated[list[Literal["tea", "chess"]], pydantic.Field(max_length=3)]
+
+
+def test_answers_follow_a_schema(client):
+    pytest.importorskip("llguidance")
+    ask = {"model": "tiny", "messages": HELLO, "max_tokens": 300}
+    answer = client.chat.completions.parse(**ask, response_format=Person).choices[0]
+    assert isinstance(answer.message.parsed, Person) and answer.finish_reason == "stop"
+    schema = {"name": "person", "schema": Person.model_json_schema()}
+    wanted = {"type": "json_schema", "json_schema": schema}
+    chunks = list(client.chat.completions.create(**ask, response_format=wanted, stream=True))
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    assert text == answer.message.content and chunks[-1].choices[0].finish_reason == "stop"
+    text = client.chat.completions.create(**ask, extra_body={"regex": "(yes|no)"}).choices[0].message.content
+    assert text in ("yes", "no")
+    choice = client.chat.completions.create(**ask, response_format={"type": "json_object"}).choices[0]
+    assert choice.message.content.startswith("{")
+    assert choice.finish_reason == "length" or isinstance(json.loads(choice.message.content), dict)
+
+
+@pytest.mark.parametrize(
+    ("options", "param"),
+    [
+        ({"response_format": {"type": "xml"}}, "response_format"),
+        ({"response_format": {"type": "json_schema"}}, "response_format"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": 3}}}, "response_format"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {"not": {}}}}},
+            "json_schema",
+        ),
+        ({"response_format": {"type": "json_object"}, "regex": "a"}, "regex"),
+        ({"regex": "a", "grammar": "start: A"}, "grammar"),
+        ({"regex": "(.{1,500}){1,100}x", "max_tokens": 200}, "regex"),  # which shows on the way
+    ],
+)
+def test_a_wrong_schema_is_named(client, options, param):
+    pytest.importorskip("llguidance")
+    with pytest.raises(openai.BadRequestError) as raised:
+        client.chat.completions.create(model="tiny", messages=HELLO, extra_body=options)
+    assert (raised.value.code, raised.value.param) == ("invalid_value", param)
 
 
 def test_many_at_once(server, model):

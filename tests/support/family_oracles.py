@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from kept_logits import kept_logits
 from numpy.typing import NDArray
 from oracle import _FILE_KEYS, block_causal_mask, propose
 from safetensors.torch import load_file
@@ -345,26 +346,16 @@ def check_logits_after(
     prompts: Sequence[list[int]], model: Any, forward: Forward, block: int, **options: Any
 ) -> None:
     """See that the logits of every pass of generations are those of forwards under the mask."""
-    runner, seen = model._engine.runner, []
-    original = runner._propose
-
-    def propose_and_note(hidden: Any, batch: Any) -> Any:
-        one = batch.sequences[-1]  # a commit may ride before it
-        logits = runner.backend.logits(hidden, runner.head, batch)
-        seen.append((one.prefix_length, list(one.ids), list(one.proposed), one.kind, logits.copy()))
-        return original(hidden, batch)
-
-    runner._propose = propose_and_note
-    for prompt in prompts:
-        seen.clear()
-        tokens = prompt + model.generate(prompt, stop_token_ids=[], **options).token_ids
-        assert seen
-        for start, ids, proposed, kind, logits in seen:
-            x = tokens[:start] + ids
-            mask = block_causal_mask(len(x), block)
-            if model.config.decoding.causal:
-                mask = causal_mask(len(x), start if kind.denoises else len(x))
-            expected = forward(x, mask)[-len(ids) :][proposed]
-            expected[:, model.config.mask_token_id] = -np.inf
-            np.testing.assert_allclose(logits, expected, atol=2e-4, rtol=1e-4)
-    runner._propose = original
+    with kept_logits(model._engine.runner) as seen:
+        for prompt in prompts:
+            seen.clear()
+            tokens = prompt + model.generate(prompt, stop_token_ids=[], **options).token_ids
+            assert seen
+            for start, ids, proposed, kind, logits in seen:
+                x = tokens[:start] + ids
+                mask = block_causal_mask(len(x), block)
+                if model.config.decoding.causal:
+                    mask = causal_mask(len(x), start if kind.denoises else len(x))
+                expected = forward(x, mask)[-len(ids) :][proposed]
+                expected[:, model.config.mask_token_id] = -np.inf
+                np.testing.assert_allclose(logits, expected, atol=2e-4, rtol=1e-4)

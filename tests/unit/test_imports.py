@@ -20,6 +20,7 @@ RANKS = {
     "losart.observe": 2,
     "losart.loaders": 2,
     "losart.kernels_cu": 2,
+    "losart.structured": 2,
     "losart.engine": 3,
     "losart.backends": 4,
     "losart.attention": 5,

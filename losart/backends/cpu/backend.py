@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Container, Hashable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -406,7 +406,8 @@ class CpuBackend:
 
     # -- sampling
 
-    def logits(self, hidden: np.ndarray, head: Weight, batch: PassBatch) -> np.ndarray:
+    def _logits(self, hidden: np.ndarray, head: Weight, batch: PassBatch) -> np.ndarray:
+        """The proposing rows' logits, float32 [rows, vocab]."""
         proposing = [rows.start + row for sequence, rows in batch.rows() for row in sequence.proposed]
         logits, first = self.linear(hidden[proposing], head), 0
         for sequence in batch.sequences:
@@ -415,7 +416,7 @@ class CpuBackend:
         return logits
 
     def propose(self, hidden: np.ndarray, head: Weight, batch: PassBatch) -> Proposals:
-        logits = self.logits(hidden, head, batch)
+        logits = self._logits(hidden, head, batch)
         proposals = []
         first = 0
         for sequence in batch.sequences:
@@ -423,6 +424,7 @@ class CpuBackend:
                 continue
             of_sequence, options = logits[first : first + len(sequence.proposed)], sequence.options
             uniforms = None if sequence.uniforms is None else sequence.uniforms[sequence.proposed]
+            kept = of_sequence.copy() if sequence.keeps_logits else None
             try:
                 proposed = propose(
                     of_sequence,
@@ -434,7 +436,7 @@ class CpuBackend:
                 )
             except NumericalError:
                 proposed = Proposals.not_finite(len(of_sequence))
-            proposals.append(proposed)
+            proposals.append(proposed if kept is None else replace(proposed, logits=kept))
             first += len(sequence.proposed)
         return Proposals.joined(proposals)
 

@@ -126,6 +126,7 @@ class CudaBackend:
         self.float8_activations = self.kernels.float8_activations
         self._float8 = Float8Products(self.kernels)
         self.runner = PassRunner(self.memory, config, self.kernels)
+        self._logits: Any | None = None
         self._loader = WeightLoader(self.kernels, self.memory.stream)
         with self.memory.running("the model"):
             self._device_selector = DeviceSelector(config, self.kernels)
@@ -479,21 +480,20 @@ class CudaBackend:
 
     # -- sampling
 
-    def propose(self, hidden: Any, head: Weight | QuantizedWeight, batch: DeviceBatch) -> Any:
+    def propose(
+        self, hidden: Any, head: Weight | QuantizedWeight, batch: DeviceBatch
+    ) -> tuple[Any, Any | None]:
+        """The batch's results, and its logits if some sequence keeps them."""
         results = batch.buffers.results
-        slices, kept, vocab = self._sliced(hidden, head, batch, batch.samples)
+        slices, kept, vocab = self._sliced(hidden, head, batch)
         arguments = (slices, slices.shape[1], kept, vocab, batch.view, *results)
         self.kernels.launch("sample", (results.shape[1],), cu.SAMPLE_THREADS, *arguments)
-        return results
-
-    def logits(self, hidden: Any, head: Weight | QuantizedWeight, batch: DeviceBatch) -> np.ndarray:
-        _, kept, _ = self._sliced(hidden, head, batch, True)
-        return kept.get()[batch.buffers.proposed_logits]
+        return results, kept if batch.keeps_logits else None
 
     def _sliced(
-        self, hidden: Any, head: Weight | QuantizedWeight, batch: DeviceBatch, keep: bool
+        self, hidden: Any, head: Weight | QuantizedWeight, batch: DeviceBatch
     ) -> tuple[Any, Any, int]:
-        """What each slice of the proposing rows' logits has, if asked for the logits, and their number."""
+        """What each slice of the proposing rows' logits has, the logits if asked for, and their number."""
         rows, width = batch.buffers.results.shape[1], hidden.shape[1]
         if batch.buffers.gathers:
             gathered = self._activations((rows, width))
@@ -505,7 +505,11 @@ class CudaBackend:
         vocab = logits.rows
         count = MANY_LOGIT_SLICES if rows > MANY_LOGITS and not self.kernels.same_sums else LOGIT_SLICES
         slices = cupy.empty((rows, count, cu.LOGIT_ROW_BYTES), np.uint8)
-        kept = cupy.empty((rows, vocab), np.float32) if keep else None
+        kept = None
+        if batch.keeps_logits:
+            kept = self._kept_logits(rows, vocab)
+        elif batch.samples:
+            kept = cupy.empty((rows, vocab), np.float32)
         self.kernels.launch(
             "logit_slices",
             (count, rows),
@@ -514,6 +518,12 @@ class CudaBackend:
             shared=16 * -(-vocab // (4 * count)),
         )
         return slices, kept, vocab
+
+    def _kept_logits(self, rows: int, vocab: int) -> Any:
+        """Room for logits until they are fetched, one for all passes: captured ones hold on to it."""
+        if self._logits is None or len(self._logits) < rows:
+            self._logits = cupy.empty((1 << (rows - 1).bit_length(), vocab), np.float32)
+        return self._logits[:rows]
 
 
 def _stored(

@@ -316,8 +316,8 @@ class DeviceBatch:
     kind : PassKind
     rides : bool
     options : GenerationConfig
-    proposes, samples : bool
-        Whether it proposes tokens, and whether some of them are drawn.
+    proposes, samples, keeps_logits : bool
+        Whether it proposes tokens, whether some of them are drawn, and whether logits come to the host.
     shape : GroupShape
     view : BatchView
     tokens : int
@@ -368,8 +368,23 @@ class DeviceBatch:
         return self._batch.samples
 
     @property
+    def keeps_logits(self) -> bool:
+        return self._batch.keeps_logits
+
+    @property
     def options(self) -> GenerationConfig:
         return self._batch.options
+
+    def fetch_logits(self, logits: Any, stream: Any) -> np.ndarray:
+        """The rows of those sequences that keep them, of logits [rows, vocab] on the device."""
+        found, last = list[np.ndarray](), 0
+        for one in self.sequences:
+            first, last = last, last + len(one.proposed)
+            if one.keeps_logits and last > first:
+                rows = self.buffers.proposed_logits[first:last]
+                of_one = logits[rows[0] : rows[-1] + 1].get(stream)
+                found.append(of_one if len(of_one) == len(rows) else of_one[rows - rows[0]])
+        return found[0] if len(found) == 1 else np.concatenate(found)
 
     @property
     def placed(self) -> slice | list[int]:

@@ -44,12 +44,15 @@ class Launched:
         As of `PassOutput`; empty unless it is observed.
     graph : cupy.cuda.Graph, optional
         Replays it.
+    logits : float32 [rows, vocab], optional
+        Where some sequence keeps them.
     """
 
     proposes: bool
     counts: bool
     reads: list[list[Selection | None]]
     graph: Any = None
+    logits: Any | None = None
 
 
 class PassRunner:
@@ -188,7 +191,8 @@ class PassRunner:
         self._launch_rotations(batch)
         proposals, reads = body.launch(batch)
         counts = any(selection is not None for of_group in reads for selection in of_group)
-        return Launched(proposals is not None, counts, reads if observe else [])
+        logits = None if proposals is None else proposals[1]
+        return Launched(proposals is not None, counts, reads if observe else [], logits=logits)
 
     def _output(self, batch: DeviceBatch, launched: Launched) -> PassOutput:
         """Fetch what the pass gives."""
@@ -202,4 +206,6 @@ class PassRunner:
             return PassOutput(None, positions, reading, launched.reads, experts_used)
         ids, confidence, entropy, finite = results[:, : batch.buffers.proposed_count]
         fields = ids.astype(np.int64), confidence.view(np.float32), entropy.view(np.float32), finite != 0
-        return PassOutput(Proposals(*fields), positions, reading, launched.reads, experts_used)
+        kept = launched.logits
+        logits = None if kept is None else batch.fetch_logits(kept, self._memory.stream)
+        return PassOutput(Proposals(*fields, logits), positions, reading, launched.reads, experts_used)

@@ -1,0 +1,1 @@
+"""Grammars that answers follow: JSON schemas, regular expressions and Lark grammars, by llguidance."""
