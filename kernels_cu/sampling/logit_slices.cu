@@ -1,21 +1,23 @@
 /* What sample.cu needs to know of each slice of the proposing rows' logits, and for temperatures above 0 the logits as
  * one array.
  *
- * slices [tokens, slices] of Row; kept [tokens, vocab] or null. The mask token never counts.
+ * Logits are those of some proposing rows, from `first_row` on, as are slices [tokens, slices] of Row and kept [tokens,
+ * vocab] or null. The mask token never counts.
  *
- * Grid: (slices, tokens); thread block (s, i) takes a slice of the logits of proposing row i, if i < *proposed_count.
- * Must read *proposed_count * vocab logits once. */
+ * Grid: (slices, tokens); thread block (s, i) takes a slice of the logits of proposing row first_row + i, if there are
+ * more than so many by *proposed_count. Must read the logits once. */
 extern "C" __global__ void __launch_bounds__(SLICE_THREADS)
-    logit_slices(MatmulView logits, BatchView batch, Row *slices, float *kept)
+    logit_slices(MatmulView logits, BatchView batch, int first_row, Row *slices, float *kept)
 {
     let_next_start();
     __shared__ Row warps[SLICE_THREADS / WARP];
     wait_for_previous();
-    if (blockIdx.y >= *batch.proposed_count) return;
-    int row = batch.logits[blockIdx.y], mask_token = batch.mask_token[blockIdx.y], vocab = logits.rows;
+    int index = first_row + blockIdx.y;
+    if (index >= *batch.proposed_count) return;
+    int row = batch.logits[index] - first_row, mask_token = batch.mask_token[index], vocab = logits.rows;
     int size = (vocab + gridDim.x * 4 - 1) / (gridDim.x * 4) * 4;
     int first = blockIdx.x * size, last = min(first + size, vocab);
-    float temperature = batch.temperature[blockIdx.y];
+    float temperature = batch.temperature[index];
     if (temperature == 0) temperature = 1;
 
     float top = -INFINITE;

@@ -6,8 +6,11 @@
  * first token whose cumulative weight is above uniform * total. `finite` is 0 where the row has a NaN, or its maximum
  * is not finite.
  *
- * Grid: tokens; thread block i takes proposing row i, if i < *proposed_count; the others write zeros. Greedy rows read
- * only their slices; the others read their logits twice, 4 times more for top_k, and 5 times more for top_p. */
+ * Slices and logits are those of some proposing rows, from `first_row` on; results are of all.
+ *
+ * Grid: tokens; thread block i takes proposing row first_row + i, if there are more than so many by *proposed_count;
+ * the others write zeros. Greedy rows read only their slices; the others read their logits twice, 4 times more for
+ * top_k, and 5 times more for top_p. */
 #define THREADS SAMPLE_THREADS
 
 /* The largest key such that it and the keys above it measure at least `goal` together, or 0; by 8-bit digits from the
@@ -44,8 +47,8 @@ __device__ unsigned threshold(const float *logits, int vocab, unsigned lowest, u
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-    sample(const Row *slices, int slice_count, const float *logits, int vocab, BatchView batch, int *tokens,
-           float *confidence, float *entropy, int *finite)
+    sample(const Row *slices, int slice_count, const float *logits, int vocab, BatchView batch, int first_row,
+           int *tokens, float *confidence, float *entropy, int *finite)
 {
     let_next_start();
     __shared__ Row shared_row;
@@ -53,17 +56,18 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     __shared__ u64 bins[256];
     __shared__ int chosen;
     wait_for_previous();
-    if (blockIdx.x >= *batch.proposed_count) {
+    int index = first_row + blockIdx.x;
+    if (index >= *batch.proposed_count) {
         /* They are copied to the host with the others. */
         if (threadIdx.x == 0) {
-            tokens[blockIdx.x] = finite[blockIdx.x] = 0;
-            confidence[blockIdx.x] = entropy[blockIdx.x] = 0;
+            tokens[index] = finite[index] = 0;
+            confidence[index] = entropy[index] = 0;
         }
         return;
     }
-    float temperature = batch.temperature[blockIdx.x];
-    int top_k = batch.top_k[blockIdx.x];
-    double top_p = batch.top_p[blockIdx.x];
+    float temperature = batch.temperature[index];
+    int top_k = batch.top_k[index];
+    double top_p = batch.top_p[index];
     bool greedy = temperature == 0;
     if (greedy) temperature = 1;
     if (threadIdx.x < WARP) {
@@ -77,14 +81,14 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     Row row = shared_row;
     bool sound = row.sound && row.top < INFINITE && row.top > -INFINITE;
     if (threadIdx.x == 0) {
-        finite[blockIdx.x] = sound;
-        entropy[blockIdx.x] = (float)(log(row.total) - row.moment / row.total);
-        tokens[blockIdx.x] = row.token;
-        confidence[blockIdx.x] = (float)(1.0 / row.total);
+        finite[index] = sound;
+        entropy[index] = (float)(log(row.total) - row.moment / row.total);
+        tokens[index] = row.token;
+        confidence[index] = (float)(1.0 / row.total);
     }
     if (greedy || !sound) return;
 
-    logits += (size_t)batch.logits[blockIdx.x] * vocab;
+    logits += (size_t)(batch.logits[index] - first_row) * vocab;
     auto weight_of = [&](float logit) { return expf((logit - row.top) / temperature); };
     unsigned lowest = ascending_key(-INFINITE) + 1; /* the mask token's logit is -inf */
     if (top_k > 0 && top_k < vocab)
@@ -119,7 +123,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         chosen = vocab;
     }
     __syncthreads();
-    double total = sums[0], drawn = batch.uniforms[blockIdx.x] * total, sum = cumulative[threadIdx.x];
+    double total = sums[0], drawn = batch.uniforms[index] * total, sum = cumulative[threadIdx.x];
     for (int i = first; i < last; i++) {
         float weight = ascending_key(logits[i]) >= lowest ? weight_of(logits[i]) : 0.0f;
         sum += weight;
@@ -132,7 +136,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     if (threadIdx.x == 0) {
         /* If rounding leaves the draw above every sum, it is the most probable token. */
         int token = chosen < vocab ? chosen : row.token;
-        tokens[blockIdx.x] = token;
-        confidence[blockIdx.x] = (float)(weight_of(logits[token]) / total);
+        tokens[index] = token;
+        confidence[index] = (float)(weight_of(logits[token]) / total);
     }
 }

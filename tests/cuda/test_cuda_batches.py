@@ -239,6 +239,18 @@ def test_groups_that_are_padded(model, planner, selector):
     assert [facts(result) for result in model.generate(prompts, **options)] == expected
 
 
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.9, "top_p": 0.9, "seed": 5}])
+@pytest.mark.parametrize("logprobs", [None, 3])
+def test_logits_of_some_rows_at_a_time(tiny_checkpoint, monkeypatch, sampling, logprobs):
+    options = {"max_new_tokens": 16, "block_length": 8, "stop_token_ids": [], "logprobs": logprobs} | sampling
+    whole, pieces = (losart.load(tiny_checkpoint, "cuda", "float32") for _ in range(2))
+    expected = whole.generate(PROMPTS, **options)
+    monkeypatch.setattr("losart.backends.cuda.backend.LOGIT_ROWS", 5)
+    for _ in range(3):  # launched one by one, captured, and replayed
+        for one, other in zip(pieces.generate(PROMPTS, **options), expected, strict=True):
+            assert facts(one) == facts(other) and one.logprobs == other.logprobs
+
+
 @settings(max_examples=12, deadline=None)
 @given(
     st.lists(requests(len(PROMPTS), len(OPTIONS)), min_size=2, max_size=12),

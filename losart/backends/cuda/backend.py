@@ -69,9 +69,12 @@ from losart.kernels_cu.tensor_map import tensor_map
 
 LOGIT_SLICES, MANY_LOGIT_SLICES = 64, 16  # of a row of logits, each a thread block's, of few rows and many
 MANY_LOGITS = 64  # rows
+LOGIT_ROWS = 1024  # whose logits are held at a time
 MOST_QUANTIZED_TOKENS = 256  # that are multiplied by quantized weights as they are, some at a time
 ALIKE_TOKENS = 32  # up to which matmuls of 16 bits divide their sums alike (matmul_plan)
-EXPERTS_PREFILL_TOKENS = 8192  # with fewer, reading all experts takes most of the time
+BATCH_ROWS = 1024
+# With fewer rows, reading all experts takes most of the time.
+EXPERTS_PREFILL_TOKENS, EXPERTS_BATCH_ROWS = 8192, 4096
 MANY_NORM_THREADS = 256  # of add_rms_norm where there are more tokens than SMs
 
 
@@ -97,7 +100,7 @@ class CudaBackend:
     prefill_tokens = 2048
     beside_tokens = 384
     max_sequences = 128
-    batch_rows = 1024
+    batch_rows = BATCH_ROWS
     # Two blocks' matmuls divide their sums as one's (ALIKE_TOKENS), those by codes mostly.
     riding_blocks: Container[int] = range(1, 17)
 
@@ -111,7 +114,7 @@ class CudaBackend:
             )
         if config.experts is not None:
             check_experts(config.experts)
-            self.prefill_tokens = EXPERTS_PREFILL_TOKENS
+            self.prefill_tokens, self.batch_rows = EXPERTS_PREFILL_TOKENS, EXPERTS_BATCH_ROWS
         if rotated_channels(config.rope, config.head_dim) % 8:
             raise ConfigError("partial_rotary_factor: rotated channels must be a multiple of 8 on CUDA")
         self.config = config
@@ -484,40 +487,36 @@ class CudaBackend:
         self, hidden: Any, head: Weight | QuantizedWeight, batch: DeviceBatch
     ) -> tuple[Any, Any | None]:
         """The batch's results, and its logits if some sequence keeps them."""
-        results = batch.buffers.results
-        slices, kept, vocab = self._sliced(hidden, head, batch)
-        arguments = (slices, slices.shape[1], kept, vocab, batch.view, *results)
-        self.kernels.launch("sample", (results.shape[1],), cu.SAMPLE_THREADS, *arguments)
-        return results, kept if batch.keeps_logits else None
-
-    def _sliced(
-        self, hidden: Any, head: Weight | QuantizedWeight, batch: DeviceBatch
-    ) -> tuple[Any, Any, int]:
-        """What each slice of the proposing rows' logits has, the logits if asked for, and their number."""
-        rows, width = batch.buffers.results.shape[1], hidden.shape[1]
-        if batch.buffers.gathers:
+        results, gathers = batch.buffers.results, batch.buffers.gathers
+        rows, width = results.shape[1], hidden.shape[1]
+        if gathers:
             gathered = self._activations((rows, width))
             grid = (-(-width // cu.GATHER_THREADS), rows)
             self.kernels.launch("gather_rows", grid, cu.GATHER_THREADS, hidden, batch.view, gathered, width)
         else:
             gathered = hidden[-rows:]
-        logits = self.linear(gathered, head)
-        vocab = logits.rows
-        count = MANY_LOGIT_SLICES if rows > MANY_LOGITS and not self.kernels.same_sums else LOGIT_SLICES
-        slices = cupy.empty((rows, count, cu.LOGIT_ROW_BYTES), np.uint8)
-        kept = None
-        if batch.keeps_logits:
-            kept = self._kept_logits(rows, vocab)
-        elif batch.samples:
-            kept = cupy.empty((rows, vocab), np.float32)
-        self.kernels.launch(
-            "logit_slices",
-            (count, rows),
-            cu.SLICE_THREADS,
-            *(logits.view, batch.view, slices, kept),
-            shared=16 * -(-vocab // (4 * count)),
-        )
-        return slices, kept, vocab
+        many = rows > MANY_LOGITS and not self.kernels.same_sums
+        count, vocab = MANY_LOGIT_SLICES if many else LOGIT_SLICES, self.config.vocab_size
+        every = self._kept_logits(rows, vocab) if batch.keeps_logits else None
+        for first in range(0, rows, LOGIT_ROWS if gathers else rows):
+            some = gathered[first : first + LOGIT_ROWS] if gathers else gathered
+            logits = self.linear(some, head)
+            slices = cupy.empty((len(some), count, cu.LOGIT_ROW_BYTES), np.uint8)
+            kept = None
+            if every is not None:
+                kept = every[first : first + len(some)]
+            elif batch.samples:
+                kept = cupy.empty((len(some), vocab), np.float32)
+            self.kernels.launch(
+                "logit_slices",
+                (count, len(some)),
+                cu.SLICE_THREADS,
+                *(logits.view, batch.view, first, slices, kept),
+                shared=16 * -(-vocab // (4 * count)),
+            )
+            arguments = slices, count, kept, vocab, batch.view, first, *results
+            self.kernels.launch("sample", (len(some),), cu.SAMPLE_THREADS, *arguments)
+        return results, every
 
     def _kept_logits(self, rows: int, vocab: int) -> Any:
         """Room for logits until they are fetched, one for all passes: captured ones hold on to it."""
