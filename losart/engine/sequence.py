@@ -421,11 +421,14 @@ class Sequence:
     def steps(self) -> list[Step]:
         """What the last pass did, until the next is applied: a step for each of `next_pass`.
 
-        None for a piece of the prompt. A commit that rides has the text that was asked for before.
+        None for a piece of the prompt. A commit before a step over the next block has the text that was asked
+        for before.
         """
         steps = []
         if self._committed is not None:
             start, tokens, text = self._committed
+            if self._denoised is None:  # it may have given the answer's last token
+                text = self.output.text
             steps.append(Step(PassKind.COMMIT.value, start, list(tokens), [], text))
         if self._denoised is not None:
             kind, start, masked, edited = self._denoised

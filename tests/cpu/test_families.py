@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from families import FAMILIES, METHODS, SMALL
@@ -57,6 +59,19 @@ def test_a_stream_tells_what_the_result_is(family):
                 told[step.block_start + row] = step.block[row]
         for position, token in enumerate(result.token_ids, len(prompt)):
             assert told.get(position, token) == token
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_last_step_has_the_whole_text(tmp_path, name):
+    """Also where a commit gave the last token: what a family's blocks begin with."""
+    kind, options = FAMILIES[name]
+    path = write_checkpoint(tmp_path, family=kind, **SMALL | {"tokenizer": True})
+    model = losart.load(path, "cpu")
+    for new in range(1, 2 * 8 + 2):
+        steps = list(model.stream(list(b"What a day"), max_new_tokens=new, stop_token_ids=[], **options))
+        assert steps[-1].text == steps[-1].result.text and len(steps[-1].result.token_ids) == new
+        for before, after in pairwise(steps):
+            assert after.text.startswith(before.text)
 
 
 def test_an_observer_sees_commits_too(family):
