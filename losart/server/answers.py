@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from losart.loaders import Tokenizer
-from losart.observe.step import GenerationResult, Step
+from losart.observe.step import GenerationResult, Step, TokenLogprob
+from losart.server.logprobs import ChoiceLogprobs
 from losart.server.protocol import ChatRequest, Request
 from losart.server.tools import Call, call_object, said
 
@@ -48,6 +49,7 @@ class Writer:
         self._created = int(time.time())
         self.id = f"{'chatcmpl' if self._chat else 'cmpl'}-{uuid.uuid4().hex}"
         self._sent: dict[int, tuple[str, int]] = {}  # by choice, text and calls in chunks so far
+        self._logprobs: dict[int, ChoiceLogprobs] = {}  # by choice, where there are any
 
     def whole(self, results: Sequence[GenerationResult], prompts: int) -> dict[str, Any]:
         """An answer that is complete; of `prompts` prompts, each with as many choices."""
@@ -59,8 +61,9 @@ class Writer:
         return made
 
     def _choice(self, index: int, result: GenerationResult) -> dict[str, Any]:
+        logprobs = self._logprobs_of(index, result.logprobs, whole=True)
         if not self._chat:
-            return {**_finish(index, result.finish_reason), "text": result.text}
+            return {**_finish(index, result.finish_reason, logprobs), "text": result.text}
         message: dict[str, Any] = {"role": "assistant", "content": result.text, "refusal": None}
         reason = result.finish_reason
         if self._tools:
@@ -70,7 +73,7 @@ class Writer:
                 message["content"] = content or None
                 message["tool_calls"] = [call_object(call) for call in calls]
                 reason = "tool_calls" if reason == "stop" else reason
-        return {**_finish(index, reason), "message": message}
+        return {**_finish(index, reason, logprobs), "message": message}
 
     def chunk(self, index: int, step: Step, passes: Sequence[Step]) -> dict[str, Any] | None:
         """What a step adds to a choice; None: nothing that a client asked for."""
@@ -93,11 +96,14 @@ class Writer:
         reason = None if result is None else result.finish_reason
         if calls and reason == "stop":
             reason = "tool_calls"
-        if not delta and reason is None and not passes:
+        logprobs = self._logprobs_of(
+            index, step.logprobs if result is None else result.logprobs, bool(result)
+        )
+        if not delta and reason is None and not passes and logprobs is None:
             return None
         made = self._object("chat.completion.chunk" if self._chat else "text_completion")
         choice = {"delta": delta} if self._chat else {"text": delta.get("content", "")}
-        made["choices"] = [{**_finish(index, reason), **choice}]
+        made["choices"] = [{**_finish(index, reason, logprobs), **choice}]
         if self._usage:
             made["usage"] = None
         own: dict[str, Any] = {}
@@ -108,6 +114,15 @@ class Writer:
         if own:
             made["losart"] = own
         return made
+
+    def _logprobs_of(
+        self, index: int, found: list[TokenLogprob] | None, whole: bool
+    ) -> dict[str, Any] | None:
+        """What follows those in chunks so far: `found`, or if that is `whole` what it has beyond them."""
+        if found is None or self._tokenizer is None:
+            return None
+        of_choice = self._logprobs.setdefault(index, ChoiceLogprobs(self._chat, self._tokenizer))
+        return of_choice.rest(found) if whole else of_choice.next(found)
 
     def last_chunk(self, results: Sequence[GenerationResult], prompts: int) -> dict[str, Any] | None:
         """What follows all others: the usage, where it was asked for."""
@@ -155,8 +170,8 @@ def usage(results: Sequence[GenerationResult], prompts: int) -> dict[str, Any]:
     }
 
 
-def _finish(index: int, reason: str | None) -> dict[str, Any]:
-    return {"index": index, "logprobs": None, "finish_reason": reason}
+def _finish(index: int, reason: str | None, logprobs: dict[str, Any] | None) -> dict[str, Any]:
+    return {"index": index, "logprobs": logprobs, "finish_reason": reason}
 
 
 def _stats(result: GenerationResult) -> dict[str, Any]:

@@ -301,21 +301,23 @@ class CompletionRequest(Request):
 
 
 def wanted_of_logits(request: Request) -> dict[str, Any]:
-    """Options of `Model.generate` for what a request wants of logits: the one place where each is wired in.
-
-    `logprobs` is to give `{"logprobs": k}`; its results belong into the choices that `answers` makes. Until
-    the engine has them it is refused by name.
-    """
-    logprobs = getattr(request, "logprobs", None)
-    if (logprobs is not None and logprobs is not False) or getattr(request, "top_logprobs", None):
-        raise unsupported("logprobs", "logprobs are not supported yet")
+    """Options of `Model.generate` for what a request wants of logits."""
+    wanted = dict[str, Any]()
+    if isinstance(request, ChatRequest):
+        if request.logprobs:
+            wanted["logprobs"] = request.top_logprobs or 0
+        elif request.top_logprobs is not None:
+            message = "top_logprobs can be given only where logprobs is true"
+            raise ApiError(400, message, param="top_logprobs", code="invalid_value")
+    elif isinstance(request, CompletionRequest) and request.logprobs is not None:
+        wanted["logprobs"] = request.logprobs
     schema = _schema_of(getattr(request, "response_format", None) or {"type": "text"})
     if schema is None:
-        return {}
+        return wanted
     if beside := [name for name in STRUCTURES if (request.model_extra or {}).get(name) is not None]:
         message = f"{beside[0]} cannot be given beside response_format"
         raise ApiError(400, message, param=beside[0], code="invalid_value")
-    return {"json_schema": schema}
+    return wanted | {"json_schema": schema}
 
 
 def _schema_of(wanted: dict[str, Any]) -> dict[str, Any] | None:

@@ -149,8 +149,10 @@ def test_errors_are_the_clients_own(client):
     assert error.code == "model_not_found"
     error = refused(openai.BadRequestError, messages=[{"role": "user", "content": "x" * 5000}])
     assert error.code == "context_length_exceeded"
+    for options in ({"top_logprobs": 3}, {"logprobs": True, "top_logprobs": 21}):
+        error = refused(openai.BadRequestError, **options)
+        assert (error.code, error.param) == ("invalid_value", "top_logprobs")
     for name, value in {
-        "logprobs": True,
         "frequency_penalty": 0.5,
         "logit_bias": {"5": 3},
         "tools": [{"type": "function", "function": {"name": "f"}}],
