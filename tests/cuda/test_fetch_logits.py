@@ -4,9 +4,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+pytest.importorskip("cupy", reason="the CUDA backend needs CuPy")
 from losart.backends.cuda.batch import DeviceBatch
 
 
