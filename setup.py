@@ -1,5 +1,7 @@
 """Builds the Cython modules; everything else about the package is in pyproject.toml."""
 
+import os
+
 import numpy
 from Cython.Build import cythonize
 from setuptools import Extension, find_packages, setup
@@ -53,6 +55,7 @@ setup(
         "losart.kernels_cu",
     ],
     package_dir={"losart.loaders": "loaders", "losart.kernels_cu": "kernels_cu"},
+    options={"build_ext": {"parallel": os.cpu_count()}},
     ext_modules=cythonize(
         [extension(module) for module in MODULES],
         compiler_directives={

@@ -358,7 +358,7 @@ def test_an_interrupt_anywhere_leaves_a_usable_session(make_checkpoint, attentio
     # What follows goes on with all, or turns off early, or where what the interrupt left ends.
     expected = {}
     interrupted = found = 0
-    for line in itertools.count(1, 3):
+    for line in itertools.count(1, 5):
         session = model.session(**options)
         session.generate(FIRST[:30])
         before = sys.gettrace()

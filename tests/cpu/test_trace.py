@@ -193,7 +193,8 @@ def test_a_trace_is_written_as_by_the_version_before(tmp_path):
     threshold = '"confidence_threshold":0.85,'
     options = '"reaches_threshold":false,"sub_block_length":null,"editing_threshold":1.0,"max_post_steps":16,'
     before = before.replace(threshold, threshold + options)
-    before = before.replace('"seed":null,', '"seed":null,"logprobs":null,')
+    since = "".join(f'"{name}":null,' for name in ("json_schema", "regex", "grammar", "logprobs"))
+    before = before.replace('"seed":null,', '"seed":null,' + since)
     later = ',"rides":0,"queue_seconds":0.0,"first_token_seconds":null,"mean_sequences":1.0'  # as did these
     later += ',"kv_bytes":0,"kv_bytes_shared":0,"experts_used":null'
     before = re.sub(r'("density":[0-9.]+)}}\n$', rf'\g<1>{later}}},"logprobs":null}}\n', before)
