@@ -9,6 +9,7 @@ BYTE_OF = {chr(byte): byte for byte in _SEEN} | {chr(256 + i): byte for i, byte 
 
 def bytes_of(token: str) -> bytes:
     """What a token stands for; one with other letters, as added tokens may have, is text."""
-    if all(letter in BYTE_OF for letter in token):
-        return bytes(BYTE_OF[letter] for letter in token)
-    return token.encode()
+    try:
+        return bytes(map(BYTE_OF.__getitem__, token))
+    except KeyError:
+        return token.encode()
