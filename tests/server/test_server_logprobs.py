@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
-from losart.loaders import Tokenizer
-from losart.observe.step import TokenLogprob
-from losart.server.logprobs import ChoiceLogprobs
+pytest.importorskip("starlette")
+pytest.importorskip("openai")
 
-openai = pytest.importorskip("openai")
+import openai
+
+from losart.loaders import Tokenizer
+from losart.observe.step import GenerationResult, Stats, Step, TokenLogprob
+from losart.server.answers import Writer
+from losart.server.logprobs import ChoiceLogprobs
+from losart.server.protocol import ChatRequest, parsed
 
 NEARLY = {"abs": 1e-4}  # rounded otherwise than alone
 HELLO = [{"role": "user", "content": "Hello there"}]
@@ -163,6 +170,29 @@ def test_of_an_answer_that_follows_a_schema(client):
     texts, contents = streamed(client, **asked)
     assert texts == {0: answer.message.content}
     assert [one.token for one in contents[0]] == [one.token for one in answer.logprobs.content]
+
+
+def test_tokens_of_calls_have_some_too(model):
+    text = 'So: <tool_call>{"name": "f", "arguments": {"city": "Zürich"}}</tool_call>'
+    ids = model.tokenizer.encode(text)
+    found = [TokenLogprob(token, -1.0 - place, (), 1) for place, token in enumerate(ids)]
+    stats = Stats(3, len(ids), 0, 0, 1, 0, 0.0, 0.1, None, None, None)
+    result = GenerationResult(text, ids, "stop", stats, found)
+    tool = {"type": "function", "function": {"name": "f"}}
+    body = {"model": "tiny", "messages": HELLO, "tools": [tool], "logprobs": True, "stream": True}
+    writer = Writer(parsed(ChatRequest, json.dumps(body).encode()), "tiny", model.tokenizer, [3])
+    whole = writer.whole([result], 1)["choices"][0]
+    assert whole["finish_reason"] == "tool_calls" and whole["message"]["content"] == "So:"
+    logprobs = whole["logprobs"]["content"]
+    assert [one["logprob"] for one in logprobs] == [one.logprob for one in found]
+    pieces = []
+    for end in range(7, len(ids) + 7, 7):
+        known = model.tokenizer.decode(ids[:end]).rstrip("\ufffd")
+        last = result if end >= len(ids) else None
+        step = Step("later", 0, [], [], known, result=last, logprobs=found[end - 7 : end])
+        if (chunk := writer.chunk(0, step, [])) is not None:
+            pieces += (chunk["choices"][0]["logprobs"] or {"content": []})["content"]
+    assert pieces == logprobs
 
 
 def test_special_tokens_have_none(model):
