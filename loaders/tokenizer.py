@@ -7,6 +7,7 @@ import ctypes
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ import numpy as np
 
 from losart.config.model import ModelConfig
 from losart.errors import CheckpointError, DataError, PromptError
+from losart.loaders.byte_level import bytes_of
 from losart.loaders.chat_template import ChatTemplate
 from losart.loaders.json_files import JsonObject, read_optional_json_object, read_text
 
@@ -99,6 +101,21 @@ class Tokenizer:
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """Text of token ids; ids without a token are skipped, partial UTF-8 becomes U+FFFD."""
         return self.backend.decode(list(ids), skip_special_tokens=skip_special)
+
+    def token_bytes(self, token: int) -> bytes | None:
+        """What one token adds to a text in UTF-8, which may be a part of a character; special tokens as well.
+
+        Empty for an id without a token. None where the tokenizer does not tell: it is not byte-level BPE.
+        """
+        if not self._byte_level:
+            return None
+        return bytes_of(self.backend.id_to_token(token) or "")
+
+    @cached_property
+    def _byte_level(self) -> bool:
+        from tokenizers import decoders
+
+        return isinstance(self.backend.decoder, decoders.ByteLevel)
 
     def token_to_id(self, token: str) -> int | None:
         """Id of the token with this content, None where there is none."""

@@ -49,7 +49,7 @@ class Writer:
         self._created = int(time.time())
         self.id = f"{'chatcmpl' if self._chat else 'cmpl'}-{uuid.uuid4().hex}"
         self._sent: dict[int, tuple[str, int]] = {}  # by choice, text and calls in chunks so far
-        self._logprobs: dict[int, ChoiceLogprobs] = {}  # by choice, where there are any
+        self._logprobs: dict[int, ChoiceLogprobs] = {}  # by choice, of streams that have any
 
     def whole(self, results: Sequence[GenerationResult], prompts: int) -> dict[str, Any]:
         """An answer that is complete; of `prompts` prompts, each with as many choices."""
@@ -61,7 +61,9 @@ class Writer:
         return made
 
     def _choice(self, index: int, result: GenerationResult) -> dict[str, Any]:
-        logprobs = self._logprobs_of(index, result.logprobs, whole=True)
+        logprobs = None
+        if self._tokenizer is not None and result.logprobs is not None:
+            logprobs = ChoiceLogprobs(self._chat, self._tokenizer).whole(result.logprobs, len(result.text))
         if not self._chat:
             return {**_finish(index, result.finish_reason, logprobs), "text": result.text}
         message: dict[str, Any] = {"role": "assistant", "content": result.text, "refusal": None}
@@ -81,6 +83,7 @@ class Writer:
         text, called = self._sent.get(index, ("", 0))
         result, calls = step.result, list[Call]()
         now = step.text if result is None else result.text
+        known = len(now)  # text of calls too
         if self._tools:
             now, calls = said(now, finished=result is not None)
         delta: dict[str, Any] = {}
@@ -96,9 +99,7 @@ class Writer:
         reason = None if result is None else result.finish_reason
         if calls and reason == "stop":
             reason = "tool_calls"
-        logprobs = self._logprobs_of(
-            index, step.logprobs if result is None else result.logprobs, bool(result)
-        )
+        logprobs = self._next_logprobs(index, step.logprobs, known)
         if not delta and reason is None and not passes and logprobs is None:
             return None
         made = self._object("chat.completion.chunk" if self._chat else "text_completion")
@@ -115,14 +116,13 @@ class Writer:
             made["losart"] = own
         return made
 
-    def _logprobs_of(
-        self, index: int, found: list[TokenLogprob] | None, whole: bool
+    def _next_logprobs(
+        self, index: int, found: list[TokenLogprob] | None, characters: int
     ) -> dict[str, Any] | None:
-        """What follows those in chunks so far: `found`, or if that is `whole` what it has beyond them."""
         if found is None or self._tokenizer is None:
             return None
         of_choice = self._logprobs.setdefault(index, ChoiceLogprobs(self._chat, self._tokenizer))
-        return of_choice.rest(found) if whole else of_choice.next(found)
+        return of_choice.next(found, characters)
 
     def last_chunk(self, results: Sequence[GenerationResult], prompts: int) -> dict[str, Any] | None:
         """What follows all others: the usage, where it was asked for."""

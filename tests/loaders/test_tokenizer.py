@@ -82,6 +82,36 @@ def test_ids_without_a_token_decode_to_nothing(tokenizer):
     assert tokenizer.decode([a, 318, 319, a]) == "aa"
 
 
+@given(valid_text)
+def test_bytes_of_tokens_make_up_the_text(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert b"".join(map(tokenizer.token_bytes, ids)).decode() == tokenizer.decode(ids, skip_special=False)
+
+
+def test_bytes_of_each_token_are_what_it_decodes_to(tokenizer):
+    size = tokenizer.backend.get_vocab_size()
+    assert {tokenizer.token_bytes(i) for i in range(256)} == {bytes([byte]) for byte in range(256)}
+    for token in range(size + 2):
+        found = tokenizer.token_bytes(token)
+        assert found.decode(errors="replace") == tokenizer.decode([token], skip_special=False)
+
+
+def test_bytes_of_an_added_token_of_letters_that_are_no_bytes(edited):
+    def add(backend, config):
+        last = max(backend["added_tokens"], key=lambda token: token["id"])
+        backend["added_tokens"].append(last | {"id": last["id"] + 1, "content": "漢", "special": False})
+
+    tokenizer = edited(add)
+    token = tokenizer.token_to_id("漢")
+    assert tokenizer.token_bytes(token) == "漢".encode()
+    assert tokenizer.decode([token]) == "漢"
+
+
+def test_tokenizers_of_other_kinds_tell_no_bytes(edited):
+    tokenizer = edited(lambda backend, config: backend.update(decoder={"type": "Fuse"}))
+    assert tokenizer.token_bytes(5) is None
+
+
 def test_special_asks_for_the_tokens_around_a_text(edited):
     def add_template(backend, config):
         backend["post_processor"] = {
