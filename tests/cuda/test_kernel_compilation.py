@@ -29,6 +29,8 @@ JOBS = [
 # Elsewhere float16 differs from bfloat16, and fp8 keys and values from int8 ones, by some instructions that
 # all have: they take half of the time.
 EVERY_PRECISION = ("sm_80", "sm_90a")
+# The same instructions as another, which has all variants: one of a kernel and precision will do.
+ONE_VARIANT = {"sm_87": "sm_80", "sm_89": "sm_86", "sm_103": "sm_100", "sm_110": "sm_100", "sm_121": "sm_120"}
 
 
 @pytest.fixture(scope="module")
@@ -52,12 +54,17 @@ def found(compiler: None, request: pytest.FixtureRequest) -> Iterator[dict[tuple
             for file in [FILES[name]]
             for precision in file.precisions()
             if architecture in EVERY_PRECISION or _is_usual(precision)
-            for defines, shared in variants(name, CARDS[architecture], precision).items()
+            for defines, shared in _compiled(name, architecture, precision)
         ]
         for name, architecture in chosen
         if is_known(architecture)
     }
     threads.shutdown(cancel_futures=True)
+
+
+def _compiled(name: str, architecture: str, precision: Precision) -> list[tuple[Defines, int]]:
+    found = list(variants(name, CARDS[architecture], precision).items())
+    return found[-1:] if architecture in ONE_VARIANT else found
 
 
 def _is_usual(precision: Precision) -> bool:
