@@ -41,7 +41,7 @@ METHODS = {
 class Batch(NamedTuple):
     """What is decoded together: prompts of so many tokens, in so many passes per block.
 
-    `size` is SDAR's, or a mixture of experts.
+    `size` is SDAR's, or a mixture of experts. Where weights are fp8, activations of many tokens are, too.
     """
 
     size: str
@@ -51,6 +51,7 @@ class Batch(NamedTuple):
     passes: int
     methods: tuple[str, ...] = ("dense",)
     deterministic: bool = False
+    weights: str = "bfloat16"
 
 
 BATCHES = (
@@ -59,6 +60,8 @@ BATCHES = (
     Batch("4B", 128, 512, 4, 4, deterministic=True),
     Batch("8B", 128, 512, 4, 4),
     Batch("8B", 128, 512, 4, 2),
+    Batch("8B", 128, 512, 4, 4, weights="fp8"),
+    Batch("8B", 128, 512, 4, 2, weights="fp8"),
     Batch("LLaDA2.0-mini", 128, 512, 32, 16),
     Batch("8B", 8, 65536, 16, 16, tuple(METHODS)),
     Batch("8B", 4, 131072, 16, 16, tuple(METHODS)),
@@ -71,15 +74,18 @@ def rows(bandwidth: float, quick: bool = False) -> Iterator[dict[str, Any]]:
     rate = attempt(matmul_rate)
     model: Any = None
     loaded = None
-    for size, sequences, prompt, block, passes, methods, deterministic in QUICK if quick else BATCHES:
-        if (size, deterministic) != loaded:
+    for batch in QUICK if quick else BATCHES:
+        size, sequences, prompt, block, passes, methods, deterministic, weights = batch
+        if (size, deterministic, weights) != loaded:
             del model
             free_memory()
             sizes = config_of(size) if size in SIZES else size
-            model = attempt(NoiseModel, sizes, TimedTransformer, deterministic)
-            loaded = size, deterministic
+            activations = "fp8" if weights == "fp8" else "auto"
+            options = {"deterministic": deterministic, "weights": weights, "activations": activations}
+            model = attempt(NoiseModel, sizes, TimedTransformer, **options)
+            loaded = size, deterministic, weights
         row = {"size": size, "sequences": sequences, "prompt": prompt, "block": block, "passes": passes}
-        row |= {"deterministic": "yes" if deterministic else ""}
+        row |= {"weights": weights, "deterministic": "yes" if deterministic else ""}
         caches = model if isinstance(model, str) else attempt(noise_caches, model, sequences, prompt, block)
         if isinstance(caches, str):
             yield row | {"method": caches}
@@ -87,18 +93,21 @@ def rows(bandwidth: float, quick: bool = False) -> Iterator[dict[str, Any]]:
         dense = None
         theirs = (
             attempt(their_milliseconds, size, sequences, prompt, block)
-            if sequences > MANY and passes == block and not deterministic
+            if sequences > MANY and passes == block and not deterministic and weights == "bfloat16"
             else None
         )
         for name in methods:
-            options = METHODS[name] | {"block_length": block, "denoising_steps": passes}
+            decoding = METHODS[name] | {"block_length": block, "denoising_steps": passes}
             paces = 4 if name == OUT_OF_STEP else 1
-            measured = attempt(decode, model, caches, prompt, options, paces)
+            measured = attempt(decode, model, caches, prompt, decoding, paces)
             if isinstance(measured, str):
                 yield row | {"method": name, "tokens a second": measured}
                 continue
             dense = measured["tokens a second"] if name == "dense" else dense
-            floor = pass_floor(model, measured.pop("caches"), prompt, measured, bandwidth, rate)
+            caches_read = measured.pop("caches")
+            floor = None
+            if weights == "bfloat16":
+                floor = pass_floor(model, caches_read, prompt, measured, bandwidth, rate)
             more = {
                 "floor ms": floor,
                 "pass/floor": ratio(measured["pass ms"], floor),

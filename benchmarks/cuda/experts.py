@@ -104,7 +104,7 @@ def pass_rows(bandwidth: float, quick: bool = False) -> Iterator[dict[str, Any]]
     batches = BATCHES[:1] if quick else BATCHES
     theirs = transformers_milliseconds("SDAR-30B-A3B", "30B-A3B", batches)
     for name, weights in itertools.product(SIZES, WEIGHTS):
-        model = attempt(lambda name=name, weights=weights: NoiseModel(config_of(name), weights=weights))
+        model = attempt(NoiseModel, config_of(name), weights=weights)
         for block in BLOCKS[name]:
             for sequences, prefix in batches:
                 sizes = sequences, prefix, block
@@ -239,7 +239,7 @@ def prefill_rows(quick: bool = False) -> Iterator[dict[str, Any]]:
     dense = None
     for name, weights in (("8B", "bfloat16"), *itertools.product(SIZES, WEIGHTS)):
         config = model_config(name) if name == "8B" else config_of(name)
-        model = attempt(lambda config=config, weights=weights: NoiseModel(config, weights=weights))
+        model = attempt(NoiseModel, config, weights=weights)
         seconds = model if isinstance(model, str) else attempt(prefill_seconds, model)
         if isinstance(seconds, str):
             yield {"model": name, "weights": weights, "tokens a second": seconds}

@@ -36,7 +36,7 @@ class NoiseModel:
         As of `losart.load`.
     weights : str
         As of NoiseBackend.
-    kv : str
+    kv, activations : str
         As of `losart.load`.
     """
 
@@ -47,9 +47,11 @@ class NoiseModel:
         deterministic: bool = False,
         weights: str = "bfloat16",
         kv: str = "auto",
+        activations: str = "auto",
     ) -> None:
         self.config = model_config(size) if isinstance(size, str) else size
-        self.backend = NoiseBackend(self.config, Precision.of("bfloat16", kv), deterministic, weights)
+        precision = Precision.of("bfloat16", kv, activations)
+        self.backend = NoiseBackend(self.config, precision, deterministic, weights)
         self.transformer: Any = transformer(self.config, shapes(self.config), self.backend)
 
     @property

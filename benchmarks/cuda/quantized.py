@@ -35,14 +35,15 @@ FORMATS = ("bfloat16", "int4", "int8", "fp8")
 TOKENS = (4, 16, 32, 64)
 MANY_TOKENS = (128, 512, 2048)
 FLOAT8 = Precision.of("bfloat16", activations="fp8")
-MODELS = (
-    ("bfloat16", "auto"),
-    ("bfloat16", "int8"),
-    ("int4", "auto"),
-    ("int4", "int8"),
-    ("int8", "auto"),
-    ("fp8", "auto"),
-    ("fp8", "fp8"),
+MODELS = (  # weights, kv, activations
+    ("bfloat16", "auto", "auto"),
+    ("bfloat16", "int8", "auto"),
+    ("int4", "auto", "auto"),
+    ("int4", "int8", "auto"),
+    ("int8", "auto", "auto"),
+    ("fp8", "auto", "auto"),
+    ("fp8", "auto", "fp8"),
+    ("fp8", "fp8", "auto"),
 )
 PREFIXES = (2048, 8192, 65536)
 NEW_TOKENS = 512
@@ -170,9 +171,9 @@ def torch_microseconds(rows: int, inner: int, tokens: int) -> float:
 
 def pass_rows(bandwidth: float, quick: bool = False) -> Iterator[dict[str, Any]]:
     """One row per format and prefix: a pass over a block, in milliseconds; and generations and prefill."""
-    for weights, kv in MODELS[1:3] if quick else MODELS:
-        model = attempt(lambda weights=weights, kv=kv: NoiseModel("8B", weights=weights, kv=kv))
-        row: dict[str, Any] = {"weights": weights, "kv": kv}
+    for weights, kv, activations in MODELS[1:3] if quick else MODELS:
+        row: dict[str, Any] = {"weights": weights, "kv": kv, "activations": activations}
+        model = attempt(NoiseModel, "8B", **row)
         if isinstance(model, str):
             yield row | {"pass ms": model}
             continue

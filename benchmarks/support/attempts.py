@@ -9,10 +9,10 @@ from contextlib import suppress
 from typing import Any
 
 
-def attempt(measure: Callable[..., Any], *args: Any) -> Any:
+def attempt(measure: Callable[..., Any], *args: Any, **options: Any) -> Any:
     """What `measure` returns, or a str that says why it failed; device memory is free afterwards."""
     try:
-        value = measure(*args)
+        value = measure(*args, **options)
     except Exception as error:
         value = reason(error)
         print(f"{measure.__name__}: {value}", flush=True)
