@@ -7,7 +7,7 @@ hardly HTTP, while an answer runs, which must come out as it does alone; and cli
 answers. Then rounds of chats in streams, or of completions where the checkpoint has no chat template: all
 connections are open, as many as are said are at work at a time, each on a connection drawn at random.
 Between rounds nothing is asked: memory and open files of the process are then those that it does not give
-back.
+back. There are as many as are asked for, and more until `--seconds` have gone.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.support import malformed
 from benchmarks.support.environment import command, commit, versions
-from losart.measure.environment import cpu_name
+from losart.measure.environment import environment
 
 WORDS = (
     *(
@@ -302,7 +302,8 @@ def quantiles(values: list[float]) -> dict[str, float]:
 
 async def measure(args: argparse.Namespace, address: tuple[str, int]) -> dict[str, Any]:
     """All of it."""
-    model = json.loads(await get(address, "/v1/models"))["data"][0]["id"]
+    of_model = json.loads(await get(address, "/v1/models"))["data"][0]
+    model = of_model["id"]
     body = {
         "model": model,
         "max_tokens": args.tokens,
@@ -314,7 +315,7 @@ async def measure(args: argparse.Namespace, address: tuple[str, int]) -> dict[st
     if (await ask(Connection(address), path, hello)).status != 200:
         path = malformed.PATHS[1]
         hello = body | {"prompt": "Hello"}
-    figures: dict[str, Any] = {}
+    figures: dict[str, Any] = {"device": of_model["losart"]["device"]}
     if args.malformed:
         running = path, hello | {"max_tokens": 8 * args.tokens}
         found = await send_malformed(address, args.malformed, args.at_once, model, running)
@@ -325,7 +326,8 @@ async def measure(args: argparse.Namespace, address: tuple[str, int]) -> dict[st
         figures["gone"] = await go_away(address, args.gone, args.at_once, path, body_of_gone)
         print(json.dumps(figures["gone"], indent=2), flush=True)
     figures["rounds"] = []
-    for _ in range(args.rounds):
+    until = time.perf_counter() + args.seconds
+    while len(figures["rounds"]) < args.rounds or time.perf_counter() < until:
         of_round = await chat(address, args.requests, args.connections, args.at_work, path, body)
         figures["rounds"].append(of_round)
         print(json.dumps(of_round, indent=2), flush=True)
@@ -359,13 +361,15 @@ def main() -> None:
     parser.add_argument("--at-work", type=int, default=64)
     parser.add_argument("--requests", type=int, default=256, help="of a round")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=0.0, metavar="S", help="of rounds, at least")
     parser.add_argument("--tokens", type=int, default=32, help="of an answer, at most")
     parser.add_argument("serve", nargs=argparse.REMAINDER, help="arguments of `losart serve`")
     args = parser.parse_args()
     serve = [*(one for one in args.serve if one != "--"), "--port", "0", "--no-log"]
     figures = served(args, [sys.executable, "-c", SERVE, "serve", *serve])
+    on = environment()["gpu" if figures.pop("device") == "cuda" else "cpu"]
     facts = {
-        "device": cpu_name(),
+        "device": on["name"],
         "commit": commit(),
         "command": command(__file__),
         "versions": versions("losart", "starlette", "uvicorn", "pydantic"),

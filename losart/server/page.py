@@ -51,11 +51,13 @@ def _digests(tag: str, html: str) -> str:
 
 
 def about(model: Model, options: dict[str, Any]) -> dict[str, Any]:
-    """What losart says of a model beside what OpenAI's API does: attention methods, and options' defaults."""
+    """What losart says of a model beside what OpenAI's API does: where it is, and options' defaults."""
     config = generation_config(model.config, options)
     values = vars(config) | vars(config.attention)
     defaults = {name: values[name] for name in TOLD if math.isfinite(values[name])}
     return {
+        "device": model.device,
+        "dtype": model.dtype,
         "chat": model.tokenizer is not None and model.chat_template is not None,
         "attention": list(POLICIES),
         "options": {"attention": config.attention.method, **defaults},

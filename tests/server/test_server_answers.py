@@ -117,7 +117,9 @@ def test_the_log_has_prompts_only_if_asked(model, caplog, shows):
 def test_models_health_and_what_is_not_there(server):
     with httpx.Client(base_url=server.url) as client:
         assert client.get("/health").json()["status"] == "ok"
-        assert client.get("/v1/models").json()["data"][0]["max_model_len"] == 4096
+        told = client.get("/v1/models").json()["data"][0]
+        assert told["max_model_len"] == 4096
+        assert told["losart"] | {"device": "cpu", "dtype": "float32"} == told["losart"]
         for method, path, status in (
             ("GET", "/v1/nothing", 404),
             ("GET", "/v1/completions", 405),
