@@ -73,7 +73,7 @@ class NoiseBlocks:
     Attributes
     ----------
     prefill_rate : float
-        Prompt tokens a second, of the last 256 of the prefix or of all where it is shorter.
+        Prompt tokens a second, of the last 256 of the prefix or of all where it is shorter, the second time.
 
     Raises
     ------
@@ -92,6 +92,8 @@ class NoiseBlocks:
         step = math.lcm(PAGE_UNIT, block_length)
         prefilled = min(prefix, -(-PREFILLED // step) * step)
         self._fill(prefix - prefilled)
+        self._prefill(prefilled)  # compiles a GPU's kernels for so many tokens
+        self.cache.length -= prefilled
         self.prefill_rate = prefilled / timeit(lambda: self._prefill(prefilled), number=1)
 
     def _random_ids(self, count: int) -> np.ndarray:
