@@ -88,7 +88,7 @@ def accuracy(cell: dict[str, Any] | None) -> str:
     return f"{right:.1f} ({low:.1f} - {high:.1f})"
 
 
-def locality_markdown(report: dict[str, Any]) -> str:
+def locality_markdown(report: dict[str, Any], picture: str) -> str:
     """One row per layer."""
     head = ["layer", *(f"top {count}" for count in TOP), *KINDS]
     lines = [
@@ -99,11 +99,12 @@ def locality_markdown(report: dict[str, Any]) -> str:
         ]
         for layer in report["layers"]
     ]
+    of = f"pieces of {text} per length" if (text := report.get("text")) else "questions per task and length"
     note = (
         "# Locality\n\nShare of the queries' change from pass to pass in the tokens of a block that changed "
         "most, and in each kind of token ([what the columns mean](../../docs/guide/evaluating.md#locality)). "
-        f"`losart eval --locality`, {report['samples']} questions per task and length, on the CPU, "
-        f"{report['dtype']}, options {report['options']}.\n\n![locality](locality.png)\n\n"
+        f"`losart eval {report['model']} --locality`, {report['samples']} {of}, on the CPU, "
+        f"{report['dtype']}, options {report['options']}.\n\n![locality]({picture})\n\n"
     )
     return note + markdown_lines(head, lines)
 
@@ -126,9 +127,10 @@ def write_accuracy(file: Path) -> None:
 def write_locality(file: Path) -> None:
     """A table and a picture."""
     report = read(file, "layers")
-    draw_locality(report["layers"]).savefig(file.with_name("locality.png"))
-    file.with_name("locality.md").write_text(locality_markdown(report), "utf-8")
-    print(file.with_name("locality.md"))
+    picture = file.with_suffix(".png")
+    draw_locality(report["layers"]).savefig(picture)
+    file.with_suffix(".md").write_text(locality_markdown(report, picture.name), "utf-8")
+    print(file.with_suffix(".md"))
 
 
 def main() -> int:

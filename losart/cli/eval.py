@@ -78,7 +78,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--text",
         metavar="FILE",
         default=None,
-        help="--kl: pieces of this text in place of the tasks' prompts",
+        help="--kl, --locality: pieces of this text in place of the tasks' prompts",
     )
     group.add_argument("--json", metavar="FILE", default=None, help="write the figures here after each cell")
     add_attention_details(add_decoding(command, "enough for the answers"))
@@ -89,8 +89,8 @@ def run(args: argparse.Namespace) -> None:
     for name in getattr(args, "attention", ()):
         if name not in POLICIES:
             raise OptionError(f"attention must be one of {', '.join(POLICIES)}, not {name!r}")
-    if args.text is not None and args.kl is None:
-        raise OptionError("--text is for --kl")
+    if args.text is not None and args.kl is None and not args.locality:
+        raise OptionError("--text is for --kl and --locality")
     if args.kl is not None:
         _run_divergence(args)
     elif args.locality:
@@ -160,11 +160,12 @@ def _run_locality(args: argparse.Namespace) -> None:
     model = load_model(
         args.model, device, args.dtype, args.weights, args.kv, args.adapter, args.merge, args.activations
     )
-    style = check_config(model, config)
-    facts = _facts(args, model, config) | {"style": style, "samples": config.samples}
-    with Progress("asking", "questions") as progress:
+    text = None if args.text is None else Path(args.text)
+    style = check_config(model, config, questions=text is None)
+    facts = _facts(args, model, config) | {"style": style, "text": args.text, "samples": config.samples}
+    with Progress("asking", "prompts") as progress:
         report = Table(LOCALITY_COLUMNS, JsonReport(args.json, facts, "layers"), progress)
-        for layer in measure_locality(model, config, progress=progress):
+        for layer in measure_locality(model, config, text=text, progress=progress):
             report.add(layer)
 
 
@@ -179,7 +180,8 @@ def _run_divergence(args: argparse.Namespace) -> None:
     model = load_model(
         args.model, args.device, args.dtype, args.weights, args.kv, args.adapter, args.merge, args.activations
     )
-    check_config(model, config, questions=args.text is None)
+    text = None if args.text is None else Path(args.text)
+    check_config(model, config, questions=text is None)
     itself = not args.kl and args.weights == args.kv == "auto"
     reference = model
     if not itself:
@@ -189,11 +191,11 @@ def _run_divergence(args: argparse.Namespace) -> None:
         "reference": args.kl or args.model or "small_checkpoint",
         "reference_weights": list(reference.weights),
         "reference_kv": reference.kv,
+        "text": args.text,
         "samples": config.samples,
     }
     with Progress("comparing", "prompts") as progress:
         report = Table(DIVERGENCE_COLUMNS, JsonReport(args.json, facts, "rows"), progress)
-        text = None if args.text is None else Path(args.text)
         measure_divergence(reference, model, config, text=text, on_row=report.add, progress=progress)
 
 

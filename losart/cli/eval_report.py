@@ -138,6 +138,8 @@ DIVERGENCE_COLUMNS = (
     Column("mean KL", 9, lambda row: f"{row.mean:.2e}"),
     Column("99% KL", 9, lambda row: f"{row.high:.2e}"),
     Column("same token", 10, lambda row: share(row.agreement)),
+    Column("sparse", 6, lambda row: share(row.sparse_density)),
+    Column("active", 6, lambda row: share(row.active_fraction)),
 )
 LOCALITY_COLUMNS = (
     Column("layer", 5, lambda row: "all" if row.layer is None else str(row.layer)),

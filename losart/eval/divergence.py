@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,15 +12,16 @@ import numpy as np
 
 from losart.config.options import GenerationConfig, generation_config
 from losart.engine.batch import PassBatch
+from losart.engine.kv_cache import PagedKVCache
 from losart.engine.logprobs import log_softmax
 from losart.engine.output import Output
 from losart.engine.remasking import remask
+from losart.engine.sequence import ReadLog
 from losart.engine.sequence import Sequence as Decoded
-from losart.errors import DataError, OptionError
+from losart.errors import OptionError
 from losart.eval.evaluation import ANSWER_TOKENS, EvalConfig, check_config
-from losart.eval.questions import make_questions
-from losart.eval.tasks import TASKS
-from losart.loaders.tokenizer import prompt_ids
+from losart.eval.figures import mean
+from losart.eval.prompts import count_prompts, make_prompts
 from losart.models.transformer import Transformer
 from losart.observe.step import Progress
 
@@ -44,6 +45,8 @@ class Divergence:
         exceed.
     agreement : float
         Share of positions at which both find the same token most probable.
+    sparse_density, active_fraction : float or None
+        As of `Stats`.
     """
 
     length: int
@@ -55,6 +58,17 @@ class Divergence:
     mean: float
     high: float
     agreement: float
+    sparse_density: float | None
+    active_fraction: float | None
+
+
+@dataclass(frozen=True)
+class Along:
+    """Of all masked positions of all passes over an answer: divergences, whether the best tokens agree."""
+
+    divergences: np.ndarray
+    agree: np.ndarray
+    reads: ReadLog
 
 
 class Follower:
@@ -68,6 +82,8 @@ class Follower:
     options : GenerationConfig
     prefill_tokens : int
         Of a piece of the prompt.
+    cache : PagedKVCache
+        Empty, or with what is prefilled of the prompt.
 
     Attributes
     ----------
@@ -76,18 +92,18 @@ class Follower:
     """
 
     def __init__(
-        self, runner: Transformer, ids: list[int], options: GenerationConfig, prefill_tokens: int
+        self,
+        runner: Transformer,
+        ids: list[int],
+        options: GenerationConfig,
+        prefill_tokens: int,
+        cache: PagedKVCache,
     ) -> None:
         self._runner = runner
         self.logits: np.ndarray | None = None
-        expected = min(len(ids) + options.max_new_tokens, runner.config.max_positions)
+        output = Output(_expected(runner, ids, options) - len(ids), options.stop_token_ids)
         self.sequence = Decoded(
-            ids,
-            options,
-            Output(expected - len(ids), options.stop_token_ids),
-            runner.new_cache(options, expected),
-            prefill_tokens,
-            deterministic=runner.deterministic,
+            ids, options, output, cache, prefill_tokens, deterministic=runner.deterministic
         )
         self.sequence.slot = runner.new_slot(options)
 
@@ -96,7 +112,11 @@ class Follower:
         self.sequence.cache.reserve(self.sequence.next_end)
         passes = self.sequence.next_pass()
         passes[-1].keeps_logits = True
-        proposals = self._runner.forward(PassBatch(passes)).proposals
+        prefix, runner = self.sequence.cache.length, self._runner
+        result = runner.forward(PassBatch(passes))
+        for reads in result.reads:
+            self.sequence.reads.add(reads, prefix, runner.config.num_kv_heads)
+        proposals = result.proposals
         self.logits = None if proposals is None else proposals.logits
         return None if proposals is None else remask(proposals, list(passes))[0]
 
@@ -155,47 +175,42 @@ def measure_divergence(
     shared = config.shared_options(ANSWER_TOKENS[style])
     runners = reference._engine.runner, model._engine.runner
     done, rows = itertools.count(1), list[Divergence]()
-    tasks = 1 if text is not None else len(config.tasks)
-    total = len(config.lengths) * tasks * config.samples * len(config.settings)
+    total = count_prompts(config, text) * len(config.settings)
+    options = generation_config(reference.config, shared)
     for length in config.lengths:
-        prompts = list(_prompts(model, config, style, length, text))
-        for setting in config.settings:
-            found = []
-            for ids in prompts:
-                found.append(_along(runners, ids, shared, setting))
+        found: list[list[Along]] = [[] for _ in config.settings]
+        for ids in make_prompts(model, config, style, length, text):
+            caches = [runner.new_cache(options, _expected(runner, ids, options)) for runner in runners]
+            for setting, of_setting in zip(config.settings, found, strict=True):
+                of_setting.append(_along(runners, caches, ids, shared, setting))
                 if progress is not None:
                     progress(next(done), total)
-            rows.append(_figures(length, setting, found))
+        for setting, of_setting in zip(config.settings, found, strict=True):
+            rows.append(_figures(length, setting, of_setting))
             if on_row is not None:
                 on_row(rows[-1])
     return rows
 
 
-def _prompts(
-    model: Any, config: EvalConfig, style: str, length: int, text: Path | None
-) -> Iterator[list[int]]:
-    if text is None:
-        for name in config.tasks:
-            for question in make_questions(model, TASKS[name], length, config.samples, config.seed, style):
-                yield prompt_ids(question.prompt, model.config, model.tokenizer, model.chat_template)
-        return
-    ids = model.tokenizer.encode_file(text, config.samples * length)
-    if len(ids) < config.samples * length:
-        raise DataError(f"{text}: has {len(ids)} tokens, not {config.samples} times {length}")
-    for first in range(0, config.samples * length, length):
-        yield ids[first : first + length]
+def _expected(runner: Transformer, ids: list[int], options: GenerationConfig) -> int:
+    """Positions at the end of a generation."""
+    return min(len(ids) + options.max_new_tokens, runner.config.max_positions)
 
 
 def _along(
-    runners: tuple[Transformer, Transformer],
+    runners: Sequence[Transformer],
+    caches: Sequence[PagedKVCache],
     ids: list[int],
     shared: Mapping[str, Any],
     setting: Mapping[str, Any],
-) -> tuple[np.ndarray, np.ndarray]:
-    """Divergences of all masked positions of all passes over an answer, and whether the best tokens agree."""
+) -> Along:
+    """Over an answer; the caches are left with what is prefilled of the prompt, for the next setting."""
     dense, own = (generation_config(runners[0].config, {**shared, **more}) for more in ({}, setting))
     piece = min(runner.prefill_tokens for runner in runners)  # or one would be ahead of the other
-    leader, follower = Follower(runners[0], ids, dense, piece), Follower(runners[1], ids, own, piece)
+    leader, follower = (
+        Follower(runner, ids, options, piece, cache)
+        for runner, options, cache in zip(runners, (dense, own), caches, strict=True)
+    )
     found = []
     while not leader.sequence.finished:
         after = leader.run()
@@ -204,14 +219,15 @@ def _along(
             found.append(divergences(leader.logits, follower.logits))
         for one in (leader, follower):
             one.sequence.apply(*after or ())
+    for one in (leader, follower):
+        one.sequence.cache.length = len(one.sequence.prefix)
     kl, agree = zip(*found, strict=True)
-    return np.concatenate(kl), np.concatenate(agree)
+    return Along(np.concatenate(kl), np.concatenate(agree), follower.sequence.reads)
 
 
-def _figures(
-    length: int, setting: Mapping[str, Any], found: Sequence[tuple[np.ndarray, np.ndarray]]
-) -> Divergence:
-    kl, agree = (np.concatenate(parts) for parts in zip(*found, strict=True))
+def _figures(length: int, setting: Mapping[str, Any], found: Sequence[Along]) -> Divergence:
+    kl = np.concatenate([one.divergences for one in found])
+    agree = np.concatenate([one.agree for one in found])
     return Divergence(
         length=length,
         attention=setting["attention"],
@@ -222,4 +238,6 @@ def _figures(
         mean=float(kl.mean()),
         high=float(np.quantile(kl, 0.99)),
         agreement=float(agree.mean()),
+        sparse_density=mean(one.reads.sparse_density for one in found),
+        active_fraction=mean(one.reads.active_fraction for one in found),
     )

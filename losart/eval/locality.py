@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-import itertools
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,9 +15,7 @@ from losart.engine.batch import PassKind
 from losart.engine.engine import Engine
 from losart.errors import OptionError
 from losart.eval.evaluation import ANSWER_TOKENS, EvalConfig, check_config
-from losart.eval.questions import make_questions
-from losart.eval.tasks import TASKS
-from losart.loaders.tokenizer import prompt_ids
+from losart.eval.prompts import count_prompts, make_prompts
 from losart.observe.step import Progress
 
 TOP = (1, 3, 5, 8)  # tokens of a block
@@ -117,7 +115,11 @@ def shares(change: np.ndarray, kinds: np.ndarray) -> np.ndarray:
 
 
 def measure_locality(
-    model: Any, config: EvalConfig | None = None, *, progress: Progress | None = None
+    model: Any,
+    config: EvalConfig | None = None,
+    *,
+    text: Path | None = None,
+    progress: Progress | None = None,
 ) -> list[Locality]:
     """How a model's queries change while it answers the questions of `config`, densely, on the CPU.
 
@@ -126,8 +128,10 @@ def measure_locality(
     model : losart.Model
     config : EvalConfig, optional
         Its attention settings are not used.
+    text : Path, optional
+        A file of text whose pieces are the prompts, in place of questions.
     progress : callable, optional
-        Called after each question with questions done and in all.
+        Called after each prompt with those done and in all.
 
     Returns
     -------
@@ -138,24 +142,21 @@ def measure_locality(
     ------
     OptionError
         As `evaluate`; the model is not on the CPU; or no block has a second pass.
+    DataError
+        The text is none, or too short.
     """
     config = EvalConfig() if config is None else config
     if model.device != "cpu":
         raise OptionError("locality is measured on the CPU: load the model with device='cpu'")
-    style = check_config(model, config)
+    style = check_config(model, config, questions=text is None)
     options = generation_config(model.config, config.shared_options(ANSWER_TOKENS[style]))
     transformer = copy.copy(model._engine.runner)
     policy = QueryChanges(options.attention, model.config, options.block_length)
     transformer.policies = {(options.attention, options.block_length): policy}
     engine, rows = Engine(transformer), policy.rows
-    total = len(config.lengths) * len(config.tasks) * config.samples
-    questions = (
-        question
-        for length, name in itertools.product(config.lengths, config.tasks)
-        for question in make_questions(model, TASKS[name], length, config.samples, config.seed, style)
-    )
-    for done, question in enumerate(questions, 1):
-        ids = prompt_ids(question.prompt, model.config, model.tokenizer, model.chat_template)
+    total = count_prompts(config, text)
+    prompts = (ids for length in config.lengths for ids in make_prompts(model, config, style, length, text))
+    for done, ids in enumerate(prompts, 1):
         engine.submit(ids, options).result()
         if progress is not None:
             progress(done, total)

@@ -61,13 +61,17 @@ def test_pictures_stand_beside_the_figures(study, tmp_path, monkeypatch):
         for layer in (0, 1, None)
     ]
     locality = tmp_path / "changes.json"
-    facts = {"samples": 8, "dtype": "bfloat16", "options": {}}
+    facts = {"model": "some", "samples": 8, "dtype": "bfloat16", "options": {}, "text": "some.txt"}
     locality.write_text(json.dumps(facts | {"layers": layers}))
     assert report(monkeypatch, study, "--locality", locality) == 0
-    for picture in ("study_8192.png", "locality.png"):
+    for picture in ("study_8192.png", "changes.png"):
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
     assert "(study_8192.png)" in (tmp_path / "study.md").read_text()
-    assert "| all | 40.0% | 70.0% | 90.0% | 100.0% | 50.0% |" in (tmp_path / "locality.md").read_text()
+    table = (tmp_path / "changes.md").read_text()
+    assert (
+        "losart eval some --locality`, 8 pieces of some.txt per length" in table and "(changes.png)" in table
+    )
+    assert "| all | 40.0% | 70.0% | 90.0% | 100.0% | 50.0% |" in table
 
 
 def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys):

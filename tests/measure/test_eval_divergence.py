@@ -1,6 +1,7 @@
 """How far a model's distributions are from another one's."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -58,6 +59,20 @@ def test_a_model_is_not_far_from_itself(checkpoint):
     assert sparse.mean > 0 and sparse.agreement <= 1.0
     # 24 tokens of 2 prompts, and each was masked in one pass at least.
     assert dense.samples == 2 and dense.positions == sparse.positions >= 48
+
+
+@pytest.mark.parametrize("kv", ["auto", "int8"])
+def test_settings_share_a_prompt_s_keys_and_values(checkpoint, kv):
+    """Each is what it is alone, though those before it have written their answers behind the same prompt."""
+    reference, model = losart.load(checkpoint, "cpu"), losart.load(checkpoint, "cpu", kv=kv)
+    methods = ("quest", "losa", "sparsed", "dense")
+    together = measure_divergence(reference, model, replace(SMALL, attention=methods))
+    alone = [
+        measure_divergence(reference, model, replace(SMALL, attention=(method,)))[0] for method in methods
+    ]
+    assert together == alone
+    quest, losa, _, dense = together
+    assert 0 < quest.sparse_density < 0.5 and 0 <= losa.active_fraction <= 1 and dense.sparse_density is None
 
 
 def test_the_way_is_the_reference_s(checkpoint):
@@ -145,7 +160,7 @@ def test_command(checkpoint, tmp_path, capsys):
     arguments += ["--attention", "dense,quest", "--json", str(file)]
     assert main(["eval", str(checkpoint), "--kl", "--weights", "int4", *arguments]) == 0
     head, *rows = capsys.readouterr().out.splitlines()
-    assert head.split()[-6:] == ["mean", "KL", "99%", "KL", "same", "token"]
+    assert head.split()[-8:] == ["mean", "KL", "99%", "KL", "same", "token", "sparse", "active"]
     assert [row.split()[1] for row in rows] == ["dense", "quest"]
     report = json.loads(file.read_text())
     assert report["weights"] == ["bfloat16", "int4", "int8"] and report["reference_weights"] == ["bfloat16"]

@@ -12,7 +12,7 @@ import losart
 from losart.attention import DensePolicy
 from losart.cli import main
 from losart.engine.batch import PassKind
-from losart.errors import OptionError
+from losart.errors import DataError, OptionError
 from losart.eval import EvalConfig
 from losart.eval.locality import KINDS, QueryChanges, measure_locality, shares, token_kinds
 from losart.eval.questions import make_questions
@@ -78,6 +78,17 @@ def test_a_layer_has_a_row_for_each_later_pass(model, block_length):
     assert layers[0].change["unmasked"] == pytest.approx(1.0)
     assert layers[-1].change["unmasked"] < 1.0
     assert every.top["3"] == pytest.approx(np.mean([layer.top["3"] for layer in layers]))
+
+
+def test_pieces_of_a_text(model, tmp_path):
+    file = tmp_path / "text.txt"
+    file.write_text("once upon a time " * 200)
+    told, config = [], replace(SMALL, lengths=(100, 50), samples=3)
+    *layers, every = measure_locality(model, config, text=file, progress=lambda *ends: told.append(ends))
+    assert told == [(done, 6) for done in range(1, 7)]
+    assert len(layers) == model.config.num_layers and every.passes > 0
+    with pytest.raises(DataError, match=r"text.txt: has \d+ tokens, not 9 times 4000"):
+        measure_locality(model, replace(config, lengths=(4000,), samples=9), text=file)
 
 
 def test_one_pass_a_block_has_no_change(model):
