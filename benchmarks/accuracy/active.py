@@ -46,6 +46,8 @@ def row(
         for question in make_questions(model, TASKS[task], length, samples, 0, grid.style):
             session.generate(question.prompt, observer=observe)
     layers = counts.total()
+    if not layers:  # each block was fixed by its first pass
+        return {"layers": 0}
     shares = {name: sum(counts[count] for count in group) / layers for name, group in GROUPS.items()}
     return {"layers": layers, "mean": sum(count * n for count, n in counts.items()) / layers, **shares}
 
