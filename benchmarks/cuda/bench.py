@@ -144,7 +144,8 @@ SECTIONS = {
         "256 new tokens of each in blocks, low_confidence_static, budget 128; the prompts' keys and values "
         "are noise, prefill apart. A mean pass over blocks: milliseconds, what the host takes between "
         "passes, rows, the share of the prefixes that is read, and its floor: bytes of weights, keys and "
-        "values over the copy bandwidth plus the products' operations over cuBLAS's rate for 8,192 rows.",
+        "values over the copy bandwidth plus the products' operations over cuBLAS's rate for 8,192 rows. "
+        "With weights in fp8 activations of more than 64 rows are rounded to fp8, too; no floor is measured.",
         lambda bandwidth, quick, _: batches.rows(bandwidth, quick),
     ),
     "riding": Section(
