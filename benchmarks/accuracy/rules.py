@@ -1,15 +1,18 @@
 """Rules for LoSA's active set and rankers of pages, tried on the CPU before any of them is built.
 
     OMP_NUM_THREADS=1 python -m benchmarks.accuracy.rules --json FILE --jobs 2 --rules prev>0.1 stored>0.1
+    python -m benchmarks.accuracy.rules --json FILE --text TEXT --samples 5 --rules stored>0.1 both8+8
 
-The shipped checkpoint answers the study's questions by each rule and ranker; the file is rewritten after each
-task and kind of remasking. docs/lab-notes/accuracy.md says what was learned.
+The shipped checkpoint answers the study's questions by each rule and ranker; with a text, how far each leads
+SmolLM2 from dense attention after pieces of it is measured. The file is rewritten after each task and kind of
+remasking, or each length. docs/lab-notes/accuracy.md says what was learned.
 """
 
 from __future__ import annotations
 
 import argparse
 import multiprocessing
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
@@ -33,6 +36,7 @@ from losart.cli.eval_report import JsonReport
 from losart.cli.tables import share
 from losart.engine.batch import PassBatch, PassKind, SequencePass
 from losart.eval import Cell, EvalConfig
+from losart.eval.divergence import Divergence, measure_divergence
 from losart.eval.evaluation import measure
 from losart.measure.environment import environment
 
@@ -87,18 +91,22 @@ class PageRule:
         By the largest exact score in a page, instead of by QUEST's bound.
     layers : int
         That read the pages which the first of them has selected for its own active tokens.
+    stored : int
+        Pages before those, by their mass for the query in the block's dense first pass.
     """
 
     pages: int
     candidates: int | None = None
     exact: bool = False
     layers: int = 1
+    stored: int = 0
 
 
-DEFAULT = TokenRule(0.15)
+DEFAULT, STRICT = TokenRule(0.15), TokenRule(0.05)
+STORED_AND_RANKED = ((1, 3), (2, 2), (4, 12), (8, 8), (12, 4), (16, 0))  # pages
 RULES: dict[str, tuple[TokenRule, PageRule | None]] = {
     **{f"prev>{x}": (TokenRule(x, follow=True), None) for x in (0.03, 0.1, 0.15, 0.2, 0.3)},
-    **{f"stored>{x}": (TokenRule(x), None) for x in (0.03, 0.1, 0.15, 0.2, 0.3)},
+    **{f"stored>{x}": (TokenRule(x), None) for x in (0.01, 0.02, 0.03, 0.05, 0.1, 0.15, 0.2, 0.3)},
     **{f"mass>{x}": (TokenRule(x, heads="mass"), None) for x in (0.01, 0.03, 0.1)},
     **{f"max>{x}": (TokenRule(x, heads="max"), None) for x in (0.2, 0.5)},
     "layers>0.1": (TokenRule(0.1, layers=True), None),
@@ -107,7 +115,10 @@ RULES: dict[str, tuple[TokenRule, PageRule | None]] = {
     **{f"look{n}of{c}": (DEFAULT, PageRule(n, c, exact=True)) for c in (16, 64) for n in (1, 2, 4)},
     **{f"exact{n}": (DEFAULT, PageRule(n, exact=True)) for n in (1, 2, 4)},
     **{f"bound{n}of{c}layers": (DEFAULT, PageRule(n, layers=c)) for c in (2, 4) for n in (4, 8)},
+    **{f"both{s}+{n}": (DEFAULT, PageRule(n, stored=s)) for s, n in STORED_AND_RANKED},
+    **{f"both{s}+{n}>0.05": (STRICT, PageRule(n, stored=s)) for s, n in STORED_AND_RANKED},
 }
+STORES = {"selector": "anchor"}  # or no masses would be stored; which pages are read the rules say
 BUILT: dict[str, dict[str, Any]] = {
     "dense": {"attention": "dense"},
     "quest": {"attention": "quest"},
@@ -184,7 +195,12 @@ class TriedPolicy(LosaPolicy):
                 ranks = scores.reshape(*bounds.shape, size).max(-1)
             if rule.candidates is not None:
                 ranks = np.where(highest(bounds, rule.candidates), ranks, -np.inf)
-            chosen[:] = highest(ranks, rule.pages).any(axis=1)
+            if rule.stored:
+                masses, _ = sequence.slot.masses[layer]
+                first = highest(masses.take(tokens, axis=1).reshape(bounds.shape), rule.stored)
+                chosen |= first.any(axis=1)
+                ranks = np.where(first, -np.inf, ranks)
+            chosen |= highest(ranks, rule.pages).any(axis=1)
         counts = chosen.sum(axis=1).astype(np.int32)
         ids = np.zeros((kv_heads, max(1, counts.max())), np.int32)
         for row, of_head, count in zip(ids, chosen, counts, strict=True):
@@ -197,16 +213,18 @@ def highest(ranks: np.ndarray, count: int) -> np.ndarray:
     if count >= ranks.shape[-1]:
         return np.isfinite(ranks)
     chosen = np.zeros(ranks.shape, bool)
+    if not count:
+        return chosen
     np.put_along_axis(chosen, np.argpartition(-ranks, count - 1, axis=-1)[..., :count], True, axis=-1)
     return chosen & np.isfinite(ranks)
 
 
 @cache
-def model() -> losart.Model:
+def model(checkpoint: str | None = None) -> losart.Model:
     """The checkpoint, with a method for each rule, whose backend also notes the keys that it writes."""
     for name, (active_rule, page_rule) in RULES.items():
         POLICIES[name] = type(name, (TriedPolicy,), {"active_rule": active_rule, "page_rule": page_rule})
-    loaded = losart.load(device="cpu")
+    loaded = losart.load(checkpoint, device="cpu")
     transformer: Any = loaded._engine.runner
     backend, c = transformer.backend, loaded.config
     write = backend.write_kv
@@ -224,7 +242,7 @@ def model() -> losart.Model:
 
 
 def model_keys() -> np.ndarray:
-    """The keys of its cache [layers, kv_heads, positions, head_dim], as they are held."""
+    """The keys of the small checkpoint's cache [layers, kv_heads, positions, head_dim], as they are held."""
     transformer: Any = model()._engine.runner
     return transformer.backend.keys
 
@@ -235,7 +253,8 @@ def ask(
     """Answers to one task at one length with one kind of remasking, by each rule."""
     task, length, remasking = asked
     settings = [
-        {"budget": budget} | BUILT.get(rule, {"attention": rule}) | REMASKING[remasking][1] for rule in rules
+        {"budget": budget} | (BUILT.get(rule) or {"attention": rule, **STORES}) | REMASKING[remasking][1]
+        for rule in rules
     ]
     config = EvalConfig((task,), (length,), samples=samples, seed=seed)
     return remasking, measure(model(), task, length, settings, config, "symbols")
@@ -247,6 +266,21 @@ class RuleCell(Cell):
 
     rule: str
     remasking: str
+
+
+def follow(
+    text: Path, rules: list[str], lengths: list[int], budget: int, samples: int
+) -> Iterator[Divergence]:
+    """How far each rule leads SmolLM2 from dense attention after pieces of a text."""
+    loaded = model(GRIDS["english"].model)
+    fixed: dict[str, Any] = {
+        "budgets": (budget,),
+        "samples": samples,
+        "options": {"max_new_tokens": 32, **STORES},
+    }
+    for length in lengths:
+        config = EvalConfig(lengths=(length,), attention=tuple(rules), **fixed)
+        yield from measure_divergence(loaded, loaded, config, text=text)
 
 
 def main() -> None:
@@ -261,10 +295,19 @@ def main() -> None:
     parser.add_argument("--samples", type=positive, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=positive, default=1)
+    parser.add_argument("--text", type=Path, metavar="FILE", help="in place of questions")
     args = parser.parse_args()
     facts = {name: getattr(args, name) for name in ("budget", "samples", "seed")}
     facts |= {"device": environment()["cpu"]["name"], "commit": commit(), "command": command(__file__)}
     report = JsonReport(str(args.json), facts)
+    if args.text is not None:
+        for row in follow(args.text, args.rules, args.lengths, args.budget, args.samples):
+            report.add(row)
+            density = share(row.sparse_density)
+            print(
+                f"{row.length} {row.attention}: {row.mean:.3f}, {row.agreement:.1%} at {density}", flush=True
+            )
+        return
     asks = partial(ask, rules=args.rules, budget=args.budget, samples=args.samples, seed=args.seed)
     with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
         for remasking, cells in pool.map(asks, product(args.tasks, args.lengths, args.remasking)):
