@@ -92,7 +92,7 @@ class PageRule:
     layers : int
         That read the pages which the first of them has selected for its own active tokens.
     stored : int
-        Pages before those, by their mass for the query in the block's dense first pass.
+        Pages beside those, by their mass for the query in the block's dense first pass; some may be the same.
     """
 
     pages: int
@@ -103,7 +103,7 @@ class PageRule:
 
 
 DEFAULT, STRICT = TokenRule(0.15), TokenRule(0.05)
-STORED_AND_RANKED = ((1, 3), (2, 2), (4, 12), (8, 8), (12, 4), (16, 0))  # pages
+STORED_AND_RANKED = ((1, 3), (2, 2), (4, 4), (4, 12), (8, 8), (12, 4), (16, 0))  # pages
 RULES: dict[str, tuple[TokenRule, PageRule | None]] = {
     **{f"prev>{x}": (TokenRule(x, follow=True), None) for x in (0.03, 0.1, 0.15, 0.2, 0.3)},
     **{f"stored>{x}": (TokenRule(x), None) for x in (0.01, 0.02, 0.03, 0.05, 0.1, 0.15, 0.2, 0.3)},
@@ -197,9 +197,8 @@ class TriedPolicy(LosaPolicy):
                 ranks = np.where(highest(bounds, rule.candidates), ranks, -np.inf)
             if rule.stored:
                 masses, _ = sequence.slot.masses[layer]
-                first = highest(masses.take(tokens, axis=1).reshape(bounds.shape), rule.stored)
-                chosen |= first.any(axis=1)
-                ranks = np.where(first, -np.inf, ranks)
+                of_tokens = masses.take(tokens, axis=1).reshape(bounds.shape)
+                chosen |= highest(of_tokens, rule.stored).any(axis=1)
             chosen |= highest(ranks, rule.pages).any(axis=1)
         counts = chosen.sum(axis=1).astype(np.int32)
         ids = np.zeros((kv_heads, max(1, counts.max())), np.int32)
