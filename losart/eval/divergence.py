@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +65,10 @@ class Divergence:
 
 @dataclass(frozen=True)
 class Along:
-    """Of all masked positions of all passes over an answer: divergences, whether the best tokens agree."""
+    """Of all masked positions of all passes over an answer: divergences, whether the best tokens agree.
+
+    `reads` is what the follower read.
+    """
 
     divergences: np.ndarray
     agree: np.ndarray
@@ -83,7 +87,7 @@ class Follower:
     prefill_tokens : int
         Of a piece of the prompt.
     cache : PagedKVCache
-        Empty, or with what is prefilled of the prompt.
+        Empty, or with the prompt's first pages.
 
     Attributes
     ----------
@@ -164,7 +168,7 @@ def measure_divergence(
     OptionError
         As `evaluate`; or the models differ in their vocabulary.
     DataError
-        The text is none, or too short.
+        The file is no text, or has too few tokens.
     """
     config = EvalConfig() if config is None else config
     if reference.config.vocab_size != model.config.vocab_size:
@@ -204,7 +208,7 @@ def _along(
     shared: Mapping[str, Any],
     setting: Mapping[str, Any],
 ) -> Along:
-    """Over an answer; the caches are left with what is prefilled of the prompt, for the next setting."""
+    """Over an answer; the caches are left with the prompt's whole pages, for the next setting."""
     dense, own = (generation_config(runners[0].config, {**shared, **more}) for more in ({}, setting))
     piece = min(runner.prefill_tokens for runner in runners)  # or one would be ahead of the other
     leader, follower = (
@@ -220,7 +224,8 @@ def _along(
         for one in (leader, follower):
             one.sequence.apply(*after or ())
     for one in (leader, follower):
-        one.sequence.cache.length = len(one.sequence.prefix)
+        unit = math.lcm(one.sequence.cache.page_size, dense.block_length)  # a page has bounds of all it held
+        one.sequence.cache.length = len(one.sequence.prefix) // unit * unit
     kl, agree = zip(*found, strict=True)
     return Along(np.concatenate(kl), np.concatenate(agree), follower.sequence.reads)
 

@@ -121,7 +121,7 @@ def measure_locality(
     text: Path | None = None,
     progress: Progress | None = None,
 ) -> list[Locality]:
-    """How a model's queries change while it answers the questions of `config`, densely, on the CPU.
+    """How a model's queries change while it goes on after prompts, densely, on the CPU.
 
     Parameters
     ----------
@@ -143,7 +143,7 @@ def measure_locality(
     OptionError
         As `evaluate`; the model is not on the CPU; or no block has a second pass.
     DataError
-        The text is none, or too short.
+        The file is no text, or has too few tokens.
     """
     config = EvalConfig() if config is None else config
     if model.device != "cpu":

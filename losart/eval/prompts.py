@@ -22,17 +22,17 @@ def make_prompts(
     ----------
     model : Model
     config : EvalConfig
-        Its tasks, samples and seed are used.
+        Its samples are used, without a text its tasks and seed, too.
     style : str
         Of the questions.
     length : int
     text : Path, optional
-        A file of text whose pieces are the prompts, in place of the tasks' questions.
+        A file of text whose pieces, from its beginning, are the prompts in place of the tasks' questions.
 
     Raises
     ------
     DataError
-        The text is none, or too short.
+        The file is no text, or has too few tokens.
     """
     if text is None:
         for name in config.tasks:
