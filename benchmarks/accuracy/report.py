@@ -99,11 +99,13 @@ def locality_markdown(report: dict[str, Any], picture: str) -> str:
         ]
         for layer in report["layers"]
     ]
-    of = f"pieces of {text} per length" if (text := report.get("text")) else "questions per task and length"
+    text, model = report.get("text"), report["model"]
+    of = f"pieces of {Path(text).name} per length" if text else "questions per task and length"
+    command = "losart eval --locality" if model == "small_checkpoint" else f"losart eval {model} --locality"
     note = (
         "# Locality\n\nShare of the queries' change from pass to pass in the tokens of a block that changed "
         "most, and in each kind of token ([what the columns mean](../../docs/guide/evaluating.md#locality)). "
-        f"`losart eval {report['model']} --locality`, {report['samples']} {of}, on the CPU, "
+        f"`{command}`, {report['samples']} {of}, on the CPU, "
         f"{report['dtype']}, options {report['options']}.\n\n![locality]({picture})\n\n"
     )
     return note + markdown_lines(head, lines)

@@ -218,6 +218,10 @@ def highest(ranks: np.ndarray, count: int) -> np.ndarray:
     return chosen & np.isfinite(ranks)
 
 
+# After a text: without those that need the small checkpoint's keys, or options of their own.
+FOLLOWED = ["dense", "quest", *(name for name, (_, pages) in RULES.items() if not (pages and pages.exact))]
+
+
 @cache
 def model(checkpoint: str | None = None) -> losart.Model:
     """The checkpoint, with a method for each rule, whose backend also notes the keys that it writes."""
@@ -286,7 +290,7 @@ def main() -> None:
     """Ask, and print and write each cell."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--json", type=Path, required=True, metavar="FILE")
-    parser.add_argument("--rules", nargs="+", choices=[*BUILT, *RULES], default=[*BUILT, *RULES])
+    parser.add_argument("--rules", nargs="+", choices=[*BUILT, *RULES], metavar="RULE", help="(all)")
     parser.add_argument("--tasks", nargs="+", default=GRID.groups["budgets"].tasks)
     parser.add_argument("--lengths", type=listed(int), default=(4096,))
     parser.add_argument("--remasking", nargs="+", choices=REMASKING, default=list(REMASKING))
@@ -296,7 +300,12 @@ def main() -> None:
     parser.add_argument("--jobs", type=positive, default=1)
     parser.add_argument("--text", type=Path, metavar="FILE", help="in place of questions")
     args = parser.parse_args()
+    every = [*BUILT, *RULES] if args.text is None else FOLLOWED
+    args.rules = args.rules or every
+    if unknown := [rule for rule in args.rules if rule not in every]:
+        parser.error(f"--text is not for {', '.join(unknown)}")
     facts = {name: getattr(args, name) for name in ("budget", "samples", "seed")}
+    facts |= {"text": args.text.name} if args.text else {}
     facts |= {"device": environment()["cpu"]["name"], "commit": commit(), "command": command(__file__)}
     report = JsonReport(str(args.json), facts)
     if args.text is not None:
