@@ -7,7 +7,7 @@ hardly HTTP, while an answer runs, which must come out as it does alone; and cli
 answers. Then rounds of chats in streams, or of completions where the checkpoint has no chat template: all
 connections are open, as many as are said are at work at a time, each on a connection drawn at random.
 Between rounds nothing is asked: memory and open files of the process are then those that it does not give
-back. There are as many as are asked for, and more until `--seconds` have gone.
+back. Rounds go on until there were `--rounds`, and `--seconds` have gone.
 """
 
 from __future__ import annotations

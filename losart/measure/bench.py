@@ -73,7 +73,7 @@ class NoiseBlocks:
     Attributes
     ----------
     prefill_rate : float
-        Prompt tokens a second, of the last 256 of the prefix or of all where it is shorter, the second time.
+        Prompt tokens a second, of the last 256 of the prefix or so, when they are prefilled a second time.
 
     Raises
     ------

@@ -51,7 +51,7 @@ def _digests(tag: str, html: str) -> str:
 
 
 def about(model: Model, options: dict[str, Any]) -> dict[str, Any]:
-    """What losart says of a model beside what OpenAI's API does: where it is, and options' defaults."""
+    """What losart tells beyond OpenAI's API: device, dtype, whether it chats, attention methods, defaults."""
     config = generation_config(model.config, options)
     values = vars(config) | vars(config.attention)
     defaults = {name: values[name] for name in TOLD if math.isfinite(values[name])}
