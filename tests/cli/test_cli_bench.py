@@ -116,7 +116,7 @@ def test_the_end_of_a_prefix_is_prefilled_and_the_rest_noise(tiny_checkpoint, mo
 
     monkeypatch.setattr(transformer, "begin", noting)
     blocks = NoiseBlocks(model, prefix, 4)
-    assert pieces == [(prefix - prefilled, prefilled)] and blocks.cache.length == prefix
+    assert pieces == [(prefix - prefilled, prefilled)] * 2 and blocks.cache.length == prefix
     queries = np.ones((4, 4, 32), np.float32)
     batch = block_batch(blocks.cache, 4)
     read, _ = blocks.transformer.backend.prefix_attention(0, queries, batch)
