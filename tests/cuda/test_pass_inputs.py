@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from kv import at_most
 
 from losart.backends.cuda.pass_inputs import PassInputs
 from losart.engine.batch import PassKind
@@ -48,6 +49,7 @@ def groups(draw: Any) -> Any:
     return tokens, draw(st.lists(sequences(tokens), min_size=1, max_size=5)), draw(st.integers(0, 2))
 
 
+@at_most(100)
 @given(st.lists(groups(), min_size=1, max_size=3))
 def test_all_is_written_and_what_was_there_before_is_not_left(of_pass):
     places = [(tokens, of_group, len(of_group) + padding) for tokens, of_group, padding in of_pass]

@@ -6,7 +6,7 @@ import os
 
 import numpy as np
 import reference as ref
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from losart.backends.cpu import convert
 from losart.backends.cpu.kv_index import PageTable
@@ -20,7 +20,8 @@ LAYER = 1  # of two; the other is full of NaN, which shows if it is read
 def at_most(examples: int) -> settings:
     """So many examples, or fewer if the environment asks for it, as in an emulator or compute-sanitizer."""
     examples = min(examples, int(os.environ.get("LOSART_TEST_EXAMPLES", examples)))
-    return settings(max_examples=examples, deadline=None)
+    slow = [HealthCheck.too_slow]  # there generating them is, too
+    return settings(max_examples=examples, deadline=None, suppress_health_check=slow)
 
 
 def steady(examples: int) -> settings:
