@@ -15,6 +15,7 @@ Setting = dict[str, Any]  # options of `Model.generate`; one that has its defaul
 BUDGETS = (16, 32, 64, 128, 256, 512, 1024)
 DENSE: Setting = {"attention": "dense"}
 LOSA: Setting = {"attention": "losa"}
+BY_BOUND: Setting = LOSA | {"change_threshold": 0.15, "selector": "quest"}
 QUEST: Setting = {"attention": "quest"}
 SPARSED: Setting = {"attention": "sparsed"}
 STATIC: Setting = {"remasking": "low_confidence_static"}
@@ -83,11 +84,12 @@ def groups_of(block: int, core: Tasks, every: Tasks, masked: Tasks) -> dict[str,
         **{
             name: Group(
                 title,
-                "LoSA by its defaults and with as many active tokens as in the paper, 0.3 of a block.",
+                "LoSA by its defaults, with a higher threshold and all pages by the bound, and with as many "
+                "active tokens as in the paper, 0.3 of a block.",
                 [
                     DENSE | remasking,
                     *vary(
-                        [LOSA, counted, QUEST, SPARSED],
+                        [LOSA, BY_BOUND, counted, QUEST, SPARSED],
                         *(remasking | {"budget": budget} for budget in (64, 128)),
                     ),
                 ],
@@ -98,23 +100,46 @@ def groups_of(block: int, core: Tasks, every: Tasks, masked: Tasks) -> dict[str,
         "budgets": Group(
             "Budgets",
             "Dynamic remasking.",
-            [DENSE, *vary([LOSA, counted, QUEST, SPARSED], *({"budget": budget} for budget in BUDGETS))],
+            [
+                DENSE,
+                *vary([LOSA, BY_BOUND, counted, QUEST, SPARSED], *({"budget": budget} for budget in BUDGETS)),
+            ],
             core,
         ),
         "budgets-static": Group(
             "Budgets, static remasking",
             "Two tokens per pass.",
-            [DENSE | two, *vary([LOSA, counted, QUEST], *(two | {"budget": budget} for budget in BUDGETS))],
+            [
+                DENSE | two,
+                *vary([LOSA, BY_BOUND, counted, QUEST], *(two | {"budget": budget} for budget in BUDGETS)),
+            ],
+            core,
+        ),
+        "selectors": Group(
+            "What ranks pages, and who is active",
+            "Half of the pages by their mass in the first pass and half by QUEST's bound (LoSA by its "
+            "defaults), all by the bound, or all by mass; tokens active whose relative change is above 0.05 "
+            "(the default) or 0.15.",
+            vary(
+                [
+                    *vary([LOSA], {}, {"selector": "quest"}, {"selector": "anchor"}),
+                    *vary(
+                        [LOSA | {"change_threshold": 0.15}], {}, {"selector": "quest"}, {"selector": "anchor"}
+                    ),
+                ],
+                *({"budget": budget} | remasking for budget in (64, 128, 256) for remasking in ({}, two)),
+            ),
             core,
         ),
         "active": Group(
             "Active tokens",
-            "Budget 64: thresholds of the relative change, and counts.",
+            "Budget 64, pages by the bound: thresholds of the relative change, and counts.",
             vary(
                 [
-                    *vary([LOSA], *({"change_threshold": threshold} for threshold in (0.05, 0.1, 0.2, 0.3))),
+                    LOSA | {"selector": "quest"},
+                    *vary([BY_BOUND], *({"change_threshold": threshold} for threshold in (0.1, 0.2, 0.3))),
                     *vary([LOSA], *({"active": count} for count in counts)),
-                    LOSA,
+                    BY_BOUND,
                 ],
                 *({"budget": 64} | remasking for _, remasking in remasking_of.values()),
             ),
@@ -126,7 +151,11 @@ def groups_of(block: int, core: Tasks, every: Tasks, masked: Tasks) -> dict[str,
             vary(
                 [
                     *vary(
-                        [LOSA], {}, {"drift": "previous"}, {"candidates": "masked"}, {"selector": "anchor"}
+                        [BY_BOUND],
+                        {},
+                        {"drift": "previous"},
+                        {"candidates": "masked"},
+                        {"selector": "anchor"},
                     ),
                     *vary(
                         [counted], {}, {"drift": "refresh"}, {"candidates": "masked"}, {"selector": "anchor"}
@@ -141,9 +170,9 @@ def groups_of(block: int, core: Tasks, every: Tasks, masked: Tasks) -> dict[str,
             "A token that was just fixed changed most, and may not have to look again.",
             vary(
                 [
-                    LOSA,
-                    LOSA | {"candidates": "masked"},
-                    LOSA | {"candidates": "masked", "change_threshold": 0.05},
+                    BY_BOUND,
+                    BY_BOUND | {"candidates": "masked"},
+                    LOSA | {"candidates": "masked", "selector": "quest"},
                 ],
                 *(
                     {"budget": budget} | remasking
@@ -160,7 +189,7 @@ def groups_of(block: int, core: Tasks, every: Tasks, masked: Tasks) -> dict[str,
             [
                 DENSE | FEW,
                 *vary(
-                    [LOSA, QUEST],
+                    [BY_BOUND, QUEST],
                     *(
                         FEW | {"budget": budget} | commit
                         for budget in (32, 256)
@@ -174,7 +203,7 @@ def groups_of(block: int, core: Tasks, every: Tasks, masked: Tasks) -> dict[str,
             "First pass",
             "The first pass over a block, dense and sparse: LoSA's is dense by itself, QUEST's sparse.",
             vary(
-                [LOSA, LOSA | {"first_pass": "sparse"}, QUEST, QUEST | {"first_pass": "dense"}],
+                [BY_BOUND, BY_BOUND | {"first_pass": "sparse"}, QUEST, QUEST | {"first_pass": "dense"}],
                 {"budget": 64},
                 {"budget": 64} | two,
             ),

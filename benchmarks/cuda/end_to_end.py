@@ -23,6 +23,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "dense": {},
     "losa 5": {"attention": "losa", "budget": BUDGET, "active": 5},
     "losa": {"attention": "losa", "budget": BUDGET},
+    "losa by bound": {"attention": "losa", "budget": BUDGET, "selector": "quest"},
     "losa as trained": {"attention": "losa", "budget": BUDGET},
     "losa 5 anchor": {"attention": "losa", "budget": BUDGET, "active": 5, "selector": "anchor"},
     "quest": {"attention": "quest", "budget": BUDGET},

@@ -60,11 +60,11 @@ def pass_bytes(model: NoiseModel, prefix: int, attention: AttentionConfig, densi
     """What a pass must read: weights, keys and values of what it selects, and what it selects by."""
     config = model.config
     read = density * kv_bytes(config, prefix)
-    if attention.method == "losa" and attention.selector == "quest":
+    by_mass = attention.pages_by_mass
+    if attention.method == "losa" and by_mass < attention.pages_per_query:
         # Per channel of 16 pages two codes of 4 bits each, a base and a step; a position has two numbers.
         read += kv_bytes(config, -(-prefix // attention.page_size)) * (16 + 4) / 64
-    if attention.method == "losa" and attention.selector == "anchor":
+    if attention.method == "losa":
         # The pages of highest mass of each query, int32.
-        queries = attention.active_count(BLOCK) * config.num_heads
-        read += 4 * queries * attention.pages_per_query
+        read += 4 * attention.active_count(BLOCK) * config.num_heads * by_mass
     return model.read_bytes + config.num_layers * read

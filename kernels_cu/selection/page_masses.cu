@@ -1,21 +1,23 @@
 /* The mass of attention on each MASS_UNIT positions of the prefix: the sum of exp(score - lse).
  *
- * q [sequences, tokens, heads, head_dim], lse [sequences, tokens, heads]. Writes the prefixes' units of masses
- * [sequences, kv_heads, rows, stride].
+ * q [sequences, tokens, heads, head_dim], lse [sequences, tokens, heads]. Writes the prefixes' units of masses [caches,
+ * kv_heads, rows, stride], for the last of the per_cache sequences of each cache.
  *
- * Grid: (kv_heads, splits, sequences * rows / PLAIN_ROWS). Must read the keys, which it does once for PLAIN_ROWS rows.
+ * Grid: (kv_heads, splits, caches * rows / PLAIN_ROWS). Must read the keys, which it does once for PLAIN_ROWS rows.
  */
 extern "C" __global__ void __launch_bounds__(PLAIN_THREADS)
-    page_masses(const float *q, const float *lse, CachesView caches, float *masses, int stride, int tokens, int heads)
+    page_masses(const float *q, const float *lse, CachesView caches, float *masses, int stride, int tokens, int heads,
+                int per_cache)
 {
     wait_for_previous();
     let_next_start();
     extern __shared__ float shared[];
     SequenceRows mine(nullptr, tokens, heads / caches.kv_heads, PLAIN_ROWS);
-    CacheView cache = caches.of(mine.sequence);
+    int sequence = (mine.sequence + 1) * per_cache - 1;
+    CacheView cache = caches.of(sequence);
     int kv_head = blockIdx.x, dim = cache.head_dim, length = *cache.length, tiles = (length + WARP - 1) / WARP;
     QueryRows rows(mine.first_row, tokens, kv_head, heads, cache);
-    q += (size_t)mine.sequence * tokens * heads * dim, lse += mine.sequence * tokens * heads;
+    q += (size_t)sequence * tokens * heads * dim, lse += sequence * tokens * heads;
     masses += (size_t)mine.sequence * cache.kv_heads * rows.count * stride;
     int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, key_stride = dim + 1;
     float *keys = shared + PLAIN_ROWS * dim;

@@ -1,22 +1,23 @@
 /* page_masses.cu on tensor cores.
  *
- * Compiled with KEY_WARPS of 4 or less, so that a warp has whole units. Grid: (kv_heads, splits, sequences * rows /
+ * Compiled with KEY_WARPS of 4 or less, so that a warp has whole units. Grid: (kv_heads, splits, caches * rows /
  * BLOCK_ROWS). Must read the keys, which it does once for each z. */
 static_assert(WARP_KEYS % MASS_UNIT == 0 && MASS_UNIT == 16, "whole units, of two columns of B fragments");
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     page_masses_tensor(const float *q, const float *lse, CachesView caches, float *masses, int stride, int tokens,
-                       int heads)
+                       int heads, int per_cache)
 {
     wait_for_previous();
     let_next_start();
     extern __shared__ __align__(SHARED_ALIGNMENT) unsigned char shared_bytes[];
     unsigned shared = shared_address(shared_bytes);
     SequenceRows mine(nullptr, tokens, heads / caches.kv_heads, BLOCK_ROWS);
-    CacheView cache = caches.of(mine.sequence);
+    int sequence = (mine.sequence + 1) * per_cache - 1;
+    CacheView cache = caches.of(sequence);
     int kv_head = blockIdx.x, length = *cache.length;
     QueryRows rows(mine.first_row, tokens, kv_head, heads, cache);
-    q += (size_t)mine.sequence * tokens * heads * HEAD_DIM, lse += mine.sequence * tokens * heads;
+    q += (size_t)sequence * tokens * heads * HEAD_DIM, lse += sequence * tokens * heads;
     masses += (size_t)mine.sequence * cache.kv_heads * rows.count * stride;
     TileRange tiles = tiles_of_part((length + TENSOR_TILE - 1) / TENSOR_TILE, blockIdx.y, gridDim.y);
     int key_warp = threadIdx.x / WARP % KEY_WARPS, t = threadIdx.x % 4;

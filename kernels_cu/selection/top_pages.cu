@@ -1,19 +1,19 @@
 /* The `count` pages of highest score of each row.
  *
- * scores [sequences, kv_heads, sums, rows, stride]: a page's score is the sum over `sums`, and over its `units` values,
- * of which the last page may have fewer. ids [sequences, kv_heads, rows, count], or where it is null `stored`
- * [kv_heads, rows, count] of each sequence, gets each row's pages in any order, then -1 where there are fewer than
- * `count`.
+ * scores [caches, kv_heads, sums, rows, stride], for the last of the per_cache sequences of each cache: a page's score
+ * is the sum over `sums`, and over its `units` values, of which the last page may have fewer. ids [caches, kv_heads,
+ * rows, count], or where it is null `stored` [kv_heads, rows, count] of the sequence, gets each row's pages in any
+ * order, then -1 where there are fewer than `count`.
  *
- * Grid: (kv_heads, rows, sequences). Must read the scores once. */
+ * Grid: (kv_heads, rows, caches). Must read the scores once. */
 extern "C" __global__ void __launch_bounds__(THREADS)
-    top_pages(const float *scores, int sums, int units, int stride, CachesView caches, int count, StoredView stored,
-              int *ids)
+    top_pages(const float *scores, int sums, int units, int stride, CachesView caches, int per_cache, int count,
+              StoredView stored, int *ids)
 {
     __shared__ int filled;
     if (threadIdx.x == 0) filled = 0;
-    int row = blockIdx.y, rows = gridDim.y, sequence = blockIdx.z;
-    size_t head = (size_t)sequence * gridDim.x + blockIdx.x;
+    int row = blockIdx.y, rows = gridDim.y, sequence = (blockIdx.z + 1) * per_cache - 1;
+    size_t head = (size_t)blockIdx.z * gridDim.x + blockIdx.x;
     CacheView cache = caches.of(sequence);
     int length = *cache.length, page_size = cache.page_size;
     int *row_ids =

@@ -32,10 +32,6 @@ class SparsedPolicy(AttentionPolicy):
         pages, rows = self.config.pages_per_query, self.model.group_size
         return StoredResults(self.block_length, top_pages=pages, top_pages_rows=rows)
 
-    @property
-    def commits_ride(self) -> bool:
-        return False  # the first pass takes masses too
-
     def prefix(self, backend: Any, layer: int, q: Any, batch: Any) -> tuple[Prefix, Selection | None]:
         if batch.kind is PassKind.FIRST:
             prefix, masses = backend.prefix_attention_and_masses(layer, q, batch)

@@ -203,9 +203,19 @@ class Selector(Protocol):
         """The active tokens of each block."""
 
     def select_pages(
-        self, layer: int, q: Array, active: ActiveTokens | None, batch: Batch, count: int
+        self,
+        layer: int,
+        q: Array,
+        active: ActiveTokens | None,
+        batch: Batch,
+        count: int,
+        *,
+        with_stored: bool = False,
     ) -> Selection:
-        """The `count` pages of highest QUEST bound for each query of some tokens (None: of all)."""
+        """The `count` pages of highest QUEST bound for each query of some tokens (None: of all).
+
+        And those of `select_stored_pages`, some of which may be the same.
+        """
 
     def select_stored_pages(self, layer: int, active: ActiveTokens | None, batch: Batch) -> Selection:
         """The pages that `store_top_pages` stored for some tokens' queries (None: for all)."""
@@ -318,7 +328,10 @@ class Backend(Protocol):
         """Dense attention over each sequence's prefix, to which what a commit has just written belongs."""
 
     def prefix_attention_and_masses(self, layer: int, q: Array, batch: Batch) -> tuple[Prefix, Array]:
-        """As `prefix_attention`, and each page's probability mass, for `store_top_pages`."""
+        """As `prefix_attention`, and for `store_top_pages` each page's probability mass.
+
+        For queries of sequences that have a slot: not of commits that ride.
+        """
 
     def sparse_prefix_attention(self, layer: int, q: Array, selection: Selection, batch: Batch) -> Prefix:
         """Attention of all tokens over selected pages."""

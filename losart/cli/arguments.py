@@ -16,7 +16,7 @@ from losart.quantization import LOADED, MERGED
 
 Group = argparse._ArgumentGroup
 ATTENTION_DETAILS = {
-    "change_threshold": "losa with --active auto: a query's relative change that recomputes its token (0.15)",
+    "change_threshold": "losa with --active auto: a query's relative change that recomputes its token (0.05)",
     "selector": "losa: what ranks pages for a query (quest)",
     "drift": "losa: against which pass change is measured (auto)",
     "candidates": "losa: tokens that can be recomputed (all)",

@@ -24,7 +24,7 @@ STRUCTURES = ("json_schema", "regex", "grammar")
 LARGEST_STRUCTURE = 65536  # characters of one
 MOST_LOGPROBS = 20  # of a token's most probable alternatives
 CHOICES = {
-    "selector": ("quest", "anchor"),
+    "selector": ("auto", "both", "quest", "anchor"),
     "drift": ("auto", "previous", "refresh"),
     "candidates": ("all", "masked"),
     "first_pass": ("auto", "dense", "sparse"),
@@ -52,9 +52,11 @@ class AttentionConfig:
     change_threshold : float
         losa with `active="auto"`: the squared change of a token's query over the query's own square,
         both summed over heads and channels, above which the token is active.
-    selector : {"quest", "anchor"}
-        losa: what ranks the pages for an active query: QUEST's bound, or the attention mass that
-        each page had in the dense first pass for the same token and query head.
+    selector : {"auto", "both", "quest", "anchor"}
+        losa: what ranks the pages for an active query: "quest", QUEST's bound, as in the paper; "anchor",
+        the attention mass that each page had in the dense first pass for the same token and query head;
+        "both", half of the pages by each (a page that both find is read once; by the bound the odd one).
+        "auto" is "both" with `active="auto"` and a dense first pass, else "quest".
     drift : {"auto", "previous", "refresh"}
         losa: a token's query change is measured against its query of the previous pass, as the paper
         does, or against the query from which its stored result was computed, which bounds how stale the
@@ -69,7 +71,7 @@ class AttentionConfig:
     first_pass : {"auto", "dense", "sparse"}
         How the first pass over a block reads the prefix: "auto" is the method's own way, dense for
         losa and sparsed, sparse for quest. When sparse, all tokens of the block select pages. What
-        ranks pages by the masses of a dense first pass (`selector="anchor"`, sparsed) refuses it.
+        ranks pages by the masses of a dense first pass (`selector="anchor"` or "both", sparsed) refuses it.
     commit : {"dense", "sparse"}
         How the pass that writes a finished block's K/V reads the prefix.
     planner : {"auto", "device", "host"}
@@ -80,8 +82,8 @@ class AttentionConfig:
     method: str = "dense"
     budget: int = 256
     active: int | float | str = "auto"
-    change_threshold: float = 0.15
-    selector: str = "quest"
+    change_threshold: float = 0.05
+    selector: str = "auto"
     drift: str = "auto"
     candidates: str = "all"
     page_size: int = 16
@@ -119,6 +121,14 @@ class AttentionConfig:
     def pages_per_query(self) -> int:
         """Pages that hold `budget` positions."""
         return -(-self.budget // self.page_size)
+
+    @property
+    def pages_by_mass(self) -> int:
+        """losa: of these, those that are ranked by their mass in the first pass; the others by the bound."""
+        selector = self.selector
+        if selector == "auto":
+            selector = "both" if self.active == "auto" and self.first_pass != "sparse" else "quest"
+        return {"quest": 0, "both": self.pages_per_query // 2, "anchor": self.pages_per_query}[selector]
 
     def active_count(self, block_length: int) -> int:
         """Tokens of a block of `block_length` that are active, at most."""

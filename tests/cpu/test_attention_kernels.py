@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from kv import HELD_AS, LAYER, coded_page_bounds, held, model_config, precision_of, steady, table_of
 from passes import block_batch, write
 
-from losart.backends.base import ActiveTokens
+from losart.backends.base import ActiveTokens, StoredResults
 from losart.backends.cpu import attention_kernels as kernels
 from losart.backends.cpu.backend import CpuBackend, Weight
 from losart.config.precision import FORMATS, KV_FORMATS
@@ -257,7 +257,7 @@ def test_page_masses(case, scale):
     q, (k, v) = case.q(scale), case.kv()
     write(cache, 0, k, v)
     cache.advance(len(k))
-    batch = block_batch(cache, case.tokens)
+    batch = block_batch(cache, case.tokens, slot=backend.new_slot(StoredResults(case.tokens)))
     (o, lse), (masses,) = backend.prefix_attention_and_masses(0, q, batch)
     k, v = held(k, case.dtype), held(v, case.dtype)
     assert_attention(o, lse, ref.softmax_attention(q, k, v))

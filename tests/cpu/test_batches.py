@@ -18,6 +18,7 @@ METHODS: list[dict[str, Any]] = [
     {},
     {"attention": "losa", "active": 3},
     {"attention": "losa", "candidates": "masked", "drift": "refresh", "commit": "sparse"},
+    {"attention": "losa"},
     {"attention": "losa", "selector": "anchor"},
     {"attention": "quest", "commit": "sparse"},
     {"attention": "quest", "first_pass": "dense"},
@@ -53,9 +54,9 @@ def passes(
 
 
 def rides_by_method(method: dict[str, Any]) -> bool:
-    """Whether commits are dense, and first passes take nothing but dense attention."""
-    dense_first = method.get("attention", "dense") in ("dense", "losa") or "first_pass" in method
-    return dense_first and "commit" not in method and "selector" not in method
+    """Whether commits and first passes are dense."""
+    dense_first = method.get("attention", "dense") != "quest" or "first_pass" in method
+    return dense_first and "commit" not in method
 
 
 def joined(results: list[PassResult]) -> PassResult:

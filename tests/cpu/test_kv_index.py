@@ -28,7 +28,7 @@ from passes import block_batch, write
 
 from losart.backends.cpu.backend import CpuBackend
 from losart.backends.cpu.convert import widen
-from losart.backends.cpu.kv_index import PageTable, mark_pages, positions_in, union_of_top_pages
+from losart.backends.cpu.kv_index import PageTable, mark_pages, positions_in, top_pages, united
 from losart.config.precision import FORMATS, KV_FORMATS, Precision
 from losart.engine.kv_cache import PagedKVCache
 from losart.errors import OutOfMemoryError
@@ -400,26 +400,33 @@ def page_scores(draw):
 
 @at_most(200)
 @given(page_scores(), st.integers(1, 45))
-def test_the_union_is_that_of_a_plain_sort(drawn, count):
+def test_top_pages_and_their_union_are_those_of_a_plain_sort(drawn, count):
     scores, pages = drawn
-    ids, counts = union_of_top_pages(scores, pages, count)
-    assert ids.dtype == counts.dtype == np.int32
+    top = top_pages(scores, pages, count)
+    ids, counts = united(top[:, :, ::-1].copy(), pages)
+    assert top.dtype == ids.dtype == counts.dtype == np.int32
     for head, rows in enumerate(scores):
-        union = {page for row in rows for page in sorted_top(row[:pages].tolist(), count)}
-        assert ids[head, : counts[head]].tolist() == sorted(union)
+        chosen = [sorted(sorted_top(row[:pages].tolist(), count)) for row in rows]
+        assert top[head].tolist() == chosen
+        assert ids[head, : counts[head]].tolist() == sorted({page for row in chosen for page in row})
 
 
 def test_a_nan_of_either_sign_is_selected():
     scores = np.arange(32, dtype=np.float32).reshape(1, 1, 32).repeat(2, axis=0)
     scores[:, :, 3] = np.array([0x7FC00000, 0xFFC00000], np.uint32).view(np.float32)[:, None]
-    ids, counts = union_of_top_pages(scores, 32, 2)
-    assert ids.tolist() == [[3, 31]] * 2 and counts.tolist() == [2, 2]
+    assert top_pages(scores, 32, 2).tolist() == [[[3, 31]]] * 2
 
 
 @pytest.mark.parametrize(("pages", "count"), [(17, 1), (-1, 1), (4, 0)])
 def test_impossible_counts_of_pages_are_refused(pages, count):
     with pytest.raises(ValueError, match="pages must be within the scores"):
-        union_of_top_pages(np.zeros((1, 1, 16), np.float32), pages, count)
+        top_pages(np.zeros((1, 1, 16), np.float32), pages, count)
+
+
+@pytest.mark.parametrize("page", [-1, 4])
+def test_a_page_that_does_not_exist_is_not_united(page):
+    with pytest.raises(ValueError, match="selected pages must exist"):
+        united(np.array([[[0, page]]], np.int32), 4)
 
 
 @quick

@@ -136,7 +136,33 @@ def test_refresh_catches_a_slow_drift_that_previous_misses():
 
 def test_anchor_scans_no_page_bounds():
     scans = {name: drive(Case(options={"selector": name}))[1].scans for name in CHOICES["selector"]}
-    assert scans == {"quest": 2 * 3 * 3, "anchor": 0}  # blocks, later passes, layers
+    every = 2 * 3 * 3  # blocks, later passes, layers
+    assert scans == {"auto": every, "both": every, "quest": every, "anchor": 0}
+
+
+@pytest.mark.parametrize(
+    ("options", "chosen", "other"),
+    [
+        ({}, "both", "quest"),
+        ({"active": 3}, "quest", "both"),
+        ({"active": 0.5}, "quest", "both"),
+        ({"budget": 1, "selector": "both"}, "quest", "anchor"),  # a single page is not halved
+    ],
+)
+def test_what_ranks_pages_unless_it_is_said(model, options, chosen, other):
+    generation = GENERATION | {"attention": "losa", "budget": 32}
+
+    def reads(**more):
+        stats = model.generate(PROMPT * 3, **generation | options | more).stats
+        return stats.density, stats.sparse_density
+
+    assert reads() == reads(selector=chosen) != reads(selector=other)
+
+
+def test_a_sparse_first_pass_has_pages_ranked_by_the_bound(model):
+    sparse = GENERATION | {"attention": "losa", "budget": 32, "first_pass": "sparse"}
+    found, by_bound = (model.generate(PROMPT * 3, **sparse | more) for more in ({}, {"selector": "quest"}))
+    assert found.token_ids == by_bound.token_ids and found.stats.density == by_bound.stats.density
 
 
 def test_a_fixed_position_is_never_active(model, monkeypatch):
@@ -194,7 +220,12 @@ def test_stats_count_fewer_active_tokens_and_passes_without_any(model):
 
 def test_each_option_makes_a_difference(model):
     """Otherwise the tests of whole generations would show nothing."""
-    generation = GENERATION | {"max_new_tokens": 60, "attention": "losa", "budget": 16, "active": 3}
+    generation = GENERATION | {"max_new_tokens": 60, "attention": "losa", "budget": 32, "active": 3}
     default = model.generate(PROMPT * 3, **generation).token_ids
-    for option in ({"selector": "anchor"}, {"drift": "refresh"}, {"candidates": "masked"}):
+    for option in (
+        {"selector": "anchor"},
+        {"selector": "both"},
+        {"drift": "refresh"},
+        {"candidates": "masked"},
+    ):
         assert model.generate(PROMPT * 3, **option, **generation).token_ids != default, option

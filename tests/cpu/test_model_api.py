@@ -120,7 +120,7 @@ def test_stats(model, attention):
     assert (stats.prompt_tokens, stats.new_tokens) == (202, 15)
     # 202 = 50 blocks of 4 and 2: blocks with 2, 4, 4, 4 and 1 new tokens, one token a pass.
     assert (stats.denoising_passes, stats.commit_passes) == (15, 4)
-    assert stats.rides == (4 if attention in ("dense", "losa") else 0)
+    assert stats.rides == (0 if attention == "quest" else 4)
     assert stats.forward_passes == 19 - stats.rides
     assert stats.prefill_seconds > 0
     assert stats.tokens_per_second == pytest.approx(15 / stats.decode_seconds)
@@ -425,7 +425,7 @@ def test_an_option_out_of_range_is_named(model, option, value):
 @pytest.mark.parametrize(
     ("option", "choices"),
     [
-        ("selector", "'quest' or 'anchor'"),
+        ("selector", "'auto' or 'both' or 'quest' or 'anchor'"),
         ("drift", "'auto' or 'previous' or 'refresh'"),
         ("candidates", "'all' or 'masked'"),
         ("first_pass", "'auto' or 'dense' or 'sparse'"),

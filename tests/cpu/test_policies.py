@@ -41,7 +41,13 @@ CASES = [
     *(
         Case(block_length=16, options={"change_threshold": threshold, "budget": 32, **others}, seed=3)
         for threshold in (0.0, 0.02, 0.08, 10.0)
-        for others in ({}, {"drift": "previous"}, {"candidates": "masked"}, {"selector": "anchor"})
+        for others in (
+            {},
+            {"drift": "previous"},
+            {"candidates": "masked"},
+            {"selector": "quest"},
+            {"selector": "anchor"},
+        )
     ),
     *(Case(method, prefix=0, options={"commit": "sparse", "budget": 16}) for method in METHODS),
     *(
@@ -148,7 +154,7 @@ def test_losas_sparse_first_pass_is_quests_and_fills_what_later_ones_reuse():
     assert not np.array_equal(reused, dense)
 
 
-@pytest.mark.parametrize(("method", "selector"), [("sparsed", "quest"), ("losa", "anchor")])
+@pytest.mark.parametrize(("method", "selector"), [("sparsed", "auto"), ("losa", "anchor"), ("losa", "both")])
 def test_what_takes_masses_from_a_dense_first_pass_refuses_a_sparse_one(method, selector):
     config = AttentionConfig(method, selector=selector, first_pass="sparse")
     with pytest.raises(OptionError, match=r'^first_pass must not be "sparse" with .* dense first pass$'):

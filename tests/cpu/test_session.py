@@ -417,7 +417,7 @@ def test_an_error_leaves_a_usable_session(make_checkpoint):
 def test_a_block_whose_keys_are_not_finite_does_not_stay(models, monkeypatch):
     """It is committed by itself, and the stream left before logits have come of it."""
     model = models["float32"]
-    options = {"attention": "losa", "selector": "anchor", "block_length": 4, "stop_token_ids": []}
+    options = {"attention": "quest", "block_length": 4, "stop_token_ids": []}
     runner, start, broken = model._engine.runner, 76, True
     begin = runner.begin
 

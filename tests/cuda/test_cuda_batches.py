@@ -38,21 +38,22 @@ from losart.eval.tasks import TASKS
 pytestmark = pytest.mark.gpu
 
 COUNT = 3  # pages per query
+WIDE = {"kv_heads": 8, "group": 4, "width": 128}
 
 
 class Prefix:
     """One sequence's cache and slot, and its queries, keys and values in three passes over a block."""
 
     def __init__(
-        self, backend: Any, dtype: str, shape: dict[str, int], tokens: int, length: int, anchor: bool
+        self, backend: Any, dtype: str, shape: dict[str, int], tokens: int, length: int, stores: bool
     ) -> None:
         rng = np.random.default_rng(7 * length + tokens)
         kv_heads, heads, width = shape["kv_heads"], shape["kv_heads"] * shape["group"], shape["width"]
         k, v = (rng.standard_normal((length, kv_heads, width), np.float32) for _ in range(2))
         self.cache = filled_cache(backend, k, v, 16, random_pieces(rng, length))
         self.cache.reserve(length + 2 * tokens)
-        rows = tokens * shape["group"] if anchor else 0
-        self.slot = backend.new_slot(StoredResults(tokens, True, COUNT if anchor else 0, rows))
+        rows = tokens * shape["group"] if stores else 0
+        self.slot = backend.new_slot(StoredResults(tokens, True, COUNT if stores else 0, rows))
         first = rng.standard_normal((tokens, heads, width), np.float32)
         changed = rng.random(tokens) < 0.4
         later = first + changed[:, None, None] * rng.standard_normal(first.shape, np.float32)
@@ -63,7 +64,7 @@ class Prefix:
         self.masked = np.flatnonzero(rng.random(tokens) < 0.6)
 
 
-def passes(backend: Any, prefixes: list[Prefix], tokens: int, anchor: bool, masked_only: bool) -> list[Any]:
+def passes(backend: Any, prefixes: list[Prefix], tokens: int, selector: str, masked_only: bool) -> list[Any]:
     """What a first pass, a later one, and a commit with the next first pass give, of each sequence."""
     found: list[list[Any]] = [[] for _ in prefixes]
     options = pass_options(tokens, AttentionConfig("losa"))
@@ -97,26 +98,31 @@ def passes(backend: Any, prefixes: list[Prefix], tokens: int, anchor: bool, mask
                 backend, *(stored_array(backend, prefixes[index].slot, name) for name in names)
             )
 
-    selector = backend.selectors["auto"]
+    def first(q: Any, batch: Any) -> Any:
+        if selector == "quest":
+            parts = backend.prefix_attention(0, q, batch)
+        else:
+            parts, masses = backend.prefix_attention_and_masses(0, q, batch)
+            backend.store_top_pages(0, masses, batch, COUNT, summed=False)
+        return backend.store_attention(0, q, parts, batch)
+
+    def select(q: Any, active: Any, batch: Any) -> Any:
+        if selector == "anchor":
+            return backend.selectors["auto"].select_stored_pages(0, active, batch)
+        both = {"with_stored": True} if selector == "both" else {}
+        return backend.selectors["auto"].select_pages(0, q, active, batch, COUNT, **both)
+
     with backend.memory.stream:
         batch, _ = placed(PassKind.FIRST)
         q, k, v = block(0)
-        if anchor:
-            parts, masses = backend.prefix_attention_and_masses(0, q, batch)
-            backend.store_top_pages(0, masses, batch, COUNT, summed=False)
-        else:
-            parts = backend.prefix_attention(0, q, batch)
-        parts = backend.store_attention(0, q, parts, batch)
+        parts = first(q, batch)
         keep(backend.block_attention(q, k, v, parts, batch), tokens)
 
         batch, host = placed(PassKind.LATER)
         q, k, v = block(1)
         rule = ActiveRule(tokens, 0.3, masked_only, follow=False)
-        active = selector.select_active(0, q, batch, rule)
-        if anchor:
-            selection = selector.select_stored_pages(0, active, batch)
-        else:
-            selection = selector.select_pages(0, q, active, batch, COUNT)
+        active = backend.selectors["auto"].select_active(0, q, batch, rule)
+        selection = select(q, active, batch)
         parts = backend.refresh_prefix_attention(0, q, selection, batch, store_queries=True)
         keep(backend.block_attention(q, k, v, parts, batch), tokens)
         reads, _, _ = batch.buffers.fetch()
@@ -126,8 +132,12 @@ def passes(backend: Any, prefixes: list[Prefix], tokens: int, anchor: bool, mask
         batch, _ = placed(PassKind.FIRST, rides=True)
         q, k, v = block(2, rides=True)
         backend.write_kv(0, k, v, batch)
-        parts = backend.store_attention(0, q, backend.prefix_attention(0, q, batch), batch)
+        parts = first(q, batch)
         keep(backend.block_attention(q, k, v, parts, batch), 2 * tokens)
+        for of_sequence, one in zip(found, prefixes, strict=True):
+            if selector != "quest":
+                top = stored_array(backend, one.slot, "top_pages")
+                of_sequence.append(np.sort(on_host(backend, top), axis=-1))
     return found
 
 
@@ -139,29 +149,26 @@ def passes(backend: Any, prefixes: list[Prefix], tokens: int, anchor: bool, mask
     st.lists(st.one_of(st.integers(0, 60), st.integers(200, 1500)), min_size=2, max_size=5),
     cards(),
     KV,
+    st.sampled_from(["both", "quest", "anchor"]),
     st.booleans(),
-    st.booleans(),
 )
-@example(
-    "bfloat16", {"kv_heads": 8, "group": 4, "width": 128}, 16, [2300, 40, 9000], {}, "auto", False, False
-)
-@example(
-    "bfloat16", {"kv_heads": 8, "group": 4, "width": 128}, 4, [700] * 20 + [0, 3], {}, "auto", False, True
-)
-@example("float32", {"kv_heads": 2, "group": 2, "width": 16}, 4, [100] * 19, {}, "auto", True, False)
-@example(
-    "bfloat16", {"kv_heads": 8, "group": 4, "width": 128}, 16, [2300, 40, 9000], {}, "int8", False, False
-)
-@example("float16", {"kv_heads": 8, "group": 4, "width": 128}, 4, [700] * 20 + [0, 3], {}, "fp8", False, True)
-def test_operations_of_several_sequences(dtype, shape, tokens, lengths, card, kv, anchor, masked_only):
+@example("bfloat16", WIDE, 16, [2300, 40, 9000], {}, "auto", "quest", False)
+@example("bfloat16", WIDE, 16, [2300, 40, 9000], {}, "auto", "both", False)
+@example("bfloat16", WIDE, 4, [700] * 20 + [0, 3], {}, "auto", "both", True)
+@example("float32", {"kv_heads": 2, "group": 2, "width": 16}, 4, [100] * 19, {}, "auto", "anchor", False)
+@example("float32", {"kv_heads": 2, "group": 2, "width": 16}, 4, [100] * 19, {}, "auto", "both", False)
+@example("bfloat16", WIDE, 16, [2300, 40, 9000], {}, "int8", "quest", False)
+@example("float16", WIDE, 4, [700] * 20 + [0, 3], {}, "fp8", "both", True)
+def test_operations_of_several_sequences(dtype, shape, tokens, lengths, card, kv, selector, masked_only):
     backend = new_backend(dtype, card, kv, max_positions=1 << 14, **shape)
 
     def prefixes() -> list[Prefix]:
-        return [Prefix(backend, dtype, shape, tokens, length, anchor) for length in lengths]
+        stores = selector != "quest"
+        return [Prefix(backend, dtype, shape, tokens, length, stores) for length in lengths]
 
-    together = passes(backend, prefixes(), tokens, anchor, masked_only)
+    together = passes(backend, prefixes(), tokens, selector, masked_only)
     for one, found in zip(prefixes(), together, strict=True):
-        (alone,) = passes(backend, [one], tokens, anchor, masked_only)
+        (alone,) = passes(backend, [one], tokens, selector, masked_only)
         assert len(found) == len(alone)
         for array, expected in zip(found, alone, strict=True):
             if array.dtype == np.uint16:
@@ -182,6 +189,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"attention": "losa", "budget": 32, "selector": "anchor", "block_length": 6},
     {"attention": "losa", "budget": 32, "commit": "sparse", "first_pass": "sparse"},
     {"attention": "losa", "budget": 32, "planner": "host"},
+    {"attention": "losa", "budget": 32, "selector": "quest"},
     {"attention": "quest", "budget": 48, "page_size": 48},
     {"attention": "sparsed", "budget": 32, "remasking": "low_confidence_static", "denoising_steps": 3},
     {"remasking": "entropy_bounded", "eb_threshold": 2.0, "top_k": 5, "temperature": 1.0, "seed": 1},
@@ -225,7 +233,7 @@ def test_a_list_of_prompts_is_decoded_together(model, number):
 
 
 @pytest.mark.parametrize("planner", ["host", "device"])
-@pytest.mark.parametrize("selector", ["quest", "anchor"])
+@pytest.mark.parametrize("selector", ["both", "quest", "anchor"])
 def test_groups_that_are_padded(model, planner, selector):
     """Of 17 sequences, to 18."""
     options = options_of(0, 12) | {

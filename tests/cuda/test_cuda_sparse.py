@@ -291,6 +291,14 @@ def test_masses_and_their_top_pages(dtype, shape, tokens, length, page_size, car
         backend.store_top_pages(0, masses, case.batch, count, summed=summed)
         selector = backend.selectors["auto"]
         found = selector.select_stored_pages(0, case.active(places), case.batch)
+        by_bound, both = (
+            None
+            if summed
+            else selector.select_pages(
+                0, case.device(case.q), case.active(places), case.batch, count, with_stored=with_stored
+            )
+            for with_stored in (False, True)
+        )
     (cpu_o, _), (expected,) = case.cpu.prefix_attention_and_masses(0, case.q, case.cpu_batch)
     assert_close(on_host(backend, o), cpu_o, TOLERANCE[dtype])
     units = page_size // 16
@@ -302,6 +310,9 @@ def test_masses_and_their_top_pages(dtype, shape, tokens, length, page_size, car
     # The pages selected are the top ones by the device's own masses.
     rows = masses.sum(axis=1, keepdims=True) if summed else masses[:, chosen]
     lists = case.listed(found)
+    if both is not None:
+        united = [sorted({*stored, *ids}) for stored, ids in zip(lists, case.listed(by_bound), strict=True)]
+        assert case.listed(both) == united
     for kv_head, of_head in enumerate(rows.reshape(rows.shape[0], rows.shape[1] * rows.shape[2], pages)):
         top = np.sort(of_head, axis=1)[:, ::-1][:, : min(count, pages)]
         chosen_pages = lists[kv_head]
@@ -338,6 +349,8 @@ METHODS: list[dict[str, Any]] = [
     {"attention": "losa", "change_threshold": 1},
     {"attention": "losa", "change_threshold": 0.02, "drift": "previous", "candidates": "masked"},
     {"attention": "losa", "change_threshold": 0.05, "selector": "anchor", "dense_layers": 1},
+    {"attention": "losa", "change_threshold": 0.02, "selector": "quest"},
+    {"attention": "losa", "active": 3, "selector": "both", "commit": "sparse"},
 ]
 PROMPT = np.random.default_rng(0).integers(0, 300, 611).tolist()
 
@@ -386,7 +399,7 @@ def test_the_host_selects_what_the_device_selects(models, method):
     assert seen["host"] == seen["device"]
 
 
-@pytest.mark.parametrize("method", [METHODS[0], METHODS[5], METHODS[7]], ids=name_of)
+@pytest.mark.parametrize("method", [METHODS[0], METHODS[5], METHODS[7], METHODS[13]], ids=name_of)
 def test_two_hundred_passes_over_a_growing_prefix(models, method):
     _, cuda = models
     options = {"max_new_tokens": 208, "stop_token_ids": [], "block_length": 16, "budget": 64, **method}

@@ -78,9 +78,9 @@ class CountingSelector(Selector):
 
     scans = 0
 
-    def select_pages(self, *args):
+    def select_pages(self, *args, **stored):
         self.scans += 1
-        return super().select_pages(*args)
+        return super().select_pages(*args, **stored)
 
 
 @dataclass

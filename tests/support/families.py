@@ -15,7 +15,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 METHODS: dict[str, dict[str, Any]] = {
     "dense": {},
-    "losa": {"attention": "losa", "budget": 16},
+    "losa": {"attention": "losa", "budget": 32},
     # Not a count between: masked tokens at different positions change by the same, but for rounding.
     "losa none": {"attention": "losa", "budget": 16, "active": 0},
     "losa all": {"attention": "losa", "budget": 16, "active": 1.0},

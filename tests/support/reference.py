@@ -262,12 +262,12 @@ class DensePolicy:
 
     def __init__(
         self,
-        budget: int = 512,
+        budget: int = 256,
         page_size: int = 16,
         active: int | float | str = "auto",
-        change_threshold: float = 0.15,
+        change_threshold: float = 0.05,
         commit: str = "dense",
-        selector: str = "quest",
+        selector: str = "auto",
         drift: str = "auto",
         candidates: str = "all",
         first_pass: str = "auto",
@@ -276,6 +276,8 @@ class DensePolicy:
     ) -> None:
         self.budget, self.page_size, self.active, self.commit = budget, page_size, active, commit
         self.change_threshold = change_threshold
+        if selector == "auto":
+            selector = "both" if active == "auto" and first_pass != "sparse" else "quest"
         self.selector, self.candidates = selector, candidates
         self.drift = drift if drift != "auto" else "refresh" if active == "auto" else "previous"
         self.first_pass = first_pass
@@ -328,13 +330,14 @@ class DensePolicy:
         """All tokens over the pages that they select."""
         return self._sparse(q, k, v, kind, self._quest_pages(q, k), np.arange(q.shape[0]))
 
-    def _quest_pages(self, q_rows: Floats, k: Floats) -> list[Indices]:
+    def _quest_pages(self, q_rows: Floats, k: Floats, count: int | None = None) -> list[Indices]:
         full = k.shape[0] // (CODED_PAGES * self.page_size)
         bounds = coded_bounds(*page_bounds(k, self.page_size), full, self.held, self.least_step)
-        return self._top_pages(quest_scores(self.held(q_rows), *bounds), k.shape[1])
+        return self._top_pages(quest_scores(self.held(q_rows), *bounds), k.shape[1], count)
 
-    def _top_pages(self, scores: Floats, kv_heads: int) -> list[Indices]:
-        return union_per_kv_head(scores, kv_heads, page_count(self.budget, self.page_size))
+    def _top_pages(self, scores: Floats, kv_heads: int, count: int | None = None) -> list[Indices]:
+        pages = page_count(self.budget, self.page_size)
+        return union_per_kv_head(scores, kv_heads, pages if count is None else count)
 
     def _is_dense_commit(self, kind: str) -> bool:
         return kind == "commit" and self.commit == "dense"
@@ -374,7 +377,8 @@ class LosaPolicy(DensePolicy):
     """LoSA (2604.12056): after a dense first pass, prefix attention anew for the active tokens only.
 
     Three choices that go past the paper: pages by `selector` "anchor" are those of most mass in the
-    first pass, for each query its own; by `drift` "refresh" change is measured against the query
+    first pass, for each query its own, by "both" half of them are, and half by QUEST's bound, the odd one
+    among them; by `drift` "refresh" change is measured against the query
     that the stored result belongs to; of `candidates` "masked" only masked tokens can be active.
     With `first_pass` "sparse" the first pass is QUEST's for every token (an ablation of the paper). With
     `active` "auto" all tokens are active whose relative change is above `change_threshold`.
@@ -393,7 +397,7 @@ class LosaPolicy(DensePolicy):
             sparse = kind == "first" and self.first_pass == "sparse"
             self.o_prefix, self.lse_prefix = (self._quest if sparse else self._dense)(q, k, v, kind)
             self.q = q.copy()
-            if kind == "first" and self.selector == "anchor":
+            if kind == "first" and self.selector != "quest":
                 self.mass = page_mass(q, k, self.page_size)
         else:
             candidates = self.masked if self.candidates == "masked" else None
@@ -401,10 +405,15 @@ class LosaPolicy(DensePolicy):
             count = q.shape[0] if auto else active_count(self.active, q.shape[0])
             threshold = self.change_threshold if auto else None
             active = select_active(query_change(q, self.q, relative=auto), count, candidates, threshold)
-            if self.selector == "quest":
-                pages = self._quest_pages(q[active], k)
-            else:
-                pages = self._top_pages(self.mass[active], k.shape[1])
+            every = page_count(self.budget, self.page_size)
+            by_mass = {"quest": 0, "both": every // 2, "anchor": every}[self.selector]
+            pages = [np.empty(0, np.int64)] * k.shape[1]
+            if by_mass < every:
+                pages = self._quest_pages(q[active], k, every - by_mass)
+            if by_mass:
+                assert self.mass is not None
+                stored = self._top_pages(self.mass[active], k.shape[1], by_mass)
+                pages = [np.union1d(*two) for two in zip(pages, stored, strict=True)]
             o, lse = self._sparse(q, k, v, kind, pages, active)
             self.o_prefix[active], self.lse_prefix[active] = o, lse
             renewed = active if self.drift == "refresh" else np.arange(q.shape[0])

@@ -330,6 +330,19 @@ def test_losa_may_select_by_the_masses_of_the_first_pass() -> None:
             assert sorted(set((read // 16).tolist())) == sorted(pages)
 
 
+def test_losa_may_select_half_of_the_pages_by_each() -> None:
+    _, k_block, v_block, k, v = SIZES.arrays()
+    first, later = SIZES.queries(2)
+    read = {}
+    for selector, budget in (("quest", 32), ("anchor", 16), ("both", 48)):  # the odd page by the bound
+        policy = ref.LosaPolicy(budget=budget, active=2, selector=selector)
+        policy.attend(first, k_block, v_block, k, v, "first")
+        policy.attend(later, k_block, v_block, k, v, "later")
+        read[selector] = policy.passes[-1].positions_read
+    for quest, anchor, both in zip(*read.values(), strict=True):
+        assert both.tolist() == np.union1d(quest, anchor).tolist()
+
+
 def test_losa_may_have_only_masked_tokens_active() -> None:
     _, k_block, v_block, k, v = SIZES.arrays()
     policy = ref.LosaPolicy(budget=16, active=2, candidates="masked", commit="sparse")

@@ -26,7 +26,7 @@ from losart.backends.base import (
     StoredResults,
 )
 from losart.backends.cpu.convert import float32_rows, narrow, widen
-from losart.backends.cpu.kv_index import PageTable
+from losart.backends.cpu.kv_index import PageTable, top_pages
 from losart.backends.cpu.routing import route
 from losart.backends.cpu.selector import Selector
 from losart.config.model import ModelConfig
@@ -68,14 +68,14 @@ class Slot:
     ----------
     queries, o : float32 [layers, tokens, heads, head_dim]
     lse : float32 [layers, tokens, heads]
-    masses : dict of int to (float32 [kv_heads, tokens or 1, group, pages], int)
-        By layer: the masses of pages, and how many pages they rank.
+    top_pages : dict of int to int32 [kv_heads, tokens or 1, group, any]
+        By layer: pages of highest mass.
     """
 
     queries: np.ndarray
     o: np.ndarray
     lse: np.ndarray
-    masses: dict[int, tuple[np.ndarray, int]] = field(default_factory=dict)
+    top_pages: dict[int, np.ndarray] = field(default_factory=dict)
 
 
 class CpuBackend:
@@ -321,22 +321,22 @@ class CpuBackend:
     def prefix_attention_and_masses(
         self, layer: int, q: np.ndarray, batch: PassBatch
     ) -> tuple[tuple[np.ndarray, np.ndarray], list[np.ndarray]]:
-        """The masses of each sequence: float32 [kv_heads, tokens, group, pages]."""
+        """The masses of each sequence that has a slot: float32 [kv_heads, tokens, group, pages]."""
         o, lse = _new_result(q)
         kv_heads, group = self.config.num_kv_heads, self.config.group_size
         masses = []
         for sequence, rows in batch.rows():
             tokens = rows.stop - rows.start
+            where = sequence.cache.table, layer, q, _indices(rows), None, sequence.prefix_length, o, lse
+            if sequence.slot is None:
+                kernels.attend_pages(*where)
+                continue
             page_slabs = sequence.cache.page_size // kernels.SLAB_POSITIONS
             slabs = sequence.pages * page_slabs
             tiles = -(-slabs * kernels.SLAB_POSITIONS // kernels.TILE_POSITIONS)
             sums = np.zeros((kv_heads, tokens * group, slabs), np.float32)
             tops = np.zeros((kv_heads, tokens * group, tiles), np.float32)
-            kernels.attend_pages(
-                *(sequence.cache.table, layer, q, _indices(rows), None, sequence.prefix_length, o, lse),
-                slab_sums=sums,
-                tile_tops=tops,
-            )
+            kernels.attend_pages(*where, slab_sums=sums, tile_tops=tops)
             # A slab's sum is relative to its tile's maximum: bring it to the row's log-sum-exp.
             row_lse = lse[rows].reshape(tokens, kv_heads, group).transpose(1, 0, 2).reshape(kv_heads, -1, 1)
             factor = np.exp(tops - row_lse)
@@ -400,9 +400,12 @@ class CpuBackend:
     def store_top_pages(
         self, layer: int, masses: list[np.ndarray], batch: PassBatch, count: int, *, summed: bool
     ) -> None:
-        for sequence, of_sequence in zip(batch.sequences, masses, strict=True):
+        storing = [sequence for sequence in batch.sequences if sequence.slot is not None]
+        for sequence, of_sequence in zip(storing, masses, strict=True):
             ranked = of_sequence.sum(axis=1, keepdims=True) if summed else of_sequence
-            sequence.slot.masses[layer] = ranked, count
+            kv_heads, tokens, group, pages = ranked.shape
+            ids = top_pages(ranked.reshape(kv_heads, tokens * group, pages), pages, count)
+            sequence.slot.top_pages[layer] = ids.reshape(kv_heads, tokens, group, -1)
 
     # -- sampling
 

@@ -28,7 +28,6 @@ import numpy as np
 
 from libc.math cimport NAN
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
-from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
 from losart.backends.cpu.simd cimport code_value, encode
@@ -316,24 +315,23 @@ cdef uint32_t kth_largest(const float *scores, Py_ssize_t count, Py_ssize_t k, P
     return prefix
 
 
-cdef void mark_top(const float *scores, Py_ssize_t count, Py_ssize_t k, unsigned char *marks) noexcept nogil:
-    cdef Py_ssize_t ties, i
-    cdef uint32_t threshold, key
-    if k >= count:
-        memset(marks, 1, count)
-        return
-    threshold = kth_largest(scores, count, k, &ties)
+cdef void top_of_row(const float *scores, Py_ssize_t count, Py_ssize_t k, int32_t *ids) noexcept nogil:
+    cdef Py_ssize_t ties = 0, i
+    cdef uint32_t threshold = 0, key
+    if k < count:
+        threshold = kth_largest(scores, count, k, &ties)
     for i in range(count):
         key = ascending_key(scores[i])
-        if key > threshold:
-            marks[i] = 1
-        elif key == threshold and ties > 0:
-            marks[i] = 1
+        if k < count and key <= threshold:
+            if key < threshold or ties == 0:
+                continue
             ties -= 1
+        ids[0] = <int32_t>i
+        ids += 1
 
 
-def union_of_top_pages(const float[:, :, ::1] scores, Py_ssize_t pages, Py_ssize_t k):
-    """Top pages of every row, united per kv head.
+def top_pages(const float[:, :, ::1] scores, Py_ssize_t pages, k):
+    """Top pages of every row.
 
     Parameters
     ----------
@@ -346,36 +344,62 @@ def union_of_top_pages(const float[:, :, ::1] scores, Py_ssize_t pages, Py_ssize
 
     Returns
     -------
-    ids : int32 [kv_heads, min(pages, rows * k)]
+    int32 [kv_heads, rows, min(k, pages)]
+        Ascending page ids.
+    """
+    cdef Py_ssize_t heads = scores.shape[0], rows = scores.shape[1], head, row
+    if not 0 <= pages <= scores.shape[2] or k < 1:
+        raise ValueError("pages must be within the scores, k at least 1")
+    cdef Py_ssize_t each = min(k, pages)  # k may be any integer
+    ids = np.empty((heads, rows, each), np.int32)
+    cdef int32_t[:, :, ::1] view = ids
+    if ids.size:
+        with nogil:
+            for head in range(heads):
+                for row in range(rows):
+                    top_of_row(&scores[head, row, 0], pages, each, &view[head, row, 0])
+    return ids
+
+
+def united(const int32_t[:, :, ::1] selected, Py_ssize_t pages):
+    """Pages that rows have selected, united per kv head.
+
+    Parameters
+    ----------
+    selected : int32 [kv_heads, rows, any]
+        Page ids in any order.
+    pages : int
+        Pages that exist.
+
+    Returns
+    -------
+    ids : int32 [kv_heads, min(pages, rows * any)]
         Ascending page ids, valid up to the head's count.
     counts : int32 [kv_heads]
     """
-    cdef Py_ssize_t heads = scores.shape[0], rows = scores.shape[1], head, row, page, filled
-    if not 0 <= pages <= scores.shape[2] or k < 1:
-        raise ValueError("pages must be within the scores, k at least 1")
-    ids = np.zeros((heads, min(pages, rows * min(k, pages))), np.int32)
+    cdef Py_ssize_t heads = selected.shape[0], head, row, column, page, filled
+    ids = np.zeros((heads, min(pages, selected.shape[1] * selected.shape[2])), np.int32)
     counts = np.zeros(heads, np.int32)
-    if ids.shape[1] == 0:
+    if ids.size == 0:
         return ids, counts
+    if not (0 <= np.asarray(selected).min() and np.asarray(selected).max() < pages):
+        raise ValueError("selected pages must exist")
     cdef int32_t[:, ::1] id_view = ids
     cdef int32_t[::1] count_view = counts
-    cdef unsigned char *marks = <unsigned char *>malloc(pages)
-    if marks == NULL:
-        raise MemoryError
-    try:
-        with nogil:
-            for head in range(heads):
-                memset(marks, 0, pages)
-                for row in range(rows):
-                    mark_top(&scores[head, row, 0], pages, k, marks)
-                filled = 0
-                for page in range(pages):
-                    if marks[page]:
-                        id_view[head, filled] = <int32_t>page
-                        filled += 1
-                count_view[head] = <int32_t>filled
-    finally:
-        free(marks)
+    marks = np.empty(pages, np.uint8)
+    cdef unsigned char[::1] mark_view = marks
+    with nogil:
+        for head in range(heads):
+            memset(&mark_view[0], 0, pages)
+            for row in range(selected.shape[1]):
+                for column in range(selected.shape[2]):
+                    mark_view[selected[head, row, column]] = 1
+            filled = 0
+            for page in range(pages):
+                if mark_view[page]:
+                    id_view[head, filled] = <int32_t>page
+                    filled += 1
+            count_view[head] = <int32_t>filled
     return ids, counts
 
 

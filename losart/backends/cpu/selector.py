@@ -10,7 +10,7 @@ import numpy as np
 import losart.backends.cpu.attention_kernels as kernels
 from losart.backends.base import ActiveRule, ActiveTokens, Selection
 from losart.backends.cpu.active_set import query_change, select_active
-from losart.backends.cpu.kv_index import positions_in, union_of_top_pages
+from losart.backends.cpu.kv_index import positions_in, top_pages, united
 from losart.engine.batch import PassBatch, SequencePass
 
 
@@ -53,24 +53,31 @@ class Selector:
         return ActiveTokens(tokens, changes)
 
     def select_pages(
-        self, layer: int, q: np.ndarray, active: ActiveTokens | None, batch: PassBatch, count: int
+        self,
+        layer: int,
+        q: np.ndarray,
+        active: ActiveTokens | None,
+        batch: PassBatch,
+        count: int,
+        *,
+        with_stored: bool = False,
     ) -> Selection:
         lists = []
         for index, (sequence, rows) in enumerate(batch.rows()):
             every = np.arange(rows.start, rows.stop, dtype=np.int32)
             tokens = every if active is None else active.tokens[index]
             table, length = sequence.cache.table, sequence.prefix_length
-            lists.append(_top(kernels.bound_scores(table, layer, q, tokens, length), count, sequence))
+            ids = top_pages(kernels.bound_scores(table, layer, q, tokens, length), sequence.pages, count)
+            if with_stored:
+                ids = np.concatenate([ids, _stored(layer, sequence, tokens - rows.start)], axis=2)
+            lists.append(PageList.of(*united(ids, sequence.pages), sequence))
         return _selection(active, lists)
 
     def select_stored_pages(self, layer: int, active: ActiveTokens | None, batch: PassBatch) -> Selection:
         lists = []
         for index, (sequence, rows) in enumerate(batch.rows()):
-            masses, count = sequence.slot.masses[layer]
-            if active is not None:
-                masses = masses.take(active.tokens[index] - rows.start, axis=1)
-            kv_heads, tokens, group, pages = masses.shape
-            lists.append(_top(masses.reshape(kv_heads, tokens * group, pages), count, sequence))
+            tokens = None if active is None else active.tokens[index] - rows.start
+            lists.append(PageList.of(*united(_stored(layer, sequence, tokens), sequence.pages), sequence))
         return _selection(active, lists)
 
 
@@ -87,7 +94,10 @@ def _selection(active: ActiveTokens | None, lists: list[PageList]) -> Selection:
     return Selection(None, lists) if active is None else Selection(active.tokens, lists, active.change)
 
 
-def _top(scores: np.ndarray, count: int, sequence: SequencePass) -> PageList:
-    """Top `count` pages of each row of scores [kv_heads, rows, pages], united per kv head."""
-    ids, counts = union_of_top_pages(scores, sequence.pages, min(count, sequence.pages + 1))
-    return PageList.of(ids, counts, sequence)
+def _stored(layer: int, sequence: SequencePass, tokens: np.ndarray | None) -> np.ndarray:
+    """Pages stored for some tokens' rows (None: all): int32 [kv_heads, rows, any]."""
+    ids = sequence.slot.top_pages[layer]
+    if tokens is not None:
+        ids = ids.take(tokens, axis=1)
+    kv_heads, count, group, pages = ids.shape
+    return ids.reshape(kv_heads, count * group, pages)

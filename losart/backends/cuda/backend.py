@@ -410,9 +410,9 @@ class CudaBackend:
         parts = self.prefix_attention(layer, q, batch)
         _, lse = self.merge(parts)
         tokens, units = shape.tokens, batch.max_pages * (shape.page_size // cu.MASS_UNIT)
-        masses = cupy.empty((shape.sequences, c.num_kv_heads, tokens, c.group_size, units), np.float32)
-        plan = masses_plan(*self._shape(tokens), shape.sequences)
-        self.kernels.launch_plan(plan, q, lse, batch.caches_view(layer), masses, units, tokens, c.num_heads)
+        masses = cupy.empty((shape.caches, c.num_kv_heads, tokens, c.group_size, units), np.float32)
+        plan, sizes = masses_plan(*self._shape(tokens), shape.caches), (tokens, c.num_heads, shape.per_cache)
+        self.kernels.launch_plan(plan, q, lse, batch.caches_view(layer), masses, units, *sizes)
         return parts, masses
 
     def sparse_prefix_attention(
@@ -474,9 +474,9 @@ class CudaBackend:
     def store_top_pages(
         self, layer: int, masses: Any, batch: DeviceBatch, count: int, *, summed: bool
     ) -> None:
-        sequences, kv_heads, tokens, group, units = masses.shape
+        caches, kv_heads, tokens, group, units = masses.shape
         if not summed:
-            masses = masses.reshape(sequences, kv_heads, 1, tokens * group, units)
+            masses = masses.reshape(caches, kv_heads, 1, tokens * group, units)
         _, _, count = batch.stored_pages_shape
         stored, units = batch.stored("top_pages", layer), batch.shape.page_size // cu.MASS_UNIT
         self._device_selector.rank(layer, masses, batch, count, units=units, stored=stored)

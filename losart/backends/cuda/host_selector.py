@@ -42,20 +42,34 @@ class HostSelector:
         return ActiveTokens(rule, self._device.query_change(layer, q, batch, rule, none))
 
     def select_pages(
-        self, layer: int, q: Any, active: ActiveTokens | None, batch: DeviceBatch, count: int
+        self,
+        layer: int,
+        q: Any,
+        active: ActiveTokens | None,
+        batch: DeviceBatch,
+        count: int,
+        *,
+        with_stored: bool = False,
     ) -> Selection:
         if active is not None and not active.tokens.count:
             return self._nothing(active, batch)
-        return self._unite(self._device.top_pages(layer, q, batch, count), active, batch)
+        top = self._device.top_pages(layer, q, batch, count)
+        if with_stored:
+            top = cupy.concatenate([top, self._stored(layer, batch)], axis=3)
+        return self._unite(top, active, batch)
 
     def select_stored_pages(self, layer: int, active: ActiveTokens | None, batch: DeviceBatch) -> Selection:
         if active is not None and not active.tokens.count:
             return self._nothing(active, batch)
+        return self._unite(self._stored(layer, batch), active, batch)
+
+    def _stored(self, layer: int, batch: DeviceBatch) -> Any:
+        """What `store_top_pages` stored: int32 [sequences, kv_heads, rows, count], -1 for none."""
         offset, shape = batch.slot.offset("top_pages", layer), batch.stored_pages_shape
         top = cupy.full((batch.shape.sequences, *shape), -1, np.int32)  # of those that pad the group none
         for of_sequence, sequence in zip(top, batch.sequences, strict=False):
             of_sequence[...] = sequence.slot.array(offset, shape, np.int32)
-        return self._unite(top, active, batch)
+        return top
 
     def _nothing(self, active: ActiveTokens, batch: DeviceBatch) -> Selection:
         return Selection(cupy.empty((batch.shape.sequences, 0), np.int32), NO_PAGES, active.change)

@@ -210,12 +210,12 @@ def sparse_plan(
 
 
 def masses_plan(
-    card: Card, kv_bits: int, tokens: int, heads: int, kv_heads: int, head_dim: int, sequences: int = 1
+    card: Card, kv_bits: int, tokens: int, heads: int, kv_heads: int, head_dim: int, caches: int = 1
 ) -> Plan:
-    """Masses of pages."""
+    """Masses of pages, for some tokens' queries of each cache."""
     plan = _split_plan(card, "page_masses", kv_bits, tokens * (heads // kv_heads), kv_heads, head_dim)
     _, splits, blocks = plan.grid
-    return replace(plan, grid=(kv_heads, ceil(splits / sequences), blocks * sequences))
+    return replace(plan, grid=(kv_heads, ceil(splits / caches), blocks * caches))
 
 
 def scores_plan(

@@ -42,7 +42,14 @@ class DeviceSelector:
         return ActiveTokens(tokens, self.query_change(layer, q, batch, rule, tokens))
 
     def select_pages(
-        self, layer: int, q: Any, active: ActiveTokens | None, batch: DeviceBatch, count: int
+        self,
+        layer: int,
+        q: Any,
+        active: ActiveTokens | None,
+        batch: DeviceBatch,
+        count: int,
+        *,
+        with_stored: bool = False,
     ) -> Selection:
         tokens, change = (None, None) if active is None else (active.tokens, active.change)
         c, shape = self._config, batch.shape
@@ -52,6 +59,10 @@ class DeviceSelector:
         pages, words, count = batch.max_pages, batch.mark_words, min(count, batch.max_pages)
         marks = cupy.empty((shape.sequences, c.num_kv_heads, words), np.uint32)
         scores = self._page_scores(layer, q, tokens, batch, marks)
+        stored, stored_rows, stored_count = NOTHING_STORED, 0, 0
+        if with_stored:
+            stored = batch.stored("top_pages", layer)
+            _, stored_rows, stored_count = batch.stored_pages_shape
         blocks, each = divided_blocks(self._kernels.card, c.num_kv_heads, shape.sequences)
         if shape.sequences == 1:
             blocks = each = rows if tokens is None else min(rows, blocks)
@@ -60,9 +71,9 @@ class DeviceSelector:
             (c.num_kv_heads, blocks),
             TOP_PAGES_THREADS,
             *(scores, rows, pages, batch.caches_view(layer), tokens, c.group_size, count, marks, words),
-            *(shape.sequences, each),
+            *(shape.sequences, each, stored, stored_rows, stored_count),
         )
-        return Selection(tokens, SelectedPages(min(pages, rows * count), marks), change)
+        return Selection(tokens, SelectedPages(min(pages, rows * (count + stored_count)), marks), change)
 
     def select_stored_pages(self, layer: int, active: ActiveTokens | None, batch: DeviceBatch) -> Selection:
         tokens, change = (None, None) if active is None else (active.tokens, active.change)
@@ -111,15 +122,16 @@ class DeviceSelector:
     ) -> None:
         """The `count` pages of highest score of each row, into `ids` or the slot.
 
-        scores [sequences, kv_heads, sums, rows, any]: a page's is summed over `sums`, and over its `units`
-        values.
+        scores [caches, kv_heads, sums, rows, any], for each cache's last sequence: a page's is summed over
+        `sums`, and over its `units` values.
         """
-        sequences, kv_heads, sums, rows, stride = scores.shape
+        caches, kv_heads, sums, rows, stride = scores.shape
+        of_caches, per_cache = batch.caches_view(layer), batch.shape.per_cache
         self._kernels.launch(
             "top_pages",
-            (kv_heads, rows, sequences),
+            (kv_heads, rows, caches),
             TOP_PAGES_THREADS,
-            *(scores, sums, units, stride, batch.caches_view(layer), count, stored, ids),
+            *(scores, sums, units, stride, of_caches, per_cache, count, stored, ids),
         )
 
     def _page_scores(self, layer: int, q: Any, tokens: Any | None, batch: DeviceBatch, marks: Any) -> Any:
