@@ -4,7 +4,7 @@
  * BLOCK_ROWS). Must read the keys, which it does once for each z. */
 static_assert(WARP_KEYS % MASS_UNIT == 0 && MASS_UNIT == 16, "whole units, of two columns of B fragments");
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
     page_masses_tensor(const float *q, const float *lse, CachesView caches, float *masses, int stride, int tokens,
                        int heads, int per_cache)
 {

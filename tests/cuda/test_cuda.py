@@ -468,7 +468,8 @@ def test_logits_of_passes_are_those_that_are_proposed_from(make_checkpoint, weig
     options = {"max_new_tokens": 24, "block_length": 8, "stop_token_ids": [], **attention}
     expected = list(model.stream(PROMPT, **options))
     runner, config = model._engine.runner, generation_config(model.config, options)
-    follower, steps = Follower(runner, PROMPT, config, runner.prefill_tokens), iter(expected)
+    cache = runner.new_cache(config, len(PROMPT) + 24)
+    follower, steps = Follower(runner, PROMPT, config, runner.prefill_tokens, cache), iter(expected)
     while not follower.sequence.finished:
         after = follower.run()
         if after is not None:

@@ -77,7 +77,8 @@ class Case:
         cpu_cache = self.cpu.new_cache(page_size)
         write(cpu_cache, 0, self.k, self.v)
         cpu_cache.advance(length)
-        self.cpu_batch = block_batch(cpu_cache, tokens)
+        slot = self.cpu.new_slot(StoredResults(tokens))
+        self.cpu_batch = block_batch(cpu_cache, tokens, slot=slot)
         self.place()
         poison(self.backend)
 

@@ -12,7 +12,11 @@ def on_host(backend, *arrays):
 
 
 def stored_array(backend, slot, name, layer=0):
-    """A layer of one of a slot's arrays of results."""
+    """A layer of one of a slot's arrays."""
+    if name == "top_pages":
+        stored, kv_heads = slot.stored, backend.config.num_kv_heads
+        shape = (kv_heads, stored.top_pages_rows, stored.top_pages)
+        return slot.array(slot.offset(name, layer), shape, np.int32)
     tokens, heads, width = slot.stored.tokens, backend.config.num_heads, backend.config.head_dim
     shape = (tokens, heads) if name == "lse" else (tokens, heads, width)
     return slot.array(slot.offset(name, layer), shape, np.float32)

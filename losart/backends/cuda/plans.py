@@ -215,6 +215,9 @@ def masses_plan(
     """Masses of pages, for some tokens' queries of each cache."""
     plan = _split_plan(card, "page_masses", kv_bits, tokens * (heads // kv_heads), kv_heads, head_dim)
     _, splits, blocks = plan.grid
+    if _on_tensor_cores(kv_bits, head_dim):  # without values stages are half as large: two blocks fit an SM
+        tiles = dict(plan.defines)["STAGES"] * cu.TENSOR_TILE
+        splits, plan = 2 * splits, replace(plan, shared=tiles * _position_bytes(kv_bits, head_dim))
     return replace(plan, grid=(kv_heads, ceil(splits / caches), blocks * caches))
 
 
