@@ -19,8 +19,11 @@ def _figure(width: float, height: float) -> Any:
 
 def _method(setting: dict[str, Any]) -> str:
     """What a setting is but for its budget."""
-    active = f", {setting['active']} active" if "active" in setting else ""
-    return f"{setting['attention']}{active}"
+    words = [setting["attention"]]
+    words += [f"{setting['active']} active"] if "active" in setting else []
+    words += [f"above {setting['change_threshold']:g}"] if "change_threshold" in setting else []
+    words += [f"pages by {setting['selector']}"] if "selector" in setting else []
+    return ", ".join(words)
 
 
 def draw_accuracy(

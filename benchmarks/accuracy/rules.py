@@ -118,7 +118,6 @@ RULES: dict[str, tuple[TokenRule, PageRule | None]] = {
     **{f"both{s}+{n}": (DEFAULT, PageRule(n, stored=s)) for s, n in STORED_AND_RANKED},
     **{f"both{s}+{n}>0.05": (STRICT, PageRule(n, stored=s)) for s, n in STORED_AND_RANKED},
 }
-STORES = {"selector": "anchor"}  # or no masses would be stored; which pages are read the rules say
 BUILT: dict[str, dict[str, Any]] = {
     "dense": {"attention": "dense"},
     "quest": {"attention": "quest"},
@@ -138,6 +137,7 @@ class TriedPolicy(LosaPolicy):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
+        self._by_mass = 0 if self.page_rule is None else self.page_rule.stored
         self._mass: dict[int, np.ndarray] = {}
         self._sticky = np.zeros(self.block_length, bool)
 
@@ -196,9 +196,9 @@ class TriedPolicy(LosaPolicy):
             if rule.candidates is not None:
                 ranks = np.where(highest(bounds, rule.candidates), ranks, -np.inf)
             if rule.stored:
-                masses, _ = sequence.slot.masses[layer]
-                of_tokens = masses.take(tokens, axis=1).reshape(bounds.shape)
-                chosen |= highest(of_tokens, rule.stored).any(axis=1)
+                stored = sequence.slot.top_pages[layer].take(tokens, axis=1)
+                for of_head, ids in zip(chosen, stored, strict=True):
+                    of_head[ids.ravel()] = True
             chosen |= highest(ranks, rule.pages).any(axis=1)
         counts = chosen.sum(axis=1).astype(np.int32)
         ids = np.zeros((kv_heads, max(1, counts.max())), np.int32)
@@ -256,7 +256,7 @@ def ask(
     """Answers to one task at one length with one kind of remasking, by each rule."""
     task, length, remasking = asked
     settings = [
-        {"budget": budget} | (BUILT.get(rule) or {"attention": rule, **STORES}) | REMASKING[remasking][1]
+        {"budget": budget} | (BUILT.get(rule) or {"attention": rule}) | REMASKING[remasking][1]
         for rule in rules
     ]
     config = EvalConfig((task,), (length,), samples=samples, seed=seed)
@@ -279,7 +279,7 @@ def follow(
     fixed: dict[str, Any] = {
         "budgets": (budget,),
         "samples": samples,
-        "options": {"max_new_tokens": 32, **STORES},
+        "options": {"max_new_tokens": 32},
     }
     for length in lengths:
         config = EvalConfig(lengths=(length,), attention=tuple(rules), **fixed)

@@ -216,7 +216,7 @@ def test_options_are_the_servers_until_they_are_changed(page):
     )
     assert {name: value for name, value in shown if not name.endswith("B")} == {
         "budgetA": "256",
-        "change_thresholdA": "0.15",
+        "change_thresholdA": "0.05",
         "block_length": "8",
         "confidence_threshold": "0.85",
         "max_tokens": "24",

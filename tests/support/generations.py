@@ -27,7 +27,7 @@ METHODS: list[dict[str, Any]] = [
     {"attention": "losa", "active": 0},
     {"attention": "losa", "active": 0.5, "commit": "sparse"},
     {"attention": "losa", "drift": "refresh", "candidates": "masked"},
-    {"attention": "losa", "selector": "quest"},
+    {"attention": "losa", "active": "auto"},
     {"attention": "losa", "selector": "anchor", "dense_layers": 1},
     {
         "attention": "losa",

@@ -70,14 +70,14 @@ class Selector:
             ids = top_pages(kernels.bound_scores(table, layer, q, tokens, length), sequence.pages, count)
             if with_stored:
                 ids = np.concatenate([ids, _stored(layer, sequence, tokens - rows.start)], axis=2)
-            lists.append(PageList.of(*united(ids, sequence.pages), sequence))
+            lists.append(_united(ids, sequence))
         return _selection(active, lists)
 
     def select_stored_pages(self, layer: int, active: ActiveTokens | None, batch: PassBatch) -> Selection:
         lists = []
         for index, (sequence, rows) in enumerate(batch.rows()):
             tokens = None if active is None else active.tokens[index] - rows.start
-            lists.append(PageList.of(*united(_stored(layer, sequence, tokens), sequence.pages), sequence))
+            lists.append(_united(_stored(layer, sequence, tokens), sequence))
         return _selection(active, lists)
 
 
@@ -92,6 +92,12 @@ def active_tokens(change: np.ndarray, rule: ActiveRule, masked: Sequence[int] | 
 
 def _selection(active: ActiveTokens | None, lists: list[PageList]) -> Selection:
     return Selection(None, lists) if active is None else Selection(active.tokens, lists, active.change)
+
+
+def _united(selected: np.ndarray, sequence: SequencePass) -> PageList:
+    """Pages that rows have selected, int32 [kv_heads, rows, any], united per kv head."""
+    ids, counts = united(selected, sequence.pages)
+    return PageList.of(ids, counts, sequence)
 
 
 def _stored(layer: int, sequence: SequencePass, tokens: np.ndarray | None) -> np.ndarray:
