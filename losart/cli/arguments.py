@@ -17,7 +17,7 @@ from losart.quantization import LOADED, MERGED
 Group = argparse._ArgumentGroup
 ATTENTION_DETAILS = {
     "change_threshold": "losa with --active auto: a query's relative change that recomputes its token (0.05)",
-    "selector": "losa: what ranks pages for a query (quest)",
+    "selector": "losa: what ranks pages for a query (auto)",
     "drift": "losa: against which pass change is measured (auto)",
     "candidates": "losa: tokens that can be recomputed (all)",
     "page_size": "a multiple of 16 (16)",
