@@ -74,7 +74,7 @@ def test_the_active_map_says_who_was_active_and_how_clearly(run, tiny_checkpoint
             assert np.flatnonzero(of_layer > 0).tolist() == layer.active.tolist()
             assert (layer.change is None) == (step.kind != "later" or layer.dense)
             if layer.change is not None:
-                np.testing.assert_allclose(0.15 * 2.0**of_layer, layer.change, rtol=1e-5)
+                np.testing.assert_allclose(0.05 * 2.0**of_layer, layer.change, rtol=1e-5)
 
 
 @needs_matplotlib

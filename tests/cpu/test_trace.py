@@ -189,7 +189,7 @@ def test_a_trace_is_written_as_by_the_version_before(tmp_path):
             writer(step)
         writer.finish(losart.GenerationResult(**trace.result | {"stats": stats}))
     before = WRITTEN_BEFORE.read_text().replace('"losart":"0.1.0"', f'"losart":"{losart.__version__}"')
-    before = before.replace('"active":2,', '"active":2,"change_threshold":0.15,')  # an option that came later
+    before = before.replace('"active":2,', '"active":2,"change_threshold":0.05,')  # an option that came later
     threshold = '"confidence_threshold":0.85,'
     options = '"reaches_threshold":false,"sub_block_length":null,"editing_threshold":1.0,"max_post_steps":16,'
     before = before.replace(threshold, threshold + options)
