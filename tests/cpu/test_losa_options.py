@@ -20,8 +20,10 @@ from losart.config.precision import Precision
 from losart.engine.batch import PassKind
 
 NAMES = ("selector", "drift", "candidates")
+SELECTORS = [name for name in CHOICES["selector"] if name != "auto"]  # which is one of them
 COMBINATIONS = [
-    dict(zip(NAMES, chosen, strict=True)) for chosen in itertools.product(*(CHOICES[name] for name in NAMES))
+    dict(zip(NAMES, chosen, strict=True))
+    for chosen in itertools.product(SELECTORS, *(CHOICES[name] for name in NAMES[1:]))
 ]
 PROMPT = np.random.default_rng(0).integers(0, 256, 75).tolist()
 GENERATION = {"max_new_tokens": 40, "block_length": 16, "stop_token_ids": [], "remasking": "sequential"}
