@@ -214,7 +214,7 @@ class Selector(Protocol):
     ) -> Selection:
         """The `count` pages of highest QUEST bound for each query of some tokens (None: of all).
 
-        And those of `select_stored_pages`, some of which may be the same.
+        With `with_stored` those of `select_stored_pages` too, of which some may be the same.
         """
 
     def select_stored_pages(self, layer: int, active: ActiveTokens | None, batch: Batch) -> Selection:
